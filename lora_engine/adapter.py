@@ -1,0 +1,268 @@
+"""PEFT's adapter folder, in and out: adapter_config.json and adapter_model.safetensors.
+
+Format: huggingface/peft (`src/peft/utils/save_and_load.py`, `src/peft/tuners/lora/config.py`).
+Keys are `base_model.model.<path>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R), with
+Hugging Face's module paths, which are ours too. PEFT drops weights that its targets do not cover
+and only warns of missing ones; here both are errors.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_engine import files
+from lora_engine.lora import InjectionPlan, inject, lora_layers, lora_parameters
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+
+# What PEFT can do and this engine cannot: a file that asks for it must not load as plain LoRA.
+_UNSUPPORTED = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+}
+
+
+class AdapterError(ValueError):
+    """An adapter folder that cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder, read and checked, on the CPU.
+
+    `matrices` are named as `lora.lora_parameters` names them; `provenance` is what the engine
+    that made it wrote beside them (base fingerprint, prompt, ...), empty for PEFT's own files.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    matrices: dict[str, Tensor]
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        return self.provenance.get("prompt", "")
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None,
+    hugging_face_class: str | None = None,
+    revision: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> None:
+    """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
+
+    `base_model` is what PEFT users will load it onto; `hugging_face_class` that model's class
+    in transformers. An adapter that was there is replaced only when the new one is complete.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise AdapterError("this model has no LoRA layers to save; call inject() first")
+    config = _peft_config(layers, base_model, hugging_face_class, revision)
+    # PEFT decides by the module and warns where the file says otherwise.
+    config["fan_in_fan_out"] = getattr(model, "fan_in_fan_out", False)
+    tensors = {
+        f"base_model.model.{name}.weight": matrix.detach().float().cpu().contiguous()
+        for name, matrix in lora_parameters(model).items()
+    }
+    metadata = {"format": "pt", **(provenance or {})}
+    with files.replaced_folder(folder) as new:
+        save_file(tensors, new / WEIGHTS_FILE, metadata=metadata)
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder, PEFT's or ours.
+
+    Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or stands
+    without its partner, and if the adapter is of another kind than plain LoRA.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    path = folder / WEIGHTS_FILE
+    matrices: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            provenance = dict(file.metadata() or {})
+            for key in file.keys():
+                match = _KEY.fullmatch(key.replace("._orig_mod", ""))  # written after compiling
+                if match is None:
+                    raise AdapterError(
+                        f"{path}: {key} is not a LoRA matrix; expected "
+                        f"base_model.model.<path>.lora_A.weight or .lora_B.weight"
+                    )
+                matrices[f"{match[1]}.{match[2]}"] = file.get_tensor(key)
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}; is it an adapter folder?") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"cannot read {path}: {error}") from None
+    for name, matrix in matrices.items():
+        _check_matrix(path, name, matrix, matrices)
+    if not matrices:
+        raise AdapterError(f"{path} holds no matrices")
+    provenance.pop("format", None)
+    return Adapter(folder, config, matrices, provenance)
+
+
+def load_adapter(
+    model: nn.Module, adapter: Adapter | str | Path, *, dropout: float | None = None
+) -> InjectionPlan:
+    """Inject an adapter into a model without LoRA layers and fill in its matrices.
+
+    Ranks come from the matrices' shapes, scaling from the adapter's configuration. `dropout`
+    replaces the adapter's own for further training.
+
+    Raises AdapterError if a path is not a layer of the model that LoRA may adapt, or has other
+    widths.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
+    config = adapter.config
+    paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
+    ranks = {re.escape(path): len(adapter.matrices[f"{path}.lora_A"]) for path in paths}
+    try:
+        plan = inject(
+            model,
+            [f"re:{re.escape(path)}" for path in paths],
+            rank=config["r"],
+            rank_pattern=ranks,
+            alpha=config["lora_alpha"],
+            alpha_pattern=config.get("alpha_pattern") or {},
+            dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
+            rslora=bool(config.get("use_rslora")),
+        )
+    except ValueError as error:
+        raise AdapterError(
+            f"the adapter in {adapter.folder} does not fit this model "
+            f"({type(model).__name__}): {error}"
+        ) from None
+    set_matrices(model, adapter.matrices, source=str(adapter.folder))
+    return plan
+
+
+@torch.no_grad()
+def set_matrices(model: nn.Module, matrices: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy matrices, named as in `lora_parameters`, into the LoRA layers of a model, all or none.
+
+    Raises AdapterError unless names and shapes are exactly the model's.
+    """
+    parameters = lora_parameters(model)
+    complaints = [f"no LoRA matrix {name} in the model" for name in matrices.keys() - parameters]
+    complaints += [f"{name} is missing" for name in parameters.keys() - matrices.keys()]
+    complaints += [
+        f"{name} is {tuple(matrices[name].shape)}, the model's is {tuple(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in matrices and matrices[name].shape != parameter.shape
+    ]
+    if complaints:
+        shown = "\n  ".join(sorted(complaints)[:8])
+        more = f"\n  and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        raise AdapterError(f"the adapter in {source} does not fit this model:\n  {shown}{more}")
+    for name, parameter in parameters.items():
+        parameter.copy_(matrices[name])
+
+
+def _peft_config(
+    layers: Mapping[str, Any],
+    base_model: str | None,
+    hugging_face_class: str | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """PEFT's configuration; each layer's own rank and alpha as patterns where they differ."""
+    first = next(iter(layers.values()))
+    rank, alpha = first.rank, first.scaling * first.rank
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": {
+            "base_model_class": hugging_face_class,
+            "parent_library": "transformers",
+        } if hugging_face_class else None,
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        # Full paths: a short name such as "dense" would also hit the vocabulary head in PEFT.
+        "target_modules": list(layers),
+        "rank_pattern": {re.escape(p): x.rank for p, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {
+            re.escape(p): x.scaling * x.rank for p, x in layers.items()
+            if x.scaling * x.rank != alpha
+        },
+        # The scaling above is resolved already, rsLoRA's too.
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterError(
+            f"{folder} has no {CONFIG_FILE}; expected an adapter folder such as RUN/adapter"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: expected peft_type \"LORA\"")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
+            raise AdapterError(f"{path}: {name} is {config.get(name)!r}; expected a number above 0")
+    for name, plain in _UNSUPPORTED.items():
+        if name in config and config[name] not in plain:
+            raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
+    return config
+
+
+def _check_matrix(
+    path: Path, name: str, matrix: Tensor, matrices: Mapping[str, Tensor]
+) -> None:
+    other = name[:-1] + ("B" if name.endswith("A") else "A")
+    if other not in matrices:
+        raise AdapterError(f"{path}: {name} stands without {other}")
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        raise AdapterError(
+            f"{path}: {name} is {matrix.dtype} of shape {tuple(matrix.shape)}; "
+            f"expected a floating-point matrix"
+        )
+    if name.endswith("A") and matrix.shape[0] != matrices[other].shape[-1]:
+        raise AdapterError(
+            f"{path}: {name} has rank {matrix.shape[0]}, {other} {matrices[other].shape[-1]}"
+        )

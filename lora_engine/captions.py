@@ -1,0 +1,128 @@
+"""Captions as token ids: start, prompt, caption, end; tokenised once, kept flat.
+
+    <start> prompt caption <end>        BLIP: [DEC] ... [SEP]; GPT-2: <|endoftext|> at both ends
+
+Each position predicts the next one. The prompt is given, so it is no target; exactly one end
+token is a target, although GPT-2's padding is the same id (padding is told by length, not by id).
+A caption is tokenised as it stands, stripped; behind a prompt it begins with a space, as it
+would in running text.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a target that counts for nothing: F.cross_entropy's own convention
+
+_CHUNK = 10_000  # captions tokenised per call; bounds the Python lists of a large set
+
+
+@dataclass(frozen=True)
+class TokenizedCaptions:
+    """Token ids of many captions, one after the other in one array.
+
+    `lengths` (number of captions,) counts each one's tokens with start, prompt and end;
+    `num_truncated` of them were longer than allowed and end without an end token, so that the
+    model is not taught to stop in the middle of a sentence.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    num_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = self.offsets[index]
+        return self.ids[start : start + self.lengths[index]]
+
+
+class CaptionTokenizer:
+    """A checkpoint's tokenizer together with the ids that its decoder starts, ends and pads with.
+
+    `tokenizer` is a Hugging Face tokenizer. It need not know `start_id`: BLIP's does not.
+    """
+
+    def __init__(self, tokenizer, *, start_id: int, end_id: int, pad_id: int, max_positions: int):
+        self.tokenizer = tokenizer
+        self.start_id = start_id
+        self.end_id = end_id
+        self.pad_id = pad_id
+        self.max_positions = max_positions
+
+    def prompt_ids(self, prompt: str = "") -> list[int]:
+        """What generation starts from."""
+        return [self.start_id, *self._tokenize([prompt.rstrip()])[0]]
+
+    def encode(
+        self, captions: Iterable[str], *, prompt: str = "", max_caption_tokens: int = 64
+    ) -> TokenizedCaptions:
+        """Tokenise captions for training, cutting each to `max_caption_tokens` tokens.
+
+        Raises ValueError if prompt and caption together could outgrow the decoder's positions.
+        """
+        prefix = self.prompt_ids(prompt)
+        needed = len(prefix) + max_caption_tokens
+        if needed > self.max_positions:
+            raise ValueError(
+                f"prompt and caption may need {needed} positions, but the decoder has "
+                f"{self.max_positions}; choose a smaller --max_caption_tokens "
+                f"(now {max_caption_tokens}) or a shorter --prompt"
+            )
+        space = " " if prompt.strip() else ""
+        texts = [space + caption.strip() for caption in captions]
+        parts: list[np.ndarray] = []
+        lengths = np.empty(len(texts), dtype=np.int64)
+        num_truncated = 0
+        for begin in range(0, len(texts), _CHUNK):
+            chunk: list[int] = []
+            tokenized = self._tokenize(texts[begin : begin + _CHUNK])
+            for index, ids in enumerate(tokenized, start=begin):
+                too_long = len(ids) > max_caption_tokens
+                num_truncated += too_long
+                tail = ids[:max_caption_tokens] if too_long else [*ids, self.end_id]
+                chunk += prefix
+                chunk += tail
+                lengths[index] = len(prefix) + len(tail)
+            parts.append(np.array(chunk, dtype=np.int32))
+        flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if parts else lengths
+        return TokenizedCaptions(flat, lengths, offsets, num_truncated)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids (without start and prompt), up to the first end token."""
+        kept = []
+        for token in ids:
+            if token == self.end_id:
+                break
+            if token < len(self.tokenizer):
+                kept.append(token)
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+
+def collate_captions(
+    rows: Sequence[np.ndarray], *, prompt_length: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Pad token rows to the longest -> (input_ids, targets), both (B, T).
+
+    `targets[b, t]` is the token that follows `input_ids[b, t]`, or `IGNORED` where that is padding
+    or part of the prompt (`prompt_length` counts it with the start token).
+    """
+    num_tokens = max(len(row) for row in rows) - 1
+    input_ids = np.full((len(rows), num_tokens), pad_id, dtype=np.int64)
+    targets = np.full((len(rows), num_tokens), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row) - 1] = row[:-1]
+        targets[index, prompt_length - 1 : len(row) - 1] = row[prompt_length:]
+    return torch.from_numpy(input_ids), torch.from_numpy(targets)

@@ -1,0 +1,334 @@
+"""LoRA: the layer and its formula, injection into any module tree, merging, counts.
+
+    x ─┬────────────── W (frozen) ──────────────┐
+       └─ dropout ── A (R, in) ── B (out, R) ───+── out
+
+    out = W x + b + scaling * B A dropout(x)        scaling = alpha / rank
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685;
+scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732. Conventions (initial
+values, dropout on the input, matching of targets) are those of huggingface/peft, whose adapters
+load here and the other way round.
+
+A module tree may tell `inject` what it knows about itself by two attributes: `lora_groups`, names
+for regular expressions over module paths (`{"attention": ...}`), and `lora_scope`, a regular
+expression over the paths that may be adapted at all.
+
+Axes: R rank.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update (arXiv:2106.09685, section 4.1).
+
+    Takes over the weight and bias of `base` without copying them. `base` is an `nn.Linear`, weight
+    (out, in), or transformers' `Conv1D`, weight (in, out). `lora_A` (R, in) is drawn as PEFT draws
+    it and `lora_B` (out, R) is zero, so that a new layer computes what `base` computed. Both stay
+    fp32 whatever the frozen weight's dtype (fp64 with an fp64 weight).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoRA dropout is {dropout}; it must be at least 0 and below 1")
+        self.weight: nn.Parameter = base.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
+        self.weight_is_transposed = _is_conv1d(base)
+        shape = self.weight.shape[::-1] if self.weight_is_transposed else self.weight.shape
+        self.out_features, self.in_features = shape
+        self.rank = rank
+        self.dropout = dropout
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        like = {"dtype": dtype, "device": self.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        for frozen in (self.weight, self.bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        self._unmerged_weight: nn.Parameter | None = None
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        out = F.linear(x, self.weight.T if self.weight_is_transposed else self.weight, self.bias)
+        if self.merged:
+            return out
+        x = F.dropout(x, self.dropout, self.training)
+        # Only the small matrices are cast, to whatever the activations are.
+        low_rank = F.linear(x, self.lora_A.to(x.dtype))
+        return out + self.scaling * F.linear(low_rank, self.lora_B.to(low_rank.dtype))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update into the weight: W + scaling * B A, formed in fp32 and rounded once.
+
+        The old weight is kept, so that `unmerge` restores its very bits. Merging twice adds once.
+        """
+        if self.merged:
+            return
+        update = self.scaling * (self.lora_B @ self.lora_A)
+        update = update.T if self.weight_is_transposed else update
+        merged = (self.weight.to(update.dtype) + update).to(self.weight.dtype)
+        self._unmerged_weight = self.weight
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the weight from before `merge` back, bit for bit."""
+        if self._unmerged_weight is not None:
+            self.weight, self._unmerged_weight = self._unmerged_weight, None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, rank={self.rank}, "
+            f"scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
+        )
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One line of an injection plan."""
+
+    path: str
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+
+    @property
+    def num_parameters(self) -> int:
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """What `inject` did: every adapted module, and the model's parameters by kind."""
+
+    modules: tuple[AdaptedModule, ...]
+    num_trainable: int
+    num_frozen: int
+
+    @property
+    def totals(self) -> str:
+        share = 100 * self.num_trainable / (self.num_trainable + self.num_frozen)
+        return (
+            f"LoRA on {len(self.modules)} modules: {self.num_trainable:,} trainable, "
+            f"{self.num_frozen:,} frozen parameters ({share:.2f} % trainable)"
+        )
+
+    def __str__(self) -> str:
+        """A table with one line a module, and the totals."""
+        width = max(len(module.path) for module in self.modules)
+        lines = [f"{'module':<{width}}  {'in -> out':>12}  rank  scaling  parameters"]
+        lines += [_table_line(module.path, module, width) for module in self.modules]
+        return "\n".join([*lines, self.totals])
+
+    def folded(self) -> str:
+        """The same table with modules that differ only in their layer number on one line."""
+        groups: dict[tuple, list[AdaptedModule]] = {}
+        for module in self.modules:
+            name = re.sub(r"\.\d+(?=\.)", ".*", module.path)
+            shape = (module.in_features, module.out_features, module.rank, module.scaling)
+            groups.setdefault((name, *shape), []).append(module)
+        names = [f"{len(modules):>3} x {key[0]}" for key, modules in groups.items()]
+        width = max(map(len, names))
+        lines = [f"{'modules':<{width}}  {'in -> out':>12}  rank  scaling  parameters"]
+        for name, modules in zip(names, groups.values()):
+            lines.append(_table_line(name, modules[0], width, times=len(modules)))
+        return "\n".join([*lines, self.totals])
+
+
+def inject(
+    module: nn.Module,
+    targets: str | Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float = 32.0,
+    dropout: float = 0.1,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> InjectionPlan:
+    """Freeze `module` and replace its targeted linear layers, in place, by `LoRALinear`.
+
+    `targets` are matched as `select` describes. `rank_pattern` and `alpha_pattern` give single
+    layers another rank or alpha, by PEFT's rule: the key, a regular expression, matches the path
+    or what follows a dot in it. New A matrices are drawn from torch's global generator in the
+    order of the module tree. Only the new matrices require a gradient afterwards.
+
+    Raises ValueError as `select` does, before anything is changed.
+    """
+    paths = select(module, targets)
+    module.requires_grad_(False)
+    adapted = []
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        parent = module.get_submodule(parent_path)
+        layer = LoRALinear(
+            getattr(parent, name),
+            rank=_by_pattern(rank_pattern, path, default=rank),
+            alpha=_by_pattern(alpha_pattern, path, default=alpha),
+            dropout=dropout,
+            rslora=rslora,
+        )
+        setattr(parent, name, layer)
+        adapted.append(
+            AdaptedModule(path, layer.in_features, layer.out_features, layer.rank, layer.scaling)
+        )
+    return InjectionPlan(tuple(adapted), *count_parameters(module))
+
+
+def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers that `targets` name, in the order of the module tree.
+
+    A single string is one regular expression over the whole path. In a sequence, each item is a
+    group that the module declares, a regular expression after "re:", or PEFT's kind of name: equal
+    to the path, or the path ends with "." + name.
+
+    Raises ValueError for a target that matches nothing (naming near ones) or matches only what
+    may not be adapted, and for a module that is already adapted.
+    """
+    if next(lora_layers(module), None) is not None:
+        raise ValueError("this module already has LoRA layers; inject once, with all targets")
+    patterns = [f"re:{targets}"] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("no LoRA targets given; name at least one group or module")
+    scope = re.compile(getattr(module, "lora_scope", ".*"))
+    linears = [path for path, m in module.named_modules() if isinstance(m, nn.Linear) or
+               _is_conv1d(m)]
+    allowed = [path for path in linears if scope.fullmatch(path)]
+    groups: Mapping[str, str] = getattr(module, "lora_groups", {})
+    selected: set[str] = set()
+    for pattern in patterns:
+        hits = [path for path in allowed if _matches(path, pattern, groups)]
+        if not hits:
+            raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
+        selected.update(hits)
+    return [path for path in allowed if path in selected]
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Every LoRA layer with its path."""
+    for path, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            yield path, child
+
+
+def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable matrix by its name, `<path>.lora_A` before `<path>.lora_B`."""
+    matrices = {}
+    for path, layer in lora_layers(module):
+        matrices[f"{path}.lora_A"] = layer.lora_A
+        matrices[f"{path}.lora_B"] = layer.lora_B
+    return matrices
+
+
+def merge(module: nn.Module) -> None:
+    """Fold every adapter into its frozen weight: same outputs, no extra work a call."""
+    for _, layer in lora_layers(module):
+        layer.merge()
+
+
+def unmerge(module: nn.Module) -> None:
+    """Undo `merge` exactly."""
+    for _, layer in lora_layers(module):
+        layer.unmerge()
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Number of (trainable, frozen) parameters; a tied weight counts once."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in module.parameters()) - trainable
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the frozen weights of matrix products in `dtype`, once.
+
+    Autocast would cast them anew in every step: it remembers casts only of weights that require a
+    gradient. Norms and embeddings stay as they are, as under autocast; a vocabulary head tied to
+    an embedding gets its own copy, so that the embedding keeps its precision.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d, LoRALinear)) or _is_conv1d(child):
+            for name in ("weight", "bias"):
+                parameter = getattr(child, name)
+                if parameter is not None and not parameter.requires_grad:
+                    cast = parameter.detach().to(dtype)
+                    setattr(child, name, nn.Parameter(cast, requires_grad=False))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D (by its looks: this file knows only torch)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _by_pattern(patterns: Mapping | None, path: str, *, default):
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def _matches(path: str, target: str, groups: Mapping[str, str]) -> bool:
+    if target in groups:
+        return re.fullmatch(groups[target], path) is not None
+    if target.startswith("re:"):
+        try:
+            return re.fullmatch(target[3:], path) is not None
+        except re.error as error:
+            raise ValueError(
+                f"LoRA target {target!r} is not a regular expression: {error}"
+            ) from None
+    return path == target or path.endswith("." + target)
+
+
+def _nothing_matched(
+    target: str, allowed: list[str], linears: list[str], groups: Mapping[str, str]
+) -> str:
+    outside = [path for path in linears if path not in allowed and _matches(path, target, groups)]
+    if outside:
+        return (
+            f"LoRA target {target!r} matches only modules that are never adapted here (encoder, "
+            f"embeddings, vocabulary head): {', '.join(outside[:3])}"
+            f"{' ...' if len(outside) > 3 else ''}"
+        )
+    # Every tail of every path is a name that would have matched.
+    parts = [path.split(".") for path in allowed]
+    tails = {".".join(p[i:]) for p in parts for i in range(len(p)) if not p[i].isdigit()}
+    wanted = target.removeprefix("re:")
+    near = difflib.get_close_matches(wanted, sorted(tails | set(groups)), n=5, cutoff=0.5)
+    known = sorted({path.rpartition(".")[2] for path in allowed})
+    advice = f"near names: {', '.join(near)}" if near else f"linear layers: {', '.join(known)}"
+    group_names = f"; groups: {', '.join(groups)}" if groups else ""
+    return f"LoRA target {target!r} matches no linear layer; {advice}{group_names}"
+
+
+def _table_line(name: str, module: AdaptedModule, width: int, times: int = 1) -> str:
+    shape = f"{module.in_features} -> {module.out_features}"
+    return (
+        f"{name:<{width}}  {shape:>12}  {module.rank:>4}  {module.scaling:>7g}  "
+        f"{times * module.num_parameters:>10,}"
+    )

@@ -1,0 +1,230 @@
+"""BLIP's captioner (arXiv:2201.12086): a Vision Transformer and a BERT-like causal decoder.
+
+The decoder is post-norm BERT with a cross-attention in every layer. Its modules carry Hugging
+Face's names and sit at its paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so
+that weights, LoRA targets and adapters match by name; only the encoder is renamed (vit.py).
+
+Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_engine.models.activations import ACTIVATIONS
+from lora_engine.models.attention import KeyValueCache, causal_self_attention
+from lora_engine.models.cross_attention import cross_attention
+from lora_engine.models.vit import VisionTransformer, convert_names
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention with its output projection, residual and norm."""
+
+    def __init__(
+        self,
+        width: int,
+        key_width: int,
+        num_heads: int,
+        *,
+        layer: int,
+        eps: float,
+        attention_dropout: float,
+        hidden_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = num_heads
+        self.scale = (width // num_heads) ** -0.5
+        self.attention_dropout = attention_dropout
+        self.hidden_dropout = hidden_dropout
+        self.self = nn.ModuleDict({
+            "query": nn.Linear(width, width),
+            "key": nn.Linear(key_width, width),
+            "value": nn.Linear(key_width, width),
+        })
+        self.output = nn.ModuleDict({
+            "dense": nn.Linear(width, width),
+            "LayerNorm": nn.LayerNorm(width, eps=eps),
+        })
+
+    def forward(
+        self, x: Tensor, features: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:  # (N, T, D) -> (N, T, D)
+        query, key, value = self.self["query"], self.self["key"], self.self["value"]
+        settings = {
+            "layer": self.layer,
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "cache": cache,
+        }
+        if features is None:
+            context = causal_self_attention(query(x), key(x), value(x), **settings)
+        else:
+            context = cross_attention(
+                query(x), features, lambda e: (key(e), value(e)), **settings
+            )
+        out = F.dropout(self.output["dense"](context), self.hidden_dropout, self.training)
+        return self.output["LayerNorm"](x + out)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self, width: int, features_width: int, num_heads: int, mlp_width: int, *, act: str, **rest
+    ) -> None:
+        super().__init__()
+        self.hidden_dropout = rest["hidden_dropout"]
+        self.act = ACTIVATIONS[act]
+        self.attention = Attention(width, width, num_heads, **rest)
+        self.crossattention = Attention(width, features_width, num_heads, **rest)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp_width)})
+        self.output = nn.ModuleDict({
+            "dense": nn.Linear(mlp_width, width),
+            "LayerNorm": nn.LayerNorm(width, eps=rest["eps"]),
+        })
+
+    def forward(
+        self, x: Tensor, features: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
+        x = self.attention(x, None, cache)
+        x = self.crossattention(x, features, cache)
+        out = self.output["dense"](self.act(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](x + F.dropout(out, self.hidden_dropout, self.training))
+
+
+class Embeddings(nn.Module):
+    def __init__(
+        self, vocab_size: int, max_positions: int, width: int, *, eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.word_embeddings = nn.Embedding(vocab_size, width)
+        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, input_ids: Tensor, past: int) -> Tensor:  # (N, T) -> (N, T, D)
+        positions = self.position_embeddings.weight[past : past + input_ids.shape[1]]
+        x = self.LayerNorm(self.word_embeddings(input_ids) + positions)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class TextDecoder(nn.Module):
+    """Token ids and image features -> hidden states; `head` makes logits of them.
+
+    Every width and probability is the checkpoint's own; nothing has a default, because a wrong
+    number of heads loads without an error and captions nonsense.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        features_width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_width: int,
+        vocab_size: int,
+        max_positions: int,
+        eps: float,
+        act: str,
+        hidden_dropout: float,
+        attention_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.max_positions = max_positions
+        layers = [
+            DecoderLayer(
+                width,
+                features_width,
+                num_heads,
+                mlp_width,
+                act=act,
+                layer=index,
+                eps=eps,
+                attention_dropout=attention_dropout,
+                hidden_dropout=hidden_dropout,
+            )
+            for index in range(num_layers)
+        ]
+        embeddings = Embeddings(vocab_size, max_positions, width, eps=eps, dropout=hidden_dropout)
+        self.bert = nn.ModuleDict({
+            "embeddings": embeddings,
+            "encoder": nn.ModuleDict({"layer": nn.ModuleList(layers)}),
+        })
+        transform = nn.ModuleDict({
+            "dense": nn.Linear(width, width),
+            "LayerNorm": nn.LayerNorm(width, eps=eps),
+        })
+        predictions = {"transform": transform, "decoder": nn.Linear(width, vocab_size)}
+        self.cls = nn.ModuleDict({"predictions": nn.ModuleDict(predictions)})
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = self.bert["embeddings"](input_ids, past=cache.length if cache else 0)
+        for layer in self.bert["encoder"]["layer"]:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, features, use_reentrant=False)
+            else:
+                x = layer(x, features, cache)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        predictions = self.cls["predictions"]
+        transform = predictions["transform"]
+        return predictions["decoder"](
+            transform["LayerNorm"](self.act(transform["dense"](hidden)))
+        )
+
+
+class BlipCaptioner(nn.Module):
+    """BLIP for captioning, in the form that `lora_engine.models` describes."""
+
+    lora_groups = {
+        "attention": r".*\.(self\.(query|key|value)|(attention|crossattention)\.output\.dense)",
+        "feed_forward": r".*\.layer\.\d+\.(intermediate|output)\.dense",
+    }
+    lora_scope = r"text_decoder\.bert\.encoder\.layer\..*"
+    # (head, embedding) where a checkpoint ties them
+    tied_head = (
+        "text_decoder.cls.predictions.decoder.weight",
+        "text_decoder.bert.embeddings.word_embeddings.weight",
+    )
+
+    def __init__(self, vision_model: VisionTransformer, text_decoder: TextDecoder) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+        self.text_decoder = text_decoder
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        return self.vision_model
+
+    @property
+    def decoder(self) -> TextDecoder:
+        return self.text_decoder
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        return self.vision_model(pixel_values)
+
+    def decode(
+        self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        return self.text_decoder(input_ids, features, cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.text_decoder.head(hidden)
+
+
+def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published checkpoint's tensors under the names of `BlipCaptioner`."""
+    prefix = "vision_model."
+    state = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    vision = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    state |= {prefix + k: v for k, v in convert_names(vision, "blip").items()}
+    state.pop("text_decoder.bert.embeddings.position_ids", None)  # an old buffer, 0, 1, 2, ...
+    # Stored once or twice: the head's bias is one tensor under two names.
+    bias = state.pop("text_decoder.cls.predictions.bias", None)
+    if bias is not None:
+        state.setdefault("text_decoder.cls.predictions.decoder.bias", bias)
+    return state

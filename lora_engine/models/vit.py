@@ -1,0 +1,134 @@
+"""The frozen image encoder: a pre-norm Vision Transformer (arXiv:2010.11929), also DeiT's.
+
+One body serves BLIP's encoder and transformers' ViT and DeiT; `RENAMES` tells each name there in
+the names here. Query, key and value are one linear layer, as in BLIP: one product instead of
+three. Nothing here is trained, and neither published encoder has dropout.
+
+Axes: B batch, P image tokens (class token, DeiT's distillation token, patches), D width, H heads,
+K head width.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lora_engine.models.activations import ACTIVATIONS
+
+# Regular expressions over Hugging Face's names below the encoder, and the names here.
+RENAMES = {
+    "blip": [
+        (r"embeddings\.class_embedding", "class_token"),
+        (r"embeddings\.patch_embedding\.", "patch_embedding."),
+        (r"embeddings\.position_embedding", "position_embedding"),
+        (r"encoder\.layers\.(\d+)\.layer_norm([12])\.", r"layers.\1.norm\2."),
+        (r"encoder\.layers\.(\d+)\.self_attn\.(qkv|projection)\.", r"layers.\1.\2."),
+        (r"encoder\.layers\.(\d+)\.mlp\.(fc[12])\.", r"layers.\1.\2."),
+        (r"post_layernorm\.", "norm."),
+    ],
+    "vit": [
+        (r"embeddings\.(cls_token|distillation_token)", r"\1"),
+        (r"embeddings\.patch_embeddings\.projection\.", "patch_embedding."),
+        (r"embeddings\.position_embeddings", "position_embedding"),
+        (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"layers.\1.norm1."),
+        (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"layers.\1.norm2."),
+        (r"encoder\.layer\.(\d+)\.attention\.attention\.(\w+)\.", r"layers.\1.\2."),
+        (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"layers.\1.projection."),
+        (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.fc1."),
+        (r"encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.fc2."),
+        (r"layernorm\.", "norm."),
+    ],
+}
+
+
+class EncoderLayer(nn.Module):
+    def __init__(
+        self, width: int, num_heads: int, mlp_width: int, *, eps: float, act: str, qkv_bias: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.act = ACTIVATIONS[act]
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.projection = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, P, D) -> (B, P, D)
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "b p (three h k) -> three b h p k", three=3, h=self.num_heads
+        )
+        context = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.projection(rearrange(context, "b h p k -> b p (h k)"))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Pixels (B, 3, height, width) -> features (B, P, D), the normed last layer.
+
+    P is the number of patches + `num_class_tokens` (1; DeiT has 2).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_width: int,
+        image_size: tuple[int, int],
+        patch_size: int,
+        eps: float,
+        act: str = "gelu",
+        qkv_bias: bool = True,
+        num_class_tokens: int = 1,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        self.num_tokens = num_patches + num_class_tokens
+        self.width = width
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, num_class_tokens, width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, self.num_tokens, width))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, num_heads, mlp_width, eps=eps, act=act, qkv_bias=qkv_bias)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = rearrange(self.patch_embedding(pixel_values), "b d y x -> b (y x) d")
+        class_token = self.class_token.expand(len(patches), -1, -1).to(patches.dtype)
+        x = torch.cat([class_token, patches], dim=1) + self.position_embedding
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+def convert_names(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Hugging Face's tensors of an encoder (`layout` "blip" or "vit") in the names used here.
+
+    Where query, key and value are apart they become one; so do DeiT's two class tokens. A name
+    that `RENAMES` does not know is kept as it is.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in RENAMES[layout]:
+            name, times = re.subn(f"^{pattern}", replacement, name)
+            if times:
+                break
+        renamed[name] = tensor
+    if layout == "vit":
+        for query in [name for name in renamed if re.search(r"^layers\.\d+\.query\.", name)]:
+            names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            if all(name in renamed for name in names):
+                fused = torch.cat([renamed.pop(name) for name in names])
+                renamed[query.replace(".query.", ".qkv.")] = fused
+        tokens = [renamed.pop(n) for n in ("cls_token", "distillation_token") if n in renamed]
+        if tokens:
+            renamed["class_token"] = torch.cat(tokens, dim=1)
+    return renamed

@@ -1,0 +1,223 @@
+"""ViT + GPT-2: transformers' VisionEncoderDecoderModel of a ViT or DeiT and a GPT-2.
+
+The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules carry Hugging
+Face's names and sit at its paths (`decoder.transformer.h.0.attn.c_attn`), so that weights, LoRA
+targets and adapters match by name. GPT-2's Conv1D weights (in, out) are transposed at the door
+into `nn.Linear`'s (out, in); the fused `c_attn` stays one linear layer.
+
+Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
+"""
+
+import re
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_engine.models.activations import ACTIVATIONS
+from lora_engine.models.attention import KeyValueCache, causal_self_attention
+from lora_engine.models.cross_attention import cross_attention
+from lora_engine.models.vit import VisionTransformer, convert_names
+
+
+class Attention(nn.Module):
+    """Self-attention (`c_attn` makes q, k, v) or cross-attention (`q_attn`; `c_attn` makes k, v).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        layer: int,
+        is_cross: bool,
+        scale: float,
+        attention_dropout: float,
+        residual_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = num_heads
+        self.scale = scale
+        self.attention_dropout = attention_dropout
+        self.residual_dropout = residual_dropout
+        self.c_attn = nn.Linear(width, (2 if is_cross else 3) * width)
+        if is_cross:
+            self.q_attn = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, features: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:  # (N, T, D) -> (N, T, D)
+        settings = {
+            "layer": self.layer,
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "cache": cache,
+        }
+        if features is None:
+            query, key, value = self.c_attn(x).chunk(3, dim=-1)
+            context = causal_self_attention(query, key, value, **settings)
+        else:
+            context = cross_attention(
+                self.q_attn(x), features, lambda e: self.c_attn(e).chunk(2, dim=-1), **settings
+            )
+        return F.dropout(self.c_proj(context), self.residual_dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        *,
+        act: str,
+        eps: float,
+        **rest,
+    ) -> None:
+        super().__init__()
+        self.residual_dropout = rest["residual_dropout"]
+        self.act = ACTIVATIONS[act]
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads, is_cross=False, **rest)
+        self.ln_cross_attn = nn.LayerNorm(width, eps=eps)
+        self.crossattention = Attention(width, num_heads, is_cross=True, **rest)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = nn.ModuleDict({
+            "c_fc": nn.Linear(width, mlp_width),
+            "c_proj": nn.Linear(mlp_width, width),
+        })
+
+    def forward(
+        self, x: Tensor, features: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
+        x = x + self.attn(self.ln_1(x), None, cache)
+        x = x + self.crossattention(self.ln_cross_attn(x), features, cache)
+        out = self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        return x + F.dropout(out, self.residual_dropout, self.training)
+
+
+class GPT2Decoder(nn.Module):
+    """Token ids and image features -> hidden states; `head` makes logits of them.
+
+    `scale_by_width` and `scale_by_layer` are GPT-2's two ways to scale attention scores: by
+    1 / sqrt(head width), and by 1 / (layer number + 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_width: int,
+        vocab_size: int,
+        max_positions: int,
+        eps: float,
+        act: str,
+        embedding_dropout: float,
+        attention_dropout: float,
+        residual_dropout: float,
+        scale_by_width: bool,
+        scale_by_layer: bool,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.max_positions = max_positions
+        self.embedding_dropout = embedding_dropout
+        scale = (width // num_heads) ** -0.5 if scale_by_width else 1.0
+        blocks = [
+            Block(
+                width,
+                num_heads,
+                mlp_width,
+                act=act,
+                eps=eps,
+                layer=index,
+                scale=scale / (index + 1) if scale_by_layer else scale,
+                attention_dropout=attention_dropout,
+                residual_dropout=residual_dropout,
+            )
+            for index in range(num_layers)
+        ]
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(vocab_size, width),
+            "wpe": nn.Embedding(max_positions, width),
+            "h": nn.ModuleList(blocks),
+            "ln_f": nn.LayerNorm(width, eps=eps),
+        })
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
+        past = cache.length if cache else 0
+        positions = self.transformer["wpe"].weight[past : past + input_ids.shape[1]]
+        x = self.transformer["wte"](input_ids) + positions
+        x = F.dropout(x, self.embedding_dropout, self.training)
+        for block in self.transformer["h"]:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, features, use_reentrant=False)
+            else:
+                x = block(x, features, cache)
+        return self.transformer["ln_f"](x)
+
+    def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return self.lm_head(hidden)
+
+
+class ViTGPT2Captioner(nn.Module):
+    """ViT + GPT-2 for captioning, in the form that `lora_engine.models` describes.
+
+    `enc_to_dec_proj` stands between encoder and decoder of unequal widths; it is frozen and
+    counts as the encoder's.
+    """
+
+    lora_groups = {
+        "attention": r".*\.(attn|crossattention)\.(c_attn|q_attn|c_proj)",
+        "feed_forward": r".*\.mlp\.(c_fc|c_proj)",
+    }
+    lora_scope = r"decoder\.transformer\.h\..*"
+    fan_in_fan_out = True  # how PEFT calls Conv1D's orientation, which these have elsewhere
+    tied_head = ("decoder.lm_head.weight", "decoder.transformer.wte.weight")
+
+    def __init__(self, encoder: VisionTransformer, decoder: GPT2Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        width = decoder.transformer["wte"].embedding_dim
+        self.enc_to_dec_proj = (
+            nn.Linear(encoder.width, width) if encoder.width != width else None
+        )
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        features = self.encoder(pixel_values)
+        return features if self.enc_to_dec_proj is None else self.enc_to_dec_proj(features)
+
+    def decode(
+        self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        return self.decoder(input_ids, features, cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.decoder.head(hidden)
+
+
+def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published checkpoint's tensors under the names of `ViTGPT2Captioner`.
+
+    Left out on purpose: the ViT's pooler, which captioning never uses, and the causal masks that
+    old GPT-2 checkpoints carry as buffers.
+    """
+    prefix = "encoder."
+    vision = {
+        k.removeprefix(prefix): v for k, v in tensors.items()
+        if k.startswith(prefix) and not k.startswith(prefix + "pooler.")
+    }
+    state = {prefix + k: v for k, v in convert_names(vision, "vit").items()}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix) or re.search(r"\.(attn|crossattention)\.(masked_)?bias$", name):
+            continue
+        is_conv1d = re.search(r"\.h\.\d+\..*(c_attn|q_attn|c_proj|c_fc)\.weight$", name)
+        state[name] = tensor.T.contiguous() if is_conv1d else tensor
+    return state
