@@ -37,6 +37,8 @@ class LoRALinear(nn.Module):
     fp32 whatever the frozen weight's dtype (fp64 with an fp64 weight).
     """
 
+    _unmerged_weight: Tensor | None
+
     def __init__(
         self,
         base: nn.Module,
@@ -47,10 +49,7 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"LoRA dropout is {dropout}; it must be at least 0 and below 1")
+        _check_settings(rank, dropout)
         self.weight: nn.Parameter = base.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.weight_is_transposed = _is_conv1d(base)
@@ -67,7 +66,8 @@ class LoRALinear(nn.Module):
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
-        self._unmerged_weight: nn.Parameter | None = None
+        # A buffer follows the layer to its device, but is no parameter and in no state dict.
+        self.register_buffer("_unmerged_weight", None, persistent=False)
 
     @property
     def merged(self) -> bool:
@@ -93,13 +93,14 @@ class LoRALinear(nn.Module):
         update = self.scaling * (self.lora_B @ self.lora_A)
         update = update.T if self.weight_is_transposed else update
         merged = (self.weight.to(update.dtype) + update).to(self.weight.dtype)
-        self._unmerged_weight = self.weight
+        self._unmerged_weight = self.weight.detach()
         self.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the weight from before `merge` back, bit for bit."""
         if self._unmerged_weight is not None:
-            self.weight, self._unmerged_weight = self._unmerged_weight, None
+            self.weight = nn.Parameter(self._unmerged_weight, requires_grad=False)
+            self._unmerged_weight = None
 
     def extra_repr(self) -> str:
         return (
@@ -179,9 +180,13 @@ def inject(
     or what follows a dot in it. New A matrices are drawn from torch's global generator in the
     order of the module tree. Only the new matrices require a gradient afterwards.
 
-    Raises ValueError as `select` does, before anything is changed.
+    Raises ValueError as `select` does, and for a rank below 1 or a dropout outside [0, 1), before
+    anything is changed.
     """
     paths = select(module, targets)
+    ranks = {path: _by_pattern(rank_pattern, path, default=rank) for path in paths}
+    for layer_rank in ranks.values():
+        _check_settings(layer_rank, dropout)
     module.requires_grad_(False)
     adapted = []
     for path in paths:
@@ -189,7 +194,7 @@ def inject(
         parent = module.get_submodule(parent_path)
         layer = LoRALinear(
             getattr(parent, name),
-            rank=_by_pattern(rank_pattern, path, default=rank),
+            rank=ranks[path],
             alpha=_by_pattern(alpha_pattern, path, default=alpha),
             dropout=dropout,
             rslora=rslora,
@@ -278,6 +283,13 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
                 if parameter is not None and not parameter.requires_grad:
                     cast = parameter.detach().to(dtype)
                     setattr(child, name, nn.Parameter(cast, requires_grad=False))
+
+
+def _check_settings(rank: int, dropout: float) -> None:
+    if rank < 1:
+        raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"LoRA dropout is {dropout}; it must be at least 0 and below 1")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

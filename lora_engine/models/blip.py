@@ -160,9 +160,13 @@ class TextDecoder(nn.Module):
         self.cls = nn.ModuleDict({"predictions": nn.ModuleDict(predictions)})
         self.act = ACTIVATIONS[act]
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.bert["encoder"]["layer"]
+
     def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
         x = self.bert["embeddings"](input_ids, past=cache.length if cache else 0)
-        for layer in self.bert["encoder"]["layer"]:
+        for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, features, use_reentrant=False)
             else:

@@ -150,12 +150,16 @@ class GPT2Decoder(nn.Module):
         })
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.transformer["h"]
+
     def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
         past = cache.length if cache else 0
         positions = self.transformer["wpe"].weight[past : past + input_ids.shape[1]]
         x = self.transformer["wte"](input_ids) + positions
         x = F.dropout(x, self.embedding_dropout, self.training)
-        for block in self.transformer["h"]:
+        for block in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, features, use_reentrant=False)
             else:

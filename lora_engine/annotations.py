@@ -1,0 +1,211 @@
+"""Annotation files -> rows, with file:line in every complaint.
+
+The format is a JSON list of {"text": caption, "image": path}; paths are absolute or relative to
+the annotation file. Other keys are passed over.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+EXPECTED_ROW = '{"text": "a caption", "image": "path/of/its/image.jpg"}'
+MAX_ROWS_SHOWN = 5
+MAX_KEYS_SHOWN = 8
+DECODER = json.JSONDecoder()
+WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class AnnotationError(ValueError):
+    """An annotation file that cannot be used; the message starts with path: or path:line:."""
+
+
+class Row(NamedTuple):
+    """One caption and its image; a picture with five captions is five rows."""
+
+    text: str
+    image: str
+
+
+def read_annotations(path: str | Path) -> list[Row]:
+    """Read all rows in the file's order: stripped captions, absolute image paths.
+
+    Images are not opened. Raises AnnotationError if the file cannot be read, is not a JSON list,
+    or is empty, and for rows that cannot be used: the first MAX_ROWS_SHOWN of them by line, with
+    the number of all.
+    """
+    document = _read_text(path)
+    folder = os.path.realpath(os.path.dirname(path))
+    rows: list[Row] = []
+    images: dict[str, str] = {}  # the captions of an image share one string
+    shown: list[str] = []
+    num_bad = 0
+    for offset, value in _items(document, path):
+        complaint = _complaint(value)
+        if complaint is None:
+            image = os.path.normpath(os.path.join(folder, value["image"]))
+            rows.append(Row(value["text"].strip(), images.setdefault(image, image)))
+            continue
+        num_bad += 1
+        if num_bad <= MAX_ROWS_SHOWN:
+            number = len(rows) + num_bad
+            shown.append(f"{path}:{_line(document, offset)}: row {number}: {complaint}")
+    if num_bad:
+        raise AnnotationError(_bad_rows_message(path, shown, num_bad, len(rows) + num_bad))
+    if not rows:
+        raise AnnotationError(f"{path}: an empty list, expected at least one {EXPECTED_ROW}")
+    return rows
+
+
+def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into (training, validation) by image, so that no image is on both sides.
+
+    About `fraction` of the images, drawn from their sorted names by `seed` alone, and at least
+    one, are held out; rows keep their order. Raises ValueError for a fraction outside (0, 1) and
+    for fewer than two images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"--val_fraction is {fraction}, expected a number between 0 and 1")
+    images = sorted({row.image for row in rows})
+    if len(images) < 2:
+        raise ValueError(
+            f"cannot hold out validation images: the rows name {len(images)} image(s), expected "
+            "at least 2; add images, or pass a validation file with --val_data_path"
+        )
+    count = min(max(round(fraction * len(images)), 1), len(images) - 1)
+    held_out = set(random.Random(seed).sample(images, count))
+    train = [row for row in rows if row.image not in held_out]
+    validation = [row for row in rows if row.image in held_out]
+    return train, validation
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise AnnotationError(f"{path}: no such file, expected a JSON list of rows") from None
+    except IsADirectoryError:
+        raise AnnotationError(f"{path}: is a folder, give the JSON file in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise AnnotationError(f"{path}: cannot be read: {error}") from None
+    try:
+        return data.decode("utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise AnnotationError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
+        ) from None
+
+
+def _items(document: str, path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(offset, value) of each item of the list.
+
+    One at a time: a million rows as dicts would take more memory than the file and the rows.
+    """
+    position = _skip_whitespace(document, 0)
+    if not document.startswith("[", position):
+        raise AnnotationError(_not_a_list_message(document, path))
+    position = _skip_whitespace(document, position + 1)
+    is_open = not document.startswith("]", position)
+    while is_open:
+        value, end = _decode(document, position, path)
+        yield position, value
+        position = _skip_whitespace(document, end)
+        is_open = document.startswith(",", position)
+        if is_open:
+            position = _skip_whitespace(document, position + 1)
+        elif not document.startswith("]", position):
+            raise _not_json(json.JSONDecodeError("Expecting ',' or ']'", document, position), path)
+    position = _skip_whitespace(document, position + 1)
+    if position != len(document):
+        raise _not_json(json.JSONDecodeError("Extra data after the list", document, position), path)
+
+
+def _decode(document: str, position: int, path: str | Path) -> tuple[Any, int]:
+    """The JSON value at a position, and where it ends."""
+    try:
+        return DECODER.raw_decode(document, position)
+    except json.JSONDecodeError as error:
+        raise _not_json(error, path) from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5000 digits
+        line = _line(document, position)
+        raise AnnotationError(f"{path}:{line}: JSON that cannot be read: {error}") from None
+
+
+def _skip_whitespace(document: str, position: int) -> int:
+    match = WHITESPACE.match(document, position)
+    assert match is not None  # it also matches nothing at all
+    return match.end()
+
+
+def _line(document: str, offset: int) -> int:
+    return document.count("\n", 0, offset) + 1
+
+
+def _complaint(value: Any) -> str | None:
+    """What is wrong with a row, what was expected and what to do; None if nothing is."""
+    if not isinstance(value, dict):
+        return f"found {_describe(value)}, expected an object like {EXPECTED_ROW}"
+    for key in Row._fields:
+        if key not in value:
+            return f'no "{key}" among its keys ({_keys(value)}): add it, or rename what holds it'
+        content = value[key]
+        if not isinstance(content, str):
+            return f'"{key}" is {_describe(content)}, expected a string: one row for each caption'
+        if not content.strip():
+            return f'"{key}" is empty: fill it in or remove the row'
+    if "://" in value["image"]:
+        return '"image" is a web address: download the image and give the path of the file'
+    if not value["text"].isascii() and SURROGATE.search(value["text"]):
+        return '"text" holds half of a UTF-16 pair (\\ud800 to \\udfff alone): mend the caption'
+    return None
+
+
+def _describe(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return ", ".join(map(json.dumps, list(value)[:MAX_KEYS_SHOWN])) or "none"
+
+
+def _bad_rows_message(path: str | Path, shown: list[str], num_bad: int, num_rows: int) -> str:
+    if num_bad == 1:
+        return shown[0]
+    first = f"; the first {len(shown)}" if num_bad > len(shown) else ""
+    summary = f"{path}: {num_bad:,} of {num_rows:,} rows cannot be used{first}:"
+    return "\n  ".join([summary, *shown])
+
+
+def _not_json(error: json.JSONDecodeError, path: str | Path) -> AnnotationError:
+    return AnnotationError(
+        f"{path}:{error.lineno}: not JSON (column {error.colno}): {error.msg}; expected a list "
+        f"of {EXPECTED_ROW}"
+    )
+
+
+def _not_a_list_message(document: str, path: str | Path) -> str:
+    """Why a document that does not begin with "[" is refused; raises if it is not JSON either."""
+    start = _skip_whitespace(document, 0)
+    if start == len(document):
+        return f"{path}: the file is empty, expected a JSON list of {EXPECTED_ROW}"
+    value, end = _decode(document, start, path)
+    if not isinstance(value, dict):
+        return f"{path}: found {_describe(value)}, expected a JSON list of {EXPECTED_ROW}"
+    if document.startswith("{", _skip_whitespace(document, end)):
+        return (
+            f"{path}: one object after another (JSON Lines), expected one JSON list: put [ before "
+            "the first and ] after the last, and commas between them"
+        )
+    if {"images", "annotations"} <= value.keys():
+        return (
+            f"{path}: this looks like COCO's format, expected a JSON list: write one row "
+            f'{EXPECTED_ROW} for each of "annotations", with its "caption" as the text and the '
+            '"file_name" of its image'
+        )
+    return f"{path}: an object with the keys {_keys(value)}, expected a JSON list of {EXPECTED_ROW}"

@@ -1,0 +1,100 @@
+"""Command lines: flags from a dataclass, and people's mistakes as messages, not tracebacks."""
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from lora_engine.config import TrainingConfig
+from lora_engine.run_folder import RunFolder
+from lora_engine.journal import TrainingStopped
+
+USAGE_ERROR = 2
+STOPPED = 3
+INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+
+T = TypeVar("T")
+
+
+def run(main: Callable[[list[str]], int]) -> int:
+    """Call `main` with the command line -> exit status; the messages go to stderr."""
+    try:
+        return main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except TrainingStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:
+    """Fill a dataclass from flags, which may be spelled with underscores or hyphens.
+
+    Raises ValueError for a flag that does not exist, naming near ones. Other mistakes and --help
+    end the program, as tyro words them.
+    """
+    known = [f"--{name}" for name in settings.__dataclass_fields__]  # type: ignore[attr-defined]
+    for arg in args:
+        flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        is_known = flag in known or flag.replace("--no_", "--", 1) in known
+        if re.match(r"--[a-zA-Z]", arg) and not is_known and flag != "--help":
+            near = difflib.get_close_matches(flag, known, n=3)
+            advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
+            raise ValueError(f"there is no flag {arg.split('=')[0]}; {advice}")
+    return tyro.cli(settings, args=args, prog=prog, description=description, **more)
+
+
+def run_recipe(
+    args: Sequence[str], *, name: str, description: str, published: TrainingConfig,
+    demo: TrainingConfig,
+) -> int:
+    """Train as a recipe says and the flags change it; without data paths, the embedded demo."""
+    def parse_onto(defaults: TrainingConfig) -> TrainingConfig:
+        return parse(
+            TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
+            default=defaults,
+        )
+
+    config = parse_onto(published)
+    is_demo = config.train_data_path is None
+    if is_demo:
+        if config.val_data_path is not None:
+            raise ValueError("--val_data_path needs a --train_data_path beside it")
+        config = parse_onto(demo)
+    if config.print_config:
+        print(json.dumps(config.as_dict(), indent=2))
+        return 0
+    config.check()
+    if is_demo:
+        RunFolder.check_free(config.output_path)
+        config = _with_scenes(config)
+    from lora_engine.training import train
+
+    train(config)
+    return 0
+
+
+def _with_scenes(config: TrainingConfig) -> TrainingConfig:
+    """The demo's data: drawn once into a folder, then read like anybody's."""
+    from lora_engine.demo.scenes import write_scenes
+
+    train_path, val_path = write_scenes(
+        Path("runs") / "demo_scenes", num_train=2000, num_val=200, seed=0
+    )
+    print(
+        f"no --train_data_path: running the demo on scenes drawn into {train_path.parent}\n"
+        f"demo settings: --epochs {config.epochs} --batch_size {config.batch_size} "
+        f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)",
+        file=sys.stderr,
+    )
+    return replace(config, train_data_path=str(train_path), val_data_path=str(val_path))

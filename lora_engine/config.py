@@ -1,0 +1,113 @@
+"""The settings of a run: every flag of a recipe, its meaning, and what values it takes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What is trained on what, and how. The docstrings below are the recipes' --help."""
+
+    model: str
+    """Captioner to adapt: a Hugging Face Hub name or a folder in Hugging Face's format."""
+    family: Annotated[Literal["blip", "vision-encoder-decoder"], tyro.conf.Suppress]
+    """Kind of captioner that --model must be (its config.json's model_type)."""
+    revision: str | None = None
+    """Revision of a Hub name."""
+    train_data_path: str | None = None
+    """Training annotations: a JSON list of {"text": ..., "image": ...}; image paths absolute or
+    relative to this file. Without it the embedded demo runs."""
+    val_data_path: str | None = None
+    """Validation annotations; without them a part of the training images is held out."""
+    output_path: str | None = None
+    """Folder of the run; must not hold one already. Default: a new numbered folder in runs/."""
+    epochs: int = 100
+    """Times that every caption is seen."""
+    batch_size: int = 32
+    """Captions a micro-step."""
+    lr: float = 1e-5
+    """Peak learning rate. LoRA usually wants more than full fine-tuning: try 1e-4 to 5e-4."""
+    seed: int = 42
+    """Seed of the adapter's first values, the order of the data, and dropout."""
+    max_steps: int | None = None
+    """Stop, and end the learning rate's decay, after so many optimizer steps at the latest."""
+    grad_accum_steps: int = 1
+    """Micro-steps an optimizer step; exact for captions of any lengths."""
+    lora_rank: int = 8
+    """Rank of every adapter."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.1
+    """Dropout on the adapters' inputs."""
+    lora_targets: tuple[str, ...] = ("attention", "feed_forward")
+    """Linear layers to adapt: the groups attention and feed_forward, module names as PEFT matches
+    them, or re:REGEX over whole module paths."""
+    init_adapter: str | None = None
+    """Start from this adapter folder (its ranks and targets replace --lora_*)."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay on the adapters."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises to --lr."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability that is spread over the vocabulary."""
+    prompt: str = ""
+    """Words that every caption continues, such as "a picture of"; stored with the adapter."""
+    max_caption_tokens: int = 64
+    """Longer captions are cut."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Format of matrix products; adapters stay fp32. auto: bf16 (else fp16) on CUDA, else fp32."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass: less memory, more time."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
+    num_workers: int | None = None
+    """Processes that load images; 0 loads in the training process. Default: by the processors."""
+    val_fraction: float = 0.05
+    """Part of the training images held out where no --val_data_path is given."""
+    eval_every: int | None = None
+    """Validate every so many optimizer steps; default: after every epoch."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    num_samples: int = 8
+    """Validation images that are captioned at the start and at each validation."""
+    max_bad_share: float = 0.05
+    """A larger share of rows with unusable images stops the run."""
+    print_config: bool = False
+    """Print all settings as JSON and exit."""
+
+    def check(self) -> None:
+        """Raises ValueError that names the flag of the first value out of range."""
+        at_least = {
+            "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "lora_rank": 1, "log_every": 1,
+            "max_steps": 1, "eval_every": 1, "max_caption_tokens": 1, "seed": 0, "weight_decay": 0,
+            "warmup_steps": 0, "max_grad_norm": 0, "num_samples": 0, "num_workers": 0,
+        }
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < float("inf"):
+                raise ValueError(f"--{name} is {value}; it must be {lowest} or more")
+        for name in ("lr", "lora_alpha"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("lora_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+                )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share is {self.max_bad_share}; it must be from 0 to 1")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
+
+    def as_dict(self) -> dict:
+        """Plain values for config.json, without what only concerns the command line."""
+        values = dataclasses.asdict(self)
+        del values["print_config"]
+        return values

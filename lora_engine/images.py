@@ -1,0 +1,258 @@
+"""A file or bytes -> one RGB image -> pixels, guarded.
+
+Axes: B batch, H height, W width. Pixels travel as uint8 (3, H, W), a quarter of their size as
+floats, and are normalised in batches on the device.
+"""
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# 134 million pixels: above the 108 of the largest common cameras, below the 179 at which Pillow
+# refuses by itself. One such image takes 0.5 GB while it is decoded.
+MAX_PIXELS = 2**27
+
+# Left out on purpose: EPS (Pillow would start Ghostscript), containers whose parts need not have
+# the size in the header (ICO, ICNS), and formats without a signature to know them by (TGA).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm".split()
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used: `path` says which ("<bytes>" without a file), `reason` why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        # Both go to `args`, from which pickle builds the error again in another process.
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """What a checkpoint's preprocessor does to an image, in this order.
+
+    resize: (height, width) to squash to, or the length of the shortest edge (keeps the shape).
+    resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
+    crop: (height, width) cut from the middle, padded with black where the image is smaller.
+    rescale_factor, mean, std: the float pixels are (x * rescale_factor - mean) / std.
+
+    Raises ValueError for sizes that are not positive, an unknown filter, a std of zero, and a
+    shortest edge without a crop, with which images would differ in size.
+    """
+
+    resize: tuple[int, int] | int
+    resample: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: tuple[int, int] | None = None
+    rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resize, int) and self.crop is None:
+            raise ValueError(
+                f"resize={self.resize} fixes the shortest edge only, so images would differ in "
+                "size: give resize=(height, width), or a crop"
+            )
+        if np.min(self.resize) < 1 or min(self.size) < 1:
+            raise ValueError(f"resize={self.resize}, crop={self.crop}: sizes must be positive")
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"resample={self.resample} is not a Pillow filter (0 to 5)")
+        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}: expected three numbers each, and no std of 0"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every image that leaves `to_pixels`."""
+        if self.crop is not None:
+            return self.crop
+        assert not isinstance(self.resize, int)
+        return self.resize
+
+
+def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the (first) image of a file, or of a file's bytes, as RGB, as a person would see it.
+
+    The format is known by content, never by the name; EXIF orientation is applied, transparency
+    laid on white, 16-bit grey brought to 8 bits by its high byte (as Pillow does with colours).
+
+    Pillow's warnings are held back through the process-wide filters (`warnings.catch_warnings`):
+    call this from one thread of a process at a time if other threads rely on theirs.
+
+    Raises ImageError if the source is missing, unreadable, empty, damaged, in no known format, or
+    larger than max_pixels (height * width), which is checked before anything is decoded. Above
+    2**27 Pillow's own limit, Image.MAX_IMAGE_PIXELS, also applies.
+    """
+    path = "<bytes>" if isinstance(source, bytes) else str(source)
+    with _open_stream(source, path) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(stream, formats=FORMATS)
+            _check_size(image, path, max_pixels)
+            image.load()
+            _apply_orientation(image)
+            return _to_rgb(image, path)
+        except ImageError:
+            raise
+        except UnidentifiedImageError:
+            known = ", ".join(FORMATS)
+            raise ImageError(path, f"not an image in a known format ({known})") from None
+        except Image.DecompressionBombError as error:
+            raise ImageError(path, f"too large: {error}") from None
+        except Exception as error:  # Pillow's decoders raise some fifteen types on damaged files
+            detail = str(error) or type(error).__name__
+            raise ImageError(path, f"damaged or truncated: {detail}") from error
+
+
+def _open_stream(source: str | Path | bytes, path: str) -> BinaryIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError(path, "no bytes at all")
+        return io.BytesIO(source)
+    try:
+        status = os.stat(source)
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(path, "is a folder, expected an image file")
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+            raise ImageError(path, "is not a regular file")
+        if status.st_size == 0:
+            raise ImageError(path, "the file is empty")
+        return open(source, "rb")
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read: {error.strerror}") from None
+    except ImageError:
+        raise
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise ImageError(path, f"not a possible file name: {error}") from None
+
+
+def _check_size(image: Image.Image, path: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            path,
+            f"too large: {width} x {height} is {width * height:,} pixels, the limit is "
+            f"{max_pixels:,}; make the image smaller",
+        )
+
+
+def _apply_orientation(image: Image.Image) -> None:
+    """Turn the pixels as EXIF says, in place; unreadable EXIF leaves them as they are stored."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged metadata beside good pixels, again of some fifteen types
+        pass
+
+
+def _to_rgb(image: Image.Image, path: str) -> Image.Image:
+    # Pillow's convert() clips wide pixels at 255, so they are brought to 8 bits here.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        levels = np.asarray(image)
+        grey = (levels >> 8).astype(np.uint8)
+        grey[levels == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            path,
+            f"32-bit pixels (mode {image.mode}) do not say which value is white: "
+            "save the image with 8 or 16 bits a channel",
+        )
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, settings: PixelSettings) -> np.ndarray:
+    """Resize and crop an RGB image exactly as transformers' Pillow processors do.
+
+    Returns uint8 (3, H, W) with (H, W) = settings.size. Raises ImageError for a strip so long that
+    scaling its shortest edge would blow it up beyond MAX_PIXELS.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"got an image of mode {image.mode}, expected RGB: use open_image()")
+    height, width = _resized(image, settings.resize)
+    if height * width > MAX_PIXELS:
+        raise ImageError(
+            "<image>",
+            f"too long and thin: {image.width} x {image.height} would become {width} x {height}",
+        )
+    image = image.resize((width, height), resample=Image.Resampling(settings.resample))
+    if settings.crop is not None:
+        crop_height, crop_width = settings.crop
+        # Floor division, also below zero: transformers pads the odd pixel before the image.
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+        image = image.crop((left, top, left + crop_width, top + crop_height))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+
+
+def _resized(image: Image.Image, resize: tuple[int, int] | int) -> tuple[int, int]:
+    """(height, width) after resizing; the long edge is cut down to whole pixels."""
+    if not isinstance(resize, int):
+        return resize
+    if image.width <= image.height:
+        return int(resize * image.height / image.width), resize
+    return resize, int(resize * image.width / image.height)
+
+
+def normalize(pixels: torch.Tensor, settings: PixelSettings) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) on the same device."""
+    values = pixels.to(torch.float32).mul_(settings.rescale_factor)
+    # Channel by channel with plain numbers: a tensor of means would be copied to the GPU at each
+    # call, which waits for all work queued there.
+    for channel, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
+        values[:, channel].sub_(mean).div_(std)
+    return values
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Expand folders, recursively and sorted, to their image files; files are kept as given.
+
+    In folders an image is known by its name's ending, and hidden files and folders are left out.
+    Raises ValueError for a path that does not exist or cannot be listed, and for a folder without
+    images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        images = sorted(_images_below(path))
+        if not images:
+            endings = " ".join(sorted(SUFFIXES))
+            raise ValueError(f"{path}: no images in this folder (looked for {endings})")
+        found.extend(images)
+    return found
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot list this folder: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(parent, name)

@@ -1,0 +1,26 @@
+"""The loss of captions under a captioner.
+
+Axes: B batch, T caption tokens, M valid targets, P image tokens, D width, V vocabulary.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_engine.batches import Batch
+
+
+def caption_loss(
+    model: nn.Module, features: Tensor, batch: Batch, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
+
+    Only positions that have a target go through the vocabulary head. The caller divides by the
+    number of targets of the whole step, so that gradient accumulation over ragged captions is
+    exact.
+    """
+    hidden = model.decode(batch.input_ids, features)  # type: ignore[operator]
+    hidden = hidden.flatten(0, 1)[batch.target_positions]  # (M, D)
+    logits = model.head(hidden).float()  # type: ignore[operator]  # (M, V)
+    return F.cross_entropy(
+        logits, batch.target_ids, reduction="sum", label_smoothing=label_smoothing
+    )

@@ -1,0 +1,152 @@
+"""The folder of a run: its files, and that one run never overwrites another.
+
+    config.json        all settings                     samples.jsonl     captions over time
+    environment.json   versions and machine             skipped.jsonl     rows without an image
+    metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
+    adapter/           the best by validation loss      adapter_last/     the last, where not best
+"""
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lora_engine import __version__
+from lora_engine.batches import Batch, Skipped
+from lora_engine.files import replaced_file
+from lora_engine.journal import Journal, TrainingStopped
+
+
+class RunFolder:
+    """Paths of a run's files, and the writing of the small ones.
+
+    As a context it removes itself again if the run fails before its first line of metrics.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.loss_curve = path / "loss_curve.png"
+        self.samples = path / "samples.jsonl"
+        self.skipped = path / "skipped.jsonl"
+        self.adapter = path / "adapter"
+        self.last_adapter = path / "adapter_last"
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if error is not None and not has_begun:
+            shutil.rmtree(self.path)
+
+    @classmethod
+    def check_free(cls, output_path: str | None) -> None:
+        """Raises ValueError if a run could not be created at `output_path`."""
+        if output_path is None:
+            return
+        path = Path(output_path)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output_path {path} is a file; name a new folder")
+        if path.is_dir() and any(path.iterdir()):
+            what = "a run" if (path / "metrics.jsonl").exists() else "files"
+            raise ValueError(
+                f"--output_path {path} already holds {what}; choose another folder "
+                f"(runs are never overwritten), or continue from its adapter with "
+                f"--init_adapter {path / 'adapter'}"
+            )
+
+    @classmethod
+    def create(cls, output_path: str | None, *, prefix: str) -> "RunFolder":
+        """Make the folder; without a path the next free runs/<prefix>-001, -002, ..."""
+        cls.check_free(output_path)
+        if output_path is not None:
+            path = Path(output_path)
+            path.mkdir(parents=True, exist_ok=True)
+            return cls(path)
+        parent = Path("runs")
+        parent.mkdir(exist_ok=True)
+        taken = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", p.name) for p in parent.iterdir()]
+        number = max((int(match[1]) for match in taken if match), default=0) + 1
+        while True:
+            path = parent / f"{prefix}-{number:03d}"
+            try:
+                path.mkdir()  # another run may take the same number at the same moment
+                return cls(path)
+            except FileExistsError:
+                number += 1
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        with replaced_file(self.path / name) as new:
+            new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def append(self, path: Path, line: dict[str, Any]) -> None:
+        """Add a JSON line to one of the folder's .jsonl files."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class SkippedRows:
+    """Counts rows whose image could not be used; lists each once in skipped.jsonl."""
+
+    def __init__(self, folder: RunFolder, journal: Journal, *, max_share: float) -> None:
+        self.folder = folder
+        self.journal = journal
+        self.max_share = max_share
+        self.num_tried = 0
+        self.num_failed = 0
+        self.seen: set[str] = set()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seen)
+
+    def add(self, batches: Sequence[Batch], *, num_rows: int) -> None:
+        """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
+        problems = [problem for batch in batches for problem in batch.skipped]
+        self.num_tried += sum(len(batch.rows) for batch in batches) + len(problems)
+        self.list(problems)
+        self.num_failed += len(problems)
+        is_telling = self.num_tried >= min(num_rows, 200)
+        too_many = is_telling and self.num_failed > self.max_share * self.num_tried
+        if too_many or not all(batch.rows for batch in batches):
+            raise TrainingStopped(
+                f"{self.num_failed} of {self.num_tried} images tried cannot be used, more than "
+                f"--max_bad_share {self.max_share:g}; the last is {problems[-1].image}: "
+                f"{problems[-1].reason} (all are in {self.folder.skipped})"
+            )
+
+    def list(self, problems: Sequence[Skipped]) -> None:
+        for problem in problems:
+            if problem.image not in self.seen:
+                self.seen.add(problem.image)
+                line = {"image": problem.image, "reason": problem.reason, "row": problem.row}
+                self.folder.append(self.folder.skipped, line)
+                self.journal.say(f"skipped {problem.image}: {problem.reason}")
+
+
+def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a figure of this run depends on besides its settings."""
+    import transformers
+
+    return {
+        "lora_engine": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,278 @@
+"""The loop: image-caption pairs and a frozen captioner in, a LoRA adapter out.
+
+`train` reads top to bottom as what happens: rows, model, adapters, then step by step
+
+    pixels -> frozen encoder -> features -> decoder with LoRA -> loss -> LoRA gradients -> AdamW
+
+A step is an optimizer step of `grad_accum_steps` micro-steps. Its loss is the sum over all valid
+target tokens divided by their number, across micro-steps: 4 x 16 rows are exactly 1 x 64.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_engine.adapter import load_adapter, read_adapter
+from lora_engine.annotations import Row, hold_out, read_annotations
+from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, training_places
+from lora_engine.config import TrainingConfig
+from lora_engine.devices import autocast, describe, resolve_device, resolve_dtype
+from lora_engine.evaluation import Validation
+from lora_engine.features import encode_pixels
+from lora_engine.images import PixelSettings
+from lora_engine.journal import Journal, Meter
+from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_parameters
+from lora_engine.loss import caption_loss
+from lora_engine.optim import build_optimizer, optimizer_step
+from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.report import draw_loss_curve
+from lora_engine.run_folder import RunFolder, SkippedRows, environment
+from lora_engine.schedule import learning_rate
+from lora_engine.summary import TrainingSummary
+
+
+def train(config: TrainingConfig) -> TrainingSummary:
+    """Train an adapter as `config` says and leave it in a new run folder.
+
+    Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
+    TrainingStopped when a run under way cannot go on. Before the first validation is through, a
+    failure leaves no folder behind.
+    """
+    begin_s = time.monotonic()
+    config.check()
+    RunFolder.check_free(config.output_path)
+    train_rows, val_rows = _read_rows(config)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.precision, device)
+
+    captioner = load_captioner(config.model, family=config.family, revision=config.revision)
+    torch.manual_seed(config.seed)
+    plan = _add_lora(captioner.model, config)
+    train_set = _dataset(train_rows, captioner, config, substitute=True)
+    val_set = _dataset(val_rows, captioner, config, substitute=False)
+    model = _place(captioner.model, device, dtype, config)
+    parameters = list(lora_parameters(model).values())
+    optimizer = build_optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
+    steps_per_epoch = math.ceil(batches_per_epoch / config.grad_accum_steps)
+    total_steps = config.epochs * steps_per_epoch
+    if config.max_steps is not None:
+        total_steps = min(total_steps, config.max_steps)
+    eval_every = config.eval_every or steps_per_epoch
+
+    with (
+        RunFolder.create(config.output_path, prefix=config.family) as folder,
+        Journal(folder.metrics, total_steps=total_steps) as journal,
+    ):
+        folder.write_json("config.json", config.as_dict())
+        folder.write_json("environment.json", environment(describe(device), dtype))
+        journal.say(_opening(config, plan, train_set, val_set, device, dtype))
+        skipped = SkippedRows(folder, journal, max_share=config.max_bad_share)
+        meter = Meter(
+            journal,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            has_grad_scaler=scaler.is_enabled(),
+        )
+        collate = _collate(captioner, config)
+        loading = {
+            "collate": collate,
+            "num_workers": _num_workers(config),
+            "pin_memory": device.type == "cuda",
+        }
+        validation = Validation(
+            captioner, val_set, val_rows, config, folder, journal, skipped, device, dtype, loading
+        )
+        validation.run(step=0, epoch=0.0)
+        places = training_places(
+            train_set.captions.lengths,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_epochs=config.epochs,
+        )
+        micro_batches = load_batches(train_set, places, **loading)
+        try:
+            for step in range(1, total_steps + 1):
+                # An epoch's last step takes the micro-batches that are left.
+                num_done = (step - 1) % steps_per_epoch * config.grad_accum_steps
+                count = min(config.grad_accum_steps, batches_per_epoch - num_done)
+                batches = meter.wait_for(micro_batches, count)
+                skipped.add(batches, num_rows=len(train_set))
+                loss = accumulate_gradients(
+                    model,
+                    batches,
+                    pixels=captioner.pixels,
+                    device=device,
+                    dtype=dtype,
+                    scaler=scaler,
+                    label_smoothing=config.label_smoothing,
+                    seed=(config.seed, step),
+                )
+                rate = learning_rate(
+                    step,
+                    peak=config.lr,
+                    warmup_steps=config.warmup_steps,
+                    total_steps=total_steps,
+                )
+                grad_norm = optimizer_step(
+                    optimizer,
+                    scaler,
+                    parameters,
+                    loss,
+                    lr=rate,
+                    max_grad_norm=config.max_grad_norm,
+                )
+                meter.add(step, loss, grad_norm, rate, sum(len(b.rows) for b in batches))
+                validate_now = step % eval_every == 0 or step == total_steps
+                if step % config.log_every == 0 or validate_now:
+                    meter.settle()
+                if validate_now:
+                    validation.run(step=step, epoch=step / steps_per_epoch)
+                    meter.restart()
+        finally:
+            validation.keep_last()
+            draw_loss_curve(folder.metrics, folder.loss_curve)
+        summary = validation.summary(seconds=time.monotonic() - begin_s)
+        journal.say(f"\n{summary}")
+    return summary
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    pixels: PixelSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+    label_smoothing: float = 0.0,
+    seed: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Forward and backward over a step's micro-batches -> the step's loss, (), on the device.
+
+    Every micro-loss is a sum over targets, divided by the number of targets of the whole step, so
+    that the gradients are those of one large batch whatever the captions' lengths. The global
+    generator is seeded from (`seed`, micro-step), which makes dropout a function of the position
+    (an explicit generator would break checkpointing and full-graph compilation).
+    """
+    num_targets = sum(len(batch.target_ids) for batch in batches)
+    loss = torch.zeros((), device=device)
+    for micro_step, batch in enumerate(batches):
+        position = np.random.SeedSequence([*seed, micro_step])
+        torch.manual_seed(int(position.generate_state(1, np.uint64)[0]))
+        batch = batch.to(device)
+        with autocast(device, dtype):
+            features = encode_pixels(model, batch.pixels, pixels)
+            micro_loss = caption_loss(model, features, batch, label_smoothing=label_smoothing)
+        micro_loss = micro_loss / num_targets
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    return loss
+
+
+def _read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+    if config.train_data_path is None:
+        raise ValueError("--train_data_path is missing: a JSON list of {\"text\", \"image\"} rows")
+    rows = read_annotations(config.train_data_path)
+    if config.val_data_path is not None:
+        train_rows, val_rows = rows, read_annotations(config.val_data_path)
+    else:
+        train_rows, val_rows = hold_out(rows, fraction=config.val_fraction, seed=config.seed)
+    for path, part in ((config.train_data_path, train_rows), (config.val_data_path, val_rows)):
+        _check_images_exist(path or config.train_data_path, part, config.max_bad_share)
+    return train_rows, val_rows
+
+
+def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
+    """Say at once, from 200 of the rows, that the images are not where the file says."""
+    looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
+    missing = [row.image for row in looked_at if not os.path.isfile(row.image)]
+    if len(missing) > max_share * len(looked_at):
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(looked_at)} images looked at do not exist, more than "
+            f"--max_bad_share {max_share:g}; the first is {missing[0]} (image paths are absolute "
+            f"or relative to the annotation file)"
+        )
+
+
+def _add_lora(model: nn.Module, config: TrainingConfig) -> InjectionPlan:
+    if config.init_adapter is None:
+        return inject(
+            model,
+            config.lora_targets,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        )
+    adapter = read_adapter(config.init_adapter)
+    if adapter.prompt != config.prompt:
+        raise ValueError(
+            f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
+            f"this run has {config.prompt!r}; give the same one"
+        )
+    return load_adapter(model, adapter, dropout=config.lora_dropout)
+
+
+def _dataset(
+    rows: Sequence[Row], captioner: Captioner, config: TrainingConfig, *, substitute: bool
+) -> CaptionedImages:
+    captions = captioner.tokenizer.encode(
+        (row.text for row in rows),
+        prompt=config.prompt,
+        max_caption_tokens=config.max_caption_tokens,
+    )
+    images = [row.image for row in rows]
+    return CaptionedImages(
+        images, captions, captioner.pixels, seed=config.seed, substitute=substitute
+    )
+
+
+def _place(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, config: TrainingConfig
+) -> nn.Module:
+    """Put the model where and how it runs, in training mode."""
+    cast_frozen(model, dtype)
+    model.to(device)
+    decoder = model.decoder
+    decoder.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[union-attr]
+    if config.compile:
+        for layer in decoder.layers:  # type: ignore[union-attr]
+            layer.compile(dynamic=True)  # one compilation serves every caption length
+    return model.train()
+
+
+def _collate(captioner: Captioner, config: TrainingConfig) -> Collate:
+    tokenizer = captioner.tokenizer
+    prompt_length = len(tokenizer.prompt_ids(config.prompt))
+    return Collate(prompt_length=prompt_length, pad_id=tokenizer.pad_id)
+
+
+def _num_workers(config: TrainingConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    return min(8, (os.cpu_count() or 1) // 2)
+
+
+def _opening(
+    config: TrainingConfig,
+    plan: InjectionPlan,
+    train_set: CaptionedImages,
+    val_set: CaptionedImages,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    cut = train_set.captions.num_truncated
+    truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
+    return "\n".join([
+        f"model {config.model} on {describe(device)}, {str(dtype).removeprefix('torch.')}",
+        f"data {len(train_set):,} training captions of {len(set(train_set.images)):,} images, "
+        f"{len(val_set):,} validation captions of {len(set(val_set.images)):,}{truncated}",
+        plan.folded(),
+    ])

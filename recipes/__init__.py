@@ -1,0 +1,1 @@
+"""Recipes: one plain Python file a model, meant to be read, run and copied."""

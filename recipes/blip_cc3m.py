@@ -1,0 +1,45 @@
+"""LoRA on BLIP's decoder, on CC3M-like image-caption pairs.
+
+The model is Li et al., BLIP, https://arxiv.org/abs/2201.12086; the data's wording that of
+Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
+
+    python -m recipes.blip_cc3m --train_data_path train.json --val_data_path val.json \
+        --output_path runs/blip --epochs 100 --batch_size 32 --lr 1e-5 --seed 42
+
+Without data paths the embedded demo runs instead: a tiny BLIP that ships with the package and says
+"a red circle above a blue square" learns to speak like CC3M, in about a minute on two CPU cores.
+"""
+
+import sys
+from dataclasses import replace
+
+from lora_engine.cli import run, run_recipe
+from lora_engine.config import TrainingConfig
+from lora_engine.demo import captioner_folder
+
+PUBLISHED = TrainingConfig(
+    model="Salesforce/blip-image-captioning-base",
+    family="blip",
+    epochs=100,
+    batch_size=32,
+    lr=1e-5,
+    seed=42,
+)
+
+DEMO = replace(
+    PUBLISHED,
+    model=captioner_folder("blip"),
+    epochs=6,
+    lr=2e-3,
+    warmup_steps=20,
+)
+
+
+def main(args: list[str]) -> int:
+    return run_recipe(
+        args, name="blip_cc3m", description=__doc__, published=PUBLISHED, demo=DEMO
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,47 @@
+"""LoRA on the GPT-2 decoder of a ViT + GPT-2 captioner, on CC3M-like image-caption pairs.
+
+The model is a VisionEncoderDecoderModel of https://arxiv.org/abs/2010.11929 and GPT-2; the data's
+wording that of Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
+
+    python -m recipes.vit_gpt2_cc3m --train_data_path train.json --val_data_path val.json \
+        --output_path runs/vit_gpt2 --epochs 100 --batch_size 16 --lr 1e-5 --seed 42
+
+Without data paths the embedded demo runs instead: a tiny ViT + GPT-2 that ships with the package
+and says "a red circle above a blue square" learns to speak like CC3M, in about a minute on two CPU
+cores.
+"""
+
+import sys
+from dataclasses import replace
+
+from lora_engine.cli import run, run_recipe
+from lora_engine.config import TrainingConfig
+from lora_engine.demo import captioner_folder
+
+PUBLISHED = TrainingConfig(
+    model="nlpconnect/vit-gpt2-image-captioning",
+    family="vision-encoder-decoder",
+    epochs=100,
+    batch_size=16,
+    lr=1e-5,
+    seed=42,
+)
+
+DEMO = replace(
+    PUBLISHED,
+    model=captioner_folder("vit_gpt2"),
+    epochs=6,
+    batch_size=32,
+    lr=2e-3,
+    warmup_steps=20,
+)
+
+
+def main(args: list[str]) -> int:
+    return run_recipe(
+        args, name="vit_gpt2_cc3m", description=__doc__, published=PUBLISHED, demo=DEMO
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
