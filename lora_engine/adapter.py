@@ -19,7 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_engine import files
-from lora_engine.lora import InjectionPlan, inject, lora_layers, lora_parameters
+from lora_engine.lora import (
+    InjectionPlan,
+    by_pattern,
+    inject,
+    linear_layers,
+    lora_layers,
+    lora_parameters,
+    select,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,7 +35,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 
 # What PEFT can do and this engine cannot: a file that asks for it must not load as plain LoRA.
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, tuple] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -38,6 +46,12 @@ _UNSUPPORTED = {
     "layer_replication": (None, []),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # PiSSA, OLoRA and their like start by changing the frozen weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
@@ -111,7 +125,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         with safe_open(path, framework="pt") as file:
             provenance = dict(file.metadata() or {})
             for key in file.keys():
-                match = _KEY.fullmatch(key.replace("._orig_mod", ""))  # written after compiling
+                match = _KEY.fullmatch(key.replace("_orig_mod.", ""))  # written after compiling
                 if match is None:
                     raise AdapterError(
                         f"{path}: {key} is not a LoRA matrix; expected "
@@ -135,25 +149,27 @@ def load_adapter(
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and fill in its matrices.
 
-    Ranks come from the matrices' shapes, scaling from the adapter's configuration. `dropout`
-    replaces the adapter's own for further training.
+    Ranks and scaling come from the adapter's configuration. `dropout` replaces the adapter's own
+    for further training.
 
-    Raises AdapterError if a path is not a layer of the model that LoRA may adapt, or has other
-    widths.
+    Raises AdapterError, before anything is changed, if a path is not a layer of the model that
+    LoRA may adapt, a matrix has another shape than model and configuration say, or the matrices
+    are not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
     config = adapter.config
     paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
-    ranks = {re.escape(path): len(adapter.matrices[f"{path}.lora_A"]) for path in paths}
     try:
+        select(model, paths)
+        _check_fit(model, adapter, paths)
         plan = inject(
             model,
             [f"re:{re.escape(path)}" for path in paths],
             rank=config["r"],
-            rank_pattern=ranks,
+            rank_pattern=config.get("rank_pattern"),
             alpha=config["lora_alpha"],
-            alpha_pattern=config.get("alpha_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern"),
             dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
             rslora=bool(config.get("use_rslora")),
         )
@@ -164,6 +180,36 @@ def load_adapter(
         ) from None
     set_matrices(model, adapter.matrices, source=str(adapter.folder))
     return plan
+
+
+def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
+    """Raises ValueError unless the matrices are those that model and configuration call for."""
+    config, matrices, layers = adapter.config, adapter.matrices, linear_layers(model)
+    complaints = [
+        f"target_modules does not cover {path}" for path in paths if not _is_target(config, path)
+    ]
+    complaints += [
+        f"{path} is missing" for path in layers if path not in paths and _is_target(config, path)
+    ]
+    for path in paths:
+        num_in, num_out = layers[path]
+        rank = by_pattern(config.get("rank_pattern"), path, default=config["r"])
+        for letter, shape in (("A", (rank, num_in)), ("B", (num_out, rank))):
+            found = tuple(matrices[f"{path}.lora_{letter}"].shape)
+            if found != shape:
+                complaints.append(f"{path}.lora_{letter} is {found}, expected {shape}")
+    if complaints:
+        raise ValueError(_listed(complaints))
+
+
+def _is_target(config: Mapping[str, Any], path: str) -> bool:
+    """PEFT's rule (huggingface/peft, `tuners_utils.py: check_target_module_exists`)."""
+    def matches(patterns) -> bool:
+        if isinstance(patterns, str):
+            return re.fullmatch(patterns, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in patterns or ())
+
+    return matches(config.get("target_modules")) and not matches(config.get("exclude_modules"))
 
 
 @torch.no_grad()
@@ -181,11 +227,16 @@ def set_matrices(model: nn.Module, matrices: Mapping[str, Tensor], *, source: st
         if name in matrices and matrices[name].shape != parameter.shape
     ]
     if complaints:
-        shown = "\n  ".join(sorted(complaints)[:8])
-        more = f"\n  and {len(complaints) - 8} more" if len(complaints) > 8 else ""
-        raise AdapterError(f"the adapter in {source} does not fit this model:\n  {shown}{more}")
+        raise AdapterError(
+            f"the adapter in {source} does not fit this model: {_listed(complaints)}"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(matrices[name])
+
+
+def _listed(complaints: list[str]) -> str:
+    more = [f"and {len(complaints) - 8} more"] if len(complaints) > 8 else []
+    return "".join(f"\n  {complaint}" for complaint in [*sorted(complaints)[:8], *more])
 
 
 def _peft_config(
@@ -242,8 +293,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type \"LORA\"")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
+    for name, kind in (("r", int), ("lora_alpha", (int, float))):
+        if not isinstance(config.get(name), kind) or config[name] <= 0:
             raise AdapterError(f"{path}: {name} is {config.get(name)!r}; expected a number above 0")
     for name, plain in _UNSUPPORTED.items():
         if name in config and config[name] not in plain:

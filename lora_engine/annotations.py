@@ -155,7 +155,7 @@ def _complaint(value: Any) -> str | None:
             return f'no "{key}" among its keys ({_keys(value)}): add it, or rename what holds it'
         content = value[key]
         if not isinstance(content, str):
-            return f'"{key}" is {_describe(content)}, expected a string: one row for each caption'
+            return f'"{key}" is {_describe(content)}, expected one string'
         if not content.strip():
             return f'"{key}" is empty: fill it in or remove the row'
     if "://" in value["image"]:

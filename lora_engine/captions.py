@@ -106,7 +106,11 @@ class CaptionTokenizer:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # "[SEP]" in a caption is text and ends nothing
+            return_attention_mask=False,
+            verbose=False,
         )
         return encoded["input_ids"]
 

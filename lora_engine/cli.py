@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import tyro
 
 from lora_engine.config import TrainingConfig
-from lora_engine.run_folder import RunFolder
 from lora_engine.journal import TrainingStopped
+from lora_engine.run_folder import RunFolder
 
 USAGE_ERROR = 2
 STOPPED = 3
@@ -51,11 +51,18 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
             near = difflib.get_close_matches(flag, known, n=3)
             advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
             raise ValueError(f"there is no flag {arg.split('=')[0]}; {advice}")
-    return tyro.cli(settings, args=args, prog=prog, description=description, **more)
+    return tyro.cli(
+        settings, args=args, prog=prog, description=description, use_underscores=True, **more
+    )
 
 
 def run_recipe(
-    args: Sequence[str], *, name: str, description: str, published: TrainingConfig,
+    args: Sequence[str],
+    *,
+    name: str,
+    description: str,
+    family: str,
+    published: TrainingConfig,
     demo: TrainingConfig,
 ) -> int:
     """Train as a recipe says and the flags change it; without data paths, the embedded demo."""
@@ -80,7 +87,7 @@ def run_recipe(
         config = _with_scenes(config)
     from lora_engine.training import train
 
-    train(config)
+    train(config, family=family)
     return 0
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,8 +11,6 @@ class TrainingConfig:
 
     model: str
     """Captioner to adapt: a Hugging Face Hub name or a folder in Hugging Face's format."""
-    family: Annotated[Literal["blip", "vision-encoder-decoder"], tyro.conf.Suppress]
-    """Kind of captioner that --model must be (its config.json's model_type)."""
     revision: str | None = None
     """Revision of a Hub name."""
     train_data_path: str | None = None

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# 134 million pixels: above the 108 of the largest common cameras, below the 179 at which Pillow
-# refuses by itself. One such image takes 0.5 GB while it is decoded.
+# 134 million pixels: more than the 108 million of large photographs from a telephone, less than
+# the 179 million at which Pillow refuses by itself. Decoding that many takes up to 1 GB.
 MAX_PIXELS = 2**27
 
 # Left out on purpose: EPS (Pillow would start Ghostscript), containers whose parts need not have
@@ -97,8 +97,8 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     call this from one thread of a process at a time if other threads rely on theirs.
 
     Raises ImageError if the source is missing, unreadable, empty, damaged, in no known format, or
-    larger than max_pixels (height * width), which is checked before anything is decoded. Above
-    2**27 Pillow's own limit, Image.MAX_IMAGE_PIXELS, also applies.
+    larger than max_pixels (height * width), which is checked before anything is decoded; Pillow's
+    own limit, 2 * Image.MAX_IMAGE_PIXELS, holds beside it.
     """
     path = "<bytes>" if isinstance(source, bytes) else str(source)
     with _open_stream(source, path) as stream, warnings.catch_warnings():

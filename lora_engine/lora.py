@@ -53,8 +53,7 @@ class LoRALinear(nn.Module):
         self.weight: nn.Parameter = base.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.weight_is_transposed = _is_conv1d(base)
-        shape = self.weight.shape[::-1] if self.weight_is_transposed else self.weight.shape
-        self.out_features, self.in_features = shape
+        self.in_features, self.out_features = _widths(base)
         self.rank = rank
         self.dropout = dropout
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -184,7 +183,7 @@ def inject(
     anything is changed.
     """
     paths = select(module, targets)
-    ranks = {path: _by_pattern(rank_pattern, path, default=rank) for path in paths}
+    ranks = {path: by_pattern(rank_pattern, path, default=rank) for path in paths}
     for layer_rank in ranks.values():
         _check_settings(layer_rank, dropout)
     module.requires_grad_(False)
@@ -195,7 +194,7 @@ def inject(
         layer = LoRALinear(
             getattr(parent, name),
             rank=ranks[path],
-            alpha=_by_pattern(alpha_pattern, path, default=alpha),
+            alpha=by_pattern(alpha_pattern, path, default=alpha),
             dropout=dropout,
             rslora=rslora,
         )
@@ -222,8 +221,7 @@ def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
     if not patterns:
         raise ValueError("no LoRA targets given; name at least one group or module")
     scope = re.compile(getattr(module, "lora_scope", ".*"))
-    linears = [path for path, m in module.named_modules() if isinstance(m, nn.Linear) or
-               _is_conv1d(m)]
+    linears = list(linear_layers(module))
     allowed = [path for path in linears if scope.fullmatch(path)]
     groups: Mapping[str, str] = getattr(module, "lora_groups", {})
     selected: set[str] = set()
@@ -233,6 +231,14 @@ def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
             raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
         selected.update(hits)
     return [path for path in allowed if path in selected]
+
+
+def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of every layer that can be adapted, by its path, in the order of the tree."""
+    return {
+        path: _widths(child) for path, child in module.named_modules()
+        if isinstance(child, nn.Linear) or _is_conv1d(child)
+    }
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -297,7 +303,14 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _by_pattern(patterns: Mapping | None, path: str, *, default):
+def _widths(base: nn.Module) -> tuple[int, int]:
+    weight: nn.Parameter = base.weight  # type: ignore[assignment]
+    first, second = weight.shape
+    return (first, second) if _is_conv1d(base) else (second, first)
+
+
+def by_pattern(patterns: Mapping | None, path: str, *, default):
+    """The value of the first pattern that matches a path, by PEFT's rule; see `inject`."""
     for pattern, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", path):
             return value

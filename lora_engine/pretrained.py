@@ -51,9 +51,11 @@ class Captioner:
 class Family:
     """How a kind of checkpoint becomes a body.
 
-    `special_ids` gives (start, end, pad); `hugging_face_class` is what loads it elsewhere.
+    `name` is short, for people; `special_ids` gives (start, end, pad) of a configuration;
+    `hugging_face_class` is what loads the checkpoint in transformers.
     """
 
+    name: str
     build: Callable[[Any], nn.Module]
     convert_state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     special_ids: Callable[[Any], tuple[int, int, int]]
@@ -73,12 +75,7 @@ def load_captioner(
     """
     folder = _find_folder(str(name_or_path), revision)
     config = _read_config(folder, family)
-    model_family = FAMILIES[config.model_type]
-    tensors = _read_tensors(folder)
-    with torch.device("meta"):
-        model = model_family.build(config)
-    _fill(model, model_family.convert_state(tensors), source=str(folder))
-    model.eval()
+    model = _load_body(folder, config)
     return Captioner(
         model=model,
         tokenizer=_read_tokenizer(folder, config, model),
@@ -88,6 +85,11 @@ def load_captioner(
         revision=revision,
         fingerprint=fingerprint(model),
     )
+
+
+def load_body(folder: str | Path) -> nn.Module:
+    """The body alone, from a folder that needs no tokenizer or preprocessor files."""
+    return _load_body(Path(folder), _read_config(Path(folder), None))
 
 
 def build_from_config(folder: str | Path) -> nn.Module:
@@ -108,6 +110,15 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().float().contiguous().cpu().numpy())
     return digest.hexdigest()
+
+
+def _load_body(folder: Path, config: Any) -> nn.Module:
+    family = FAMILIES[config.model_type]
+    tensors = _read_tensors(folder)
+    with torch.device("meta"):
+        model = family.build(config)
+    _fill(model, family.convert_state(tensors), source=str(folder))
+    return model.eval()
 
 
 # --- configurations -------------------------------------------------------------------------
@@ -196,10 +207,21 @@ def _vit_gpt2_special_ids(config: Any) -> tuple[int, int, int]:
     return start, first("eos_token_id"), first("pad_token_id")
 
 
+# By the model_type of config.json.
 FAMILIES = {
-    "blip": Family(_build_blip, convert_blip, _blip_special_ids, "BlipForConditionalGeneration"),
+    "blip": Family(
+        name="blip",
+        build=_build_blip,
+        convert_state=convert_blip,
+        special_ids=_blip_special_ids,
+        hugging_face_class="BlipForConditionalGeneration",
+    ),
     "vision-encoder-decoder": Family(
-        _build_vit_gpt2, convert_vit_gpt2, _vit_gpt2_special_ids, "VisionEncoderDecoderModel"
+        name="vit_gpt2",
+        build=_build_vit_gpt2,
+        convert_state=convert_vit_gpt2,
+        special_ids=_vit_gpt2_special_ids,
+        hugging_face_class="VisionEncoderDecoderModel",
     ),
 }
 
@@ -273,10 +295,9 @@ def _download(name: str, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=[*small, "pytorch_model*.bin"]
             )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
-            f"cannot fetch {name!r}{at} from the Hugging Face Hub: {reason}\n"
+            f"cannot fetch {name!r}{at} from the Hugging Face Hub: {_reason(error)}\n"
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"captioner`, copy the folder here and pass --model captioner."
         ) from None
@@ -287,11 +308,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, in fp32: one file or shards, safetensors before .bin."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            paths = [folder / Path(shard).name for shard in sorted(set(shards))]
-        elif (folder / f"{stem}.{suffix}").exists():
+        if (folder / f"{stem}.{suffix}").exists():
             paths = [folder / f"{stem}.{suffix}"]
+        elif index.exists():
+            paths = _read_index(index)
         else:
             continue
         tensors: dict[str, Tensor] = {}
@@ -304,6 +324,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     raise PretrainedError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
+def _read_index(path: Path) -> list[Path]:
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return [path.with_name(Path(shard).name) for shard in sorted(set(shards))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PretrainedError(
+            f"{path} is not an index of shards; expected "
+            f'{{"weight_map": {{tensor: file name}}}}; fetch the file anew'
+        ) from None
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -312,8 +343,13 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch have many words for a damaged file
-        reason = str(error).splitlines()[0]
-        raise PretrainedError(f"cannot read {path}: {reason}; fetch the file anew") from None
+        raise PretrainedError(
+            f"cannot read {path}: {_reason(error)}; fetch the file anew"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
@@ -356,11 +392,20 @@ def _tie_head(model: nn.Module) -> None:
 def _read_tokenizer(folder: Path, config: Any, model: nn.Module) -> CaptionTokenizer:
     from transformers import AutoTokenizer
 
+    expected = "expected this model's tokenizer.json (or vocab.txt, or vocab.json and merges.txt)"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever transformers says, it means that the files do not serve
-        reason = str(error).splitlines()[0]
-        raise PretrainedError(f"{folder} has no usable tokenizer: {reason}") from None
+        raise PretrainedError(
+            f"{folder} has no usable tokenizer: {_reason(error)}; {expected}"
+        ) from None
+    # Without vocabulary files transformers makes an empty tokenizer, which knows no word.
+    num_known, num_embedded = len(tokenizer), len(model.get_parameter(model.tied_head[1]))
+    if not len(set(tokenizer.all_special_ids)) < num_known <= num_embedded:
+        raise PretrainedError(
+            f"{folder} has no usable tokenizer: it knows {num_known} ids, the model "
+            f"{num_embedded}; {expected}"
+        )
     start_id, end_id, pad_id = FAMILIES[config.model_type].special_ids(config)
     return CaptionTokenizer(
         tokenizer,
@@ -377,20 +422,19 @@ def _read_pixel_settings(folder: Path, model: nn.Module) -> PixelSettings:
 
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
+        size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+        settings = PixelSettings(
+            resize=size.shortest_edge or (size.height, size.width),
+            resample=int(processor.resample),
+            crop=(crop.height, crop.width) if crop else None,
+            rescale_factor=processor.rescale_factor if processor.do_rescale else 1.0,
+            mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+            std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+        )
     except Exception as error:  # as above
-        reason = str(error).splitlines()[0]
         raise PretrainedError(
-            f"{folder} has no usable preprocessor_config.json: {reason}"
+            f"{folder} has no usable preprocessor_config.json: {_reason(error)}"
         ) from None
-    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
-    settings = PixelSettings(
-        resize=size.shortest_edge or (size.height, size.width),
-        resample=int(processor.resample),
-        crop=(crop.height, crop.width) if crop else None,
-        rescale_factor=processor.rescale_factor if processor.do_rescale else 1.0,
-        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
-        std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
-    )
     image_size = model.encoder.image_size  # type: ignore[union-attr]
     if settings.size != image_size:
         raise PretrainedError(

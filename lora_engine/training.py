@@ -29,15 +29,17 @@ from lora_engine.journal import Journal, Meter
 from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_parameters
 from lora_engine.loss import caption_loss
 from lora_engine.optim import build_optimizer, optimizer_step
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, environment
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
 
 
-def train(config: TrainingConfig) -> TrainingSummary:
+def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:
     """Train an adapter as `config` says and leave it in a new run folder.
+
+    `family`, a key of `pretrained.FAMILIES`, refuses models of another kind.
 
     Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
     TrainingStopped when a run under way cannot go on. Before the first validation is through, a
@@ -50,7 +52,7 @@ def train(config: TrainingConfig) -> TrainingSummary:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
 
-    captioner = load_captioner(config.model, family=config.family, revision=config.revision)
+    captioner = load_captioner(config.model, family=family, revision=config.revision)
     torch.manual_seed(config.seed)
     plan = _add_lora(captioner.model, config)
     train_set = _dataset(train_rows, captioner, config, substitute=True)
@@ -68,7 +70,7 @@ def train(config: TrainingConfig) -> TrainingSummary:
     eval_every = config.eval_every or steps_per_epoch
 
     with (
-        RunFolder.create(config.output_path, prefix=config.family) as folder,
+        RunFolder.create(config.output_path, prefix=FAMILIES[captioner.family].name) as folder,
         Journal(folder.metrics, total_steps=total_steps) as journal,
     ):
         folder.write_json("config.json", config.as_dict())

@@ -1,4 +1,4 @@
-"""LoRA on BLIP's decoder, on CC3M-like image-caption pairs.
+r"""LoRA on BLIP's decoder, on CC3M-like image-caption pairs.
 
 The model is Li et al., BLIP, https://arxiv.org/abs/2201.12086; the data's wording that of
 Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
@@ -19,7 +19,6 @@ from lora_engine.demo import captioner_folder
 
 PUBLISHED = TrainingConfig(
     model="Salesforce/blip-image-captioning-base",
-    family="blip",
     epochs=100,
     batch_size=32,
     lr=1e-5,
@@ -37,7 +36,12 @@ DEMO = replace(
 
 def main(args: list[str]) -> int:
     return run_recipe(
-        args, name="blip_cc3m", description=__doc__, published=PUBLISHED, demo=DEMO
+        args,
+        name="blip_cc3m",
+        description=__doc__,
+        family="blip",
+        published=PUBLISHED,
+        demo=DEMO,
     )
 
 

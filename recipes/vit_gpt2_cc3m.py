@@ -1,4 +1,4 @@
-"""LoRA on the GPT-2 decoder of a ViT + GPT-2 captioner, on CC3M-like image-caption pairs.
+r"""LoRA on the GPT-2 decoder of a ViT + GPT-2 captioner, on CC3M-like image-caption pairs.
 
 The model is a VisionEncoderDecoderModel of https://arxiv.org/abs/2010.11929 and GPT-2; the data's
 wording that of Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
@@ -20,7 +20,6 @@ from lora_engine.demo import captioner_folder
 
 PUBLISHED = TrainingConfig(
     model="nlpconnect/vit-gpt2-image-captioning",
-    family="vision-encoder-decoder",
     epochs=100,
     batch_size=16,
     lr=1e-5,
@@ -39,7 +38,12 @@ DEMO = replace(
 
 def main(args: list[str]) -> int:
     return run_recipe(
-        args, name="vit_gpt2_cc3m", description=__doc__, published=PUBLISHED, demo=DEMO
+        args,
+        name="vit_gpt2_cc3m",
+        description=__doc__,
+        family="vision-encoder-decoder",
+        published=PUBLISHED,
+        demo=DEMO,
     )
 
 
