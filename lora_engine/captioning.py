@@ -38,7 +38,9 @@ def caption_pixels(
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer.prompt_ids(prompt)
-    with autocast(device, dtype):
+    # A growing cache has another shape at every token: compiled layers would be compiled anew for
+    # each, up to torch's limit, beyond which the training step, too, would run uncompiled.
+    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         features = encode_pixels(model, torch.from_numpy(pixels).to(device), captioner.pixels)
         tokens = generate(
             model,

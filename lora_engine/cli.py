@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[list[str]], int]) -> int:
-    """Call `main` with the command line -> exit status; the messages go to stderr."""
+    """Call `main` with the command line -> exit status; errors go to stderr."""
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -101,7 +101,6 @@ def _with_scenes(config: TrainingConfig) -> TrainingConfig:
     print(
         f"no --train_data_path: running the demo on scenes drawn into {train_path.parent}\n"
         f"demo settings: --epochs {config.epochs} --batch_size {config.batch_size} "
-        f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)",
-        file=sys.stderr,
+        f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)"
     )
     return replace(config, train_data_path=str(train_path), val_data_path=str(val_path))

@@ -137,11 +137,10 @@ class Validation:
         self.journal.say(f"step {step}: validation loss {result.loss:.4f}{best}")
         self._caption_samples(step)
 
-    def keep_last(self) -> None:
-        """Keep the last adapter too, where it is not the best."""
-        last_step = max(self.losses, default=0)
-        if last_step != self.best_step:
-            self._save(self.folder.last_adapter, last_step)
+    def keep_last(self, step: int) -> None:
+        """Keep the adapter as it is after `step` too, where it is not the best."""
+        if step != self.best_step:
+            self._save(self.folder.last_adapter, step)
 
     def summary(self, *, seconds: float) -> TrainingSummary:
         before, best = self.captions[0], self.captions[self.best_step]
@@ -172,7 +171,7 @@ class Validation:
                 "label_convention": "each position predicts the next token; one end token",
                 "prompt": config.prompt,
                 "step": str(step),
-                "validation_loss": f"{self.losses[step]:.7g}",
+                "validation_loss": f"{self.losses[step]:.7g}" if step in self.losses else "",
             },
         )
 

@@ -31,7 +31,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, total_steps: int, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream = stream or sys.stdout
         self._file = open(path, "a", encoding="utf-8")
         self._total_steps = total_steps
         self._bar = tqdm(

@@ -3,6 +3,7 @@
 Axes: B batch, T caption tokens, M valid targets, P image tokens, D width, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ def caption_loss(
     """
     hidden = model.decode(batch.input_ids, features)  # type: ignore[operator]
     hidden = hidden.flatten(0, 1)[batch.target_positions]  # (M, D)
-    logits = model.head(hidden).float()  # type: ignore[operator]  # (M, V)
+    logits = model.head(hidden)  # type: ignore[operator]  # (M, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(
         logits, batch.target_ids, reduction="sum", label_smoothing=label_smoothing
     )

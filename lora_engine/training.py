@@ -10,6 +10,7 @@ target tokens divided by their number, across micro-steps: 4 x 16 rows are exact
 
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -100,6 +101,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             num_epochs=config.epochs,
         )
         micro_batches = load_batches(train_set, places, **loading)
+        step = 0
         try:
             for step in range(1, total_steps + 1):
                 # An epoch's last step takes the micro-batches that are left.
@@ -139,7 +141,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     validation.run(step=step, epoch=step / steps_per_epoch)
                     meter.restart()
         finally:
-            validation.keep_last()
+            validation.keep_last(step)
             draw_loss_curve(folder.metrics, folder.loss_curve)
         summary = validation.summary(seconds=time.monotonic() - begin_s)
         journal.say(f"\n{summary}")
@@ -242,12 +244,37 @@ def _place(
     """Put the model where and how it runs, in training mode."""
     cast_frozen(model, dtype)
     model.to(device)
-    decoder = model.decoder
-    decoder.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[union-attr]
+    model.decoder.gradient_checkpointing = (  # type: ignore[union-attr]
+        config.gradient_checkpointing
+    )
+    model.train()
     if config.compile:
-        for layer in decoder.layers:  # type: ignore[union-attr]
-            layer.compile(dynamic=True)  # one compilation serves every caption length
-    return model.train()
+        _compile(model, device, dtype)
+    return model
+
+
+def _compile(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the decoder's layers, each by itself: they share one compilation, and all lengths.
+
+    It is tried at once, so that a machine that cannot (no C++ compiler, say) says so in a line
+    and trains without.
+    """
+    layers = model.decoder.layers  # type: ignore[union-attr]
+    for layer in layers:  # type: ignore[union-attr]
+        layer.compile(dynamic=True)
+    encoder = model.encoder
+    pixels = torch.zeros(2, 3, *encoder.image_size, device=device)  # type: ignore
+    input_ids = torch.zeros(2, 5, dtype=torch.long, device=device)
+    try:
+        with autocast(device, dtype):
+            features = model.encode(pixels).detach()  # type: ignore[operator]
+            model.decode(input_ids, features).sum().backward()  # type: ignore[operator]
+    except Exception as error:  # whatever the compiler's many layers say
+        reason = str(error).strip().splitlines()[0][:200]
+        print(f"--compile does not work here ({reason}): training without it", file=sys.stderr)
+        for layer in layers:  # type: ignore[union-attr]
+            layer._compiled_call_impl = None  # what nn.Module.compile sets
+    model.zero_grad(set_to_none=True)
 
 
 def _collate(captioner: Captioner, config: TrainingConfig) -> Collate:

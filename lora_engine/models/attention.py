@@ -3,7 +3,7 @@
 Axes: N rows, T query tokens, S key tokens, D width, H heads, K head width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +12,47 @@ from torch import Tensor
 
 
 @dataclass
-class KeyValueCache:
-    """What generation keeps between tokens: each layer's keys and values, (N, H, S, K).
+class LayerCache:
+    """What generation keeps of one layer between tokens: keys and values, (N, H, S, K).
 
-    `self_attention` grows by a token a step and follows the beams; `cross_attention` has one row
-    an image, is filled once and never reordered, because all beams of an image see the same one.
+    Those of self-attention grow by a token a step and follow the beams. Those of cross-attention
+    have one row an image and are filled once: all beams of an image see the same ones.
     """
 
-    self_attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cross_attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    self_attention: tuple[Tensor, Tensor] | None = None
+    cross_attention: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new tokens; returns the keys and values of all."""
+        if self.self_attention is not None:
+            past_keys, past_values = self.self_attention
+            keys = torch.cat([past_keys, keys], dim=2)
+            values = torch.cat([past_values, values], dim=2)
+        self.self_attention = keys, values
+        return keys, values
+
+
+class KeyValueCache:
+    """The caches of a decoder's layers, by their number."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerCache] = {}
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self.layers.setdefault(layer, LayerCache())
 
     @property
     def length(self) -> int:
         """Number of tokens seen so far."""
-        return next(iter(self.self_attention.values()))[0].shape[2] if self.self_attention else 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new tokens to a layer; returns all of its keys and values."""
-        if layer in self.self_attention:
-            past_keys, past_values = self.self_attention[layer]
-            keys = torch.cat([past_keys, keys], dim=2)
-            values = torch.cat([past_values, values], dim=2)
-        self.self_attention[layer] = keys, values
-        return keys, values
+        past = self[0].self_attention
+        return 0 if past is None else past[0].shape[2]
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue what row `rows[i]` has been."""
-        for layer, (keys, values) in self.self_attention.items():
-            self.self_attention[layer] = keys[rows], values[rows]
+        for layer in self.layers.values():
+            if layer.self_attention is not None:
+                keys, values = layer.self_attention
+                layer.self_attention = keys[rows], values[rows]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (N, T, D) -> (N, H, T, K)
@@ -55,11 +68,10 @@ def causal_self_attention(
     key: Tensor,
     value: Tensor,
     *,
-    layer: int,
     num_heads: int,
     scale: float,
     dropout: float = 0.0,
-    cache: KeyValueCache | None = None,
+    cache: LayerCache | None = None,
 ) -> Tensor:
     """Attention of each token (N, T, D) onto itself and those before it -> (N, T, D).
 
@@ -68,8 +80,9 @@ def causal_self_attention(
     """
     query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
     if cache is not None:
-        key, value = cache.append(layer, key, value)
-    is_causal = query.shape[2] > 1
+        key, value = cache.append(key, value)
+    # Without a cache a plain True: torch.compile would break its graph at a comparison of sizes.
+    is_causal = cache is None or query.shape[2] > 1
     assert not is_causal or query.shape[2] == key.shape[2], "several tokens on a filled cache"
     context = F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout

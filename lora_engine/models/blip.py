@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, causal_self_attention
+from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
 from lora_engine.models.cross_attention import cross_attention
 from lora_engine.models.vit import VisionTransformer, convert_names
 
@@ -26,13 +26,11 @@ class Attention(nn.Module):
         key_width: int,
         num_heads: int,
         *,
-        layer: int,
         eps: float,
         attention_dropout: float,
         hidden_dropout: float,
     ) -> None:
         super().__init__()
-        self.layer = layer
         self.num_heads = num_heads
         self.scale = (width // num_heads) ** -0.5
         self.attention_dropout = attention_dropout
@@ -48,11 +46,10 @@ class Attention(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, features: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, features: Tensor | None, cache: LayerCache | None
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
         query, key, value = self.self["query"], self.self["key"], self.self["value"]
         settings = {
-            "layer": self.layer,
             "num_heads": self.num_heads,
             "scale": self.scale,
             "dropout": self.attention_dropout if self.training else 0.0,
@@ -84,7 +81,7 @@ class DecoderLayer(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, features: Tensor, cache: KeyValueCache | None = None
+        self, x: Tensor, features: Tensor, cache: LayerCache | None = None
     ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
         x = self.attention(x, None, cache)
         x = self.crossattention(x, features, cache)
@@ -140,12 +137,11 @@ class TextDecoder(nn.Module):
                 num_heads,
                 mlp_width,
                 act=act,
-                layer=index,
                 eps=eps,
                 attention_dropout=attention_dropout,
                 hidden_dropout=hidden_dropout,
             )
-            for index in range(num_layers)
+            for _ in range(num_layers)
         ]
         embeddings = Embeddings(vocab_size, max_positions, width, eps=eps, dropout=hidden_dropout)
         self.bert = nn.ModuleDict({
@@ -165,12 +161,12 @@ class TextDecoder(nn.Module):
         return self.bert["encoder"]["layer"]
 
     def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
-        x = self.bert["embeddings"](input_ids, past=cache.length if cache else 0)
-        for layer in self.layers:
+        x = self.bert["embeddings"](input_ids, past=0 if cache is None else cache.length)
+        for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, features, use_reentrant=False)
             else:
-                x = layer(x, features, cache)
+                x = layer(x, features, None if cache is None else cache[index])
         return x
 
     def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)

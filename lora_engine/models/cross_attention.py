@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lora_engine.models.attention import KeyValueCache, split_heads
+from lora_engine.models.attention import LayerCache, split_heads
 
 
 def cross_attention(
@@ -20,23 +20,22 @@ def cross_attention(
     features: Tensor,
     project: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
-    layer: int,
     num_heads: int,
     scale: float,
     dropout: float = 0.0,
-    cache: KeyValueCache | None = None,
+    cache: LayerCache | None = None,
 ) -> Tensor:
     """Attention of `query` (N, T, D) onto `features` (B, P, D of the encoder) -> (N, T, D).
 
     `project` makes keys and values (B, P, D) of the features. There is no mask: every image has
     all of its P tokens. With a cache, keys and values are formed at the first call only.
     """
-    if cache is not None and layer in cache.cross_attention:
-        key, value = cache.cross_attention[layer]
+    if cache is not None and cache.cross_attention is not None:
+        key, value = cache.cross_attention
     else:
         key, value = (split_heads(x, num_heads) for x in project(features))
         if cache is not None:
-            cache.cross_attention[layer] = key, value
+            cache.cross_attention = key, value
     # The rows of one image share its keys and values: fold them into the token axis instead of
     # repeating 577 keys for each of them.
     num_tokens = query.shape[1]

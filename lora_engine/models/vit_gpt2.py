@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, causal_self_attention
+from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
 from lora_engine.models.cross_attention import cross_attention
 from lora_engine.models.vit import VisionTransformer, convert_names
 
@@ -29,14 +29,12 @@ class Attention(nn.Module):
         width: int,
         num_heads: int,
         *,
-        layer: int,
         is_cross: bool,
         scale: float,
         attention_dropout: float,
         residual_dropout: float,
     ) -> None:
         super().__init__()
-        self.layer = layer
         self.num_heads = num_heads
         self.scale = scale
         self.attention_dropout = attention_dropout
@@ -47,10 +45,9 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, features: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, features: Tensor | None, cache: LayerCache | None
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
         settings = {
-            "layer": self.layer,
             "num_heads": self.num_heads,
             "scale": self.scale,
             "dropout": self.attention_dropout if self.training else 0.0,
@@ -91,7 +88,7 @@ class Block(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, features: Tensor, cache: KeyValueCache | None = None
+        self, x: Tensor, features: Tensor, cache: LayerCache | None = None
     ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
         x = x + self.attn(self.ln_1(x), None, cache)
         x = x + self.crossattention(self.ln_cross_attn(x), features, cache)
@@ -135,7 +132,6 @@ class GPT2Decoder(nn.Module):
                 mlp_width,
                 act=act,
                 eps=eps,
-                layer=index,
                 scale=scale / (index + 1) if scale_by_layer else scale,
                 attention_dropout=attention_dropout,
                 residual_dropout=residual_dropout,
@@ -155,15 +151,15 @@ class GPT2Decoder(nn.Module):
         return self.transformer["h"]
 
     def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
-        past = cache.length if cache else 0
+        past = 0 if cache is None else cache.length
         positions = self.transformer["wpe"].weight[past : past + input_ids.shape[1]]
         x = self.transformer["wte"](input_ids) + positions
         x = F.dropout(x, self.embedding_dropout, self.training)
-        for block in self.layers:
+        for index, block in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, features, use_reentrant=False)
             else:
-                x = block(x, features, cache)
+                x = block(x, features, None if cache is None else cache[index])
         return self.transformer["ln_f"](x)
 
     def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
