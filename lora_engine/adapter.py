@@ -173,7 +173,7 @@ def load_adapter(
             dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
             rslora=bool(config.get("use_rslora")),
         )
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise AdapterError(
             f"the adapter in {adapter.folder} does not fit this model "
             f"({type(model).__name__}): {error}"
@@ -191,7 +191,8 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
     complaints += [
         f"{path} is missing" for path in layers if path not in paths and _is_target(config, path)
     ]
-    for path in paths:
+    complaints += [f"the model has no linear layer {path}" for path in paths if path not in layers]
+    for path in layers.keys() & paths:
         num_in, num_out = layers[path]
         rank = by_pattern(config.get("rank_pattern"), path, default=config["r"])
         for letter, shape in (("A", (rank, num_in)), ("B", (num_out, rank))):
@@ -296,6 +297,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name, kind in (("r", int), ("lora_alpha", (int, float))):
         if not isinstance(config.get(name), kind) or config[name] <= 0:
             raise AdapterError(f"{path}: {name} is {config.get(name)!r}; expected a number above 0")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(
+            isinstance(value, (int, float)) for value in patterns.values()
+        ):
+            raise AdapterError(f"{path}: {name} is {patterns!r}; expected {{pattern: number}}")
     for name, plain in _UNSUPPORTED.items():
         if name in config and config[name] not in plain:
             raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")

@@ -1,6 +1,7 @@
 """Validation: the loss on rows that were not trained on, sample captions, and the best adapter."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -126,6 +127,11 @@ class Validation:
                 f"{len(result.skipped)} of {len(self.dataset)} validation images cannot be used, "
                 f"more than --max_bad_share {self.config.max_bad_share:g}; the first is "
                 f"{result.skipped[0].image}: {result.skipped[0].reason}"
+            )
+        if step == 0 and not math.isfinite(result.loss):
+            raise ValueError(
+                f"the validation loss before any training is {result.loss}: {self.config.model} "
+                f"cannot be trained like this; try --precision fp32"
             )
         self.losses[step] = result.loss
         self.journal.record("validation", step=step, epoch=epoch, loss=result.loss)

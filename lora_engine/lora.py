@@ -58,9 +58,9 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        like = {"dtype": dtype, "device": self.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         for frozen in (self.weight, self.bias):
             if frozen is not None:

@@ -78,12 +78,6 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         folder.write_json("environment.json", environment(describe(device), dtype))
         journal.say(_opening(config, plan, train_set, val_set, device, dtype))
         skipped = SkippedRows(folder, journal, max_share=config.max_bad_share)
-        meter = Meter(
-            journal,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            has_grad_scaler=scaler.is_enabled(),
-        )
         collate = _collate(captioner, config)
         loading = {
             "collate": collate,
@@ -101,6 +95,12 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             num_epochs=config.epochs,
         )
         micro_batches = load_batches(train_set, places, **loading)
+        meter = Meter(
+            journal,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            has_grad_scaler=scaler.is_enabled(),
+        )
         step = 0
         try:
             for step in range(1, total_steps + 1):

@@ -1,0 +1,194 @@
+"""Small random checkpoints of both families, written as the published ones are.
+
+Two layers, width 64, four heads, 64-pixel images: quick, and wrong wherever a real one would be
+wrong. The tokenizers are small, but of the published kinds, with the published traps: BLIP's
+start token lies beyond its tokenizer's own ids, GPT-2's start, end and padding are one id, and
+the file of its tokenizer asks for padding and truncation.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from published import (
+    BLIP,
+    BLIP_PREPROCESSOR,
+    BLIP_TOKENIZER,
+    VIT_GPT2,
+    VIT_GPT2_PREPROCESSOR,
+    VIT_GPT2_TOKENIZER,
+)
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE, WordPiece
+from torch import Tensor, nn
+
+IMAGE_SIZE = 64
+MAX_POSITIONS = 96
+
+WORDS = (
+    "a an the of in on at and with is are to by man woman dog cat house tree street city sea beach"
+    " person people sky water red green blue yellow white black small large big tiny circle square"
+    " triangle star above below left right beside photo picture image view sunset background stock"
+    " vector player game team day night road car train boat bird flower food table room building"
+    " mountain lake river snow sun young old new front top bottom two three one"
+).split()
+
+CAPTIONS = [
+    "a red circle above a blue square",
+    "a dog on the beach at sunset",
+    "two people",
+    "the view of a city street with a car, a train and white building at night",
+    "a small green triangle left of a large yellow star in the picture",
+    "flower on the table",
+]
+
+
+def write_blip(folder: Path, *, text: dict | None = None, vision: dict | None = None, seed=0):
+    """A small BLIP; `text` and `vision` change its configuration. Returns Hugging Face's model."""
+    tokens = _blip_tokens()
+    config = copy.deepcopy(BLIP)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "projection_dim": 64}
+    config["text_config"] |= small | {
+        "max_position_embeddings": MAX_POSITIONS,
+        "vocab_size": len(tokens) + 2,
+        "bos_token_id": len(tokens),
+        "sep_token_id": tokens.index("[SEP]"),
+    } | (text or {})
+    config["vision_config"] |= small | {"image_size": IMAGE_SIZE} | (vision or {})
+    config |= {"projection_dim": 64, "image_text_hidden_size": 64}
+    model = _save(config, folder, seed)
+    _write_blip_tokenizer(folder, tokens)
+    _write_json(folder / "preprocessor_config.json", BLIP_PREPROCESSOR | {"size": IMAGE_SIZE})
+    return model
+
+
+def write_vit_gpt2(
+    folder: Path, *, encoder: dict | None = None, decoder: dict | None = None, seed=0
+):
+    """A small ViT+GPT2; `encoder` and `decoder` change its configuration. Returns the model."""
+    vocabulary, merges = _gpt2_vocabulary()
+    end = vocabulary["<|endoftext|>"]
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end,
+           "decoder_start_token_id": end}
+    config = copy.deepcopy(VIT_GPT2) | ids
+    config["encoder"] |= {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": IMAGE_SIZE,
+    } | (encoder or {})
+    config["decoder"] |= ids | {
+        "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS,
+        "vocab_size": len(vocabulary),
+    } | (decoder or {})
+    model = _save(config, folder, seed)
+    _write_gpt2_tokenizer(folder, vocabulary, merges)
+    _write_json(folder / "preprocessor_config.json", VIT_GPT2_PREPROCESSOR | {"size": IMAGE_SIZE})
+    return model
+
+
+def hugging_face(folder: Path) -> nn.Module:
+    """Hugging Face's own model of a checkpoint folder, in evaluation mode."""
+    import transformers
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    return kind.from_pretrained(folder).eval()
+
+
+def hugging_face_logits(model: nn.Module, pixels: Tensor, input_ids: Tensor) -> Tensor:
+    """Logits (N, T, V) of Hugging Face's model, bare or within PEFT."""
+    name = "input_ids" if model.config.model_type == "blip" else "decoder_input_ids"
+    return model(pixel_values=pixels, **{name: input_ids}).logits
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    """Draw every weight anew: class defaults leave some of them at zero or near it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name.lower() or ".ln_" in name:
+                parameter.copy_(float(name.endswith("weight")) + 0.05 * noise)
+            elif parameter.dim() < 2:
+                parameter.copy_(0.02 * noise)
+            else:
+                parameter.copy_(0.5 * parameter.shape[-1] ** -0.5 * noise)
+
+
+def random_pixels(num_images: int, *, seed: int = 0, size: int = IMAGE_SIZE) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_images, 3, size, size, generator=generator)
+
+
+def _save(config: dict, folder: Path, seed: int) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind(kind.config_class.from_dict(copy.deepcopy(config)))
+    randomize(model, seed)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    # The published folders have no generation_config.json.
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return model.eval()
+
+
+def _blip_tokens() -> list[str]:
+    """Like BERT's vocabulary: padding first, other special tokens behind unused ones."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    unused = [f"[unused{index}]" for index in range(9)]
+    special = ["[PAD]", *unused, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return list(dict.fromkeys(special + letters + [f"##{x}" for x in letters] + list(WORDS)))
+
+
+def _write_blip_tokenizer(folder: Path, tokens: list[str]) -> None:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    around = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=around
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", BLIP_TOKENIZER)
+
+
+def _gpt2_vocabulary() -> tuple[dict[str, int], list[list[str]]]:
+    """Byte-level pairs of a few captions; the end token comes last, as in GPT-2's own."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*CAPTIONS, " ".join(WORDS)], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"] | {"<|endoftext|>": len(model["vocab"])}, model["merges"]
+
+
+def _write_gpt2_tokenizer(
+    folder: Path, vocabulary: dict[str, int], merges: list[list[str]]
+) -> None:
+    tokenizer = Tokenizer(BPE(vocabulary, [tuple(pair) for pair in merges]))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.enable_truncation(32)
+    end = vocabulary["<|endoftext|>"]
+    tokenizer.enable_padding(length=32, pad_id=end, pad_token="<|endoftext|>")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", VIT_GPT2_TOKENIZER)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")

@@ -1,0 +1,518 @@
+"""PEFT's adapter folder: both directions of exchange with PEFT itself, and what is refused."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import hugging_face, hugging_face_logits, random_pixels
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lora_engine import adapter as adapter_room
+from lora_engine.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterError,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    set_matrices,
+)
+from lora_engine.captions import IGNORED, collate_captions
+from lora_engine.lora import inject, lora_layers, lora_parameters, merge
+from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+
+# PEFT still asks transformers under an old name.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+BOTH_GROUPS = ["attention", "feed_forward"]
+PATTERNS = {
+    "rank_pattern": {r".*\.1\..*(query|c_attn)": 5},
+    "alpha_pattern": {r"0\.(mlp\.c_fc|intermediate\.dense)": 3},
+}
+
+
+def adapted(folder: Path, **settings) -> Captioner:
+    """A captioner with random adapters, B included."""
+    captioner = load_captioner(folder)
+    settings = {"rank": 4, "alpha": 10, "dropout": 0.0} | settings
+    inject(captioner.model, settings.pop("targets", BOTH_GROUPS), **settings)
+    for name, matrix in lora_parameters(captioner.model).items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(matrix, std=0.1)
+    return captioner
+
+
+def save(captioner: Captioner, folder: Path, **settings) -> Path:
+    save_adapter(
+        captioner.model, folder, base_model=captioner.name,
+        hugging_face_class=FAMILIES[captioner.family].hugging_face_class, **settings,
+    )
+    return folder
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return random_pixels(2), torch.randint(20, 200, (2, 6), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    pixels, input_ids = inputs()
+    return model.head(model.decode(input_ids, model.encode(pixels)))
+
+
+@torch.no_grad()
+def pefts_logits(model: torch.nn.Module) -> torch.Tensor:
+    return hugging_face_logits(model.eval(), *inputs())
+
+
+def load_with_peft(folder: Path, adapter_folder: Path, **settings) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of missing keys, of fan_in_fan_out, of unknown settings
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+        return PeftModel.from_pretrained(hugging_face(folder), str(adapter_folder), **settings)
+
+
+def make_with_peft(folder: Path, adapter_folder: Path, **settings) -> PeftModel:
+    """An adapter as PEFT makes it, with random matrices, saved."""
+    settings = {
+        "r": 4, "lora_alpha": 10, "lora_dropout": 0.0,
+        "target_modules": r".*(text_decoder\.bert|decoder\.transformer)\..*"
+                          r"(query|value|intermediate\.dense|c_attn|c_fc)",
+        "fan_in_fan_out": "GPT2" in (folder / "config.json").read_text(),
+    } | settings
+    model = get_peft_model(hugging_face(folder), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(str(adapter_folder))
+    return model
+
+
+# --- exchange with PEFT ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"rslora": True}, PATTERNS, PATTERNS | {"rslora": True},
+], ids=["plain", "rslora", "patterns", "patterns_rslora"])
+def test_peft_loads_our_adapter_with_our_logits(captioner_folder, tmp_path, settings):
+    captioner = adapted(captioner_folder, **settings)
+    if settings:
+        layers = [layer for _, layer in lora_layers(captioner.model)]
+        kinds = {(layer.rank, layer.scaling) for layer in layers}
+        assert len(kinds) == (3 if "rank_pattern" in settings else 1)
+    theirs = load_with_peft(captioner_folder, save(captioner, tmp_path / "adapter"))
+    base = logits(load_captioner(captioner_folder).model)
+    assert (logits(captioner.model) - base).abs().max() > 0.05
+    torch.testing.assert_close(
+        logits(captioner.model), pefts_logits(theirs), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"use_rslora": True}, PATTERNS, PATTERNS | {"use_rslora": True},
+    {"fan_in_fan_out": False},  # wrong in the file for one of the families; the module decides
+    {"target_modules": ["query", "value", "c_attn", "q_attn", "no.such.module"]},
+    {"target_modules": r".*(h|layer)\.\d\..*(c_proj|output\.dense)",
+     "exclude_modules": r".*\.1\..*"},
+], ids=["plain", "rslora", "patterns", "patterns_rslora", "fan_in_fan_out", "names", "excluded"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_we_load_pefts_adapter_with_pefts_logits(captioner_folder, tmp_path, settings):
+    theirs = make_with_peft(captioner_folder, tmp_path, **settings)
+    captioner = load_captioner(captioner_folder)
+    base = logits(captioner.model)
+    plan = load_adapter(captioner.model, tmp_path)
+    their_matrices = [p for name, p in theirs.named_parameters() if "lora_" in name]
+    assert plan.num_trainable == sum(matrix.numel() for matrix in their_matrices)
+    assert (logits(captioner.model) - base).abs().max() > 0.05
+    torch.testing.assert_close(
+        logits(captioner.model), pefts_logits(theirs), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_our_adapter_loads_into_the_same_model(captioner_folder, tmp_path):
+    ours = adapted(captioner_folder, **PATTERNS, rslora=True, dropout=0.2)
+    again = load_captioner(captioner_folder)
+    load_adapter(again.model, save(ours, tmp_path / "adapter"))
+    matrices = lora_parameters(ours.model)
+    assert lora_parameters(again.model).keys() == matrices.keys()
+    for name, matrix in lora_parameters(again.model).items():
+        assert torch.equal(matrix, matrices[name]) and matrix.requires_grad
+    for (_, a), (_, b) in zip(lora_layers(ours.model), lora_layers(again.model)):
+        assert (a.rank, a.dropout) == (b.rank, b.dropout)
+        assert b.scaling == pytest.approx(a.scaling, rel=1e-12)
+
+
+def test_dropout_can_be_replaced_for_further_training(captioner_folder, tmp_path):
+    folder = save(adapted(captioner_folder, dropout=0.2), tmp_path / "adapter")
+    for dropout, expected in ((None, 0.2), (0.0, 0.0), (0.5, 0.5)):
+        model = load_captioner(captioner_folder).model
+        load_adapter(model, folder, dropout=dropout)
+        assert {layer.dropout for _, layer in lora_layers(model)} == {expected}
+
+
+def test_a_merged_model_saves_the_same_adapter(captioner_folder, tmp_path):
+    captioner = adapted(captioner_folder)
+    before = load_file(save(captioner, tmp_path / "a") / WEIGHTS_FILE)
+    merge(captioner.model)
+    after = load_file(save(captioner, tmp_path / "b") / WEIGHTS_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_saved_configuration_is_complete_and_pefts_own_class_reads_it(captioner_folder, tmp_path):
+    captioner = adapted(captioner_folder, **PATTERNS)
+    folder = save(captioner, tmp_path / "adapter", revision="v1")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert config | {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": captioner.family != "blip", "inference_mode": True,
+        "init_lora_weights": True, "lora_bias": False, "modules_to_save": None,
+        "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None,
+        "revision": "v1", "task_type": None, "use_dora": False, "use_rslora": False,
+        "base_model_name_or_path": str(captioner_folder),
+        "auto_mapping": {
+            "base_model_class": FAMILIES[captioner.family].hugging_face_class,
+            "parent_library": "transformers",
+        },
+    } == config
+    assert config["target_modules"] == [path for path, _ in lora_layers(captioner.model)]
+    assert set(config["rank_pattern"].values()) == {5}
+    assert set(config["alpha_pattern"].values()) == {3}
+    theirs = LoraConfig.from_pretrained(str(folder))
+    assert theirs.target_modules == set(config["target_modules"])
+
+
+def test_saved_matrices_have_pefts_keys_and_shapes(captioner_folder, tmp_path):
+    ours = load_file(save(adapted(captioner_folder), tmp_path / "ours") / WEIGHTS_FILE)
+    paths = [path for path, _ in lora_layers(adapted(captioner_folder).model)]
+    make_with_peft(captioner_folder, tmp_path / "theirs", target_modules=paths)
+    theirs = load_file(tmp_path / "theirs" / WEIGHTS_FILE)
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
+    assert all(matrix.dtype == torch.float32 for matrix in ours.values())
+
+
+def test_twenty_adamw_steps_give_pefts_losses(captioner_folder, tmp_path):
+    captioner = adapted(captioner_folder)
+    theirs = load_with_peft(
+        captioner_folder, save(captioner, tmp_path / "adapter"), is_trainable=True
+    )
+    tokens = captioner.tokenizer.encode(checkpoints.CAPTIONS)
+    pixels = random_pixels(len(tokens))
+    features = captioner.model.encode(pixels)
+    optimizers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for model in (captioner.model, theirs)
+    ]
+    ours_losses, their_losses = [], []
+    for step in range(20):
+        index = [(2 * step + i) % len(tokens) for i in range(4)]
+        input_ids, targets = collate_captions(
+            [tokens[i] for i in index], prompt_length=1, pad_id=captioner.tokenizer.pad_id
+        )
+        # Ours: sum over valid targets, divided by their number.
+        predicted = captioner.model.head(captioner.model.decode(input_ids, features[index]))
+        loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(),
+                               ignore_index=IGNORED, reduction="sum")
+        ours_losses.append(loss / (targets != IGNORED).sum())
+        # Theirs: the models' own losses, given right labels; BLIP's shifts them by itself.
+        if captioner.family == "blip":
+            end = torch.where(targets[:, -1:] == IGNORED, 0, targets[:, -1:])
+            arguments = {"input_ids": torch.cat([input_ids, end], dim=1),
+                         "labels": F.pad(targets, (1, 0), value=IGNORED)}
+        else:
+            arguments = {"decoder_input_ids": input_ids, "labels": targets}
+        their_losses.append(theirs(pixel_values=pixels[index], **arguments).loss)
+        for optimizer, losses in zip(optimizers, (ours_losses, their_losses)):
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1] = losses[-1].item()
+    assert ours_losses[-1] < 0.8 * ours_losses[0]
+    assert ours_losses == pytest.approx(their_losses, rel=1e-4)
+
+
+# --- provenance, and whole or not at all ----------------------------------------------------
+
+
+def test_provenance_comes_back(captioner_folder, tmp_path):
+    captioner = adapted(captioner_folder)
+    provenance = {"base_fingerprint": captioner.fingerprint, "prompt": "a photo of é"}
+    read = read_adapter(save(captioner, tmp_path / "adapter", provenance=provenance))
+    assert read.provenance == provenance
+    assert read.prompt == "a photo of é" and read.base_model == str(captioner_folder)
+    make_with_peft(captioner_folder, tmp_path / "theirs")
+    assert read_adapter(tmp_path / "theirs").provenance == {}
+    assert read_adapter(tmp_path / "theirs").prompt == ""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_adapter_replaces_the_old_one_whole(blip_folder, tmp_path):
+    folder = save(adapted(blip_folder), tmp_path / "adapter")
+    (folder / "left over from before").touch()
+    save(adapted(blip_folder, rank=2), folder)
+    assert contents(folder).keys() == {CONFIG_FILE, WEIGHTS_FILE}
+    assert read_adapter(folder).config["r"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["matrices", "configuration", "rename"])
+def test_an_interrupted_save_leaves_the_old_adapter_whole(
+    blip_folder, tmp_path, monkeypatch, where, error
+):
+    folder = save(adapted(blip_folder), tmp_path / "adapter")
+    before = contents(folder)
+    new = adapted(blip_folder, rank=2)
+
+    def interrupted(*arguments, **_):
+        if where == "rename" and not str(arguments[0]).endswith(".new"):
+            return rename(*arguments)
+        raise error
+
+    rename = Path.rename
+    if where == "matrices":
+        monkeypatch.setattr(adapter_room, "save_file", interrupted)
+    else:
+        name = {"configuration": "write_text", "rename": "rename"}[where]
+        monkeypatch.setattr(Path, name, interrupted)
+    with pytest.raises(type(error)):
+        save(new, folder)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_saving_without_lora_layers_is_an_error(captioner, tmp_path):
+    with pytest.raises(AdapterError, match="no LoRA layers"):
+        save(captioner, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+# --- keys of compiled models ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["in front", "behind the prefix", "within the path"])
+def test_keys_written_after_compiling_load_alike(blip_folder, tmp_path, place):
+    ours = adapted(blip_folder)
+    folder = save(ours, tmp_path / "adapter")
+    change = {
+        "in front": lambda key: f"_orig_mod.{key}",
+        "behind the prefix": lambda key: key.replace("model.text", "model._orig_mod.text"),
+        "within the path": lambda key: key.replace(".layer.0.", ".layer.0._orig_mod."),
+    }[place]
+    rewrite(folder, lambda tensors: {change(key): value for key, value in tensors.items()})
+    assert any("_orig_mod" in key for key in load_file(folder / WEIGHTS_FILE))
+    again = load_captioner(blip_folder)
+    load_adapter(again.model, folder)
+    assert torch.equal(logits(again.model), logits(ours.model))
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made_by_us(blip_folder, tmp_path_factory) -> Path:
+    return save(adapted(blip_folder), tmp_path_factory.mktemp("made") / "adapter")
+
+
+@pytest.fixture
+def folder(made_by_us, tmp_path) -> Path:
+    """A BLIP adapter, free to be damaged."""
+    return shutil.copytree(made_by_us, tmp_path / "adapter")
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = change(load_file(folder / WEIGHTS_FILE))
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+def configure(folder: Path, **changes) -> None:
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+def assert_refused(adapter_folder: Path, base_folder: Path, *messages: str) -> None:
+    """An AdapterError with these words in it, and the model as it was."""
+    model = load_captioner(base_folder).model
+    before = list(model.modules())
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, adapter_folder)
+    for message in [str(adapter_folder), *messages]:
+        assert message in str(caught.value)
+    assert list(model.modules()) == before
+
+
+QUERY = "text_decoder.bert.encoder.layer.1.attention.self.query"
+KEY = f"base_model.model.{QUERY}.lora_A.weight"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("lora_bias", True),
+    ("modules_to_save", ["cls"]), ("layers_to_transform", [1]), ("target_parameters", ["x"]),
+    ("trainable_token_indices", [3]), ("layer_replication", [[0, 1]]),
+    ("init_lora_weights", "olora"), ("arrow_config", {}), ("use_qalora", True),
+])
+def test_other_kinds_of_adapter_are_refused(blip_folder, folder, name, value):
+    configure(folder, **{name: value})
+    assert_refused(folder, blip_folder, f"{name} is {value!r}; only plain LoRA")
+
+
+def test_a_dora_adapter_made_by_peft_is_refused(captioner_folder, tmp_path):
+    make_with_peft(captioner_folder, tmp_path, use_dora=True)
+    assert_refused(tmp_path, captioner_folder, "use_dora is True")
+
+
+def test_a_bias_adapter_made_by_peft_is_refused(captioner_folder, tmp_path):
+    make_with_peft(captioner_folder, tmp_path, bias="lora_only")
+    assert_refused(tmp_path, captioner_folder, "bias is 'lora_only'")
+
+
+def test_settings_of_how_it_was_made_do_not_matter(blip_folder, folder):
+    configure(folder, init_lora_weights="gaussian", megatron_core="megatron.core", eva_config={},
+              a_setting_of_a_later_peft=None)
+    load_adapter(load_captioner(blip_folder).model, folder)
+
+
+def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
+    """It belongs to a base whose own weights PEFT changes when it loads the adapter."""
+    make_with_peft(blip_folder, tmp_path, init_lora_weights="pissa")
+    assert_refused(tmp_path, blip_folder, "init_lora_weights is 'pissa'")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"peft_type": "LOHA"}, 'peft_type "LORA"'),
+    ({"peft_type": "absent"}, 'peft_type "LORA"'),
+    ({"r": "absent"}, "r is None; expected a number above 0"),
+    ({"r": 0}, "r is 0; expected a number above 0"),
+    ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number above 0"),
+    ({"r": 8.5}, "r is 8.5"),
+    ({"lora_dropout": 1.0}, "dropout is 1.0"),
+    ({"rank_pattern": ["query"]}, "rank_pattern is ['query']; expected {pattern: number}"),
+    ({"alpha_pattern": {"query": "8"}}, "alpha_pattern is {'query': '8'}"),
+    ({"alpha_pattern": {"(": 8}}, "does not fit"),
+    ({"target_modules": "("}, "does not fit"),
+    ({"target_modules": None}, "target_modules does not cover"),
+])
+def test_a_wrong_setting_is_refused(blip_folder, folder, changes, message):
+    configure(folder, **changes)
+    assert_refused(folder, blip_folder, message)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"LORA"', "\x00"])
+def test_a_broken_configuration_is_refused(blip_folder, folder, text):
+    (folder / CONFIG_FILE).write_text(text)
+    assert_refused(folder, blip_folder, CONFIG_FILE)
+
+
+def test_a_missing_file_is_named(blip_folder, folder, tmp_path):
+    assert_refused(tmp_path / "absent", blip_folder, f"has no {CONFIG_FILE}")
+    (folder / WEIGHTS_FILE).unlink()
+    assert_refused(folder, blip_folder, f"has no {WEIGHTS_FILE}")
+    assert_refused(folder / CONFIG_FILE, blip_folder, f"has no {CONFIG_FILE}")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5, 3000])
+def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    assert_refused(folder, blip_folder, f"cannot read {path}")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t | {"surprise": torch.zeros(1)}, "surprise is not a LoRA matrix"),
+    (lambda t: t | {KEY.replace("A.weight", "magnitude_vector"): torch.zeros(1)},
+     "lora_magnitude_vector is not a LoRA matrix"),
+    (lambda t: {k: v for k, v in t.items() if k != KEY},
+     f"{QUERY}.lora_B stands without {QUERY}.lora_A"),
+    (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, {QUERY}.lora_B 4"),
+    (lambda t: t | {KEY: t[KEY][0]}, "expected a floating-point matrix"),
+    (lambda t: t | {KEY: t[KEY].int()}, "torch.int32"),
+    (lambda t: {}, "holds no matrices"),
+    (lambda t: t | {KEY: t[KEY][:, :60]}, f"{QUERY}.lora_A is (4, 60), expected (4, 64)"),
+    (lambda t: t | {KEY.replace("A.", "B."): torch.zeros(65, 4)},
+     f"{QUERY}.lora_B is (65, 4), expected (64, 4)"),
+    (lambda t: {k.replace("layer.1.", "layer.7."): v for k, v in t.items()},
+     "layer.7.attention.output.dense' matches no linear layer"),
+    (lambda t: {k: v for k, v in t.items() if QUERY not in k}, f"{QUERY} is missing"),
+    (lambda t: {k.replace(QUERY, "query"): v for k, v in t.items()},
+     "the model has no linear layer query"),  # PEFT knows it by its whole path only
+], ids=["unknown", "magnitude", "half_pair", "ranks", "vector", "integers", "empty", "in_width",
+        "out_width", "no_such_layer", "missing", "tail_of_a_path"])
+def test_matrices_that_do_not_fit_are_refused(blip_folder, folder, change, message):
+    rewrite(folder, change)
+    assert_refused(folder, blip_folder, message)
+
+
+def test_matrices_that_the_targets_do_not_cover_are_refused(blip_folder, folder):
+    """PEFT drops them without a word."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    configure(folder, target_modules=[t for t in config["target_modules"] if t != QUERY])
+    assert_refused(folder, blip_folder, f"target_modules does not cover {QUERY}")
+    configure(folder, target_modules=config["target_modules"], exclude_modules=["1.attention"
+              ".self.query"])
+    assert_refused(folder, blip_folder, f"target_modules does not cover {QUERY}")
+
+
+def test_a_layer_of_another_rank_than_the_configuration_says_is_refused(blip_folder, folder):
+    """PEFT cannot load it, and whose scaling would be meant?"""
+    other = KEY.replace("A.", "B.")
+    rewrite(folder, lambda t: t | {KEY: t[KEY][:2], other: t[other][:, :2]})
+    assert_refused(folder, blip_folder, f"{QUERY}.lora_A is (2, 64), expected (4, 64)")
+
+
+def test_an_adapter_of_another_family_is_refused(
+    blip_folder, vit_gpt2_folder, folder, tmp_path
+):
+    assert_refused(folder, vit_gpt2_folder, "does not fit this model (ViTGPT2Captioner)",
+                   "matches no linear layer")
+    other = save(adapted(vit_gpt2_folder), tmp_path / "other")
+    assert_refused(other, blip_folder, "does not fit this model (BlipCaptioner)")
+
+
+def test_an_adapter_on_the_encoder_or_head_is_refused(blip_folder, tmp_path):
+    make_with_peft(blip_folder, tmp_path / "head", target_modules=["query", "dense"])
+    assert_refused(tmp_path / "head", blip_folder, "cls.predictions.transform.dense",
+                   "never adapted here")
+    make_with_peft(blip_folder, tmp_path / "vision", target_modules=["query", "qkv"])
+    assert_refused(tmp_path / "vision", blip_folder, "self_attn.qkv")
+
+
+def test_a_second_adapter_is_refused(blip_folder, folder):
+    captioner = adapted(blip_folder)
+    before = {name: m.clone() for name, m in lora_parameters(captioner.model).items()}
+    with pytest.raises(AdapterError, match="already has LoRA layers"):
+        load_adapter(captioner.model, folder)
+    after = lora_parameters(captioner.model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_matrices_are_set_all_or_none(blip_folder):
+    model = adapted(blip_folder).model
+    before = {name: matrix.clone() for name, matrix in lora_parameters(model).items()}
+    new = {name: torch.ones_like(matrix) for name, matrix in before.items()}
+    first, *_, last = new
+    for matrices, message in [
+        ({k: v for k, v in new.items() if k != last}, f"{last} is missing"),
+        (new | {"x.lora_A": torch.ones(1)}, "no LoRA matrix x.lora_A in the model"),
+        (new | {last: torch.ones(3, 3)}, f"{last} is (3, 3), the model's is"),
+    ]:
+        with pytest.raises(AdapterError) as caught:
+            set_matrices(model, matrices, source="a file")
+        assert message in str(caught.value) and "a file" in str(caught.value)
+        after = lora_parameters(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    set_matrices(model, new, source="a file")
+    assert all((matrix == 1).all() for matrix in lora_parameters(model).values())

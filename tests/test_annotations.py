@@ -1,0 +1,161 @@
+"""Annotation files: rows as written, and complaints that say where, what and what to do."""
+
+import json
+import os
+
+import pytest
+
+from lora_engine.annotations import AnnotationError, Row, hold_out, read_annotations
+
+
+def write(folder, content) -> str:
+    path = folder / "train.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def complaint_about(folder, content) -> str:
+    """The error's message, with the file's path shortened to its name."""
+    path = write(folder, content)
+    with pytest.raises(AnnotationError) as caught:
+        read_annotations(path)
+    return str(caught.value).replace(path, "train.json")
+
+
+def test_rows_are_stripped_and_images_resolved(tmp_path):
+    rows = [
+        {"text": "  a dog ", "image": "images/1.jpg"},
+        {"text": "ein Hündchen 😀, \"so\" [{,", "image": "/far/2.jpg", "id": [{"text": 3}]},
+        {"text": "again", "image": "./images//x/../1.jpg"},
+    ]
+    folder = os.path.realpath(tmp_path)
+    expected = [
+        Row("a dog", f"{folder}/images/1.jpg"),
+        Row("ein Hündchen 😀, \"so\" [{,", "/far/2.jpg"),
+        Row("again", f"{folder}/images/1.jpg"),
+    ]
+    for written in (
+        json.dumps(rows),
+        json.dumps(rows, ensure_ascii=False, indent=2),
+        "\r\n\t " + json.dumps(rows, separators=("\n,\t", "\r\n: ")) + "\n",
+    ):
+        assert read_annotations(write(tmp_path, written)) == expected
+    with_mark = json.dumps(rows, ensure_ascii=False).encode("utf-8-sig")
+    assert read_annotations(write(tmp_path, with_mark)) == expected
+
+
+def test_relative_images_do_not_depend_on_the_working_folder(tmp_path, monkeypatch):
+    write(tmp_path, '[{"text": "a", "image": "1.jpg"}]')
+    monkeypatch.chdir(tmp_path)
+    assert read_annotations("train.json")[0].image == os.path.realpath("1.jpg")
+
+
+def test_captions_of_one_image_share_its_path(tmp_path):
+    path = write(tmp_path, json.dumps([{"text": c, "image": "1.jpg"} for c in "abc"]))
+    assert len({id(row.image) for row in read_annotations(path)}) == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "train.json: the file is empty, expected a JSON list"),
+        (" \n", "train.json: the file is empty"),
+        ("[]", "train.json: an empty list"),
+        ("null", "train.json: found null, expected a JSON list"),
+        ("text,image\na,b", "train.json:1: not JSON (column 1): Expecting value"),
+        ('[{"text": "a",\n "image" "b"}]', "train.json:2: not JSON (column 10): Expecting ':'"),
+        ('[\n{"text": "a", "image": "b"}\n{"text"', "train.json:3: not JSON (column 1)"),
+        ('[{"text": "a", "image": "b"}', "train.json:1: not JSON (column 29)"),
+        ('[{"text": "a", "image": "b"},\n]', "train.json:2: not JSON (column 1)"),
+        ('[{"text": "a", "image": "b"}]\n]', "train.json:2: not JSON (column 1): Extra data"),
+        ("[" * 100_000, "train.json:1: JSON that cannot be read"),
+        (b'[\n{"text": "caf\xe9"', "train.json:2: not UTF-8 (byte 0xe9): save the file as UTF-8"),
+        ('{"data": [], "info": 1}', 'an object with the keys "data", "info", expected a JSON list'),
+        ('{"images": [], "annotations": []}', "this looks like COCO's format"),
+        ('{"text": "a", "image": "b"}\n{"text": "c", "image": "d"}', "JSON Lines"),
+    ],
+)
+def test_a_file_that_is_not_a_list_of_rows_is_refused(tmp_path, content, message):
+    assert message in complaint_about(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (7, "found 7, expected an object like"),
+        (["a", "b"], 'found ["a", "b"], expected an object'),
+        ({"caption": "a", "image": "b"}, 'no "text" among its keys ("caption", "image")'),
+        ({"text": "a"}, 'no "image" among its keys ("text")'),
+        ({}, 'no "text" among its keys (none)'),
+        ({"text": ["a", "b"], "image": "b"}, '"text" is ["a", "b"], expected one string'),
+        ({"text": "a", "image": None}, '"image" is null, expected one string'),
+        ({"text": "", "image": "b"}, '"text" is empty'),
+        ({"text": " \n\t", "image": "b"}, '"text" is empty'),
+        ({"text": "a", "image": " "}, '"image" is empty'),
+        ({"text": "a", "image": "https://host/a.jpg"}, '"image" is a web address: download'),
+        ({"text": "a \ud83d b", "image": "b"}, '"text" holds half of a UTF-16 pair'),
+    ],
+)
+def test_a_bad_row_is_named_by_line(tmp_path, row, message):
+    good = {"text": "a", "image": "1.jpg"}
+    content = json.dumps([good, good, row, good], indent=0)  # a good row takes four lines
+    assert complaint_about(tmp_path, content).startswith(f"train.json:10: row 3: {message}")
+
+
+def test_the_first_bad_rows_are_listed_and_all_are_counted(tmp_path):
+    rows = [{"text": "a", "image": "1.jpg"}] + [{"text": "", "image": "1.jpg"}] * 7
+    lines = complaint_about(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]").splitlines()
+    assert lines[0] == "train.json: 7 of 8 rows cannot be used; the first 5:"
+    assert [line.split(": ")[:2] for line in lines[1:]] == [
+        [f"  train.json:{line}", f"row {line}"] for line in range(2, 7)
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(AnnotationError, match="missing.json: no such file"):
+        read_annotations(tmp_path / "missing.json")
+    with pytest.raises(AnnotationError, match="is a folder"):
+        read_annotations(tmp_path)
+    with pytest.raises(AnnotationError, match="cannot be read"):
+        read_annotations(f"{write(tmp_path, '[]')}/below.json")
+
+
+ROWS = [Row(f"caption {i}", f"/images/{i % 40}.jpg") for i in range(100)]
+
+
+def test_hold_out_splits_by_image_and_loses_no_row():
+    train, validation = hold_out(ROWS, fraction=0.2, seed=1)
+    assert not {row.image for row in train} & {row.image for row in validation}
+    assert len({row.image for row in validation}) == 8
+    assert sorted(train + validation) == sorted(ROWS)
+    assert train == [row for row in ROWS if row in train]
+
+
+def test_hold_out_depends_on_the_seed_and_not_on_the_order():
+    def held_out(rows, seed):
+        return {row.image for row in hold_out(rows, fraction=0.2, seed=seed)[1]}
+
+    assert held_out(ROWS, 1) == held_out(ROWS[::-1], 1) != held_out(ROWS, 2)
+    moved = [Row(row.text, "/elsewhere" + row.image) for row in ROWS]
+    assert held_out(moved, 1) == {"/elsewhere" + image for image in held_out(ROWS, 1)}
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+def test_hold_out_leaves_an_image_on_each_side(fraction):
+    for count in (2, 3):
+        train, validation = hold_out(ROWS[:count], fraction=fraction, seed=0)
+        assert train and validation
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_hold_out_refuses_an_impossible_fraction(fraction):
+    with pytest.raises(ValueError, match="--val_fraction is .*, expected a number between 0 and 1"):
+        hold_out(ROWS, fraction=fraction, seed=0)
+
+
+def test_hold_out_needs_two_images():
+    with pytest.raises(ValueError, match="pass a validation file with --val_data_path"):
+        hold_out([Row("a", "1.jpg"), Row("b", "1.jpg")], fraction=0.5, seed=0)

@@ -1,0 +1,157 @@
+"""The optimizer is AdamW as the paper writes it, and a step that is not finite is no step."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_engine.optim import build_optimizer, optimizer_step
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+FINITE = torch.tensor(1.0)
+
+
+def matrices(dtype=torch.float32) -> list[nn.Parameter]:
+    return [
+        nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 5), (7, 3), (1, 130))
+    ]
+
+
+def give_gradients(parameters, step, scale=1.0):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.grad = scale * gradient
+
+
+def reference_adamw(weights, gradients, rates, *, decay, max_grad_norm):
+    """Algorithm 2 of arXiv:1711.05101 with clipping before it, in fp64, a number at a time."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    w = torch.cat([x.flatten() for x in weights]).double().tolist()
+    m, v = [0.0] * len(w), [0.0] * len(w)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates), start=1):
+        g = torch.cat([x.flatten() for x in gradient]).double().tolist()
+        norm = math.sqrt(sum(x * x for x in g))
+        factor = min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0
+        for i in range(len(w)):
+            gi = g[i] * factor
+            w[i] -= rate * decay * w[i]
+            m[i] = beta1 * m[i] + (1 - beta1) * gi
+            v[i] = beta2 * v[i] + (1 - beta2) * gi * gi
+            m_hat, v_hat = m[i] / (1 - beta1**step), v[i] / (1 - beta2**step)
+            w[i] -= rate * m_hat / (math.sqrt(v_hat) + eps)
+    return torch.tensor(w, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0, 1e6])
+def test_steps_equal_adamw_written_by_hand(max_grad_norm):
+    parameters = matrices()
+    start = [p.detach().clone() for p in parameters]
+    optimizer = build_optimizer(parameters, lr=123.0, weight_decay=0.1)  # the steps' lr counts
+    rates = [0.01, 0.02, 0.015, 0.01, 0.005]
+    gradients = []
+    for step, rate in enumerate(rates):
+        give_gradients(parameters, step, scale=0.3)
+        gradients.append([p.grad.clone() for p in parameters])
+        optimizer_step(
+            optimizer, NO_SCALER, parameters, FINITE, lr=rate, max_grad_norm=max_grad_norm
+        )
+    expected = reference_adamw(
+        start, gradients, rates, decay=0.1, max_grad_norm=max_grad_norm
+    )
+    ours = torch.cat([p.detach().flatten() for p in parameters]).double()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert (ours - torch.cat([x.flatten() for x in start])).abs().min() > 1e-4  # all have moved
+
+
+def state_of(optimizer, parameters):
+    state = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        state += [optimizer.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq", "step")]
+    return state
+
+
+def after(poisoned, where=(4,), num_steps=6):
+    """Matrices and state after some steps, those of the numbers `where` poisoned or left out."""
+    torch.manual_seed(0)
+    parameters = matrices()
+    optimizer = build_optimizer(parameters, lr=0.1, weight_decay=0.1)
+    for step in range(num_steps):
+        give_gradients(parameters, step)
+        loss = FINITE
+        if step in where:
+            if poisoned == "left out":
+                continue
+            before = state_of(optimizer, parameters)
+            if poisoned == "loss":
+                loss = torch.tensor(float("nan"))
+            else:
+                parameters[1].grad[2, 0] = float(poisoned)
+        norm = optimizer_step(
+            optimizer, NO_SCALER, parameters, loss, lr=0.1, max_grad_norm=1.0
+        )
+        assert all(p.grad is None for p in parameters)
+        if step in where:
+            assert all(map(torch.equal, state_of(optimizer, parameters), before))
+            assert loss.isnan() or not norm.isfinite()
+    return state_of(optimizer, parameters)
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "nan", "inf", "-inf"])
+def test_a_step_that_is_not_finite_changes_neither_matrices_nor_moments_nor_count(poisoned):
+    """The run goes on as if the step had never been."""
+    assert all(map(torch.equal, after(poisoned, where=(2, 4)), after("left out", where=(2, 4))))
+
+
+def test_with_a_grad_scaler_an_overflow_is_skipped_too():
+    parameters = matrices()
+    optimizer = build_optimizer(parameters, lr=0.1, weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    reference = copy.deepcopy(parameters)
+    plain = build_optimizer(reference, lr=0.1, weight_decay=0.1)
+    for step in range(4):
+        give_gradients(reference, step)
+        for p, r in zip(parameters, reference):
+            p.grad = r.grad * scaler.scale(torch.ones(()))
+        if step == 2:
+            parameters[0].grad[0, 0] = float("inf")
+            before, scale = state_of(optimizer, parameters), scaler.get_scale()
+        norm = optimizer_step(
+            optimizer, scaler, parameters, FINITE, lr=0.1, max_grad_norm=1.0
+        )
+        if step == 2:
+            assert all(map(torch.equal, state_of(optimizer, parameters), before))
+            assert scaler.get_scale() < scale and not norm.isfinite()
+            continue
+        expected = optimizer_step(
+            plain, NO_SCALER, reference, FINITE, lr=0.1, max_grad_norm=1.0
+        )
+        torch.testing.assert_close(norm, expected)
+    for p, r in zip(parameters, reference):
+        torch.testing.assert_close(p, r)
+
+
+@pytest.mark.parametrize("scale", [0.001, 10.0])
+def test_the_norm_is_of_all_gradients_together_before_clipping(scale):
+    parameters = matrices()
+    optimizer = build_optimizer(parameters, lr=0.1, weight_decay=0.0)
+    give_gradients(parameters, 0, scale)
+    expected = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    norm = optimizer_step(optimizer, NO_SCALER, parameters, FINITE, lr=0.1, max_grad_norm=1.0)
+    torch.testing.assert_close(norm, expected)
+
+
+def test_a_zero_gradient_is_finite_and_only_decays():
+    parameters = matrices()
+    start = [p.detach().clone() for p in parameters]
+    optimizer = build_optimizer(parameters, lr=0.1, weight_decay=0.5)
+    for max_grad_norm in (0.0, 1.0):
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer_step(
+            optimizer, NO_SCALER, parameters, FINITE, lr=0.1, max_grad_norm=max_grad_norm
+        )
+    for p, before in zip(parameters, start):
+        torch.testing.assert_close(p.detach(), before * 0.95**2)
