@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def peft_loop(
             ids[i, : len(caption)] = labels[i, : len(caption)] = caption
         input_ids = torch.from_numpy(ids).to(device)
         targets = torch.from_numpy(labels).to(device)
-        base = model.base_model.model
+        base: Any = model.base_model.model
         if is_blip:  # shifts the labels itself
             with torch.no_grad():
                 features = base.vision_model(pixels).last_hidden_state

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
@@ -102,10 +103,9 @@ def _load(config: CaptionConfig) -> tuple[Captioner, str]:
     return captioner, adapter.prompt if config.prompt is None else config.prompt
 
 
-def _print_captions(outcomes, file) -> int:
+def _print_captions(outcomes: Iterable[Captioned], file: TextIO | None) -> int:
     num_failed = 0
     for outcome in outcomes:
-        outcome: Captioned
         if outcome.caption is None:
             num_failed += 1
             print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)

@@ -64,8 +64,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; from pinned memory the copies do not block."""
-        tensors = (x.to(device, non_blocking=True) for x in self[:4])
-        return Batch(*tensors, self.rows, self.skipped)
+        return self._replace(**{
+            name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]
+        })
 
 
 def epoch_batches(
@@ -158,6 +159,7 @@ class Collate:
     def __call__(self, examples: list[Example]) -> Batch:
         skipped = [problem for example in examples for problem in example.skipped]
         loaded = [example for example in examples if example.pixels is not None]
+        pixels = [example.pixels for example in examples if example.pixels is not None]
         if not loaded:
             empty = torch.empty(0, dtype=torch.long)
             return Batch(empty, empty, empty, empty, [], skipped)
@@ -169,7 +171,7 @@ class Collate:
         targets = targets.flatten()
         positions = (targets != IGNORED).nonzero().flatten()
         return Batch(
-            pixels=torch.from_numpy(np.stack([e.pixels for e in loaded])),
+            pixels=torch.from_numpy(np.stack(pixels)),
             input_ids=input_ids,
             target_positions=positions,
             target_ids=targets[positions],

@@ -3,13 +3,12 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from lora_engine.adapter import save_adapter
 from lora_engine.annotations import Row
@@ -17,7 +16,6 @@ from lora_engine.batches import (
     Batch,
     CaptionedImages,
     Skipped,
-    load_batches,
     validation_places,
 )
 from lora_engine.captioning import caption_pixels
@@ -27,6 +25,7 @@ from lora_engine.features import encode_pixels
 from lora_engine.images import ImageError, PixelSettings, open_image, to_pixels
 from lora_engine.journal import Journal
 from lora_engine.loss import caption_loss
+from lora_engine.models import CaptionerBody
 from lora_engine.pretrained import FAMILIES, Captioner
 from lora_engine.run_folder import RunFolder, SkippedRows, TrainingStopped
 from lora_engine.summary import Sample, TrainingSummary
@@ -43,7 +42,7 @@ class ValidationLoss(NamedTuple):
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module,
+    model: CaptionerBody,
     batches: Iterable[Batch],
     *,
     pixels: PixelSettings,
@@ -84,23 +83,23 @@ class Validation:
         captioner: Captioner,
         dataset: CaptionedImages,
         rows: Sequence[Row],
+        load: Callable[..., Iterator[Batch]],
         config: TrainingConfig,
         folder: RunFolder,
         journal: Journal,
         skipped: SkippedRows,
         device: torch.device,
         dtype: torch.dtype,
-        loading: dict,
     ) -> None:
         self.captioner = captioner
         self.dataset = dataset
+        self.load = load
         self.config = config
         self.folder = folder
         self.journal = journal
         self.skipped = skipped
         self.device = device
         self.dtype = dtype
-        self.loading = loading
         self.losses: dict[int, float] = {}
         self.captions: dict[int, list[str]] = {}
         self.best_step = 0
@@ -110,12 +109,11 @@ class Validation:
     def run(self, *, step: int, epoch: float) -> None:
         result = validation_loss(
             self.captioner.model,
-            load_batches(
+            self.load(
                 self.dataset,
                 validation_places(
                     self.dataset.captions.lengths, batch_size=self.config.batch_size
                 ),
-                **self.loading,
             ),
             pixels=self.captioner.pixels,
             device=self.device,

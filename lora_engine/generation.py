@@ -9,8 +9,9 @@ Axes: B images, G beams, T tokens so far, V vocabulary.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_engine.models import CaptionerBody
 from lora_engine.models.attention import KeyValueCache
 
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
@@ -18,7 +19,7 @@ _NEVER = -1e9  # Hugging Face's score of what must not be chosen
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: CaptionerBody,
     features: Tensor,
     *,
     prompt_ids: list[int],
@@ -41,7 +42,7 @@ def generate(
         raise ValueError(
             f"max_new_tokens={max_new_tokens}, num_beams={num_beams}: both must be 1 or more"
         )
-    max_positions: int = model.decoder.max_positions  # type: ignore[union-attr, assignment]
+    max_positions = model.decoder.max_positions
     if longest > max_positions:
         raise ValueError(
             f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} need "
@@ -56,15 +57,15 @@ def generate(
 
 
 def _next_logits(
-    model: nn.Module, input_ids: Tensor, features: Tensor, cache: KeyValueCache
+    model: CaptionerBody, input_ids: Tensor, features: Tensor, cache: KeyValueCache
 ) -> Tensor:
     """(N, T new tokens) -> fp32 logits (N, V) of the token after the last one."""
-    hidden = model.decode(input_ids, features, cache)  # type: ignore[operator]
-    return model.head(hidden[:, -1]).float()  # type: ignore[operator]
+    hidden = model.decode(input_ids, features, cache)
+    return model.head(hidden[:, -1]).float()
 
 
 def _greedy(
-    model: nn.Module, features: Tensor, prompt: Tensor, end_id: int, pad_id: int, max_new: int
+    model: CaptionerBody, features: Tensor, prompt: Tensor, end_id: int, pad_id: int, max_new: int
 ) -> Tensor:
     cache = KeyValueCache()
     tokens = prompt
@@ -82,7 +83,7 @@ def _greedy(
 
 
 def _beam_search(
-    model: nn.Module,
+    model: CaptionerBody,
     features: Tensor,
     prompt: Tensor,
     end_id: int,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_engine.captions import CaptionTokenizer
 from lora_engine.images import PixelSettings
+from lora_engine.models import CaptionerBody
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.blip import BlipCaptioner, TextDecoder
 from lora_engine.models.blip import convert_state as convert_blip
@@ -38,7 +39,7 @@ class Captioner:
     the Hub name or the folder that was asked for.
     """
 
-    model: nn.Module
+    model: CaptionerBody
     tokenizer: CaptionTokenizer
     pixels: PixelSettings
     family: str
@@ -56,7 +57,7 @@ class Family:
     """
 
     name: str
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], CaptionerBody]
     convert_state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     special_ids: Callable[[Any], tuple[int, int, int]]
     hugging_face_class: str
@@ -87,12 +88,12 @@ def load_captioner(
     )
 
 
-def load_body(folder: str | Path) -> nn.Module:
+def load_body(folder: str | Path) -> CaptionerBody:
     """The body alone, from a folder that needs no tokenizer or preprocessor files."""
     return _load_body(Path(folder), _read_config(Path(folder), None))
 
 
-def build_from_config(folder: str | Path) -> nn.Module:
+def build_from_config(folder: str | Path) -> CaptionerBody:
     """The body that a folder's config.json describes, with its head tied and no weights filled in.
 
     Under `torch.device("meta")` it costs no memory: good for counting parameters.
@@ -108,11 +109,11 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().float().contiguous().cpu().numpy())
+        digest.update(parameter.detach().float().contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _load_body(folder: Path, config: Any) -> nn.Module:
+def _load_body(folder: Path, config: Any) -> CaptionerBody:
     family = FAMILIES[config.model_type]
     tensors = _read_tensors(folder)
     with torch.device("meta"):
@@ -139,7 +140,7 @@ def _build_encoder(config: Any, **differences) -> VisionTransformer:
     )
 
 
-def _build_blip(config: Any) -> nn.Module:
+def _build_blip(config: Any) -> CaptionerBody:
     text = config.text_config
     decoder = TextDecoder(
         width=text.hidden_size,
@@ -157,7 +158,7 @@ def _build_blip(config: Any) -> nn.Module:
     return BlipCaptioner(_build_encoder(config.vision_config), decoder)
 
 
-def _build_vit_gpt2(config: Any) -> nn.Module:
+def _build_vit_gpt2(config: Any) -> CaptionerBody:
     encoder, decoder = config.encoder, config.decoder
     if encoder.model_type not in ("vit", "deit") or decoder.model_type != "gpt2":
         raise PretrainedError(
@@ -352,14 +353,15 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+def _fill(model: CaptionerBody, state: dict[str, Tensor], *, source: str) -> None:
     """Give a body on the meta device its tensors; everything must fit exactly."""
     head, embedding = model.tied_head
     stored_apart = head in state and embedding in state
     is_tied = not stored_apart or torch.equal(state[head], state[embedding])
     if is_tied:
-        state[embedding] = state.get(embedding, state.pop(head, None))
-        state[head] = state[embedding]
+        stored = state.get(embedding, state.get(head))
+        if stored is not None:
+            state[embedding] = state[head] = stored
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     complaints = [f"unknown tensor {name}" for name in sorted(set(state) - set(expected))]
     complaints += [
@@ -381,7 +383,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
         _tie_head(model)
 
 
-def _tie_head(model: nn.Module) -> None:
+def _tie_head(model: CaptionerBody) -> None:
     head, embedding = model.tied_head
     model.get_submodule(head.rpartition(".")[0]).weight = model.get_parameter(embedding)
 
@@ -389,7 +391,7 @@ def _tie_head(model: nn.Module) -> None:
 # --- tokenizer and pixels -------------------------------------------------------------------
 
 
-def _read_tokenizer(folder: Path, config: Any, model: nn.Module) -> CaptionTokenizer:
+def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionTokenizer:
     from transformers import AutoTokenizer
 
     expected = "expected this model's tokenizer.json (or vocab.txt, or vocab.json and merges.txt)"
@@ -412,11 +414,11 @@ def _read_tokenizer(folder: Path, config: Any, model: nn.Module) -> CaptionToken
         start_id=start_id,
         end_id=end_id,
         pad_id=pad_id,
-        max_positions=model.decoder.max_positions,  # type: ignore[union-attr, arg-type]
+        max_positions=model.decoder.max_positions,
     )
 
 
-def _read_pixel_settings(folder: Path, model: nn.Module) -> PixelSettings:
+def _read_pixel_settings(folder: Path, model: CaptionerBody) -> PixelSettings:
     """The preprocessor's settings; its pixels must have the size that the encoder takes."""
     from transformers import AutoImageProcessor
 
@@ -435,7 +437,7 @@ def _read_pixel_settings(folder: Path, model: nn.Module) -> PixelSettings:
         raise PretrainedError(
             f"{folder} has no usable preprocessor_config.json: {_reason(error)}"
         ) from None
-    image_size = model.encoder.image_size  # type: ignore[union-attr]
+    image_size = model.encoder.image_size
     if settings.size != image_size:
         raise PretrainedError(
             f"{folder}: the preprocessor makes images of {settings.size}, but the encoder in "

@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_engine.adapter import load_adapter, read_adapter
 from lora_engine.annotations import Row, hold_out, read_annotations
@@ -29,6 +30,7 @@ from lora_engine.images import PixelSettings
 from lora_engine.journal import Journal, Meter
 from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_parameters
 from lora_engine.loss import caption_loss
+from lora_engine.models import CaptionerBody
 from lora_engine.optim import build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
@@ -78,14 +80,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         folder.write_json("environment.json", environment(describe(device), dtype))
         journal.say(_opening(config, plan, train_set, val_set, device, dtype))
         skipped = SkippedRows(folder, journal, max_share=config.max_bad_share)
-        collate = _collate(captioner, config)
-        loading = {
-            "collate": collate,
-            "num_workers": _num_workers(config),
-            "pin_memory": device.type == "cuda",
-        }
+        load = partial(
+            load_batches,
+            collate=_collate(captioner, config),
+            num_workers=_num_workers(config),
+            pin_memory=device.type == "cuda",
+        )
         validation = Validation(
-            captioner, val_set, val_rows, config, folder, journal, skipped, device, dtype, loading
+            captioner, val_set, val_rows, load, config, folder, journal, skipped, device, dtype
         )
         validation.run(step=0, epoch=0.0)
         places = training_places(
@@ -94,7 +96,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             seed=config.seed,
             num_epochs=config.epochs,
         )
-        micro_batches = load_batches(train_set, places, **loading)
+        micro_batches = load(train_set, places)
         meter = Meter(
             journal,
             total_steps=total_steps,
@@ -149,7 +151,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
 
 
 def accumulate_gradients(
-    model: nn.Module,
+    model: CaptionerBody,
     batches: Sequence[Batch],
     *,
     pixels: PixelSettings,
@@ -206,7 +208,7 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
         )
 
 
-def _add_lora(model: nn.Module, config: TrainingConfig) -> InjectionPlan:
+def _add_lora(model: CaptionerBody, config: TrainingConfig) -> InjectionPlan:
     if config.init_adapter is None:
         return inject(
             model,
@@ -239,12 +241,12 @@ def _dataset(
 
 
 def _place(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, config: TrainingConfig
-) -> nn.Module:
+    model: CaptionerBody, device: torch.device, dtype: torch.dtype, config: TrainingConfig
+) -> CaptionerBody:
     """Put the model where and how it runs, in training mode."""
     cast_frozen(model, dtype)
     model.to(device)
-    model.decoder.gradient_checkpointing = (  # type: ignore[union-attr]
+    model.decoder.gradient_checkpointing = (
         config.gradient_checkpointing
     )
     model.train()
@@ -253,26 +255,25 @@ def _place(
     return model
 
 
-def _compile(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> None:
     """Compile the decoder's layers, each by itself: they share one compilation, and all lengths.
 
     It is tried at once, so that a machine that cannot (no C++ compiler, say) says so in a line
     and trains without.
     """
-    layers = model.decoder.layers  # type: ignore[union-attr]
-    for layer in layers:  # type: ignore[union-attr]
+    layers = model.decoder.layers
+    for layer in layers:
         layer.compile(dynamic=True)
-    encoder = model.encoder
-    pixels = torch.zeros(2, 3, *encoder.image_size, device=device)  # type: ignore
+    pixels = torch.zeros(2, 3, *model.encoder.image_size, device=device)
     input_ids = torch.zeros(2, 5, dtype=torch.long, device=device)
     try:
         with autocast(device, dtype):
-            features = model.encode(pixels).detach()  # type: ignore[operator]
-            model.decode(input_ids, features).sum().backward()  # type: ignore[operator]
+            features = model.encode(pixels).detach()
+            model.decode(input_ids, features).sum().backward()
     except Exception as error:  # whatever the compiler's many layers say
         reason = str(error).strip().splitlines()[0][:200]
         print(f"--compile does not work here ({reason}): training without it", file=sys.stderr)
-        for layer in layers:  # type: ignore[union-attr]
+        for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets
     model.zero_grad(set_to_none=True)
 

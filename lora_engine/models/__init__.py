@@ -8,5 +8,13 @@ A captioner is an `nn.Module` with three methods, which is all that the rest of 
 
 N is B, or a multiple of it: each image's features then serve N / B consecutive rows (beams).
 
+It also has `encoder` (with `image_size`), `decoder` (with `layers`, `max_positions` and
+`gradient_checkpointing`), and what `lora.inject` reads.
+
 Axes: B batch, T caption tokens, P image tokens, D width, H heads, K head width, V vocabulary.
 """
+
+from lora_engine.models.blip import BlipCaptioner
+from lora_engine.models.vit_gpt2 import ViTGPT2Captioner
+
+CaptionerBody = BlipCaptioner | ViTGPT2Captioner

@@ -7,6 +7,8 @@ that weights, LoRA targets and adapters match by name; only the encoder is renam
 Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,18 +51,17 @@ class Attention(nn.Module):
         self, x: Tensor, features: Tensor | None, cache: LayerCache | None
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
         query, key, value = self.self["query"], self.self["key"], self.self["value"]
-        settings = {
-            "num_heads": self.num_heads,
-            "scale": self.scale,
-            "dropout": self.attention_dropout if self.training else 0.0,
-            "cache": cache,
-        }
+        attend = partial(
+            causal_self_attention if features is None else cross_attention,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            dropout=self.attention_dropout if self.training else 0.0,
+            cache=cache,
+        )
         if features is None:
-            context = causal_self_attention(query(x), key(x), value(x), **settings)
+            context = attend(query(x), key(x), value(x))
         else:
-            context = cross_attention(
-                query(x), features, lambda e: (key(e), value(e)), **settings
-            )
+            context = attend(query(x), features, lambda e: (key(e), value(e)))
         out = F.dropout(self.output["dense"](context), self.hidden_dropout, self.training)
         return self.output["LayerNorm"](x + out)
 

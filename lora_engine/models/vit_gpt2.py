@@ -9,6 +9,7 @@ Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
 """
 
 import re
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,19 +48,17 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, features: Tensor | None, cache: LayerCache | None
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
-        settings = {
-            "num_heads": self.num_heads,
-            "scale": self.scale,
-            "dropout": self.attention_dropout if self.training else 0.0,
-            "cache": cache,
-        }
+        attend = partial(
+            causal_self_attention if features is None else cross_attention,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            dropout=self.attention_dropout if self.training else 0.0,
+            cache=cache,
+        )
         if features is None:
-            query, key, value = self.c_attn(x).chunk(3, dim=-1)
-            context = causal_self_attention(query, key, value, **settings)
+            context = attend(*self.c_attn(x).chunk(3, dim=-1))
         else:
-            context = cross_attention(
-                self.q_attn(x), features, lambda e: self.c_attn(e).chunk(2, dim=-1), **settings
-            )
+            context = attend(self.q_attn(x), features, lambda e: self.c_attn(e).chunk(2, dim=-1))
         return F.dropout(self.c_proj(context), self.residual_dropout, self.training)
 
 
