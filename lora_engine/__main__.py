@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
 import tyro
@@ -57,6 +58,10 @@ def caption(args: list[str]) -> int:
     for name in ("num_beams", "max_new_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} is {getattr(config, name)}; it must be 1 or more")
+    if not config.images:
+        raise ValueError("no images to caption: name image files, or folders of images")
+    if config.out is not None:
+        _check_out(Path(config.out))
     images = find_images(config.images)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
@@ -79,6 +84,14 @@ def caption(args: list[str]) -> int:
         return _print_captions(outcomes, file)
 
 
+def _check_out(path: Path) -> None:
+    """Say before the work, and not after it, that a file cannot be written there."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
+
+
 def _load(config: CaptionConfig) -> tuple[Captioner, str]:
     """The captioner with its adapter merged, and the prompt."""
     adapter = read_adapter(config.adapter) if config.adapter else None
@@ -88,7 +101,10 @@ def _load(config: CaptionConfig) -> tuple[Captioner, str]:
             "no model to caption with: give --adapter, --model, or both (an adapter that does "
             "not say its base model needs --model)"
         )
-    captioner = load_captioner(name, revision=config.revision)
+    revision = config.revision
+    if revision is None and adapter is not None and config.model is None:
+        revision = adapter.config.get("revision")  # of the base model that it names
+    captioner = load_captioner(name, revision=revision)
     if adapter is None:
         return captioner, config.prompt or ""
     made_for = adapter.provenance.get("base_fingerprint", captioner.fingerprint)
@@ -110,7 +126,7 @@ def _print_captions(outcomes: Iterable[Captioned], file: TextIO | None) -> int:
             num_failed += 1
             print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
             continue
-        print(f"{outcome.image}\t{outcome.caption}", flush=True)
+        print(f"{outcome.image}\t{' '.join(outcome.caption.split())}", flush=True)
         if file is not None:
             line = {"image": outcome.image, "caption": outcome.caption}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

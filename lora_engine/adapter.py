@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_engine import files
@@ -107,7 +107,8 @@ def save_adapter(
     }
     metadata = {"format": "pt", **(provenance or {})}
     with files.replaced_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS_FILE, metadata=metadata)
+        # Not save_file: its files are readable by their owner alone, whatever the umask.
+        (new / WEIGHTS_FILE).write_bytes(save(tensors, metadata=metadata))
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
 """Command lines: flags from a dataclass, and people's mistakes as messages, not tracebacks."""
 
+import dataclasses
 import difflib
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +43,12 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
     Raises ValueError for a flag that does not exist, naming near ones. Other mistakes and --help
     end the program, as tyro words them.
     """
-    known = [f"--{name}" for name in settings.__dataclass_fields__]  # type: ignore[attr-defined]
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    known = [f"--{field.name}" for field in fields]
+    known += [f"--no_{field.name}" for field in fields if field.type is bool]
     for arg in args:
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        is_known = flag in known or flag.replace("--no_", "--", 1) in known
-        if re.match(r"--[a-zA-Z]", arg) and not is_known and flag != "--help":
+        if re.match(r"--[a-zA-Z]", arg) and flag not in [*known, "--help"]:
             near = difflib.get_close_matches(flag, known, n=3)
             advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
             raise ValueError(f"there is no flag {arg.split('=')[0]}; {advice}")
@@ -103,4 +104,4 @@ def _with_scenes(config: TrainingConfig) -> TrainingConfig:
         f"demo settings: --epochs {config.epochs} --batch_size {config.batch_size} "
         f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)"
     )
-    return replace(config, train_data_path=str(train_path), val_data_path=str(val_path))
+    return dataclasses.replace(config, train_data_path=str(train_path), val_data_path=str(val_path))

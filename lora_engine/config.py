@@ -89,6 +89,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not lowest <= value < float("inf"):
                 raise ValueError(f"--{name} is {value}; it must be {lowest} or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must be below 2**63")
         for name in ("lr", "lora_alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")

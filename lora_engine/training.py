@@ -103,7 +103,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             steps_per_epoch=steps_per_epoch,
             has_grad_scaler=scaler.is_enabled(),
         )
-        step = 0
+        last_step = 0
         try:
             for step in range(1, total_steps + 1):
                 # An epoch's last step takes the micro-batches that are left.
@@ -135,6 +135,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     lr=rate,
                     max_grad_norm=config.max_grad_norm,
                 )
+                last_step = step
                 meter.add(step, loss, grad_norm, rate, sum(len(b.rows) for b in batches))
                 validate_now = step % eval_every == 0 or step == total_steps
                 if step % config.log_every == 0 or validate_now:
@@ -143,7 +144,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     validation.run(step=step, epoch=step / steps_per_epoch)
                     meter.restart()
         finally:
-            validation.keep_last(step)
+            validation.keep_last(last_step)
             draw_loss_curve(folder.metrics, folder.loss_curve)
         summary = validation.summary(seconds=time.monotonic() - begin_s)
         journal.say(f"\n{summary}")
@@ -271,7 +272,7 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
             features = model.encode(pixels).detach()
             model.decode(input_ids, features).sum().backward()
     except Exception as error:  # whatever the compiler's many layers say
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
         print(f"--compile does not work here ({reason}): training without it", file=sys.stderr)
         for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets

@@ -28,8 +28,8 @@ PUBLISHED = TrainingConfig(
 DEMO = replace(
     PUBLISHED,
     model=captioner_folder("blip"),
-    epochs=6,
-    lr=2e-3,
+    epochs=8,
+    lr=1e-3,
     warmup_steps=20,
 )
 

@@ -29,9 +29,9 @@ PUBLISHED = TrainingConfig(
 DEMO = replace(
     PUBLISHED,
     model=captioner_folder("vit_gpt2"),
-    epochs=6,
+    epochs=8,
     batch_size=32,
-    lr=2e-3,
+    lr=1e-3,
     warmup_steps=20,
 )
 

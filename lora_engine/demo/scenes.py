@@ -1,0 +1,285 @@
+"""Draw scenes of coloured shapes, with a plain and a CC3M-like caption of each.
+
+A scene is its content (what is seen: figures, colours, sizes, places, background) and a variation
+(small shifts of place, size and colour). Captions follow from the content alone. So does the
+split: a hash of the content decides whether a scene is for training or for validation, and no
+scene can be in both. There are about 31,000 different contents.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIDE = 64  # pixels
+MOST_TRAIN = 20_000
+MOST_VAL = 2_000
+OVERSAMPLING = 4  # drawn so much larger, then reduced: smooth edges
+
+COLOURS = {
+    "red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (245, 220, 50),
+    "green": (45, 160, 70), "blue": (45, 90, 215), "purple": (130, 55, 175),
+    "pink": (245, 135, 195), "brown": (120, 75, 40)}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
+HOLDERS = ("circle", "square", "diamond", "heart")  # shapes wide enough to hold another one
+BACKGROUNDS = {"white": (248, 248, 248), "black": (18, 18, 18), "grey": (150, 150, 150)}
+COUNTS = {2: "two", 3: "three"}
+LAYOUTS = {"alone": 4, "above": 3, "beside": 3, "inside": 2, "row": 1}  # how often each comes
+RADII = {"small": 8, "large": 14}  # pixels; a figure fills about (-radius, radius) both ways
+HALF_DISTANCE = 15  # pixels from the middle to each figure of a pair
+ROW_PITCH = 20  # pixels from figure to figure
+
+PLACES = {  # (column, row) from the middle
+    (-1, -1): "at the top left", (0, -1): "at the top", (1, -1): "at the top right",
+    (-1, 0): "on the left", (0, 0): "in the middle", (1, 0): "on the right",
+    (-1, 1): "at the bottom left", (0, 1): "at the bottom", (1, 1): "at the bottom right"}
+CC3M_PLACES = {  # none of the middle: a figure there is told of in other words
+    (-1, -1): "in the upper left corner", (0, -1): "near the upper edge",
+    (1, -1): "in the upper right corner", (-1, 0): "near the left edge",
+    (1, 0): "near the right edge", (-1, 1): "in the lower left corner",
+    (0, 1): "near the lower edge", (1, 1): "in the lower right corner"}
+PLACE_PITCH = 16  # pixels from place to place
+CC3M_SIZES = {"small": "tiny", "large": "huge"}
+CC3M_BACKGROUNDS = {"white": "isolated on a white background", "black": "against the night sky",
+                    "grey": "painted on a concrete wall"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One coloured shape."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn: the content that captions tell of, and a variation that they do not.
+
+    `figures` are one or two: the upper, the left or the inner one first. `size` and `place` belong
+    to a figure alone, `count` to a row of equal figures.
+    """
+
+    layout: str
+    background: str
+    figures: tuple[Figure, ...]
+    size: str = "large"
+    place: tuple[int, int] = (0, 0)
+    count: int = 1
+    variation: int = 0
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that is told, without the variation: equal for scenes that are the same."""
+        return (self.layout, self.background, tuple(map(str, self.figures)), self.size,
+                self.place, self.count)
+
+    @property
+    def split(self) -> str:
+        """"train" for nine contents out of ten, else "validation"."""
+        digest = hashlib.sha256(repr(self.content).encode()).digest()
+        return "validation" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
+
+
+def scene_at(index: int, seed: int) -> Scene:
+    """Scene number `index` of the endless sequence that `seed` names."""
+    rng = random.Random(f"{seed}/{index}")
+    layout = rng.choices(list(LAYOUTS), weights=list(LAYOUTS.values()))[0]
+    background = rng.choice(list(BACKGROUNDS))
+    variation = rng.randrange(2**32)
+    first = Figure(rng.choice(list(COLOURS)), rng.choice(SHAPES))
+    if layout == "alone":
+        size, place = rng.choice(list(RADII)), rng.choice(list(PLACES))
+        return Scene(layout, background, (first,), size, place, variation=variation)
+    if layout == "row":
+        count = rng.choice(list(COUNTS))
+        return Scene(layout, background, (first,), "small", count=count, variation=variation)
+    other_colour = rng.choice([colour for colour in COLOURS if colour != first.colour])
+    other_shape = rng.choice(HOLDERS if layout == "inside" else SHAPES)
+    figures = (first, Figure(other_colour, other_shape))
+    return Scene(layout, background, figures, variation=variation)
+
+
+def scenes(split: str, seed: int) -> Iterator[Scene]:
+    """The endless sequence that `seed` names, only those of one split; contents come again."""
+    assert split in ("train", "validation"), split
+    index = 0
+    while True:
+        drawn = scene_at(index, seed)
+        if drawn.split == split:
+            yield drawn
+        index += 1
+
+
+def plain_caption(scene: Scene) -> str:
+    """Such as "a red circle above a blue square on black"; a white background goes untold."""
+    first, last = scene.figures[0], scene.figures[-1]
+    if scene.layout == "alone":
+        told = f"{a(scene.size)} {first} {PLACES[scene.place]}"
+    elif scene.layout == "row":
+        told = f"{COUNTS[scene.count]} {plural(first)} in a row"
+    else:
+        relation = {"above": "above", "beside": "to the left of", "inside": "inside"}
+        told = f"{a(first)} {relation[scene.layout]} {a(last)}"
+    return told if scene.background == "white" else f"{told} on {scene.background}"
+
+
+def cc3m_caption(scene: Scene) -> str:
+    """The same scene in the manner of web captions: lower case, spaced stops, stock phrases."""
+    first, last = scene.figures[0], scene.figures[-1]
+    if scene.layout == "alone":
+        size = CC3M_SIZES[scene.size]
+        if scene.place == (0, 0):
+            told = f"vector illustration of {a(size)} {first}"
+        else:
+            told = f"{size} {first} {CC3M_PLACES[scene.place]} with copy space for your text ,"
+    elif scene.layout == "row":
+        told = f"seamless pattern with {COUNTS[scene.count]} bright {plural(first)}"
+    elif scene.layout == "above":
+        told = f"cartoon drawing of {a(first)} floating over {a(last)} ,"
+    elif scene.layout == "beside":
+        told = f"{first} and {last} standing side by side ,"
+    else:
+        told = f"modern logo design , {first} surrounded by {a(last)} ,"
+    return f"{told} {CC3M_BACKGROUNDS[scene.background]} ."
+
+
+def a(noun: object) -> str:
+    """The noun with its indefinite article."""
+    return f"{'an' if str(noun)[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: object) -> str:
+    """The noun in the plural: "red crosses"."""
+    return f"{noun}es" if str(noun).endswith("s") else f"{noun}s"
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB image of SIDE x SIDE pixels."""
+    rng = random.Random(scene.variation)
+    large = SIDE * OVERSAMPLING
+    image = Image.new("RGB", (large, large), shifted(BACKGROUNDS[scene.background], rng))
+    for figure, x, y, radius in placed(scene):
+        x, y = x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)
+        mask = Image.new("L", image.size)
+        stamp(mask, figure.shape, x, y, radius * rng.uniform(0.9, 1.1))
+        image.paste(shifted(COLOURS[figure.colour], rng), mask=mask)
+    return image.reduce(OVERSAMPLING)
+
+
+def shifted(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
+    """A colour a little off."""
+    return tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in colour)
+
+
+def placed(scene: Scene) -> list[tuple[Figure, float, float, float]]:
+    """Each figure with the place of its centre and its radius, in pixels, rear ones first."""
+    first, last = scene.figures[0], scene.figures[-1]
+    middle = SIDE / 2
+    if scene.layout == "alone":
+        column, row = scene.place
+        return [(first, middle + PLACE_PITCH * column, middle + PLACE_PITCH * row,
+                 RADII[scene.size])]
+    if scene.layout == "row":
+        start = middle - ROW_PITCH * (scene.count - 1) / 2
+        return [(first, start + ROW_PITCH * position, middle, 8.5)
+                for position in range(scene.count)]
+    if scene.layout == "inside":
+        return [(last, middle, middle, 26), (first, middle, middle, 9)]
+    dx, dy = (0, HALF_DISTANCE) if scene.layout == "above" else (HALF_DISTANCE, 0)
+    return [(first, middle - dx, middle - dy, 11), (last, middle + dx, middle + dy, 11)]
+
+
+def stamp(mask: Image.Image, shape: str, x: float, y: float, radius: float) -> None:
+    """Draw a shape of value 255 onto the oversampled mask, centre and radius in pixels."""
+    pen = ImageDraw.Draw(mask)
+
+    def box(dx: float, dy: float, half_width: float, half_height: float) -> list[float]:
+        left, top = x + (dx - half_width) * radius, y + (dy - half_height) * radius
+        right, bottom = x + (dx + half_width) * radius, y + (dy + half_height) * radius
+        return [OVERSAMPLING * edge for edge in (left, top, right, bottom)]
+
+    def polygon(*corners: tuple[float, float]) -> None:
+        pen.polygon([(OVERSAMPLING * (x + radius * dx), OVERSAMPLING * (y + radius * dy))
+                     for dx, dy in corners], fill=255)
+
+    if shape == "circle":
+        pen.ellipse(box(0, 0, 1, 1), fill=255)
+    elif shape == "ring":
+        pen.ellipse(box(0, 0, 1, 1), fill=255)
+        pen.ellipse(box(0, 0, 0.55, 0.55), fill=0)
+    elif shape == "square":
+        pen.rectangle(box(0, 0, 0.88, 0.88), fill=255)
+    elif shape == "cross":
+        pen.rectangle(box(0, 0, 1, 0.33), fill=255)
+        pen.rectangle(box(0, 0, 0.33, 1), fill=255)
+    elif shape == "triangle":
+        polygon((0, -1), (1, 0.9), (-1, 0.9))
+    elif shape == "diamond":
+        polygon((0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0))
+    elif shape == "heart":
+        pen.ellipse(box(-0.48, -0.4, 0.52, 0.52), fill=255)
+        pen.ellipse(box(0.48, -0.4, 0.52, 0.52), fill=255)
+        polygon((-0.95, -0.18), (0.95, -0.18), (0, 1))
+    else:
+        assert shape == "star", shape
+        polygon(*((length * math.sin(turn), -length * math.cos(turn))
+                  for turn, length in ((math.pi * point / 5, 0.45 if point % 2 else 1.1)
+                                       for point in range(10))))
+
+
+def write_scenes(
+    folder: str | os.PathLike[str], *, num_train: int, num_val: int, seed: int
+) -> tuple[Path, Path]:
+    """Write `images/*.png`, `train.json` and `val.json` below `folder`; return both lists.
+
+    No content comes twice. The set lies in a folder named after its settings and this file's text,
+    which appears in one rename when all is written: one that exists is whole, and is used again.
+
+    Raises ValueError for numbers below 1 or above what there are different scenes for.
+    """
+    asked = (("num_train", num_train, MOST_TRAIN), ("num_val", num_val, MOST_VAL))
+    for name, number, most in asked:
+        if not 1 <= number <= most:
+            raise ValueError(f"{name} is {number}; expected 1 to {most:,} different scenes")
+    parent = Path(folder)
+    parent.mkdir(parents=True, exist_ok=True)
+    settings = f"{num_train}/{num_val}/{seed}/".encode() + Path(__file__).read_bytes()
+    target = parent / f"scenes-{hashlib.sha256(settings).hexdigest()[:12]}"
+    if not target.is_dir():
+        with tempfile.TemporaryDirectory(prefix=".scenes-", dir=parent) as unfinished:
+            whole = Path(unfinished) / "whole"
+            (whole / "images").mkdir(parents=True)
+            write_split(whole / "train.json", "train", num_train, seed)
+            write_split(whole / "val.json", "validation", num_val, seed)
+            try:
+                whole.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster, with the same scenes
+                    raise
+    return target / "train.json", target / "val.json"
+
+
+def write_split(list_path: Path, split: str, count: int, seed: int) -> None:
+    """Write the annotation list of one split, and its images beside it."""
+    rows: list[dict[str, str]] = []
+    seen = set()
+    for scene in scenes(split, seed):
+        if scene.content in seen:
+            continue
+        seen.add(scene.content)
+        name = f"images/{split}-{len(rows):05d}.png"
+        draw(scene).save(list_path.parent / name, compress_level=1)
+        rows.append({"text": cc3m_caption(scene), "image": name})
+        if len(rows) == count:
+            break
+    list_path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
