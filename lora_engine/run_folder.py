@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,9 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
-        if error is not None and not has_begun:
+        if error is not None and has_begun:
+            print(f"what the run had reached is in {self.path}", file=sys.stderr)
+        elif error is not None:
             shutil.rmtree(self.path)
 
     @classmethod
@@ -61,10 +64,11 @@ class RunFolder:
             raise ValueError(f"--output_path {path} is a file; name a new folder")
         if path.is_dir() and any(path.iterdir()):
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
+            init = path / "adapter"
+            advice = f", or start from its adapter with --init_adapter {init}"
             raise ValueError(
-                f"--output_path {path} already holds {what}; choose another folder "
-                f"(runs are never overwritten), or continue from its adapter with "
-                f"--init_adapter {path / 'adapter'}"
+                f"--output_path {path} already holds {what}, which is never overwritten; choose "
+                f"another folder{advice if init.is_dir() else ''}"
             )
 
     @classmethod

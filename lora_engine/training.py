@@ -79,6 +79,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         folder.write_json("config.json", config.as_dict())
         folder.write_json("environment.json", environment(describe(device), dtype))
         journal.say(_opening(config, plan, train_set, val_set, device, dtype))
+        journal.say(f"run folder {folder.path}")
         skipped = SkippedRows(folder, journal, max_share=config.max_bad_share)
         load = partial(
             load_batches,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import struct
+import zlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -32,6 +34,17 @@ def write_pictures(folder: Path, *, num_images: int = 20, name: str = "train.jso
         rows.append({"text": caption_of(index), "image": str(path)})
     (folder / name).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return folder / name
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that says to be this large."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
 
 
 def settings(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:

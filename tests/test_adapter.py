@@ -283,7 +283,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(
 
     rename = Path.rename
     if where == "matrices":
-        monkeypatch.setattr(adapter_room, "save_file", interrupted)
+        monkeypatch.setattr(adapter_room, "save", interrupted)
     else:
         name = {"configuration": "write_text", "rename": "rename"}[where]
         monkeypatch.setattr(Path, name, interrupted)

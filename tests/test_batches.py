@@ -1,0 +1,265 @@
+"""The order of the data is a function of (seed, epoch) alone, and so is what replaces bad rows."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import write_pictures
+
+from lora_engine.annotations import read_annotations
+from lora_engine.batches import (
+    MAX_SUBSTITUTES,
+    CaptionedImages,
+    Collate,
+    Example,
+    Place,
+    Skipped,
+    epoch_batches,
+    load_batches,
+    training_places,
+    validation_places,
+)
+from lora_engine.captions import TokenizedCaptions
+from lora_engine.images import PixelSettings, open_image, to_pixels
+
+PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+COLLATE = Collate(prompt_length=2, pad_id=0)
+
+sets_of_lengths = st.builds(
+    lambda num_rows, seed: np.random.default_rng(seed).integers(2, 40, num_rows),
+    st.integers(1, 700),
+    st.integers(0, 100),
+)
+batch_sizes = st.integers(1, 7)  # windows of 64 batches: up to 448 rows, often more than one window
+seeds = st.integers(0, 2**40)
+epochs = st.integers(0, 1000)
+
+
+# --- the order ------------------------------------------------------------------------------
+
+
+@given(sets_of_lengths, batch_sizes, seeds, epochs)
+def test_an_epoch_holds_every_row_once_in_as_many_batches_as_without_sorting(
+    lengths, batch_size, seed, epoch
+):
+    batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / batch_size)
+    assert sum(len(batch) < batch_size for batch in batches) <= 1
+    assert max(len(batch) for batch in batches) <= batch_size
+
+
+@given(sets_of_lengths, batch_sizes, seeds, epochs)
+def test_the_order_is_a_function_of_seed_and_epoch(lengths, batch_size, seed, epoch):
+    first = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+    np.random.seed(0)  # no global generator has a say
+    torch.manual_seed(0)
+    again = epoch_batches(lengths.copy(), batch_size=batch_size, seed=seed, epoch=epoch)
+    assert [list(batch) for batch in first] == [list(batch) for batch in again]
+
+
+def orders(seed, epoch, num_rows=300):
+    lengths = np.random.default_rng(0).integers(4, 30, num_rows)
+    batches = epoch_batches(lengths, batch_size=4, seed=seed, epoch=epoch)
+    return [frozenset(batch.tolist()) for batch in batches]
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_who_shares_a_batch():
+    first, epoch, seed, swapped = orders(1, 2), orders(1, 3), orders(2, 2), orders(2, 1)
+    for one, other in ((first, epoch), (first, seed), (first, swapped), (epoch, seed)):
+        assert one != other
+        assert len(set(one) & set(other)) < 15  # of 75 batches
+
+
+def test_batches_are_not_in_order_of_their_lengths():
+    lengths = np.random.default_rng(0).integers(4, 30, 512)
+    batches = epoch_batches(lengths, batch_size=8, seed=0, epoch=0)
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
+
+
+def num_pads(lengths, batches):
+    return sum(int((lengths[batch].max() - lengths[batch]).sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("batch_size, at_most", [(8, 0.15), (32, 0.2)])
+def test_sorting_within_windows_saves_most_of_the_padding(batch_size, at_most):
+    generator = np.random.default_rng(0)
+    lengths = generator.poisson(11, 5000) + 3
+    order = generator.permutation(len(lengths))
+    plain = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    ours = epoch_batches(lengths, batch_size=batch_size, seed=0, epoch=0)
+    assert num_pads(lengths, ours) < at_most * num_pads(lengths, plain)
+
+
+@given(sets_of_lengths, batch_sizes, seeds)
+def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size, seed):
+    places = list(training_places(lengths, batch_size=batch_size, seed=seed, num_epochs=2))
+    flat = [place for batch in places for place in batch]
+    numbers = list(range(len(lengths)))
+    assert [place.epoch for place in flat] == [0] * len(lengths) + [1] * len(lengths)
+    assert [place.position for place in flat] == 2 * numbers
+    for epoch in (0, 1):
+        expected = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        rows = [[p.row for p in batch] for batch in places if batch[0].epoch == epoch]
+        assert rows == [batch.tolist() for batch in expected]
+
+
+@given(sets_of_lengths, batch_sizes)
+def test_validation_takes_every_row_once_longest_first(lengths, batch_size):
+    batches = validation_places(lengths, batch_size=batch_size)
+    flat = [place for batch in batches for place in batch]
+    assert sorted(place.row for place in flat) == list(range(len(lengths)))
+    taken = [lengths[place.row] for place in flat]
+    assert taken == sorted(taken, reverse=True)
+    assert [place.position for place in flat] == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / batch_size)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+# --- images that cannot be read -------------------------------------------------------------
+
+
+def tokens(num_rows: int) -> TokenizedCaptions:
+    """Rows of 3, 4, 5, 6, 3, ... tokens, told apart by their last ones."""
+    lengths = np.array([3 + row % 4 for row in range(num_rows)])
+    ids = np.concatenate([[1, 2, *[10 + row] * (n - 2)] for row, n in enumerate(lengths)])
+    return TokenizedCaptions(ids, lengths, np.cumsum(lengths) - lengths, 0)
+
+
+def dataset(folder, *, seed=0, substitute=True) -> CaptionedImages:
+    images = [row.image for row in read_annotations(folder / "train.json")]
+    return CaptionedImages(
+        images, tokens(len(images)), PIXELS, seed=seed, substitute=substitute
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("whole"), num_images=20).parent
+
+
+@pytest.fixture(scope="module")
+def damaged_folder(whole_folder, tmp_path_factory):
+    """Of 20 images, number 3 is missing, 7 truncated and 11 no image at all."""
+    folder = tmp_path_factory.mktemp("damaged") / "copy"
+    shutil.copytree(whole_folder, folder)
+    images = [row.image for row in read_annotations(folder / "train.json")]
+    (folder / images[3]).unlink()
+    picture = (folder / images[7]).read_bytes()
+    (folder / images[7]).write_bytes(picture[: len(picture) // 2])
+    (folder / images[11]).write_text("<html>404</html>")
+    return folder
+
+
+def test_a_row_is_its_image_and_its_caption(whole_folder):
+    data = dataset(whole_folder)
+    for row in (0, 19):
+        example = data[Place(epoch=0, position=5, row=row)]
+        assert example.row == row and example.skipped == ()
+        expected = to_pixels(open_image(data.images[row]), PIXELS)
+        assert example.pixels.dtype == np.uint8 and np.array_equal(example.pixels, expected)
+        assert example.token_ids.tolist() == tokens(20)[row].tolist()
+
+
+def test_an_unreadable_image_is_replaced_by_a_whole_other_row_and_listed(damaged_folder):
+    data, whole = dataset(damaged_folder), set(range(20)) - {3, 7, 11}
+    reasons = {3: "no such file", 7: "damaged or truncated", 11: "not an image in a known format"}
+    for row, reason in reasons.items():
+        example = data[Place(epoch=0, position=0, row=row)]
+        assert example.row in whole
+        expected = to_pixels(open_image(data.images[example.row]), PIXELS)
+        assert np.array_equal(example.pixels, expected)
+        assert example.token_ids.tolist() == tokens(20)[example.row].tolist()
+        first = example.skipped[0]
+        assert (first.row, first.image) == (row, data.images[row]) and reason in first.reason
+
+
+def substitutes(data, **place):
+    """The rows that come for row 3 at 40 places; `place` fixes epoch or position."""
+    places = [Place(**({"epoch": 0, "position": i} | place), row=3) for i in range(40)]
+    return [data[p].row for p in places]
+
+
+def test_a_substitute_is_a_function_of_seed_epoch_and_position(damaged_folder):
+    data = dataset(damaged_folder, seed=5)
+    by_position = substitutes(data)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert substitutes(dataset(damaged_folder, seed=5)) == by_position
+    assert list(reversed([data[Place(0, i, 3)].row for i in reversed(range(40))])) == by_position
+    assert len(set(by_position)) > 10
+    others = [substitutes(data, epoch=1), substitutes(dataset(damaged_folder, seed=6))]
+    assert by_position not in others and others[0] != others[1]
+
+
+def test_validation_leaves_an_unreadable_image_out(damaged_folder):
+    data = dataset(damaged_folder, substitute=False)
+    example = data[Place(epoch=0, position=0, row=7)]
+    assert example.pixels is None and [problem.row for problem in example.skipped] == [7]
+    batches = list(load_batches(
+        data, validation_places(data.captions.lengths, batch_size=6), collate=COLLATE,
+        num_workers=0,
+    ))
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(rows) == sorted(set(range(20)) - {3, 7, 11})
+    assert sorted(p.row for batch in batches for p in batch.skipped) == [3, 7, 11]
+
+
+def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
+    data = CaptionedImages(
+        [str(tmp_path / f"{i}.png") for i in range(5)], tokens(5), PIXELS, seed=0, substitute=True
+    )
+    example = data[Place(epoch=0, position=0, row=2)]
+    assert example.pixels is None and len(example.skipped) == MAX_SUBSTITUTES + 1
+    batch = COLLATE([example, example])
+    assert batch.rows == [] and len(batch.target_ids) == 0
+    assert len(batch.skipped) == 2 * (MAX_SUBSTITUTES + 1)
+
+
+# --- loading --------------------------------------------------------------------------------
+
+
+def loaded(folder, num_workers):
+    data = dataset(folder, seed=3)
+    places = training_places(data.captions.lengths, batch_size=3, seed=3, num_epochs=2)
+    return list(load_batches(data, places, collate=COLLATE, num_workers=num_workers))
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(damaged_folder):
+    alone, with_workers = loaded(damaged_folder, 0), loaded(damaged_folder, 2)
+    assert len(alone) == len(with_workers) == 14
+    for one, other in zip(alone, with_workers):
+        assert one.rows == other.rows and one.skipped == other.skipped
+        for a, b in zip(one[:4], other[:4]):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    assert any(batch.skipped for batch in alone)
+
+
+def example(row: int, ids: list[int], skipped=()) -> Example:
+    return Example(row, np.full((3, 4, 4), row, np.uint8), np.array(ids), tuple(skipped))
+
+
+def test_a_batch_keeps_targets_flat_without_prompt_and_padding():
+    # start 1 and prompt 2 are given; 9 is the end, and the padding is the same id
+    problem = Skipped(4, "x.png", "no such file")
+    batch = Collate(prompt_length=2, pad_id=9)([
+        example(5, [1, 2, 30, 31, 9]), example(6, [1, 2, 40, 9], [problem]),
+        Example(7, None, np.array([1, 2, 50, 51, 52, 53, 9]), ()),  # could not be loaded
+    ])
+    assert batch.input_ids.tolist() == [[1, 2, 30, 31], [1, 2, 40, 9]]
+    assert batch.target_ids.tolist() == [30, 31, 9, 40, 9]
+    assert batch.target_positions.tolist() == [1, 2, 3, 5, 6]  # in the flattened (2, 4)
+    assert batch.rows == [5, 6] and batch.skipped == [problem]
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels[:, 0, 0, 0].tolist() == [5, 6]
+
+
+def test_a_batch_moves_with_all_that_it_has():
+    batch = COLLATE([example(5, [1, 2, 30, 31, 9])])
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.device.type == "meta" for tensor in moved[:4])
+    assert moved.rows == batch.rows and moved.skipped == batch.skipped

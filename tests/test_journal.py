@@ -1,0 +1,151 @@
+"""What a run says: whole lines in metrics.jsonl, a bar on a terminal, few plain lines elsewhere."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from pictures import json_lines
+
+from lora_engine import journal as module
+from lora_engine.journal import Journal, Meter, TrainingStopped, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, which only the tests move."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def report(journal, step):
+    journal.progress(
+        step=step, loss=2.34567, learning_rate=1e-4, images_per_s=123.44, data_wait_share=0.071,
+        remaining_s=125.0,
+    )
+
+
+def test_elsewhere_than_on_a_terminal_there_is_a_plain_line_every_few_seconds(tmp_path, clock):
+    stream = io.StringIO()
+    with Journal(tmp_path / "metrics.jsonl", total_steps=100, stream=stream) as journal:
+        for step in range(1, 101):
+            clock[0] += 0.5
+            report(journal, step)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == (
+        "step 10/100 | loss 2.3457 | lr 1.00e-04 | 123.4 images/s | waiting for data 7 % | "
+        "2 min 05 s left"
+    )
+    assert lines[-1].startswith("step 100/100 | ")
+
+
+def test_the_last_step_has_a_line_however_short_the_run(tmp_path, clock):
+    stream = io.StringIO()
+    with Journal(tmp_path / "metrics.jsonl", total_steps=3, stream=stream) as journal:
+        for step in (1, 2, 3):
+            report(journal, step)
+    assert stream.getvalue().startswith("step 3/3 | ")
+
+
+def test_on_a_terminal_there_is_a_bar_and_messages_above_it(tmp_path):
+    stream = Terminal()
+    with Journal(tmp_path / "metrics.jsonl", total_steps=4, stream=stream) as journal:
+        report(journal, 2)
+        journal.say("step 2: validation loss 2.0000")
+        report(journal, 4)
+    text = stream.getvalue()
+    assert "4/4" in text and "loss 2.3457" in text and "\r" in text
+    assert "step 2: validation loss 2.0000\n" in text
+    assert text.count("\n") <= 2  # the message's, and the bar's own at the end
+
+
+def test_each_event_is_a_whole_line_at_once_with_seven_digits(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Journal(path, total_steps=1, stream=io.StringIO()) as journal:
+        journal.record("train", step=1, loss=1 / 3)
+        assert path.read_text() == '{"event": "train", "step": 1, "loss": 0.3333333}\n'
+        journal.record("validation", step=1, loss=123456.789)
+        assert json.loads(path.read_text().splitlines()[1])["loss"] == 123456.8
+
+
+def meter_of(journal, **settings):
+    return Meter(journal, **{
+        "total_steps": 100, "steps_per_epoch": 10, "has_grad_scaler": False
+    } | settings)
+
+
+def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
+    path = tmp_path / "metrics.jsonl"
+
+    def slow_batches():
+        while True:
+            clock[0] += 1.0
+            yield None
+
+    with Journal(path, total_steps=100, stream=io.StringIO()) as journal:
+        meter = meter_of(journal)
+        batches = slow_batches()
+        for step in (1, 2):
+            assert len(meter.wait_for(batches, 2)) == 2
+            clock[0] += 3.0
+            meter.add(step, torch.tensor(2.0 + step), torch.tensor(0.5), 1e-3, 20)
+        meter.settle()
+        clock[0] += 1000.0  # a validation
+        meter.restart()
+        clock[0] += 4.0
+        meter.add(3, torch.tensor(1.0), torch.tensor(0.25), 1e-4, 20)
+        meter.settle()
+        meter.settle()  # nothing new: nothing written
+    assert json_lines(path) == [
+        {"event": "train", "step": 2, "epoch": 0.2, "loss": 3.5, "learning_rate": 1e-3,
+         "grad_norm": 0.5, "images_per_s": 4.0, "data_wait_share": 0.4},
+        {"event": "train", "step": 3, "epoch": 0.3, "loss": 1.0, "learning_rate": 1e-4,
+         "grad_norm": 0.25, "images_per_s": 5.0, "data_wait_share": 0.0},
+    ]
+
+
+def settle(meter, points, first_step=1):
+    for step, (loss, norm) in enumerate(points, start=first_step):
+        meter.add(step, torch.tensor(loss), torch.tensor(norm), 1e-3, 1)
+    meter.settle()
+
+
+GOOD, BAD_LOSS, BAD_GRADIENT = (1.0, 1.0), (math.nan, math.nan), (1.0, math.inf)
+
+
+def test_three_in_a_row_are_counted_across_lines_and_a_good_one_begins_anew(tmp_path):
+    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
+        meter = meter_of(journal)
+        settle(meter, [BAD_LOSS, BAD_GRADIENT, GOOD, BAD_LOSS, BAD_LOSS])
+        with pytest.raises(TrainingStopped, match="gradient was not finite.*step 6;"):
+            settle(meter, [BAD_GRADIENT], first_step=6)
+    skipped = [line["step"] for line in json_lines(tmp_path / "m") if line["event"] != "train"]
+    assert skipped == [1, 2, 4, 5, 6]
+
+
+def test_overflows_that_a_grad_scaler_meets_are_listed_but_stop_nothing(tmp_path):
+    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
+        meter = meter_of(journal, has_grad_scaler=True)
+        settle(meter, 5 * [BAD_GRADIENT] + [GOOD])
+        with pytest.raises(TrainingStopped, match="loss was not finite"):
+            settle(meter, 3 * [BAD_LOSS], first_step=7)
+    lines = json_lines(tmp_path / "m")
+    assert [line["by_grad_scaler"] for line in lines[:5]] == [True] * 5
+    assert lines[5]["event"] == "train" and lines[5]["loss"] == 1.0
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599, "59 min 59 s"),
+    (3600, "1 h 00 min"), (26_000, "7 h 13 min"),
+])
+def test_durations_have_two_units(seconds, text):
+    assert duration(seconds) == text
