@@ -4,10 +4,10 @@
     python -m benchmarks.throughput --model vit_gpt2 --quick
 
 Both sides train LoRA (rank 8, dropout 0) on all decoder linears of the same full-size checkpoint
-with random weights, on the same rows, from pixels in memory. The peer, B2, is a plain PEFT loop as
-a careful person writes it: encoder as transformers ships it under no_grad, captions padded to the
-batch with -100 labels, random order, fused AdamW. Ours is the loop of lora_engine.training: rows
-of similar length together.
+with random weights, on the same batches in the same order, from pixels in memory. The peer, B2, is
+a plain PEFT loop as a careful person writes it: encoder as transformers ships it under no_grad,
+captions padded to the batch with -100 labels, fused AdamW. Ours is the step of
+lora_engine.training.
 """
 
 import argparse
@@ -126,11 +126,11 @@ def peft_loop(
         ).loss
 
     def epoch(number: int) -> float:
-        order = np.random.default_rng(number).permutation(len(rows.lengths))
         _wait_for(device)
         begin_s = time.perf_counter()
-        for i in range(0, len(order), arguments.batch_size):
-            indices = order[i : i + arguments.batch_size]
+        for indices in epoch_batches(
+            rows.lengths, batch_size=arguments.batch_size, seed=0, epoch=number
+        ):
             pixels = normalize(torch.from_numpy(rows.pixels[indices]).to(device), settings)
             with autocast(device, dtype):
                 loss = loss_of(pixels, [rows.captions[i] for i in indices])
@@ -139,7 +139,7 @@ def peft_loop(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         _wait_for(device)
-        return len(order) / (time.perf_counter() - begin_s)
+        return len(rows.lengths) / (time.perf_counter() - begin_s)
 
     return epoch
 

@@ -80,14 +80,16 @@ def caption(args: list[str]) -> int:
     )
     if config.out is None:
         return _print_captions(outcomes, None)
-    with replaced_file(config.out) as new, open(new, "w", encoding="utf-8") as file:
+    with replaced_file(config.out) as new, open(
+        new, "w", encoding="utf-8", errors="backslashreplace"
+    ) as file:
         return _print_captions(outcomes, file)
 
 
 def _check_out(path: Path) -> None:
     """Say before the work, and not after it, that a file cannot be written there."""
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--out {path} is not a regular file; name one that may be replaced")
     if not path.parent.is_dir():
         raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
 

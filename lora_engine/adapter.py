@@ -300,10 +300,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise AdapterError(f"{path}: {name} is {config.get(name)!r}; expected a number above 0")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
+        kinds = int if name == "rank_pattern" else (int, float)
         if not isinstance(patterns, dict) or not all(
-            isinstance(value, (int, float)) for value in patterns.values()
+            isinstance(value, kinds) for value in patterns.values()
         ):
             raise AdapterError(f"{path}: {name} is {patterns!r}; expected {{pattern: number}}")
+    if not isinstance(config.get("lora_dropout", 0.0), (int, float)):
+        raise AdapterError(f"{path}: lora_dropout is {config['lora_dropout']!r}, not a number")
+    if not isinstance(config.get("target_modules"), (str, list, type(None))):
+        raise AdapterError(
+            f"{path}: target_modules is {config['target_modules']!r}; expected names or a regular "
+            f"expression"
+        )
     for name, plain in _UNSUPPORTED.items():
         if name in config and config[name] not in plain:
             raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")

@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows ready for the model, on the CPU.
+    """Rows ready for the model; on the CPU until `to`.
 
     `pixels` uint8 (B, 3, H, W); `input_ids` (B, T). The targets are kept flat, M of them:
     `target_ids` and their `target_positions` in the flattened (B * T) positions. `rows` are the
@@ -150,7 +150,7 @@ class CaptionedImages(Dataset):
 
 
 class Collate:
-    """Examples -> Batch; runs in the workers. None where no row could be loaded."""
+    """Examples -> Batch, without rows where none could be loaded; runs in the workers."""
 
     def __init__(self, *, prompt_length: int, pad_id: int) -> None:
         self.prompt_length = prompt_length

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import io
 import json
 import re
 import sys
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 def run(main: Callable[[list[str]], int]) -> int:
     """Call `main` with the command line -> exit status; errors go to stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -31,6 +35,15 @@ def run(main: Callable[[list[str]], int]) -> int:
         return USAGE_ERROR
     except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
+        return STOPPED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
+            raise
+        print(
+            f"stopped: {str(error).splitlines()[0]}\nTry a smaller --batch_size (with "
+            f"--grad_accum_steps for the same steps), or --gradient_checkpointing",
+            file=sys.stderr,
+        )
         return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

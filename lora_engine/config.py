@@ -42,7 +42,7 @@ class TrainingConfig:
     """Linear layers to adapt: the groups attention and feed_forward, module names as PEFT matches
     them, or re:REGEX over whole module paths."""
     init_adapter: str | None = None
-    """Start from this adapter folder (its ranks and targets replace --lora_*)."""
+    """Start from this adapter folder; its rank, alpha and targets hold, not those given here."""
     weight_decay: float = 0.01
     """AdamW's weight decay on the adapters."""
     warmup_steps: int = 0
@@ -64,7 +64,10 @@ class TrainingConfig:
     device: str | None = None
     """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
     num_workers: int | None = None
-    """Processes that load images; 0 loads in the training process. Default: by the processors."""
+    """Processes that load images; 0 loads in the training process. Default: half of the
+    processors, at most 8, beside a GPU; 0 where they train themselves."""
+    num_threads: int | None = None
+    """Processors that a CPU trains with. Default: torch's choice, usually all."""
     val_fraction: float = 0.05
     """Part of the training images held out where no --val_data_path is given."""
     eval_every: int | None = None
@@ -84,6 +87,7 @@ class TrainingConfig:
             "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "lora_rank": 1, "log_every": 1,
             "max_steps": 1, "eval_every": 1, "max_caption_tokens": 1, "seed": 0, "weight_decay": 0,
             "warmup_steps": 0, "max_grad_norm": 0, "num_samples": 0, "num_workers": 0,
+            "num_threads": 1,
         }
         for name, lowest in at_least.items():
             value = getattr(self, name)

@@ -1,8 +1,6 @@
 """Validation: the loss on rows that were not trained on, sample captions, and the best adapter."""
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +29,13 @@ from lora_engine.run_folder import RunFolder, SkippedRows, TrainingStopped
 from lora_engine.summary import Sample, TrainingSummary
 
 
+MAX_SAMPLE_TOKENS = 30
+
+
 class ValidationLoss(NamedTuple):
-    """`loss` is nats per valid target token, over `num_targets` tokens of `num_rows` rows."""
+    """`loss` is nats per valid target token; `skipped` are the rows that could not be loaded."""
 
     loss: float
-    num_targets: int
-    num_rows: int
     skipped: list[Skipped]
 
 
@@ -56,7 +55,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    num_targets = num_rows = 0
+    num_targets = 0
     skipped: list[Skipped] = []
     for batch in batches:
         skipped += batch.skipped
@@ -67,12 +66,11 @@ def validation_loss(
             features = encode_pixels(model, batch.pixels, pixels)
             total += caption_loss(model, features, batch)
         num_targets += len(batch.target_ids)
-        num_rows += len(batch.rows)
     model.train(was_training)
-    if not num_rows:
+    if not num_targets:
         first = f", first {skipped[0].image}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"no validation image can be read ({len(skipped)} failed{first})")
-    return ValidationLoss(float(total) / num_targets, num_targets, num_rows, skipped)
+    return ValidationLoss(float(total) / num_targets, skipped)
 
 
 class Validation:
@@ -90,6 +88,8 @@ class Validation:
         skipped: SkippedRows,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        data_fingerprint: str,
     ) -> None:
         self.captioner = captioner
         self.dataset = dataset
@@ -103,18 +103,21 @@ class Validation:
         self.losses: dict[int, float] = {}
         self.captions: dict[int, list[str]] = {}
         self.best_step = 0
-        self.data_fingerprint = _data_fingerprint(rows)
+        self.data_fingerprint = data_fingerprint
         self.samples = _pick_samples(rows, captioner, config.num_samples)
 
     def run(self, *, step: int, epoch: float) -> None:
+        """Validate after `step` steps; the adapter is kept if it is the best so far.
+
+        Raises TrainingStopped for too many unusable images, and ValueError where nothing can be
+        learnt: no image at all, or a loss that is not finite before any training.
+        """
+        places = validation_places(
+            self.dataset.captions.lengths, batch_size=self.config.batch_size
+        )
         result = validation_loss(
             self.captioner.model,
-            self.load(
-                self.dataset,
-                validation_places(
-                    self.dataset.captions.lengths, batch_size=self.config.batch_size
-                ),
-            ),
+            self._with_progress(self.load(self.dataset, places), step),
             pixels=self.captioner.pixels,
             device=self.device,
             dtype=self.dtype,
@@ -131,7 +134,9 @@ class Validation:
                 f"the validation loss before any training is {result.loss}: {self.config.model} "
                 f"cannot be trained like this; try --precision fp32"
             )
+        captions = self._caption_samples()
         self.losses[step] = result.loss
+        self.captions[step] = captions
         self.journal.record("validation", step=step, epoch=epoch, loss=result.loss)
         is_best = step == 0 or result.loss < self.losses[self.best_step]
         if is_best:
@@ -139,7 +144,10 @@ class Validation:
             self._save(self.folder.adapter, step)
         best = " (best so far)" if is_best and step else ""
         self.journal.say(f"step {step}: validation loss {result.loss:.4f}{best}")
-        self._caption_samples(step)
+        for (row, _), caption in zip(self.samples, captions):
+            self.folder.append(self.folder.samples, {
+                "step": step, "image": row.image, "reference": row.text, "caption": caption,
+            })
 
     def keep_last(self, step: int) -> None:
         """Keep the adapter as it is after `step` too, where it is not the best."""
@@ -152,7 +160,7 @@ class Validation:
             path=self.folder.path,
             losses=dict(self.losses),
             best_step=self.best_step,
-            num_skipped_rows=self.skipped.num_rows,
+            num_skipped_images=self.skipped.num_images,
             samples=tuple(
                 Sample(row.image, row.text, *captions)
                 for (row, _), *captions in zip(self.samples, before, best)
@@ -179,22 +187,26 @@ class Validation:
             },
         )
 
-    def _caption_samples(self, step: int) -> None:
+    def _caption_samples(self) -> list[str]:
         if not self.samples:
-            self.captions[step] = []
-            return
-        captions = caption_pixels(
+            return []
+        tokenizer, prompt = self.captioner.tokenizer, self.config.prompt
+        room = tokenizer.max_positions - len(tokenizer.prompt_ids(prompt))
+        return caption_pixels(
             self.captioner,
             np.stack([pixels for _, pixels in self.samples]),
-            prompt=self.config.prompt,
+            prompt=prompt,
             device=self.device,
             dtype=self.dtype,
+            max_new_tokens=min(MAX_SAMPLE_TOKENS, room),
         )
-        self.captions[step] = captions
-        for (row, _), caption in zip(self.samples, captions):
-            self.folder.append(self.folder.samples, {
-                "step": step, "image": row.image, "reference": row.text, "caption": caption,
-            })
+
+    def _with_progress(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        num_rows = 0
+        for batch in batches:
+            yield batch
+            num_rows += len(batch.rows) + len(batch.skipped)
+            self.journal.tick(f"step {step}: validated {num_rows} of {len(self.dataset)} captions")
 
 
 def _pick_samples(
@@ -211,11 +223,3 @@ def _pick_samples(
         except ImageError:
             pass  # the validation that follows counts and lists it
     return samples
-
-
-def _data_fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 over captions and image names, not over where the images lie."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.text}\0{os.path.basename(row.image)}\n".encode())
-    return digest.hexdigest()

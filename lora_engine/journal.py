@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_engine.batches import Batch
-
 MAX_NON_FINITE = 3  # steps in a row
+MAX_OVERFLOWS = 20  # steps in a row that fp16 may need to find its loss scale
+
+T = TypeVar("T")
 _EVERY_S = 5.0  # between two plain lines
 
 
@@ -56,9 +57,14 @@ class Journal:
         self._file.close()
 
     def record(self, event: str, **values: Any) -> None:
-        """Write one line of metrics.jsonl; floats in as many digits as carry meaning."""
-        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}
-        self._file.write(json.dumps({"event": event, **rounded}) + "\n")
+        """Write one line of metrics.jsonl; floats in as many digits as carry meaning.
+
+        What is not finite becomes null: JSON has no word for it.
+        """
+        for name, value in values.items():
+            if isinstance(value, float):
+                values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
+        self._file.write(json.dumps({"event": event, **values}, allow_nan=False) + "\n")
         self._file.flush()
 
     def say(self, text: str) -> None:
@@ -67,6 +73,14 @@ class Journal:
             print(text, file=self.stream, flush=True)
         else:
             self._bar.write(text, file=self.stream)
+
+    def tick(self, text: str) -> None:
+        """Something goes on: shown in the bar, or as a line if the last is seconds old."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        elif time.monotonic() - self._last_line_s >= _EVERY_S:
+            self._last_line_s = time.monotonic()
+            print(text, file=self.stream, flush=True)
 
     def progress(
         self,
@@ -108,20 +122,32 @@ class Meter:
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.num_non_finite = 0  # in a row
+        self.num_overflows = 0  # in a row
+        self.stop_reason: str | None = None
         self.training_s = 0.0
+        self.rate = 0.0
         self.restart()
 
     def restart(self) -> None:
         """Begin a new interval; what came between, a validation, does not count."""
         self.pending: list[tuple[int, Tensor, Tensor]] = []
-        self.rate = 0.0
+        self.finite: list[tuple[float, float]] = []  # (loss, gradient norm)
         self.num_images = 0
         self.waited_s = 0.0
-        self.begin_s = time.perf_counter()
+        self.begin_s = self.read_s = time.perf_counter()
 
-    def wait_for(self, batches: Iterator[Batch], count: int) -> list[Batch]:
+    def wait_for(self, batches: Iterator[T], count: int) -> list[T]:
+        """The next batches, with the time that it took to get them counted as waiting.
+
+        Raises TrainingStopped if a process that loads images has died.
+        """
         begin_s = time.perf_counter()
-        received = [next(batches) for _ in range(count)]
+        try:
+            received = [next(batches) for _ in range(count)]
+        except RuntimeError as error:  # DataLoader's word for a killed worker
+            raise TrainingStopped(
+                f"loading images failed: {error}. Often memory ran out: try fewer --num_workers"
+            ) from error
         self.waited_s += time.perf_counter() - begin_s
         return received
 
@@ -132,65 +158,89 @@ class Meter:
         self.rate = rate
         self.num_images += num_images
 
-    def settle(self) -> None:
-        """Read and record the steps since the last call.
+    @property
+    def is_overdue(self) -> bool:
+        """Whether people have waited for a few seconds; a read now and then costs nothing."""
+        return time.perf_counter() - self.read_s > _EVERY_S
+
+    def read(self) -> None:
+        """Read the losses of the steps since the last call, and show progress.
 
         Raises TrainingStopped after MAX_NON_FINITE steps in a row that were not finite.
         """
+        self._read()
+        self._stop_if_needed()
+
+    def settle(self) -> None:
+        """`read`, and write a line of metrics.jsonl over the interval that ends here."""
         if not self.pending:
             return
-        losses = torch.stack([loss for _, loss, _ in self.pending]).tolist()
-        norms = torch.stack([norm for _, _, norm in self.pending]).float().tolist()
+        step = self.pending[-1][0]
+        self._read()
         interval_s = time.perf_counter() - self.begin_s
         self.training_s += interval_s
-        finite = []
+        if self.finite:
+            self.journal.record(
+                "train",
+                step=step,
+                epoch=step / self.steps_per_epoch,
+                loss=self._mean_loss(),
+                learning_rate=self.rate,
+                grad_norm=self.finite[-1][1],
+                images_per_s=self.num_images / interval_s,
+                data_wait_share=self.waited_s / interval_s,
+            )
+        self.restart()
+        self._stop_if_needed()
+
+    def _read(self) -> None:
+        losses = torch.stack([loss for _, loss, _ in self.pending]).tolist()
+        norms = torch.stack([norm for _, _, norm in self.pending]).float().tolist()
         for (step, _, _), loss, norm in zip(self.pending, losses, norms):
             if math.isfinite(loss) and math.isfinite(norm):
-                finite.append((loss, norm))
-                self.num_non_finite = 0
+                self.finite.append((loss, norm))
+                self.num_non_finite = self.num_overflows = 0
             else:
-                self._count_non_finite(step, loss, norm)
-        if finite:
-            mean_loss = sum(loss for loss, _ in finite) / len(finite)
-            self._write(step, mean_loss, finite[-1][1], interval_s)
-        self.restart()
-
-    def _write(self, step: int, loss: float, grad_norm: float, interval_s: float) -> None:
-        images_per_s = self.num_images / interval_s
-        self.journal.record(
-            "train",
-            step=step,
-            epoch=step / self.steps_per_epoch,
-            loss=loss,
-            learning_rate=self.rate,
-            grad_norm=grad_norm,
-            images_per_s=images_per_s,
-            data_wait_share=self.waited_s / interval_s,
-        )
+                self._count_non_finite(step, loss)
+        self.pending = []
+        self.read_s = time.perf_counter()
+        interval_s = self.read_s - self.begin_s
         self.journal.progress(
             step=step,
-            loss=loss,
+            loss=self._mean_loss(),
             learning_rate=self.rate,
-            images_per_s=images_per_s,
+            images_per_s=self.num_images / interval_s,
             data_wait_share=self.waited_s / interval_s,
-            remaining_s=self.training_s / step * (self.total_steps - step),
+            remaining_s=(self.training_s + interval_s) / step * (self.total_steps - step),
         )
 
-    def _count_non_finite(self, step: int, loss: float, norm: float) -> None:
-        # fp16: an overflow of the gradients alone is the scaler's way to find its scale.
+    def _mean_loss(self) -> float:
+        if not self.finite:
+            return math.nan
+        return sum(loss for loss, _ in self.finite) / len(self.finite)
+
+    def _count_non_finite(self, step: int, loss: float) -> None:
+        # fp16: overflowing gradients of a finite loss are the scaler's way to find its scale. It
+        # halves from 65536, so that after 17 of them the scale is not to blame.
         by_scaler = self.has_grad_scaler and math.isfinite(loss)
+        self.num_overflows += by_scaler
+        by_scaler = by_scaler and self.num_overflows <= MAX_OVERFLOWS
         self.journal.record("skipped_step", step=step, by_grad_scaler=by_scaler)
         if by_scaler:
             return
         self.num_non_finite += 1
-        what = "loss" if not math.isfinite(loss) else "gradient"
+        what = "gradient" if math.isfinite(loss) else "loss"
         self.journal.say(f"step {step}: the {what} is not finite; the step changed nothing")
         if self.num_non_finite == MAX_NON_FINITE:
-            raise TrainingStopped(
-                f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, the last of them "
-                f"step {step}; the adapter is as it was before them. Try a lower --lr, or "
-                f"--precision bf16 or fp32"
+            self.stop_reason = (
+                f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, up to step "
+                f"{step}. These steps changed nothing: the adapter holds what the others learnt. "
+                f"Try a lower --lr, or --precision bf16 or fp32"
             )
+
+    def _stop_if_needed(self) -> None:
+        if self.stop_reason is not None:
+            raise TrainingStopped(self.stop_reason)
 
 
 def duration(seconds: float) -> str:

@@ -237,7 +237,9 @@ def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer that can be adapted, by its path, in the order of the tree."""
     return {
         path: _widths(child) for path, child in module.named_modules()
-        if isinstance(child, nn.Linear) or _is_conv1d(child)
+        # Not subclasses: they compute something else, or are read past their forward
+        # (nn.MultiheadAttention's out_proj).
+        if type(child) is nn.Linear or _is_conv1d(child)
     }
 
 
@@ -286,7 +288,8 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(child, (nn.Linear, nn.Conv2d, LoRALinear)) or _is_conv1d(child):
             for name in ("weight", "bias"):
                 parameter = getattr(child, name)
-                if parameter is not None and not parameter.requires_grad:
+                is_frozen = parameter is not None and not parameter.requires_grad
+                if is_frozen and parameter.dtype != dtype:
                     cast = parameter.detach().to(dtype)
                     setattr(child, name, nn.Parameter(cast, requires_grad=False))
 

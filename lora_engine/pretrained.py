@@ -116,8 +116,13 @@ def fingerprint(model: nn.Module) -> str:
 def _load_body(folder: Path, config: Any) -> CaptionerBody:
     family = FAMILIES[config.model_type]
     tensors = _read_tensors(folder)
-    with torch.device("meta"):
-        model = family.build(config)
+    try:
+        with torch.device("meta"):
+            model = family.build(config)
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise PretrainedError(
+            f"{folder / 'config.json'} describes no possible model: {_reason(error)}"
+        ) from None
     _fill(model, family.convert_state(tensors), source=str(folder))
     return model.eval()
 
@@ -130,7 +135,7 @@ def _build_encoder(config: Any, **differences) -> VisionTransformer:
     return VisionTransformer(
         width=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
+        num_heads=_heads(config.num_attention_heads, config.hidden_size),
         mlp_width=config.intermediate_size,
         image_size=(size, size) if isinstance(size, int) else tuple(size),
         patch_size=config.patch_size,
@@ -146,7 +151,7 @@ def _build_blip(config: Any) -> CaptionerBody:
         width=text.hidden_size,
         features_width=config.vision_config.hidden_size,
         num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
+        num_heads=_heads(text.num_attention_heads, text.hidden_size),
         mlp_width=text.intermediate_size,
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
@@ -168,7 +173,7 @@ def _build_vit_gpt2(config: Any) -> CaptionerBody:
     body = GPT2Decoder(
         width=decoder.n_embd,
         num_layers=decoder.n_layer,
-        num_heads=decoder.n_head,
+        num_heads=_heads(decoder.n_head, decoder.n_embd),
         mlp_width=decoder.n_inner or 4 * decoder.n_embd,
         vocab_size=decoder.vocab_size,
         max_positions=decoder.n_positions,
@@ -227,6 +232,12 @@ FAMILIES = {
 }
 
 
+def _heads(num_heads: int, width: int) -> int:
+    if num_heads < 1 or width % num_heads:
+        raise PretrainedError(f"{num_heads} attention heads do not divide a width of {width}")
+    return num_heads
+
+
 def _known_activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise PretrainedError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -252,7 +263,10 @@ def _read_config(folder: Path, family: str | None) -> Any:
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers has its own kind for every wrong value
+        raise PretrainedError(f"{path} is not a usable configuration: {_reason(error)}") from None
     architectures = config.architectures or []
     wanted = FAMILIES[model_type].hugging_face_class
     if architectures and wanted not in architectures:
@@ -340,7 +354,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than named tensors, so it is no published checkpoint")
+        return tensors
     except FileNotFoundError:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch have many words for a damaged file
@@ -409,6 +426,11 @@ def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionT
             f"{num_embedded}; {expected}"
         )
     start_id, end_id, pad_id = FAMILIES[config.model_type].special_ids(config)
+    if not all(isinstance(token, int) for token in (start_id, end_id, pad_id)):
+        raise PretrainedError(
+            f"{folder / 'config.json'} gives start, end and pad tokens as {start_id}, {end_id} and "
+            f"{pad_id}; expected three ids"
+        )
     return CaptionTokenizer(
         tokenizer,
         start_id=start_id,

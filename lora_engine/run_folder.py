@@ -7,11 +7,13 @@
 """
 
 import json
+import math
 import platform
 import re
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,9 @@ from lora_engine import __version__
 from lora_engine.batches import Batch, Skipped
 from lora_engine.files import replaced_file
 from lora_engine.journal import Journal, TrainingStopped
+
+
+MAX_SHOWN = 10  # skipped images named on the console
 
 
 class RunFolder:
@@ -97,12 +102,13 @@ class RunFolder:
 
     def append(self, path: Path, line: dict[str, Any]) -> None:
         """Add a JSON line to one of the folder's .jsonl files."""
-        with open(path, "a", encoding="utf-8") as file:
+        # A file's name may hold bytes that are not text.
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 class SkippedRows:
-    """Counts rows whose image could not be used; lists each once in skipped.jsonl."""
+    """Counts rows whose image could not be used; lists each image once in skipped.jsonl."""
 
     def __init__(self, folder: RunFolder, journal: Journal, *, max_share: float) -> None:
         self.folder = folder
@@ -111,44 +117,58 @@ class SkippedRows:
         self.num_tried = 0
         self.num_failed = 0
         self.seen: set[str] = set()
+        self.last: Skipped | None = None
 
     @property
-    def num_rows(self) -> int:
+    def num_images(self) -> int:
         return len(self.seen)
 
-    def add(self, batches: Sequence[Batch], *, num_rows: int) -> None:
+    def add(self, batches: Sequence[Batch], *, dataset_size: int) -> None:
         """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
         problems = [problem for batch in batches for problem in batch.skipped]
         self.num_tried += sum(len(batch.rows) for batch in batches) + len(problems)
-        self.list(problems)
         self.num_failed += len(problems)
-        is_telling = self.num_tried >= min(num_rows, 200)
-        too_many = is_telling and self.num_failed > self.max_share * self.num_tried
-        if too_many or not all(batch.rows for batch in batches):
+        self.list(problems)
+        is_sample = self.num_tried < dataset_size
+        limit = allowed_failures(self.num_tried, self.max_share, is_sample=is_sample)
+        too_many = self.num_failed > limit and self.num_tried >= min(dataset_size, 200)
+        if self.last and (too_many or not all(batch.rows for batch in batches)):
             raise TrainingStopped(
                 f"{self.num_failed} of {self.num_tried} images tried cannot be used, more than "
-                f"--max_bad_share {self.max_share:g}; the last is {problems[-1].image}: "
-                f"{problems[-1].reason} (all are in {self.folder.skipped})"
+                f"--max_bad_share {self.max_share:g}; the last is {self.last.image}: "
+                f"{self.last.reason} (all are in {self.folder.skipped})"
             )
 
     def list(self, problems: Sequence[Skipped]) -> None:
         for problem in problems:
-            if problem.image not in self.seen:
-                self.seen.add(problem.image)
-                line = {"image": problem.image, "reason": problem.reason, "row": problem.row}
-                self.folder.append(self.folder.skipped, line)
+            self.last = problem
+            if problem.image in self.seen:
+                continue
+            self.seen.add(problem.image)
+            line = {"image": problem.image, "reason": problem.reason}
+            self.folder.append(self.folder.skipped, line)
+            if len(self.seen) <= MAX_SHOWN:
                 self.journal.say(f"skipped {problem.image}: {problem.reason}")
+            elif len(self.seen) == MAX_SHOWN + 1:
+                self.journal.say(f"further skipped images are only listed in {self.folder.skipped}")
+
+
+def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> float:
+    """How many of `num_tried` may fail; of a sample three standard deviations more.
+
+    A set with just less than the allowed share would else be refused by chance.
+    """
+    chance = 3 * math.sqrt(max_share * (1 - max_share) * num_tried) if is_sample else 0.0
+    return max_share * num_tried + chance
 
 
 def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a figure of this run depends on besides its settings."""
-    import transformers
-
     return {
         "lora_engine": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "platform": platform.platform(),
         "device": device,
         "compute_dtype": str(dtype).removeprefix("torch."),

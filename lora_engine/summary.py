@@ -28,7 +28,7 @@ class TrainingSummary:
     path: Path
     losses: dict[int, float]
     best_step: int
-    num_skipped_rows: int
+    num_skipped_images: int
     samples: tuple[Sample, ...]
     seconds: float
 
@@ -46,9 +46,9 @@ class TrainingSummary:
                 f"  after      {sample.best}",
             ]
         lines += ["", self._verdict()]
-        if self.num_skipped_rows:
+        if self.num_skipped_images:
             lines.append(
-                f"{self.num_skipped_rows} images could not be used; "
+                f"{self.num_skipped_images} images could not be used; "
                 f"{self.path / 'skipped.jsonl'} lists them"
             )
         return "\n".join([
@@ -65,7 +65,7 @@ class TrainingSummary:
         if self.best_step == 0:
             return (
                 f"The validation loss never fell below the {first:.4f} of before training (at the "
-                f"end {last:.4f}), so adapter/ holds the untrained one and adapter_last/ the "
+                f"end {last:.4f}), so adapter/ holds the one it started from and adapter_last/ the "
                 f"last. Try another --lr."
             )
         return (

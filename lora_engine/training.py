@@ -8,6 +8,7 @@ A step is an optimizer step of `grad_accum_steps` micro-steps. Its loss is the s
 target tokens divided by their number, across micro-steps: 4 x 16 rows are exactly 1 x 64.
 """
 
+import hashlib
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ from lora_engine.models import CaptionerBody
 from lora_engine.optim import build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
-from lora_engine.run_folder import RunFolder, SkippedRows, environment
+from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
 
@@ -53,6 +54,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     RunFolder.check_free(config.output_path)
     train_rows, val_rows = _read_rows(config)
     device = resolve_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     dtype = resolve_dtype(config.precision, device)
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
@@ -84,11 +87,12 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         load = partial(
             load_batches,
             collate=_collate(captioner, config),
-            num_workers=_num_workers(config),
+            num_workers=_num_workers(config, device),
             pin_memory=device.type == "cuda",
         )
         validation = Validation(
-            captioner, val_set, val_rows, load, config, folder, journal, skipped, device, dtype
+            captioner, val_set, val_rows, load, config, folder, journal, skipped, device, dtype,
+            data_fingerprint=_data_fingerprint(train_rows),
         )
         validation.run(step=0, epoch=0.0)
         places = training_places(
@@ -111,7 +115,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 num_done = (step - 1) % steps_per_epoch * config.grad_accum_steps
                 count = min(config.grad_accum_steps, batches_per_epoch - num_done)
                 batches = meter.wait_for(micro_batches, count)
-                skipped.add(batches, num_rows=len(train_set))
+                skipped.add(batches, dataset_size=len(train_set))
                 loss = accumulate_gradients(
                     model,
                     batches,
@@ -141,6 +145,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 validate_now = step % eval_every == 0 or step == total_steps
                 if step % config.log_every == 0 or validate_now:
                     meter.settle()
+                elif meter.is_overdue:
+                    meter.read()
                 if validate_now:
                     validation.run(step=step, epoch=step / steps_per_epoch)
                     meter.restart()
@@ -202,7 +208,7 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
     """Say at once, from 200 of the rows, that the images are not where the file says."""
     looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
     missing = [row.image for row in looked_at if not os.path.isfile(row.image)]
-    if len(missing) > max_share * len(looked_at):
+    if len(missing) > allowed_failures(len(looked_at), max_share, is_sample=len(rows) > 200):
         raise ValueError(
             f"{path}: {len(missing)} of {len(looked_at)} images looked at do not exist, more than "
             f"--max_bad_share {max_share:g}; the first is {missing[0]} (image paths are absolute "
@@ -220,7 +226,7 @@ def _add_lora(model: CaptionerBody, config: TrainingConfig) -> InjectionPlan:
             dropout=config.lora_dropout,
         )
     adapter = read_adapter(config.init_adapter)
-    if adapter.prompt != config.prompt:
+    if "prompt" in adapter.provenance and adapter.prompt != config.prompt:
         raise ValueError(
             f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
             f"this run has {config.prompt!r}; give the same one"
@@ -257,6 +263,14 @@ def _place(
     return model
 
 
+def _data_fingerprint(rows: Sequence[Row]) -> str:
+    """SHA-256 over captions and image names, not over where the images lie."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.text}\0{os.path.basename(row.image)}\n".encode())
+    return digest.hexdigest()
+
+
 def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> None:
     """Compile the decoder's layers, each by itself: they share one compilation, and all lengths.
 
@@ -286,10 +300,12 @@ def _collate(captioner: Captioner, config: TrainingConfig) -> Collate:
     return Collate(prompt_length=prompt_length, pad_id=tokenizer.pad_id)
 
 
-def _num_workers(config: TrainingConfig) -> int:
+def _num_workers(config: TrainingConfig, device: torch.device) -> int:
     if config.num_workers is not None:
         return config.num_workers
-    return min(8, (os.cpu_count() or 1) // 2)
+    if device.type == "cpu":
+        return 0  # a loading process would only take turns with the threads that train
+    return min(8, len(os.sched_getaffinity(0)) // 2)
 
 
 def _opening(

@@ -193,7 +193,8 @@ def test_a_value_out_of_range_is_named_with_its_range(refused, data, blip_folder
 @pytest.mark.parametrize("changes, words", [
     ({"lora_targets": "qeury"}, ["LoRA target 'qeury' matches no linear layer", "query"]),
     ({"lora_targets": "re:encoder.*("}, ["'re:encoder.*('", "not a regular expression"]),
-    ({"device": "gpu"}, ["--device 'gpu' is not a device; try cpu"]),
+    ({"device": "gpu"}, ["--device 'gpu' is none that this engine runs on: cpu, cuda"]),
+    ({"device": "mps"}, ["--device 'mps' is none that this engine runs on"]),
     ({"device": "cuda:99"}, ["--device cuda:99"]),
     ({"max_caption_tokens": 5000}, ["--max_caption_tokens", "5000"]),
     ({"init_adapter": "absent"}, ["absent has no adapter_config.json"]),
@@ -567,7 +568,7 @@ def test_a_bad_caption_command_is_told_so(refused, args, words):
     (["--adapter", "absent"], ["absent has no adapter_config.json", "RUN/adapter"]),
     (["--model", "./absent"], ["no model folder at './absent'"]),
     (["--model", "BLIP", "--out", "no/such/x.jsonl"], ["--out no/such/x.jsonl", "no folder"]),
-    (["--model", "BLIP", "--out", "."], ["--out . is a folder"]),
+    (["--model", "BLIP", "--out", "."], ["--out . is not a regular file"]),
 ])
 def test_a_caption_command_that_lacks_something_is_told_so(
     refused, data, blip_folder, args, words

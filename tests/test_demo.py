@@ -18,7 +18,7 @@ from lora_engine.lora import inject
 from lora_engine.pretrained import load_captioner
 
 FAMILIES = ["blip", "vit_gpt2"]
-MEASURED = {"blip": 0.99, "vit_gpt2": 0.98}  # share of exactly right captions
+MEASURED = {"blip": 0.985, "vit_gpt2": 0.981}  # exactly right captions, by demo/pretrain.py
 MARGIN = 0.03
 
 
@@ -191,14 +191,14 @@ def test_shipped_files_are_what_the_script_writes_and_small(family, tmp_path):
 
 def test_adapters_learn_words_that_the_captioner_never_said(family):
     captioner = load_captioner(demo_folder(family))
-    train = islice(scenes.scenes("train", seed=5), 40 * 32)
+    train = islice(scenes.scenes("train", seed=5), 30 * 32)
     validation = pretrain.batch_of(captioner, unseen(100), cc3m_caption)
     with torch.no_grad():
         before = pretrain.mean_loss(captioner, validation)
     inject(captioner.model, ["attention", "feed_forward"], dropout=0.0)
     matrices = [p for p in captioner.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(matrices, lr=4e-3)
-    for _ in range(40):
+    for _ in range(30):
         batch = pretrain.batch_of(captioner, list(islice(train, 32)), cc3m_caption)
         pretrain.mean_loss(captioner, batch).backward()
         optimizer.step()

@@ -126,7 +126,7 @@ def test_three_in_a_row_are_counted_across_lines_and_a_good_one_begins_anew(tmp_
     with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
         meter = meter_of(journal)
         settle(meter, [BAD_LOSS, BAD_GRADIENT, GOOD, BAD_LOSS, BAD_LOSS])
-        with pytest.raises(TrainingStopped, match="gradient was not finite.*step 6;"):
+        with pytest.raises(TrainingStopped, match=r"gradient was not finite.*step 6\."):
             settle(meter, [BAD_GRADIENT], first_step=6)
     skipped = [line["step"] for line in json_lines(tmp_path / "m") if line["event"] != "train"]
     assert skipped == [1, 2, 4, 5, 6]
@@ -141,6 +141,28 @@ def test_overflows_that_a_grad_scaler_meets_are_listed_but_stop_nothing(tmp_path
     lines = json_lines(tmp_path / "m")
     assert [line["by_grad_scaler"] for line in lines[:5]] == [True] * 5
     assert lines[5]["event"] == "train" and lines[5]["loss"] == 1.0
+
+
+def test_a_grad_scaler_is_not_excused_for_ever(tmp_path):
+    """Its scale has fallen from 65536 to 1 after 17 overflows: then the gradients are to blame."""
+    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
+        meter = meter_of(journal, has_grad_scaler=True)
+        settle(meter, 20 * [BAD_GRADIENT])
+        with pytest.raises(TrainingStopped, match="gradient was not finite.*step 23"):
+            settle(meter, 3 * [BAD_GRADIENT], first_step=21)
+
+
+def test_what_came_after_the_bad_steps_is_recorded_before_the_run_stops(tmp_path):
+    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
+        with pytest.raises(TrainingStopped, match="up to step 3"):
+            settle(meter_of(journal), 3 * [BAD_LOSS] + [GOOD])
+    assert json_lines(tmp_path / "m")[-1]["event"] == "train"
+
+
+def test_a_value_that_is_not_finite_is_null_in_the_metrics(tmp_path):
+    with Journal(tmp_path / "m", total_steps=1, stream=io.StringIO()) as journal:
+        journal.record("validation", step=1, loss=math.nan)
+    assert json_lines(tmp_path / "m") == [{"event": "validation", "step": 1, "loss": None}]
 
 
 @pytest.mark.parametrize("seconds, text", [

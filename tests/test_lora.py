@@ -504,3 +504,17 @@ def test_trainable_parameters_are_listed_A_before_B_in_tree_order():
     assert list(lora_parameters(tree)) == [
         "body.0.value.lora_A", "body.0.value.lora_B", "body.1.value.lora_A", "body.1.value.lora_B",
     ]
+
+
+def test_linear_subclasses_are_left_alone():
+    """nn.MultiheadAttention reads its out_proj's weight past forward: LoRA there would be idle."""
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        inject(attention, ["out_proj"])
+
+
+def test_casting_to_the_same_dtype_keeps_a_tied_head_tied(captioner):
+    model = captioner.model
+    before = sum(p.numel() for p in model.parameters())
+    cast_frozen(model, torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == before

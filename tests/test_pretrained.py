@@ -466,3 +466,28 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parent.parent)
     assert done.stdout.splitlines() == ["[]", "False"]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"hidden_size": "abc"}, "not a usable configuration"),
+    ({"num_attention_heads": 0}, "0 attention heads"),
+    ({"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
+    ({"patch_size": 0}, "describes no possible model"),
+])
+def test_impossible_numbers_in_a_configuration_are_told(blip_folder, tmp_path, changes, words):
+    folder = tmp_path / "model"
+    shutil.copytree(blip_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PretrainedError, match=words):
+        load_captioner(folder)
+
+
+def test_a_bin_file_of_more_than_tensors_is_refused(blip_folder, tmp_path):
+    """BLIP's own release wraps its tensors: {"model": {...}}."""
+    folder = tmp_path / "model"
+    shutil.copytree(blip_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"model": {"a": torch.zeros(1)}}, folder / "pytorch_model.bin")
+    with pytest.raises(PretrainedError, match="more than named tensors"):
+        load_captioner(folder)

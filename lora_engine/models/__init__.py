@@ -9,7 +9,8 @@ A captioner is an `nn.Module` with three methods, which is all that the rest of 
 N is B, or a multiple of it: each image's features then serve N / B consecutive rows (beams).
 
 It also has `encoder` (with `image_size`), `decoder` (with `layers`, `max_positions` and
-`gradient_checkpointing`), and what `lora.inject` reads.
+`gradient_checkpointing`), what `lora.inject` reads, `tied_head` (the names of the head and of the
+embedding that a checkpoint may tie it to) and, where transformers has Conv1D, `fan_in_fan_out`.
 
 Axes: B batch, T caption tokens, P image tokens, D width, H heads, K head width, V vocabulary.
 """
