@@ -47,4 +47,5 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    num_threads = torch.get_num_threads()
+    return f"{device} ({num_threads} thread{'s' if num_threads > 1 else ''})"
