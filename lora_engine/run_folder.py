@@ -139,6 +139,16 @@ class SkippedRows:
                 f"{self.last.reason} (all are in {self.folder.skipped})"
             )
 
+    def add_validation(self, problems: Sequence[Skipped], *, dataset_size: int) -> None:
+        """Raises TrainingStopped if too many of the validation rows, all tried, failed."""
+        self.list(problems)
+        if len(problems) > self.max_share * dataset_size:
+            raise TrainingStopped(
+                f"{len(problems)} of {dataset_size} validation images cannot be used, more than "
+                f"--max_bad_share {self.max_share:g}; the first is {problems[0].image}: "
+                f"{problems[0].reason}"
+            )
+
     def list(self, problems: Sequence[Skipped]) -> None:
         for problem in problems:
             self.last = problem

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_engine.adapter import load_adapter, read_adapter
+from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.annotations import Row, hold_out, read_annotations
 from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, training_places
 from lora_engine.config import TrainingConfig
@@ -36,6 +38,7 @@ from lora_engine.optim import build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
+from lora_engine.samples import SampleCaptions
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
 
@@ -90,9 +93,26 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             num_workers=_num_workers(config, device),
             pin_memory=device.type == "cuda",
         )
+        keeper = _adapter_keeper(captioner, folder, train_rows, config)
         validation = Validation(
-            captioner, val_set, val_rows, load, config, folder, journal, skipped, device, dtype,
-            data_fingerprint=_data_fingerprint(train_rows),
+            captioner=captioner,
+            dataset=val_set,
+            load=load,
+            batch_size=config.batch_size,
+            keeper=keeper,
+            samples=SampleCaptions(
+                captioner,
+                val_rows,
+                num_samples=config.num_samples,
+                prompt=config.prompt,
+                device=device,
+                dtype=dtype,
+            ),
+            skipped=skipped,
+            folder=folder,
+            journal=journal,
+            device=device,
+            dtype=dtype,
         )
         validation.run(step=0, epoch=0.0)
         places = training_places(
@@ -151,9 +171,16 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     validation.run(step=step, epoch=step / steps_per_epoch)
                     meter.restart()
         finally:
-            validation.keep_last(last_step)
+            keeper.keep_last(last_step)
             draw_loss_curve(folder.metrics, folder.loss_curve)
-        summary = validation.summary(seconds=time.monotonic() - begin_s)
+        summary = TrainingSummary(
+            path=folder.path,
+            losses=keeper.losses,
+            best_step=keeper.best_step,
+            num_skipped_images=skipped.num_images,
+            samples=validation.samples.compare(keeper.best_step),
+            seconds=time.monotonic() - begin_s,
+        )
         journal.say(f"\n{summary}")
     return summary
 
@@ -261,6 +288,25 @@ def _place(
     if config.compile:
         _compile(model, device, dtype)
     return model
+
+
+def _adapter_keeper(
+    captioner: Captioner, folder: RunFolder, train_rows: Sequence[Row], config: TrainingConfig
+) -> AdapterKeeper:
+    is_folder = Path(captioner.name).is_dir()
+    return AdapterKeeper(
+        captioner.model,
+        folder,
+        base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
+        hugging_face_class=FAMILIES[captioner.family].hugging_face_class,
+        revision=captioner.revision,
+        provenance={
+            "base_fingerprint": captioner.fingerprint,
+            "data_fingerprint": _data_fingerprint(train_rows),
+            "label_convention": "each position predicts the next token; one end token",
+            "prompt": config.prompt,
+        },
+    )
 
 
 def _data_fingerprint(rows: Sequence[Row]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from pictures import json_lines, png_header, settings, write_pictures
 from torch import Tensor
 
-from lora_engine import evaluation, training
+from lora_engine import adapter_keeper, evaluation, training
 from lora_engine.adapter import AdapterError, read_adapter
 from lora_engine.annotations import hold_out, read_annotations
 from lora_engine.batches import Batch, Collate, Example
@@ -531,14 +531,14 @@ def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, mo
         lambda *args, **kwargs: real(*args, **kwargs)._replace(loss=next(script)),
     )
     saved = {}
-    save = evaluation.save_adapter
+    save = adapter_keeper.save_adapter
 
     def spy(model, folder, **kwargs):
         step = int(kwargs["provenance"]["step"])
         saved[step] = {k: v.detach().clone() for k, v in lora_parameters(model).items()}
         save(model, folder, **kwargs)
 
-    monkeypatch.setattr(evaluation, "save_adapter", spy)
+    monkeypatch.setattr(adapter_keeper, "save_adapter", spy)
     summary = train(settings(blip_folder, data, tmp_path / "run", max_steps=8, eval_every=2))
     assert summary.losses == {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.0}
     assert summary.best_step == 4  # the first of two that are as good
@@ -991,3 +991,16 @@ def test_a_failure_before_the_first_validation_is_through_leaves_nothing(
     with pytest.raises(RuntimeError, match="out of memory"):
         train(settings(blip_folder, data, Path(), output_path=output))
     assert [p for p in tmp_path.rglob("*") if p.name != "runs"] == []
+
+
+def test_the_data_fingerprint_is_that_of_the_training_rows(blip_folder, data, tmp_path):
+    def fingerprint(name: str, **changes) -> str:
+        summary = train(settings(
+            blip_folder, data, tmp_path / name, max_steps=1, num_samples=0, **changes
+        ))
+        return read_adapter(summary.path / "adapter").provenance["data_fingerprint"]
+
+    train_path = str(data / "train.json")
+    assert fingerprint("a") == fingerprint("b")
+    swapped = {"train_data_path": str(data / "val.json"), "val_data_path": train_path}
+    assert fingerprint("c", **swapped) != fingerprint("a2")
