@@ -7,14 +7,14 @@ transformers loads with the first model.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lora_engine.version import __version__
+
 if TYPE_CHECKING:
     from lora_engine.adapter import load_adapter, save_adapter
     from lora_engine.generation import generate
     from lora_engine.lora import inject, merge, unmerge
     from lora_engine.pretrained import load_captioner
     from lora_engine.training import TrainingConfig, train
-
-__version__ = "0.1.0"
 
 _ROOMS = {
     "inject": "lora",
@@ -29,6 +29,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "__version__",
     "TrainingConfig",
     "generate",
     "inject",

@@ -16,7 +16,7 @@ from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
 from lora_engine.images import find_images
 from lora_engine.lora import cast_frozen, merge
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 
 UNREADABLE = 1  # some images have no caption
 
@@ -109,6 +109,13 @@ def _load(config: CaptionConfig) -> tuple[Captioner, str]:
     captioner = load_captioner(name, revision=revision)
     if adapter is None:
         return captioner, config.prompt or ""
+    base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    expected = FAMILIES[captioner.family].hugging_face_class
+    if base_class not in (None, expected):
+        raise ValueError(
+            f"the adapter in {config.adapter} is for {base_class}, but {name} is {expected}; leave "
+            f"--model out to use the adapter's own base ({adapter.base_model})"
+        )
     made_for = adapter.provenance.get("base_fingerprint", captioner.fingerprint)
     if made_for != captioner.fingerprint:
         print(

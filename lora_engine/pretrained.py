@@ -260,6 +260,8 @@ def _read_config(folder: Path, family: str | None) -> Any:
         raise PretrainedError(
             f"{path} says model_type {model_type!r}; expected "
             f"{' or '.join(repr(name) for name in expected)} ({_class_names(expected)})"
+            + (f"; recipes.{FAMILIES[model_type].name}_cc3m trains that kind"
+               if model_type in FAMILIES else "")
         )
     from transformers import AutoConfig
 
@@ -312,7 +314,8 @@ def _download(name: str, revision: str | None) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
-            f"cannot fetch {name!r}{at} from the Hugging Face Hub: {_reason(error)}\n"
+            f"there is no folder {name!r} here, and it cannot be fetched{at} from the Hugging Face "
+            f"Hub: {_reason(error)}\n"
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"captioner`, copy the folder here and pass --model captioner."
         ) from None

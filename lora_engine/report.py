@@ -122,7 +122,8 @@ def _draw_validation(axes: "Axes", losses: Losses) -> None:
     )
     axes.annotate(
         f"{value:#.4g}", (step, value), xytext=(0, 14), textcoords="offset points",
-        ha="left" if step == 0 else "center",  # centred at step 0, it would cover the axis
+        # Centred at step 0 it would cover the axis, and at the last step leave the frame.
+        ha="left" if step == 0 else "right" if step > 0.9 * losses.steps[-1] else "center",
         fontsize=14, fontweight="bold", color=VALIDATION_COLOUR,
         path_effects=[withStroke(linewidth=4, foreground="white")],
     )
@@ -143,7 +144,8 @@ def _set_limits(axes: "Axes", training: Losses, validation: Losses) -> None:
     shown = validation.values + ordered[cut:len(ordered) - cut]
     low, high = min(shown), max(shown)
     room = 0.1 * (high - low) or 0.05 * abs(high) or 1.0
-    axes.set_ylim(low - room, high + room)
+    floor = -0.03 * high if low >= 0 else low - room  # no loss is negative; leave the marks room
+    axes.set_ylim(max(low - room, floor), high + room)
 
 
 def _label_axes(axes: "Axes", epochs_per_step: float | None) -> None:

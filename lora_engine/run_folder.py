@@ -18,14 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
-from lora_engine import __version__
 from lora_engine.batches import Batch, Skipped
 from lora_engine.files import replaced_file
 from lora_engine.journal import Journal, TrainingStopped
+from lora_engine.version import __version__
 
 
+ADVICE = "Repair or remove them, or raise --max_bad_share"
 MAX_SHOWN = 10  # skipped images named on the console
 
 
@@ -73,7 +75,7 @@ class RunFolder:
             advice = f", or start from its adapter with --init_adapter {init}"
             raise ValueError(
                 f"--output_path {path} already holds {what}, which is never overwritten; choose "
-                f"another folder{advice if init.is_dir() else ''}"
+                f"another folder, or delete it to start again{advice if init.is_dir() else ''}"
             )
 
     @classmethod
@@ -110,12 +112,14 @@ class RunFolder:
 class SkippedRows:
     """Counts rows whose image could not be used; lists each image once in skipped.jsonl."""
 
-    def __init__(self, folder: RunFolder, journal: Journal, *, max_share: float) -> None:
+    def __init__(
+        self, folder: RunFolder, journal: Journal, *, max_share: float, num_rows: int
+    ) -> None:
         self.folder = folder
         self.journal = journal
         self.max_share = max_share
-        self.num_tried = 0
-        self.num_failed = 0
+        self.tried = np.zeros(num_rows, dtype=bool)
+        self.failed = np.zeros(num_rows, dtype=bool)
         self.seen: set[str] = set()
         self.last: Skipped | None = None
 
@@ -123,20 +127,24 @@ class SkippedRows:
     def num_images(self) -> int:
         return len(self.seen)
 
-    def add(self, batches: Sequence[Batch], *, dataset_size: int) -> None:
+    def add(self, batches: Sequence[Batch]) -> None:
         """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
         problems = [problem for batch in batches for problem in batch.skipped]
-        self.num_tried += sum(len(batch.rows) for batch in batches) + len(problems)
-        self.num_failed += len(problems)
+        rows = [row for batch in batches for row in batch.rows]
+        bad_rows = [problem.row for problem in problems]
+        self.tried[rows + bad_rows] = True
+        self.failed[bad_rows] = True
         self.list(problems)
-        is_sample = self.num_tried < dataset_size
-        limit = allowed_failures(self.num_tried, self.max_share, is_sample=is_sample)
-        too_many = self.num_failed > limit and self.num_tried >= min(dataset_size, 200)
+        num_tried, num_failed = int(self.tried.sum()), int(self.failed.sum())
+        limit = allowed_failures(
+            num_tried, self.max_share, is_sample=num_tried < len(self.tried)
+        )
+        too_many = num_failed > limit and num_tried >= min(len(self.tried), 200)
         if self.last and (too_many or not all(batch.rows for batch in batches)):
             raise TrainingStopped(
-                f"{self.num_failed} of {self.num_tried} images tried cannot be used, more than "
+                f"{num_failed} of {num_tried} training rows tried have no usable image, more than "
                 f"--max_bad_share {self.max_share:g}; the last is {self.last.image}: "
-                f"{self.last.reason} (all are in {self.folder.skipped})"
+                f"{self.last.reason} (all are in {self.folder.skipped}). {ADVICE}"
             )
 
     def add_validation(self, problems: Sequence[Skipped], *, dataset_size: int) -> None:
@@ -144,9 +152,9 @@ class SkippedRows:
         self.list(problems)
         if len(problems) > self.max_share * dataset_size:
             raise TrainingStopped(
-                f"{len(problems)} of {dataset_size} validation images cannot be used, more than "
-                f"--max_bad_share {self.max_share:g}; the first is {problems[0].image}: "
-                f"{problems[0].reason}"
+                f"{len(problems)} of {dataset_size} validation rows have no usable image, more "
+                f"than --max_bad_share {self.max_share:g}; the first is {problems[0].image}: "
+                f"{problems[0].reason}. {ADVICE}"
             )
 
     def list(self, problems: Sequence[Skipped]) -> None:

@@ -1,6 +1,7 @@
 """What a run came to, in figures and for people."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class TrainingSummary:
             f"adapter     {self.path / 'adapter'}",
             f"loss curve  {self.path / 'loss_curve.png'}",
             f"took        {duration(self.seconds)}",
-            f"to caption  python -m lora_engine caption --adapter {self.path / 'adapter'} "
-            f"IMAGE_OR_FOLDER ...",
+            f"to caption  {_interpreter()} -m lora_engine caption "
+            f"--adapter {self.path / 'adapter'} IMAGE_OR_FOLDER ...",
         ])
 
     def _verdict(self) -> str:
@@ -72,3 +73,9 @@ class TrainingSummary:
             f"best validation loss {self.losses[self.best_step]:.4f} at step {self.best_step} of "
             f"{self.last_step}; before training it was {first:.4f}"
         )
+
+
+def _interpreter() -> str:
+    """This Python as a person would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -86,7 +86,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         folder.write_json("environment.json", environment(describe(device), dtype))
         journal.say(_opening(config, plan, train_set, val_set, device, dtype))
         journal.say(f"run folder {folder.path}")
-        skipped = SkippedRows(folder, journal, max_share=config.max_bad_share)
+        skipped = SkippedRows(
+            folder, journal, max_share=config.max_bad_share, num_rows=len(train_set)
+        )
         load = partial(
             load_batches,
             collate=_collate(captioner, config),
@@ -135,7 +137,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 num_done = (step - 1) % steps_per_epoch * config.grad_accum_steps
                 count = min(config.grad_accum_steps, batches_per_epoch - num_done)
                 batches = meter.wait_for(micro_batches, count)
-                skipped.add(batches, dataset_size=len(train_set))
+                skipped.add(batches)
                 loss = accumulate_gradients(
                     model,
                     batches,
@@ -237,9 +239,9 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
     missing = [row.image for row in looked_at if not os.path.isfile(row.image)]
     if len(missing) > allowed_failures(len(looked_at), max_share, is_sample=len(rows) > 200):
         raise ValueError(
-            f"{path}: {len(missing)} of {len(looked_at)} images looked at do not exist, more than "
-            f"--max_bad_share {max_share:g}; the first is {missing[0]} (image paths are absolute "
-            f"or relative to the annotation file)"
+            f"{path}: {len(missing)} of {len(looked_at)} rows looked at name an image that does "
+            f"not exist, more than --max_bad_share {max_share:g}; the first is {missing[0]} (image "
+            f"paths are absolute or relative to the annotation file)"
         )
 
 

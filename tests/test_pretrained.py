@@ -430,7 +430,8 @@ def test_a_hub_name_without_network_says_how_to_use_a_folder(monkeypatch, error)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_error)
     assert_refused(
-        "some/captioner", "cannot fetch 'some/captioner' at revision main", "network",
+        "some/captioner", "no folder 'some/captioner' here",
+        "cannot be fetched at revision main", "network",
         "hf download some/captioner --local-dir", "--model", revision="main",
     )
 

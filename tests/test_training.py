@@ -915,7 +915,7 @@ def test_too_many_unusable_training_images_stop_the_run(blip_folder, damaged, tm
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)
-    assert "images tried cannot be used, more than --max_bad_share 0.1" in message
+    assert "rows tried have no usable image, more than --max_bad_share 0.1" in message
     assert str(tmp_path / "run" / "skipped.jsonl") in message
     assert any(image in message and reason in message for image, reason in reasons.items())
     assert (tmp_path / "run" / "adapter").exists()
@@ -926,7 +926,7 @@ def test_too_many_unusable_validation_images_stop_the_run_before_it_begins(
 ):
     folder, reasons = damaged
     write_pictures(folder, num_images=20)
-    with pytest.raises(TrainingStopped, match="1 of 6 validation images.*--max_bad_share 0.1"):
+    with pytest.raises(TrainingStopped, match="1 of 6 validation rows.*--max_bad_share 0.1"):
         train(settings(blip_folder, folder, tmp_path / "run", max_bad_share=0.1))
     assert not (tmp_path / "run").exists()
 
@@ -971,7 +971,7 @@ def test_an_empty_folder_is_taken_and_a_full_one_or_a_file_is_not(
     assert summary.path == tmp_path / "empty"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    refusal = "already holds files, which is never overwritten; choose another folder$"
+    refusal = "already holds files, which is never overwritten; choose another folder, or delete it"
     with pytest.raises(ValueError, match=refusal):
         train(settings(blip_folder, data, tmp_path / "full"))
     with pytest.raises(ValueError, match="is a file; name a new folder"):
