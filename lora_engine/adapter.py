@@ -179,7 +179,9 @@ def load_adapter(
             f"the adapter in {adapter.folder} does not fit this model "
             f"({type(model).__name__}): {error}"
         ) from None
-    set_matrices(model, adapter.matrices, source=str(adapter.folder))
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(adapter.matrices[name])
     return plan
 
 
@@ -212,28 +214,6 @@ def _is_target(config: Mapping[str, Any], path: str) -> bool:
         return any(path == name or path.endswith(f".{name}") for name in patterns or ())
 
     return matches(config.get("target_modules")) and not matches(config.get("exclude_modules"))
-
-
-@torch.no_grad()
-def set_matrices(model: nn.Module, matrices: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy matrices, named as in `lora_parameters`, into the LoRA layers of a model, all or none.
-
-    Raises AdapterError unless names and shapes are exactly the model's.
-    """
-    parameters = lora_parameters(model)
-    complaints = [f"no LoRA matrix {name} in the model" for name in matrices.keys() - parameters]
-    complaints += [f"{name} is missing" for name in parameters.keys() - matrices.keys()]
-    complaints += [
-        f"{name} is {tuple(matrices[name].shape)}, the model's is {tuple(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in matrices and matrices[name].shape != parameter.shape
-    ]
-    if complaints:
-        raise AdapterError(
-            f"the adapter in {source} does not fit this model: {_listed(complaints)}"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(matrices[name])
 
 
 def _listed(complaints: list[str]) -> str:

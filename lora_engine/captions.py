@@ -10,6 +10,7 @@ would in running text.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -96,13 +97,8 @@ class CaptionTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids (without start and prompt), up to the first end token."""
-        kept = []
-        for token in ids:
-            if token == self.end_id:
-                break
-            if token < len(self.tokenizer):
-                kept.append(token)
-        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        kept = takewhile(lambda token: token != self.end_id, ids)
+        return self.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         encoded = self.tokenizer(

@@ -7,7 +7,7 @@ Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
         --output_path runs/blip --epochs 100 --batch_size 32 --lr 1e-5 --seed 42
 
 Without data paths the embedded demo runs instead: a tiny BLIP that ships with the package and says
-"a red circle above a blue square" learns to speak like CC3M, in about a minute on two CPU cores.
+"a red circle above a blue square" learns to speak like CC3M, in about a minute on a CPU.
 """
 
 import sys
@@ -31,7 +31,9 @@ DEMO = replace(
     epochs=8,
     lr=5e-3,
     warmup_steps=20,
-    num_threads=1,  # its matrices are so small that more threads mostly wait for each other
+    # A second thread saves a quarter on an idle machine, and costs minutes on a busy one: two spin
+    # while they wait for each other (benchmarks/LOG.md).
+    num_threads=1,
 )
 
 

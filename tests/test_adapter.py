@@ -21,7 +21,6 @@ from lora_engine.adapter import (
     load_adapter,
     read_adapter,
     save_adapter,
-    set_matrices,
 )
 from lora_engine.captions import IGNORED, collate_captions
 from lora_engine.lora import inject, lora_layers, lora_parameters, merge
@@ -497,22 +496,3 @@ def test_a_second_adapter_is_refused(blip_folder, folder):
         load_adapter(captioner.model, folder)
     after = lora_parameters(captioner.model)
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_matrices_are_set_all_or_none(blip_folder):
-    model = adapted(blip_folder).model
-    before = {name: matrix.clone() for name, matrix in lora_parameters(model).items()}
-    new = {name: torch.ones_like(matrix) for name, matrix in before.items()}
-    first, *_, last = new
-    for matrices, message in [
-        ({k: v for k, v in new.items() if k != last}, f"{last} is missing"),
-        (new | {"x.lora_A": torch.ones(1)}, "no LoRA matrix x.lora_A in the model"),
-        (new | {last: torch.ones(3, 3)}, f"{last} is (3, 3), the model's is"),
-    ]:
-        with pytest.raises(AdapterError) as caught:
-            set_matrices(model, matrices, source="a file")
-        assert message in str(caught.value) and "a file" in str(caught.value)
-        after = lora_parameters(model)
-        assert all(torch.equal(after[name], before[name]) for name in before)
-    set_matrices(model, new, source="a file")
-    assert all((matrix == 1).all() for matrix in lora_parameters(model).values())
