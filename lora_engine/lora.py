@@ -14,7 +14,7 @@ A module tree may tell `inject` what it knows about itself by two attributes: `l
 for regular expressions over module paths (`{"attention": ...}`), and `lora_scope`, a regular
 expression over the paths that may be adapted at all.
 
-Axes: R rank.
+Axes: M rows of the input, R rank.
 """
 
 import difflib
@@ -22,10 +22,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_engine.products import compute_dtype, product
 
 
 class LoRALinear(nn.Module):
@@ -73,13 +76,11 @@ class LoRALinear(nn.Module):
         return self._unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        out = F.linear(x, self.weight.T if self.weight_is_transposed else self.weight, self.bias)
-        if self.merged:
-            return out
-        x = F.dropout(x, self.dropout, self.training)
-        # Only the small matrices are cast, to whatever the activations are.
-        low_rank = F.linear(x, self.lora_A.to(x.dtype))
-        return out + self.scaling * F.linear(low_rank, self.lora_B.to(low_rank.dtype))
+        return _project(x, (self,))[0]
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B in `dtype`; gradients reach the fp32 matrices."""
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -106,6 +107,118 @@ class LoRALinear(nn.Module):
             f"{self.in_features}, {self.out_features}, rank={self.rank}, "
             f"scaling={self.scaling:g}, dropout={self.dropout:g}, merged={self.merged}"
         )
+
+
+class LinearParts(NamedTuple):
+    """What a frozen linear layer computes with, in one dtype; without an adapter A is None."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+    lora_A: Tensor | None = None  # (R, in)
+    lora_B: Tensor | None = None  # (out, R)
+    scaling: float = 0.0
+
+
+def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
+    """The parts of an `nn.Linear` or a `LoRALinear`; a merged one has no adapter left to add."""
+    assert isinstance(layer, (nn.Linear, LoRALinear))
+    weight: Tensor = layer.weight.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if not isinstance(layer, LoRALinear):
+        return LinearParts(weight, bias)
+    weight = weight.T if layer.weight_is_transposed else weight
+    if layer.merged:
+        return LinearParts(weight, bias)
+    return LinearParts(weight, bias, *layer.matrices(dtype), layer.scaling)
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Frozen linear layers, adapted or not, of one input x (..., in) -> (..., out) of each.
+
+    All adapters of the input are one low-rank product, and share one dropout mask. Layers among
+    which one is of another kind, trains its weight or has a hook are simply called.
+    """
+    if not all(_is_plain(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    return _project(x, layers)
+
+
+def _project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    parts = [linear_parts(layer, dtype) for layer in layers]
+    kept, kept_share = _dropout_mask(rows, layers)
+    scalings = tuple(part.scaling / kept_share for part in parts)
+    tensors = (tensor for part in parts for tensor in part[:4])
+    outs = _Projections.apply(rows, kept, scalings, *tensors)
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+
+def _dropout_mask(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor | None, float]:
+    """Which elements of x the LoRA dropout of `layers` keeps (None: all), and their share."""
+    for layer in layers:
+        if isinstance(layer, LoRALinear) and layer.training and layer.dropout and not layer.merged:
+            share = 1.0 - layer.dropout
+            return torch.empty_like(x, dtype=torch.bool).bernoulli_(share), share
+    return None, 1.0
+
+
+class _Projections(torch.autograd.Function):
+    """Y_i = X W_i^T + b_i + s_i d(X) A_i^T B_i^T, where d keeps some elements (arXiv:2106.09685).
+
+    The backward pass is written by hand: autograd would keep X twice, dropped and not, and go
+    through a low-rank product for every layer. With G_i = s_i dY_i B_i it is
+
+        dX = sum dY_i W_i + d(sum G_i A_i)     dA_i = G_i^T d(X)     dB_i = s_i dY_i^T (d(X) A_i^T)
+
+    W and b are frozen and get no gradient; X gets one only where it needs one.
+    """
+
+    @staticmethod
+    def forward(ctx, X: Tensor, kept: Tensor | None, scalings: tuple[float, ...], *tensors):
+        Ws, biases, As, Bs = (tensors[i::4] for i in range(4))
+        ctx.scalings = scalings
+        ctx.ranks = [0 if A is None else len(A) for A in As]
+        Ys = [product(X, W, bias) for W, bias in zip(Ws, biases)]
+        A = low_rank = None
+        if any(ctx.ranks):
+            A = torch.cat([A for A in As if A is not None])
+            low_rank = product(X if kept is None else X * kept, A)  # (M, sum of R)
+            for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
+                if B is not None:
+                    Y.addmm_(part, B.T, alpha=s)
+        ctx.save_for_backward(X, kept, A, low_rank, *Ws, *Bs)
+        return tuple(Ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dYs):
+        X, kept, A, low_rank, *rest = ctx.saved_tensors
+        Ws, Bs = rest[: len(dYs)], rest[len(dYs) :]
+        dX, dAs, dBs = None, [None] * len(dYs), [None] * len(dYs)
+        if ctx.needs_input_grad[0]:
+            products = [product(dY, W.T) for dY, W in zip(dYs, Ws)]
+            dX = sum(products[1:], products[0])
+        if A is not None:
+            Gs = [product(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings) if s]
+            G = torch.cat(Gs, dim=1)  # (M, sum of R)
+            dAs = (G.T @ (X if kept is None else X * kept)).split(ctx.ranks)
+            parts = low_rank.split(ctx.ranks, dim=1)
+            # As the transpose of (R, M) (M, out): kernels like a result with few rows better than
+            # one with few columns.
+            dBs = [(part.T @ dY).mul_(s).T for dY, part, s in zip(dYs, parts, ctx.scalings)]
+            if dX is not None:
+                dX = dX.addmm_(G, A) if kept is None else dX.add_((G @ A).mul_(kept))
+        matrices = [
+            (None, None, dA, dB) if rank else (None, None, None, None)
+            for dA, dB, rank in zip(dAs, dBs, ctx.ranks)
+        ]
+        return dX, None, None, *(gradient for layer in matrices for gradient in layer)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    is_frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
+    return (is_frozen or isinstance(layer, LoRALinear)) and not layer._forward_hooks
 
 
 @dataclass(frozen=True)

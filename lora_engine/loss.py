@@ -4,11 +4,15 @@ Axes: B batch, T caption tokens, M valid targets, P image tokens, D width, V voc
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_engine.batches import Batch
+from lora_engine.captions import IGNORED
 from lora_engine.models import CaptionerBody
+from lora_engine.products import compute_dtype, product
+
+_MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
 
 
 def caption_loss(
@@ -21,9 +25,59 @@ def caption_loss(
     exact.
     """
     hidden = model.decode(batch.input_ids, features)
-    hidden = hidden.flatten(0, 1)[batch.target_positions]  # (M, D)
-    logits = model.head(hidden)  # (M, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(
-        logits, batch.target_ids, reduction="sum", label_smoothing=label_smoothing
+    hidden = model.head_input(hidden.flatten(0, 1)[batch.target_positions])  # (M, D)
+    hidden = hidden.to(compute_dtype(hidden))
+    weight, bias = model.vocabulary.weight, model.vocabulary.bias
+    return _FrozenHeadLoss.apply(
+        hidden,
+        weight.to(hidden.dtype),
+        None if bias is None else bias.to(hidden.dtype),
+        batch.target_ids,
+        label_smoothing,
     )
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of a frozen linear head, without ever holding all logits.
+
+    The head takes no gradient, so the gradient of its input is formed in the forward pass, a chunk
+    of rows at a time, while the logits are there: softmax(logits) less the target's distribution,
+    times W (as Liger kernels' fused linear cross-entropy does, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        vocab_size = len(weight)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradients: list[Tensor] = []
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=accurate, device=hidden.device)
+        num_rows = max(_MAX_LOGITS // vocab_size, 1)
+        for rows, ids in zip(hidden.split(num_rows), targets.split(num_rows)):
+            is_valid = ids != IGNORED
+            ids = ids.clamp_min(0)[:, None]
+            logits = product(rows, weight, bias).to(accurate)  # (chunk of M, V)
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            losses = log_total - (1 - smoothing) * logits.gather(1, ids)
+            if smoothing:
+                losses = losses - smoothing * logits.mean(dim=1, keepdim=True)
+            loss += losses[:, 0].masked_fill(~is_valid, 0.0).sum()
+            if needs_gradient:
+                gradient = logits.sub_(log_total).exp_()  # the softmax
+                if smoothing:
+                    gradient.sub_(smoothing / vocab_size)
+                gradient.scatter_add_(1, ids, torch.full_like(losses, smoothing - 1))
+                gradient.mul_(is_valid[:, None])
+                gradients.append(product(gradient.to(hidden.dtype), weight.T))
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (d_hidden,) = ctx.saved_tensors
+        # fp16's loss scale arrives here in fp32: multiply before rounding to the hidden's dtype.
+        return (gradient * d_hidden.to(gradient.dtype)).to(d_hidden.dtype), None, None, None, None

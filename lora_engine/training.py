@@ -326,6 +326,8 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
     and trains without.
     """
     layers = model.decoder.layers
+    # Two forms of cross-attention, with and without gradients: some ten graphs; torch's limit is 8.
+    torch._dynamo.config.recompile_limit = 32
     for layer in layers:
         layer.compile(dynamic=True)
     pixels = torch.zeros(2, 3, *model.encoder.image_size, device=device)

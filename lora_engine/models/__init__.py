@@ -1,10 +1,13 @@
 """Our own bodies of the captioners: one encoder, two decoders.
 
-A captioner is an `nn.Module` with three methods, which is all that the rest of the package knows:
+A captioner is an `nn.Module` with these methods, which is all that the rest of the package knows:
 
     encode(pixel_values (B, 3, height, width)) -> features (B, P, D)      frozen
     decode(input_ids (N, T), features, cache=None) -> hidden (N, T, D)    trained by LoRA
     head(hidden (..., D)) -> logits (..., V)                              frozen
+
+where the head is the linear layer `vocabulary` of `head_input(hidden)` (..., D), so that the loss
+need not hold all logits.
 
 N is B, or a multiple of it: each image's features then serve N / B consecutive rows (beams).
 

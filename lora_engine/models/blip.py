@@ -4,19 +4,27 @@ The decoder is post-norm BERT with a cross-attention in every layer. Its modules
 Face's names and sit at its paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so
 that weights, LoRA targets and adapters match by name; only the encoder is renamed (vit.py).
 
-Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
+Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, E width of the
+features, V vocabulary.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_engine.lora import project
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import cross_attention
+from lora_engine.models.cross_attention import (
+    cross_attention,
+    feature_projection,
+    low_rank_features,
+)
 from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.products import compute_dtype
 
 
 class Attention(nn.Module):
@@ -47,22 +55,36 @@ class Attention(nn.Module):
             "LayerNorm": nn.LayerNorm(width, eps=eps),
         })
 
+    @property
+    def feature_layers(self) -> tuple[nn.Module, nn.Module]:
+        """What projects the features, in a cross-attention."""
+        return self.self["key"], self.self["value"]
+
     def forward(
-        self, x: Tensor, features: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        features: Tensor | None,
+        low_ranks: Sequence[Tensor | None],
+        cache: LayerCache | None,
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
-        query, key, value = self.self["query"], self.self["key"], self.self["value"]
-        attend = partial(
-            causal_self_attention if features is None else cross_attention,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            dropout=self.attention_dropout if self.training else 0.0,
-            cache=cache,
-        )
+        settings: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "cache": cache,
+        }
         if features is None:
-            context = attend(query(x), key(x), value(x))
+            heads = project(x, self.self["query"], self.self["key"], self.self["value"])
+            context = causal_self_attention(*heads, **settings)
         else:
-            context = attend(query(x), features, lambda e: (key(e), value(e)))
-        out = F.dropout(self.output["dense"](context), self.hidden_dropout, self.training)
+            (query,) = project(x, self.self["query"])
+            key, value = (
+                feature_projection(layer, low_rank, query.dtype)
+                for layer, low_rank in zip(self.feature_layers, low_ranks)
+            )
+            context = cross_attention(query, features, key, value, **settings)
+        (out,) = project(context, self.output["dense"])
+        out = F.dropout(out, self.hidden_dropout, self.training)
         return self.output["LayerNorm"](x + out)
 
 
@@ -82,11 +104,16 @@ class DecoderLayer(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, features: Tensor, cache: LayerCache | None = None
-    ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
-        x = self.attention(x, None, cache)
-        x = self.crossattention(x, features, cache)
-        out = self.output["dense"](self.act(self.intermediate["dense"](x)))
+        self,
+        x: Tensor,
+        features: Tensor,
+        low_ranks: Sequence[Tensor | None],
+        cache: LayerCache | None = None,
+    ) -> Tensor:  # (N, T, D), (B, P, E) -> (N, T, D)
+        x = self.attention(x, None, (), cache)
+        x = self.crossattention(x, features, low_ranks, cache)
+        (out,) = project(x, self.intermediate["dense"])
+        (out,) = project(self.act(out), self.output["dense"])
         return self.output["LayerNorm"](x + F.dropout(out, self.hidden_dropout, self.training))
 
 
@@ -163,19 +190,26 @@ class TextDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None) -> Tensor:
         x = self.bert["embeddings"](input_ids, past=0 if cache is None else cache.length)
-        for index, layer in enumerate(self.layers):
+        features = features.to(compute_dtype(features))
+        layers: list[Any] = list(self.layers)
+        low_ranks = low_rank_features(
+            features, [layer.crossattention.feature_layers for layer in layers]
+        )
+        for index, layer in enumerate(layers):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, features, use_reentrant=False)
+                x = checkpoint(layer, x, features, low_ranks[index], use_reentrant=False)
             else:
-                x = layer(x, features, None if cache is None else cache[index])
+                x = layer(x, features, low_ranks[index], None if cache is None else cache[index])
         return x
 
-    def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        predictions = self.cls["predictions"]
-        transform = predictions["transform"]
-        return predictions["decoder"](
-            transform["LayerNorm"](self.act(transform["dense"](hidden)))
-        )
+    @property
+    def vocabulary(self) -> nn.Linear:
+        return self.cls["predictions"]["decoder"]
+
+    def head_input(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        transform = self.cls["predictions"]["transform"]
+        (out,) = project(hidden, transform["dense"])
+        return transform["LayerNorm"](self.act(out))
 
 
 class BlipCaptioner(nn.Module):
@@ -213,8 +247,15 @@ class BlipCaptioner(nn.Module):
     ) -> Tensor:
         return self.text_decoder(input_ids, features, cache)
 
+    @property
+    def vocabulary(self) -> nn.Linear:
+        return self.text_decoder.vocabulary
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        return self.text_decoder.head_input(hidden)
+
     def head(self, hidden: Tensor) -> Tensor:
-        return self.text_decoder.head(hidden)
+        return project(self.head_input(hidden), self.vocabulary)[0]
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,44 +1,195 @@
-"""Attention of caption tokens onto the frozen features of their image.
+"""Attention of caption tokens onto the frozen features of their image, in two equal forms.
 
-This is the projected form: the features are projected to keys and values, once a layer and batch.
+The projected form makes keys and values of all P image tokens, as every library does. The absorbed
+form never makes them. With the rows of head h, of K features each, in W_k and W_v,
 
-Axes: B images, N = B * G rows (G rows an image), T caption tokens, P image tokens, D width,
-H heads, K head width.
+    scores_h = (q_h W_k,h + b) E^T        context_h = (softmax(scores_h) E) W_v,h^T + b_v,h
+
+so that a caption of T tokens costs T small products instead of P large ones: multi-query attention
+with E for keys and values, as in DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section
+2.1.2). The key bias adds the same to all scores of a query and leaves the softmax as it is. LoRA
+on keys and values, with U = dropout(E) A^T, adds s (q_h B_k,h) U_k^T to the scores and
+s (probs U_v) B_v,h^T to the context. Nothing here forms a gradient for E, which is frozen.
+
+Axes: B images, N = B * G rows (G rows an image), T caption tokens, P image tokens, E width of the
+features, D width of the decoder, H heads, K head width, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_engine.lora import LoRALinear, linear_parts
 from lora_engine.models.attention import LayerCache, split_heads
+from lora_engine.products import batched_product, feature_product, product
+
+
+class FeatureProjection(NamedTuple):
+    """Keys or values as a function of the features: E W^T + b + U B^T, B being scaled already."""
+
+    weight: Tensor  # (D, E)
+    bias: Tensor | None  # (D,)
+    low_rank: Tensor | None = None  # U (B, P, R)
+    lora_B: Tensor | None = None  # (D, R)
+
+    def chunk(self, count: int) -> "list[FeatureProjection]":
+        """The parts of a fused layer; they share its low-rank product."""
+        weights, biases, lora_Bs = (
+            [None] * count if x is None else x.chunk(count)
+            for x in (self.weight, self.bias, self.lora_B)
+        )
+        return [
+            FeatureProjection(weight, bias, self.low_rank, lora_B)
+            for weight, bias, lora_B in zip(weights, biases, lora_Bs)
+        ]
+
+
+def low_rank_features(
+    features: Tensor, layers: Sequence[Sequence[nn.Module]]
+) -> list[list[Tensor | None]]:
+    """U = dropout(E) A^T (B, P, R) of every key and value adapter of every layer; else None.
+
+    They are one product over all layers, and its dropout is one mask: the features are one input,
+    and a mask for each of 24 adapters would cost more than the attention itself on a CPU.
+    """
+    adapters = [
+        layer for group in layers for layer in group
+        if isinstance(layer, LoRALinear) and not layer.merged
+    ]
+    if not adapters:
+        return [[None] * len(group) for group in layers]
+    A = torch.cat([adapter.matrices(features.dtype)[0] for adapter in adapters])
+    dropout = adapters[0].dropout if adapters[0].training else 0.0
+    rows = F.dropout(features, dropout).flatten(0, 1)
+    low_rank = feature_product(rows, A).unflatten(0, features.shape[:2])
+    ranks = [adapter.rank for adapter in adapters]
+    split = (part.contiguous() for part in low_rank.split(ranks, dim=-1))
+    parts: dict[nn.Module, Tensor] = dict(zip(adapters, split))
+    return [[parts.get(layer) for layer in group] for group in layers]
+
+
+def feature_projection(
+    layer: nn.Module, low_rank: Tensor | None, dtype: torch.dtype
+) -> FeatureProjection:
+    """The projection that a linear layer, adapted or not, makes of the features."""
+    weight, bias, _, lora_B, scaling = linear_parts(layer, dtype)
+    return FeatureProjection(
+        weight, bias, low_rank, None if low_rank is None else scaling * lora_B
+    )
 
 
 def cross_attention(
     query: Tensor,
     features: Tensor,
-    project: Callable[[Tensor], tuple[Tensor, Tensor]],
+    key: FeatureProjection,
+    value: FeatureProjection,
     *,
     num_heads: int,
     scale: float,
     dropout: float = 0.0,
     cache: LayerCache | None = None,
 ) -> Tensor:
-    """Attention of `query` (N, T, D) onto `features` (B, P, D of the encoder) -> (N, T, D).
+    """Attention of `query` (N, T, D) onto `features` (B, P, E) -> (N, T, D).
 
-    `project` makes keys and values (B, P, D) of the features. There is no mask: every image has
-    all of its P tokens. With a cache, keys and values are formed at the first call only.
+    There is no mask: every image has all of its P tokens. With a cache, keys and values are formed
+    at the first call only.
     """
-    if cache is not None and cache.cross_attention is not None:
-        key, value = cache.cross_attention
-    else:
-        key, value = (split_heads(x, num_heads) for x in project(features))
-        if cache is not None:
-            cache.cross_attention = key, value
-    # The rows of one image share its keys and values: fold them into the token axis instead of
-    # repeating 577 keys for each of them.
     num_tokens = query.shape[1]
-    query = rearrange(query, "(b g) t (h k) -> b h (g t) k", b=key.shape[0], h=num_heads)
-    context = F.scaled_dot_product_attention(query, key, value, scale=scale, dropout_p=dropout)
-    return rearrange(context, "b h (g t) k -> (b g) t (h k)", t=num_tokens)
+    # The rows of one image see the same features: fold them into the token axis.
+    query = rearrange(query, "(b g) t d -> b (g t) d", b=len(features))
+    if cache is None and absorbs(
+        query.shape[1], features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
+    ):
+        context = absorbed(query * scale, features, key, value, num_heads, dropout)
+    else:
+        context = _projected(query, features, key, value, num_heads, scale, dropout, cache)
+    return rearrange(context, "b (g t) d -> (b g) t d", t=num_tokens)
+
+
+def absorbs(
+    num_queries: int, features_shape: Sequence[int], num_heads: int, *, with_backward: bool
+) -> bool:
+    """Whether the absorbed form is the cheaper one for so many queries an image."""
+    num_tokens, width = features_shape
+    passes = 2 if with_backward else 1
+    absorbed_flop = num_queries * 4 * passes * (num_heads * num_tokens * width + width * width)
+    projected_flop = 4 * num_tokens * width * (width + passes * num_queries)
+    return absorbed_flop < projected_flop
+
+
+def absorbed(
+    query: Tensor,
+    features: Tensor,
+    key: FeatureProjection,
+    value: FeatureProjection,
+    num_heads: int,
+    dropout: float,
+) -> Tensor:
+    """Scaled queries (B, T, D) -> context (B, T, D), without keys and values."""
+    num_images, num_tokens, _ = query.shape
+    heads = (num_heads, -1)
+    query = rearrange(query, "b t (h k) -> h (b t) k", h=num_heads)
+    W_k, W_v = key.weight.unflatten(0, heads), value.weight.unflatten(0, heads)  # (H, K, E)
+    by_image = {"b": num_images, "t": num_tokens}
+
+    queries = batched_product(query, W_k.transpose(1, 2))  # (H, B T, E)
+    queries = rearrange(queries, "h (b t) e -> b (h t) e", **by_image)
+    scores = batched_product(queries, features)  # (B, H T, P)
+    if key.low_rank is not None:
+        low_rank = torch.bmm(query, key.lora_B.unflatten(0, heads))  # (H, B T, R)
+        low_rank = rearrange(low_rank, "h (b t) r -> b (h t) r", **by_image)
+        scores = scores + batched_product(low_rank, key.low_rank)
+    # Softmax in fp32 whatever the compute dtype, as fused attention kernels have it.
+    probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    probs = F.dropout(probs.to(scores.dtype), dropout)
+
+    context = batched_product(probs, features.transpose(1, 2))  # (B, H T, E)
+    context = rearrange(context, "b (h t) e -> h (b t) e", h=num_heads)
+    context = batched_product(context, W_v)  # (H, B T, K)
+    if value.low_rank is not None:
+        low_rank = batched_product(probs, value.low_rank.transpose(1, 2))  # (B, H T, R)
+        low_rank = rearrange(low_rank, "b (h t) r -> h (b t) r", h=num_heads)
+        lora_B = value.lora_B.unflatten(0, heads)  # (H, K, R)
+        context = torch.baddbmm(context, low_rank, lora_B.transpose(1, 2))
+    if value.bias is not None:
+        bias = value.bias.view(num_heads, 1, -1)
+        if dropout:  # then the probabilities of a query no longer add up to 1
+            total = rearrange(probs.sum(dim=-1), "b (h t) -> h (b t) 1", h=num_heads)
+            bias = bias * total
+        context = context + bias
+    return rearrange(context, "h (b t) k -> b t (h k)", **by_image)
+
+
+def _projected(
+    query: Tensor,
+    features: Tensor,
+    key: FeatureProjection,
+    value: FeatureProjection,
+    num_heads: int,
+    scale: float,
+    dropout: float,
+    cache: LayerCache | None,
+) -> Tensor:
+    if cache is not None and cache.cross_attention is not None:
+        keys, values = cache.cross_attention
+    else:
+        keys, values = (split_heads(_project(features, p), num_heads) for p in (key, value))
+        if cache is not None:
+            cache.cross_attention = keys, values
+    context = F.scaled_dot_product_attention(
+        split_heads(query, num_heads), keys, values, scale=scale, dropout_p=dropout
+    )
+    return rearrange(context, "b h t k -> b t (h k)")
+
+
+def _project(features: Tensor, projection: FeatureProjection) -> Tensor:
+    """Keys or values (B, P, D) of all image tokens."""
+    weight, bias, low_rank, lora_B = projection
+    rows = product(features.flatten(0, 1), weight, bias)
+    if low_rank is not None:
+        rows = torch.addmm(rows, low_rank.flatten(0, 1), lora_B.T)
+    return rows.unflatten(0, features.shape[:2])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lora_engine.lora import project
 from lora_engine.models.activations import ACTIVATIONS
 
 # Regular expressions over Hugging Face's names below the encoder, and the names here.
@@ -58,12 +59,14 @@ class EncoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, P, D) -> (B, P, D)
-        q, k, v = rearrange(
-            self.qkv(self.norm1(x)), "b p (three h k) -> three b h p k", three=3, h=self.num_heads
-        )
+        (qkv,) = project(self.norm1(x), self.qkv)
+        q, k, v = rearrange(qkv, "b p (three h k) -> three b h p k", three=3, h=self.num_heads)
         context = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.projection(rearrange(context, "b h p k -> b p (h k)"))
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        (out,) = project(rearrange(context, "b h p k -> b p (h k)"), self.projection)
+        x = x + out
+        (out,) = project(self.norm2(x), self.fc1)
+        (out,) = project(self.act(out), self.fc2)
+        return x + out
 
 
 class VisionTransformer(nn.Module):

@@ -5,20 +5,27 @@ Face's names and sit at its paths (`decoder.transformer.h.0.attn.c_attn`), so th
 targets and adapters match by name. GPT-2's Conv1D weights (in, out) are transposed at the door
 into `nn.Linear`'s (out, in); the fused `c_attn` stays one linear layer.
 
-Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
+Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, V vocabulary.
 """
 
 import re
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_engine.lora import project
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import cross_attention
+from lora_engine.models.cross_attention import (
+    cross_attention,
+    feature_projection,
+    low_rank_features,
+)
 from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.products import compute_dtype
 
 
 class Attention(nn.Module):
@@ -45,21 +52,33 @@ class Attention(nn.Module):
             self.q_attn = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, width)
 
+    @property
+    def feature_layers(self) -> tuple[nn.Module]:
+        """What projects the features, in a cross-attention."""
+        return (self.c_attn,)
+
     def forward(
-        self, x: Tensor, features: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        features: Tensor | None,
+        low_ranks: Sequence[Tensor | None],
+        cache: LayerCache | None,
     ) -> Tensor:  # (N, T, D) -> (N, T, D)
-        attend = partial(
-            causal_self_attention if features is None else cross_attention,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            dropout=self.attention_dropout if self.training else 0.0,
-            cache=cache,
-        )
+        settings: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "cache": cache,
+        }
         if features is None:
-            context = attend(*self.c_attn(x).chunk(3, dim=-1))
+            (heads,) = project(x, self.c_attn)
+            context = causal_self_attention(*heads.chunk(3, dim=-1), **settings)
         else:
-            context = attend(self.q_attn(x), features, lambda e: self.c_attn(e).chunk(2, dim=-1))
-        return F.dropout(self.c_proj(context), self.residual_dropout, self.training)
+            (query,) = project(x, self.q_attn)
+            key, value = feature_projection(self.c_attn, low_ranks[0], query.dtype).chunk(2)
+            context = cross_attention(query, features, key, value, **settings)
+        (out,) = project(context, self.c_proj)
+        return F.dropout(out, self.residual_dropout, self.training)
 
 
 class Block(nn.Module):
@@ -87,11 +106,16 @@ class Block(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, features: Tensor, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        features: Tensor,
+        low_ranks: Sequence[Tensor | None],
+        cache: LayerCache | None = None,
     ) -> Tensor:  # (N, T, D), (B, P, D) -> (N, T, D)
-        x = x + self.attn(self.ln_1(x), None, cache)
-        x = x + self.crossattention(self.ln_cross_attn(x), features, cache)
-        out = self.mlp["c_proj"](self.act(self.mlp["c_fc"](self.ln_2(x))))
+        x = x + self.attn(self.ln_1(x), None, (), cache)
+        x = x + self.crossattention(self.ln_cross_attn(x), features, low_ranks, cache)
+        (out,) = project(self.ln_2(x), self.mlp["c_fc"])
+        (out,) = project(self.act(out), self.mlp["c_proj"])
         return x + F.dropout(out, self.residual_dropout, self.training)
 
 
@@ -154,15 +178,17 @@ class GPT2Decoder(nn.Module):
         positions = self.transformer["wpe"].weight[past : past + input_ids.shape[1]]
         x = self.transformer["wte"](input_ids) + positions
         x = F.dropout(x, self.embedding_dropout, self.training)
-        for index, block in enumerate(self.layers):
+        features = features.to(compute_dtype(features))
+        blocks: list[Any] = list(self.layers)
+        low_ranks = low_rank_features(
+            features, [block.crossattention.feature_layers for block in blocks]
+        )
+        for index, block in enumerate(blocks):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, features, use_reentrant=False)
+                x = checkpoint(block, x, features, low_ranks[index], use_reentrant=False)
             else:
-                x = block(x, features, None if cache is None else cache[index])
+                x = block(x, features, low_ranks[index], None if cache is None else cache[index])
         return self.transformer["ln_f"](x)
-
-    def head(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        return self.lm_head(hidden)
 
 
 class ViTGPT2Captioner(nn.Module):
@@ -191,15 +217,24 @@ class ViTGPT2Captioner(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         features = self.encoder(pixel_values)
-        return features if self.enc_to_dec_proj is None else self.enc_to_dec_proj(features)
+        if self.enc_to_dec_proj is not None:
+            (features,) = project(features, self.enc_to_dec_proj)
+        return features
 
     def decode(
         self, input_ids: Tensor, features: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
         return self.decoder(input_ids, features, cache)
 
+    @property
+    def vocabulary(self) -> nn.Linear:
+        return self.decoder.lm_head
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def head(self, hidden: Tensor) -> Tensor:
-        return self.decoder.head(hidden)
+        return project(hidden, self.vocabulary)[0]
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
