@@ -68,6 +68,8 @@ class LoRALinear(nn.Module):
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
+        # Copies in a compute dtype, kept up to date by whoever changes the matrices (optim.py).
+        self.cast_matrices: tuple[Tensor, Tensor] | None = None
         # A buffer follows the layer to its device, but is no parameter and in no state dict.
         self.register_buffer("_unmerged_weight", None, persistent=False)
 
@@ -80,6 +82,9 @@ class LoRALinear(nn.Module):
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B in `dtype`; gradients reach the fp32 matrices."""
+        if self.cast_matrices is not None and self.cast_matrices[0].dtype == dtype:
+            cast_A, cast_B = self.cast_matrices
+            return _Cast.apply(self.lora_A, cast_A), _Cast.apply(self.lora_B, cast_B)
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     @torch.no_grad()
@@ -214,6 +219,19 @@ class _Projections(torch.autograd.Function):
             for dA, dB, rank in zip(dAs, dBs, ctx.ranks)
         ]
         return dX, None, None, *(gradient for layer in matrices for gradient in layer)
+
+
+class _Cast(torch.autograd.Function):
+    """A matrix as the copy that was made of it in another dtype."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = matrix.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.to(ctx.dtype), None
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -5,18 +5,67 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lora_engine.lora import LoRALinear
+
+_ALIGNMENT = 64  # elements: every matrix begins at a multiple, as fast kernels want their operands
+
+
+class FlatMatrices:
+    """All LoRA matrices as views of one fp32 tensor, and their gradients as views of another.
+
+    So one kernel measures the gradient, one clips it and one takes the step, instead of some of
+    each for every matrix. With a compute dtype other than the matrices' own, the layers also get
+    views of one copy in it, which `refresh` brings up to date: one cast a step.
+
+    Build it when the layers are where they stay: `.to()` on a model and `zero_grad()` on its
+    parameters put tensors of their own in the place of the views.
+    """
+
+    def __init__(self, layers: Iterable[LoRALinear], dtype: torch.dtype) -> None:
+        layers = list(layers)
+        matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+        padded = [-(-matrix.numel() // _ALIGNMENT) * _ALIGNMENT for matrix in matrices]
+        first = matrices[0]
+        self.values = nn.Parameter(first.new_zeros(sum(padded)))
+        self.values.grad = torch.zeros_like(self.values)
+        self.cast = None if dtype == first.dtype else torch.zeros_like(self.values, dtype=dtype)
+
+        def views(flat: Tensor) -> list[Tensor]:
+            return [
+                part[: matrix.numel()].view_as(matrix)
+                for part, matrix in zip(flat.split(padded), matrices)
+            ]
+
+        for matrix, value, gradient in zip(
+            matrices, views(self.values.data), views(self.values.grad)
+        ):
+            value.copy_(matrix.detach())
+            matrix.data = value
+            matrix.grad = gradient
+        if self.cast is not None:
+            casts = views(self.cast)
+            for layer, cast_A, cast_B in zip(layers, casts[::2], casts[1::2]):
+                layer.cast_matrices = cast_A, cast_B
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the matrices as they are now; without a cast there is nothing to do."""
+        if self.cast is not None:
+            self.cast.copy_(self.values)
+
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float
+    matrices: FlatMatrices, *, lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW([matrices.values], lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(
     optimizer: torch.optim.AdamW,
     scaler: torch.amp.GradScaler,
-    parameters: list[nn.Parameter],
+    matrices: FlatMatrices,
     loss: Tensor,
     *,
     lr: float,
@@ -29,7 +78,11 @@ def optimizer_step(
     where it is 1 (the way that a GradScaler uses; for fp16 the scaler does it).
     """
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    gradient = matrices.values.grad
+    assert gradient is not None
+    grad_norm = torch.linalg.vector_norm(gradient)
+    if max_grad_norm:
+        gradient.mul_((max_grad_norm / (grad_norm + 1e-6)).clamp_max(1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
     if not scaler.is_enabled():
@@ -37,5 +90,6 @@ def optimizer_step(
         optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    gradient.zero_()
+    matrices.refresh()
     return grad_norm

@@ -37,7 +37,8 @@ def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
     is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
     if is_small or not _uses_onednn(x) or frozen.dtype != torch.float32:
         return F.linear(x, frozen, bias)
-    return _onednn_op(x, frozen, bias) if torch.compiler.is_compiling() else _onednn(x, frozen, bias)
+    onednn = _onednn_op if torch.compiler.is_compiling() else _onednn
+    return onednn(x, frozen, bias)
 
 
 def _uses_onednn(x: Tensor) -> bool:

@@ -31,10 +31,10 @@ from lora_engine.evaluation import Validation
 from lora_engine.features import encode_pixels
 from lora_engine.images import PixelSettings
 from lora_engine.journal import Journal, Meter
-from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_parameters
+from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.loss import caption_loss
 from lora_engine.models import CaptionerBody
-from lora_engine.optim import build_optimizer, optimizer_step
+from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
@@ -67,8 +67,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     train_set = _dataset(train_rows, captioner, config, substitute=True)
     val_set = _dataset(val_rows, captioner, config, substitute=False)
     model = _place(captioner.model, device, dtype, config)
-    parameters = list(lora_parameters(model).values())
-    optimizer = build_optimizer(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
+    optimizer = build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
@@ -157,7 +157,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 grad_norm = optimizer_step(
                     optimizer,
                     scaler,
-                    parameters,
+                    matrices,
                     loss,
                     lr=rate,
                     max_grad_norm=config.max_grad_norm,
@@ -326,8 +326,6 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
     and trains without.
     """
     layers = model.decoder.layers
-    # Two forms of cross-attention, with and without gradients: some ten graphs; torch's limit is 8.
-    torch._dynamo.config.recompile_limit = 32
     for layer in layers:
         layer.compile(dynamic=True)
     pixels = torch.zeros(2, 3, *model.encoder.image_size, device=device)
