@@ -41,8 +41,8 @@ _VIT_GPT2: dict[str, Any] = {
     "decoder": {
         "model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
         "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
-        "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "add_cross_attention": True,
-        "is_decoder": True, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256,
+        "add_cross_attention": True, "is_decoder": True,
+        "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256,
     },
     "decoder_start_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256,
 }
@@ -50,10 +50,13 @@ _SMALL_WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers
                  "num_attention_heads": 4}
 
 
-def write_checkpoint(model: str, folder: Path, *, small: bool = False, seed: int = 0) -> None:
+def write_checkpoint(
+    model: str, folder: Path, *, small: bool = False, seed: int = 0, dropout: float = 0.1
+) -> None:
     """Write `model`, one of MODELS, with random weights: config.json and model.safetensors.
 
-    With `small`, two layers of width 64 on 64-pixel images: for trying a benchmark out.
+    With `small`, two layers of width 64 on 64-pixel images: for trying a benchmark out. `dropout`
+    is that of GPT-2's attention, embeddings and residuals, as published 0.1; BLIP has none.
     """
     torch.manual_seed(seed)
     if model == "blip":
@@ -66,6 +69,7 @@ def write_checkpoint(model: str, folder: Path, *, small: bool = False, seed: int
     else:
         parts = {**_VIT_GPT2, "encoder": dict(_VIT_GPT2["encoder"]),
                  "decoder": dict(_VIT_GPT2["decoder"])}
+        parts["decoder"] |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
         if small:
             parts["encoder"] |= _SMALL_WIDTHS | {"image_size": 64}
             parts["decoder"] |= {"n_embd": 64, "n_layer": 2, "n_head": 4}

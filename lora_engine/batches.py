@@ -3,10 +3,11 @@
 The order is a function of (seed, epoch) alone, and an unreadable image's substitute one of (seed,
 epoch, position), so that nothing about workers or prefetching has to be remembered.
 
-Axes: B batch, T caption tokens, M valid targets of the batch.
+Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded for it, H height,
+W width, P image tokens, D width of the features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lora_engine.captions import IGNORED, TokenizedCaptions, collate_captions
-from lora_engine.images import ImageError, PixelSettings, open_image, to_pixels
+from lora_engine.image_identity import FileStamp, content_digest, stamp
+from lora_engine.images import ImageError, PixelSettings, load_pixels, read_image_file
 
 MAX_SUBSTITUTES = 20
 
@@ -23,11 +25,13 @@ _WINDOW = 64  # batches sorted by length together: little padding, and an order 
 
 
 class Place(NamedTuple):
-    """Which row stands at which position of which epoch's order."""
+    """Which row stands at which position of which epoch's order, and whether it needs its image.
+    """
 
     epoch: int
     position: int
     row: int
+    needs_pixels: bool = True
 
 
 class Skipped(NamedTuple):
@@ -38,34 +42,52 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Identified(NamedTuple):
+    """An image that was read: number, digest, and the stamp of its file (None: not trustworthy)."""
+
+    image: int
+    file: FileStamp | None
+    digest: bytes
+
+
 class Example(NamedTuple):
-    """One row, loaded: pixels uint8 (3, H, W) and token ids; None where no image could be read."""
+    """One row, loaded: token ids, and pixels uint8 (3, H, W) where its place needs some.
+
+    `is_usable` is False where no image could be read.
+    """
 
     row: int
-    pixels: np.ndarray | None
+    image: int
     token_ids: np.ndarray
-    skipped: tuple[Skipped, ...]
+    is_usable: bool = True
+    pixels: np.ndarray | None = None
+    identified: Identified | None = None
+    skipped: tuple[Skipped, ...] = ()
 
 
 class Batch(NamedTuple):
     """Rows ready for the model; on the CPU until `to`.
 
-    `pixels` uint8 (B, 3, H, W); `input_ids` (B, T). The targets are kept flat, M of them:
-    `target_ids` and their `target_positions` in the flattened (B * T) positions. `rows` are the
-    B row numbers; `skipped` the rows that could not be loaded.
+    `input_ids` (B, T). The targets are kept flat, M of them: `target_ids` and their
+    `target_positions` in the flattened (B * T) positions. `rows` are the B row numbers, `images`
+    their images' numbers; `skipped` the rows that could not be loaded. `pixels` uint8 (U, 3, H, W)
+    are those of the images in `loaded`, until they become `features` (B, P, D).
     """
 
-    pixels: Tensor
     input_ids: Tensor
     target_positions: Tensor
     target_ids: Tensor
     rows: list[int]
+    images: list[int]
     skipped: list[Skipped]
+    pixels: Tensor
+    loaded: list[Identified]
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; from pinned memory the copies do not block."""
+        """The tokens on a device; from pinned memory the copies do not block."""
         return self._replace(**{
-            name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:4]
+            name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:3]
         })
 
 
@@ -111,8 +133,9 @@ def validation_places(lengths: np.ndarray, *, batch_size: int) -> list[list[Plac
 class CaptionedImages(Dataset):
     """Rows of captions and image paths, loaded by their `Place`.
 
-    With `substitute`, a row whose image cannot be used is replaced by another one, drawn from
-    (seed, epoch, position); otherwise its batch is shorter.
+    `images` (one path a row) are kept once each, in `image_paths`; `image_of_row` are their
+    numbers. With `substitute`, a row whose image cannot be used is replaced by another one, drawn
+    from (seed, epoch, position); otherwise its batch is shorter.
     """
 
     def __init__(
@@ -124,77 +147,107 @@ class CaptionedImages(Dataset):
         seed: int,
         substitute: bool,
     ) -> None:
-        self.images = images
+        numbers: dict[str, int] = {}
+        self.image_of_row = np.array([numbers.setdefault(path, len(numbers)) for path in images])
+        self.image_paths = list(numbers)
         self.captions = captions
         self.pixels = pixels
         self.seed = seed
         self.substitute = substitute
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.image_of_row)
 
     def __getitem__(self, place: Place) -> Example:
-        generator = np.random.default_rng([self.seed, place.epoch, place.position])
         row = place.row
+        if not place.needs_pixels:
+            return Example(row, int(self.image_of_row[row]), self.captions[row])
+        generator = np.random.default_rng([self.seed, place.epoch, place.position])
         skipped: list[Skipped] = []
         for _ in range(MAX_SUBSTITUTES + 1):
+            image = int(self.image_of_row[row])
+            path = self.image_paths[image]
             try:
-                pixels = to_pixels(open_image(self.images[row]), self.pixels)
-                return Example(row, pixels, self.captions[row], tuple(skipped))
+                pixels, file, digest = read_image(path, self.pixels)
+                return Example(
+                    row, image, self.captions[row], True, pixels, Identified(image, file, digest),
+                    tuple(skipped),
+                )
             except ImageError as error:
-                skipped.append(Skipped(row, self.images[row], error.reason))
+                skipped.append(Skipped(row, path, error.reason))
             if not self.substitute:
                 break
-            row = int(generator.integers(len(self.images)))
-        return Example(row, None, self.captions[row], tuple(skipped))
+            row = int(generator.integers(len(self)))
+        return Example(row, image, self.captions[row], is_usable=False, skipped=tuple(skipped))
+
+
+def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStamp | None, bytes]:
+    """An image file's pixels uint8 (3, H, W), its stamp, and its digest; raises ImageError."""
+    file = stamp(path)
+    data = read_image_file(path)
+    if stamp(path) != file:  # it changed under us; what was read is good, the stamp is not
+        file = None
+    try:
+        return load_pixels(data, settings), file, content_digest(data)
+    except ImageError as error:
+        raise ImageError(path, error.reason) from error
 
 
 class Collate:
-    """Examples -> Batch, without rows where none could be loaded; runs in the workers."""
+    """Examples -> Batch, without rows where no image could be read; runs in the workers."""
 
-    def __init__(self, *, prompt_length: int, pad_id: int) -> None:
+    def __init__(self, *, image_size: tuple[int, int], prompt_length: int, pad_id: int) -> None:
+        self.image_size = image_size
         self.prompt_length = prompt_length
         self.pad_id = pad_id
 
     def __call__(self, examples: list[Example]) -> Batch:
-        skipped = [problem for example in examples for problem in example.skipped]
-        loaded = [example for example in examples if example.pixels is not None]
-        pixels = [example.pixels for example in examples if example.pixels is not None]
-        if not loaded:
-            empty = torch.empty(0, dtype=torch.long)
-            return Batch(empty, empty, empty, empty, [], skipped)
+        usable = [example for example in examples if example.is_usable]
         input_ids, targets = collate_captions(
-            [example.token_ids for example in loaded],
+            [example.token_ids for example in usable],
             prompt_length=self.prompt_length,
             pad_id=self.pad_id,
         )
         targets = targets.flatten()
         positions = (targets != IGNORED).nonzero().flatten()
+        pixels = [example.pixels for example in usable if example.pixels is not None]
+        empty = np.empty((0, 3, *self.image_size), dtype=np.uint8)
         return Batch(
-            pixels=torch.from_numpy(np.stack(pixels)),
             input_ids=input_ids,
             target_positions=positions,
             target_ids=targets[positions],
-            rows=[example.row for example in loaded],
-            skipped=skipped,
+            rows=[example.row for example in usable],
+            images=[example.image for example in usable],
+            skipped=[problem for example in examples for problem in example.skipped],
+            pixels=torch.from_numpy(np.stack(pixels) if pixels else empty),
+            loaded=[e.identified for e in usable if e.identified is not None],
         )
 
 
 def load_batches(
     dataset: CaptionedImages,
-    places: Iterator[list[Place]] | list[list[Place]],
+    places: Iterable[list[Place]],
     *,
     collate: Collate,
     num_workers: int,
+    has_features: Callable[[int], bool] = lambda image: False,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
-    Pinned memory lets the copy to a GPU run beside the computation.
+    An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
+    lets the copy to a GPU run beside the computation.
     """
+    asked = (
+        [
+            place._replace(needs_pixels=not has_features(int(dataset.image_of_row[place.row])))
+            for place in batch
+        ]
+        for batch in places
+    )
     loader = DataLoader(
         dataset,
-        batch_sampler=_Once(places),
+        batch_sampler=_Once(asked),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -204,10 +257,10 @@ def load_batches(
 
 
 class _Once:
-    """A batch sampler over an iterator; DataLoader asks for it once."""
+    """A batch sampler over an iterator; DataLoader asks for it once, in this process."""
 
-    def __init__(self, places: Iterator[list[Place]] | list[list[Place]]) -> None:
+    def __init__(self, places: Iterator[list[Place]]) -> None:
         self.places = places
 
     def __iter__(self) -> Iterator[list[Place]]:
-        return iter(self.places)
+        return self.places

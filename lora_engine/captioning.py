@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora_engine.devices import autocast
 from lora_engine.features import encode_pixels
 from lora_engine.generation import generate
-from lora_engine.images import ImageError, open_image, to_pixels
+from lora_engine.images import ImageError, load_pixels
 from lora_engine.pretrained import Captioner
 
 
@@ -23,25 +24,22 @@ class Captioned(NamedTuple):
 
 
 @torch.no_grad()
-def caption_pixels(
+def caption_features(
     captioner: Captioner,
-    pixels: np.ndarray,
+    features: Tensor,
     *,
     prompt: str = "",
-    device: torch.device,
-    dtype: torch.dtype,
     num_beams: int = 1,
     max_new_tokens: int = 30,
 ) -> list[str]:
-    """Caption uint8 pixels (B, 3, H, W), made by `images.to_pixels`, without their prompt."""
+    """Caption images by their features (B, P, D), without their prompt."""
     model, tokenizer = captioner.model, captioner.tokenizer
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer.prompt_ids(prompt)
     # A growing cache has another shape at every token: compiled layers would be compiled anew for
     # each, up to torch's limit, beyond which the training step, too, would run uncompiled.
-    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-        features = encode_pixels(model, torch.from_numpy(pixels).to(device), captioner.pixels)
+    with autocast(features.device, features.dtype), torch.compiler.set_stance("force_eager"):
         tokens = generate(
             model,
             features,
@@ -53,6 +51,25 @@ def caption_pixels(
         )
     model.train(was_training)
     return [tokenizer.decode(row) for row in tokens[:, len(prompt_ids) :].tolist()]
+
+
+def caption_pixels(
+    captioner: Captioner,
+    pixels: np.ndarray,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    **settings,
+) -> list[str]:
+    """Caption uint8 pixels (B, 3, H, W), made by `images.load_pixels`.
+
+    `settings` are those of `caption_features`.
+    """
+    with autocast(device, dtype):
+        features = encode_pixels(
+            captioner.model, torch.from_numpy(pixels).to(device), captioner.pixels
+        )
+    return caption_features(captioner, features.to(dtype), **settings)
 
 
 def caption_images(
@@ -70,7 +87,7 @@ def caption_images(
         outcomes: list[np.ndarray | ImageError] = []
         for image in images[begin : begin + batch_size]:
             try:
-                outcomes.append(to_pixels(open_image(image), captioner.pixels))
+                outcomes.append(load_pixels(image, captioner.pixels))
             except ImageError as error:
                 outcomes.append(error)
         pixels = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]

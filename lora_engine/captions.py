@@ -119,7 +119,7 @@ def collate_captions(
     `targets[b, t]` is the token that follows `input_ids[b, t]`, or `IGNORED` where that is padding
     or part of the prompt (`prompt_length` counts it with the start token).
     """
-    num_tokens = max(len(row) for row in rows) - 1
+    num_tokens = max((len(row) - 1 for row in rows), default=0)
     input_ids = np.full((len(rows), num_tokens), pad_id, dtype=np.int64)
     targets = np.full((len(rows), num_tokens), IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):

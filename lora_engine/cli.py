@@ -62,7 +62,7 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
     for arg in args:
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if re.match(r"--[a-zA-Z]", arg) and flag not in [*known, "--help"]:
-            near = difflib.get_close_matches(flag, known, n=3)
+            near = difflib.get_close_matches(flag, known, n=3, cutoff=0.7)
             advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
             raise ValueError(f"there is no flag {arg.split('=')[0]}; {advice}")
     return tyro.cli(

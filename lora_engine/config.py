@@ -68,6 +68,16 @@ class TrainingConfig:
     processors, at most 8, beside a GPU; 0 where they train themselves."""
     num_threads: int | None = None
     """Processors that a CPU trains with. Default: torch's choice, usually all."""
+    cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    """Where the encoder's features of the images are kept, so that each image is encoded once.
+    auto: in a GPU's memory and on disk, for later runs too, where that is faster than encoding."""
+    cache_dir: str | None = None
+    """Folder for features on disk, on a disk of this machine. Default:
+    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine."""
+    cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    """Number format of kept features; default: fp32 with --precision fp32, else bf16."""
+    cache_limit_gb: float = 50.0
+    """All that may be kept in the cache folder; images beyond it are encoded in every epoch."""
     val_fraction: float = 0.05
     """Part of the training images held out where no --val_data_path is given."""
     eval_every: int | None = None
@@ -87,7 +97,7 @@ class TrainingConfig:
             "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "lora_rank": 1, "log_every": 1,
             "max_steps": 1, "eval_every": 1, "max_caption_tokens": 1, "seed": 0, "weight_decay": 0,
             "warmup_steps": 0, "max_grad_norm": 0, "num_samples": 0, "num_workers": 0,
-            "num_threads": 1,
+            "num_threads": 1, "cache_limit_gb": 0,
         }
         for name, lowest in at_least.items():
             value = getattr(self, name)

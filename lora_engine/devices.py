@@ -1,6 +1,8 @@
 """Which device, and which number format the matrix products run in."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -49,3 +51,19 @@ def describe(device: torch.device) -> str:
         return f"{device} ({torch.cuda.get_device_name(device)})"
     num_threads = torch.get_num_threads()
     return f"{device} ({num_threads} thread{'s' if num_threads > 1 else ''})"
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU, or that this process may still take on the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:  # Linux gives up memory that it only uses to remember files
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")  # a container's limit
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):  # not Linux, no such group, or no limit ("max")
+        pass
+    return max(min(free), 0)

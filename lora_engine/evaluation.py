@@ -10,8 +10,6 @@ import torch
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import Batch, CaptionedImages, Skipped, validation_places
 from lora_engine.devices import autocast
-from lora_engine.features import encode_pixels
-from lora_engine.images import PixelSettings
 from lora_engine.journal import Journal
 from lora_engine.loss import caption_loss
 from lora_engine.models import CaptionerBody
@@ -32,7 +30,6 @@ def validation_loss(
     model: CaptionerBody,
     batches: Iterable[Batch],
     *,
-    pixels: PixelSettings,
     device: torch.device,
     dtype: torch.dtype,
 ) -> ValidationLoss:
@@ -49,10 +46,8 @@ def validation_loss(
         skipped += batch.skipped
         if not batch.rows:
             continue
-        batch = batch.to(device)
         with autocast(device, dtype):
-            features = encode_pixels(model, batch.pixels, pixels)
-            total += caption_loss(model, features, batch)
+            total += caption_loss(model, batch.to(device))
         num_targets += len(batch.target_ids)
     model.train(was_training)
     if not num_targets:
@@ -86,8 +81,7 @@ class Validation:
         places = validation_places(self.dataset.captions.lengths, batch_size=self.batch_size)
         result = validation_loss(
             self.captioner.model,
-            self._with_progress(self.load(self.dataset, places), step),
-            pixels=self.captioner.pixels,
+            self._with_progress(self.load(places), step),
             device=self.device,
             dtype=self.dtype,
         )

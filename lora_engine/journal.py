@@ -136,20 +136,23 @@ class Meter:
         self.waited_s = 0.0
         self.begin_s = self.read_s = time.perf_counter()
 
-    def wait_for(self, batches: Iterator[T], count: int) -> list[T]:
-        """The next batches, with the time that it took to get them counted as waiting.
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the time that it takes to get each is counted as waiting.
 
         Raises TrainingStopped if a process that loads images has died.
         """
-        begin_s = time.perf_counter()
-        try:
-            received = [next(batches) for _ in range(count)]
-        except RuntimeError as error:  # DataLoader's word for a killed worker
-            raise TrainingStopped(
-                f"loading images failed: {error}. Often memory ran out: try fewer --num_workers"
-            ) from error
-        self.waited_s += time.perf_counter() - begin_s
-        return received
+        while True:
+            begin_s = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # DataLoader's word for a killed worker
+                raise TrainingStopped(
+                    f"loading images failed: {error}. Often memory ran out: try fewer --num_workers"
+                ) from error
+            self.waited_s += time.perf_counter() - begin_s
+            yield batch
 
     def add(
         self, step: int, loss: Tensor, grad_norm: Tensor, rate: float, num_images: int

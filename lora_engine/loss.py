@@ -16,15 +16,16 @@ _MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
 
 
 def caption_loss(
-    model: CaptionerBody, features: Tensor, batch: Batch, *, label_smoothing: float = 0.0
+    model: CaptionerBody, batch: Batch, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
+    """Cross-entropy in nats, summed over the M valid targets of a batch with features -> ().
 
     Only positions that have a target go through the vocabulary head. The caller divides by the
     number of targets of the whole step, so that gradient accumulation over ragged captions is
     exact.
     """
-    hidden = model.decode(batch.input_ids, features)
+    assert batch.features is not None
+    hidden = model.decode(batch.input_ids, batch.features)
     hidden = model.head_input(hidden.flatten(0, 1)[batch.target_positions])  # (M, D)
     hidden = hidden.to(compute_dtype(hidden))
     weight, bias = model.vocabulary.weight, model.vocabulary.bias

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora_engine.annotations import Row
-from lora_engine.captioning import caption_pixels
-from lora_engine.images import ImageError, open_image, to_pixels
+from lora_engine.captioning import caption_features
+from lora_engine.features import FeatureSource
+from lora_engine.images import ImageError
 from lora_engine.pretrained import Captioner
 from lora_engine.run_folder import RunFolder
 from lora_engine.summary import Sample
@@ -25,44 +27,47 @@ class SampleCaptions:
         self,
         captioner: Captioner,
         rows: Sequence[Row],
+        features: FeatureSource,
         *,
         num_samples: int,
         prompt: str,
-        device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         self.captioner = captioner
+        self.source = features
         self.prompt = prompt
-        self.device = device
-        self.dtype = dtype
-        self.rows: list[Row] = []
-        self.pixels: list[np.ndarray] = []
-        self.captions: dict[int, list[str]] = {}  # by step
         first_rows = list({row.image: row for row in reversed(rows)}.values())[::-1]
         count = min(num_samples, len(first_rows))
-        for index in np.linspace(0, len(first_rows) - 1, count).astype(int):
-            try:
-                self.pixels.append(
-                    to_pixels(open_image(first_rows[index].image), captioner.pixels)
-                )
-                self.rows.append(first_rows[index])
-            except ImageError:
-                pass
+        chosen = np.linspace(0, len(first_rows) - 1, count).astype(int)
+        self.rows = [first_rows[index] for index in chosen]
+        self.features: list[Tensor] | None = None
+        self.captions: dict[int, list[str]] = {}  # by step
 
     def caption(self, step: int) -> None:
         """Caption the images with the adapter of now, and remember them as those of `step`."""
+        if self.features is None:
+            self._get_features()
         self.captions[step] = []
-        if self.rows:
+        if self.features:
             tokenizer = self.captioner.tokenizer
             room = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
-            self.captions[step] = caption_pixels(
+            self.captions[step] = caption_features(
                 self.captioner,
-                np.stack(self.pixels),
+                torch.stack(self.features),
                 prompt=self.prompt,
-                device=self.device,
-                dtype=self.dtype,
                 max_new_tokens=min(MAX_NEW_TOKENS, room),
             )
+
+    def _get_features(self) -> None:
+        """Once, and after the first validation, which has encoded these images already."""
+        usable = []
+        self.features = []
+        for row in self.rows:
+            try:
+                self.features.append(self.source.features_of(row.image))
+                usable.append(row)
+            except ImageError:
+                pass
+        self.rows = usable
 
     def write(self, folder: RunFolder, step: int) -> None:
         for row, caption in zip(self.rows, self.captions[step]):

@@ -2,7 +2,7 @@
 
 `train` reads top to bottom as what happens: rows, model, adapters, then step by step
 
-    pixels -> frozen encoder -> features -> decoder with LoRA -> loss -> LoRA gradients -> AdamW
+    pixels -> frozen encoder -> features (kept) -> decoder with LoRA -> loss -> gradients -> AdamW
 
 A step is an optimizer step of `grad_accum_steps` micro-steps. Its loss is the sum over all valid
 target tokens divided by their number, across micro-steps: 4 x 16 rows are exactly 1 x 64.
@@ -13,8 +13,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,7 @@ from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, t
 from lora_engine.config import TrainingConfig
 from lora_engine.devices import autocast, describe, resolve_device, resolve_dtype
 from lora_engine.evaluation import Validation
-from lora_engine.features import encode_pixels
-from lora_engine.images import PixelSettings
+from lora_engine.features import FeatureSource, ImageList
 from lora_engine.journal import Journal, Meter
 from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.loss import caption_loss
@@ -81,34 +81,32 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     with (
         RunFolder.create(config.output_path, prefix=FAMILIES[captioner.family].name) as folder,
         Journal(folder.metrics, total_steps=total_steps) as journal,
+        _feature_source(
+            captioner, train_set, val_set, device=device, dtype=dtype, config=config,
+            say=journal.say,
+        ) as features,
     ):
         folder.write_json("config.json", config.as_dict())
         folder.write_json("environment.json", environment(describe(device), dtype))
         journal.say(_opening(config, plan, train_set, val_set, device, dtype))
         journal.say(f"run folder {folder.path}")
+        journal.say(features.plan)
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(train_set)
-        )
-        load = partial(
-            load_batches,
-            collate=_collate(captioner, config),
-            num_workers=_num_workers(config, device),
-            pin_memory=device.type == "cuda",
         )
         keeper = _adapter_keeper(captioner, folder, train_rows, config)
         validation = Validation(
             captioner=captioner,
             dataset=val_set,
-            load=load,
+            load=_loader(val_set, features, captioner, config),
             batch_size=config.batch_size,
             keeper=keeper,
             samples=SampleCaptions(
                 captioner,
                 val_rows,
+                features,
                 num_samples=config.num_samples,
                 prompt=config.prompt,
-                device=device,
-                dtype=dtype,
             ),
             skipped=skipped,
             folder=folder,
@@ -123,25 +121,25 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             seed=config.seed,
             num_epochs=config.epochs,
         )
-        micro_batches = load(train_set, places)
         meter = Meter(
             journal,
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             has_grad_scaler=scaler.is_enabled(),
         )
+        load = _loader(train_set, features, captioner, config)
+        micro_batches = load(places, waiting=meter.waiting)
         last_step = 0
         try:
             for step in range(1, total_steps + 1):
                 # An epoch's last step takes the micro-batches that are left.
                 num_done = (step - 1) % steps_per_epoch * config.grad_accum_steps
                 count = min(config.grad_accum_steps, batches_per_epoch - num_done)
-                batches = meter.wait_for(micro_batches, count)
+                batches = list(islice(micro_batches, count))
                 skipped.add(batches)
                 loss = accumulate_gradients(
                     model,
                     batches,
-                    pixels=captioner.pixels,
                     device=device,
                     dtype=dtype,
                     scaler=scaler,
@@ -191,7 +189,6 @@ def accumulate_gradients(
     model: CaptionerBody,
     batches: Sequence[Batch],
     *,
-    pixels: PixelSettings,
     device: torch.device,
     dtype: torch.dtype,
     scaler: torch.amp.GradScaler,
@@ -210,10 +207,8 @@ def accumulate_gradients(
     for micro_step, batch in enumerate(batches):
         position = np.random.SeedSequence([*seed, micro_step])
         torch.manual_seed(int(position.generate_state(1, np.uint64)[0]))
-        batch = batch.to(device)
         with autocast(device, dtype):
-            features = encode_pixels(model, batch.pixels, pixels)
-            micro_loss = caption_loss(model, features, batch, label_smoothing=label_smoothing)
+            micro_loss = caption_loss(model, batch.to(device), label_smoothing=label_smoothing)
         micro_loss = micro_loss / num_targets
         scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
@@ -342,10 +337,47 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
     model.zero_grad(set_to_none=True)
 
 
-def _collate(captioner: Captioner, config: TrainingConfig) -> Collate:
+def _feature_source(
+    captioner: Captioner,
+    *datasets: CaptionedImages,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: TrainingConfig,
+    say: Callable[[str], None],
+) -> FeatureSource:
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return FeatureSource(
+        captioner,
+        device=device,
+        dtype=dtype,
+        num_images=len({path for dataset in datasets for path in dataset.image_paths}),
+        cache=config.cache,
+        cache_dir=Path(config.cache_dir or Path(user_cache, "lora_engine")),
+        cache_dtype=config.cache_dtype,
+        cache_limit_bytes=config.cache_limit_gb * 1e9,
+        say=say,
+    )
+
+
+def _loader(
+    dataset: CaptionedImages, features: FeatureSource, captioner: Captioner, config: TrainingConfig
+) -> Callable[..., Iterator[Batch]]:
+    """A function of places, in whose order it gives batches with their images' features."""
     tokenizer = captioner.tokenizer
-    prompt_length = len(tokenizer.prompt_ids(config.prompt))
-    return Collate(prompt_length=prompt_length, pad_id=tokenizer.pad_id)
+    images = ImageList(dataset.image_paths)
+    load = partial(
+        load_batches,
+        dataset,
+        collate=Collate(
+            image_size=captioner.pixels.size,
+            prompt_length=len(tokenizer.prompt_ids(config.prompt)),
+            pad_id=tokenizer.pad_id,
+        ),
+        num_workers=_num_workers(config, features.device),
+        has_features=partial(features.has, images),
+        pin_memory=features.device.type == "cuda",
+    )
+    return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
 
 
 def _num_workers(config: TrainingConfig, device: torch.device) -> int:
@@ -368,7 +400,7 @@ def _opening(
     truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
     return "\n".join([
         f"model {config.model} on {describe(device)}, {str(dtype).removeprefix('torch.')}",
-        f"data {len(train_set):,} training captions of {len(set(train_set.images)):,} images, "
-        f"{len(val_set):,} validation captions of {len(set(val_set.images)):,}{truncated}",
+        f"data {len(train_set):,} training captions of {len(train_set.image_paths):,} images, "
+        f"{len(val_set):,} validation captions of {len(val_set.image_paths):,}{truncated}",
         plan.folded(),
     ])

@@ -19,6 +19,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network, not even by mistake
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _features_are_kept_for_these_tests_only(tmp_path_factory):
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def blip_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("blip")

@@ -27,7 +27,7 @@ from lora_engine.captions import TokenizedCaptions
 from lora_engine.images import PixelSettings, open_image, to_pixels
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-COLLATE = Collate(prompt_length=2, pad_id=0)
+COLLATE = Collate(image_size=PIXELS.size, prompt_length=2, pad_id=0)
 
 sets_of_lengths = st.builds(
     lambda num_rows, seed: np.random.default_rng(seed).integers(2, 40, num_rows),
@@ -161,7 +161,7 @@ def test_a_row_is_its_image_and_its_caption(whole_folder):
     for row in (0, 19):
         example = data[Place(epoch=0, position=5, row=row)]
         assert example.row == row and example.skipped == ()
-        expected = to_pixels(open_image(data.images[row]), PIXELS)
+        expected = to_pixels(open_image(data.image_paths[row]), PIXELS)
         assert example.pixels.dtype == np.uint8 and np.array_equal(example.pixels, expected)
         assert example.token_ids.tolist() == tokens(20)[row].tolist()
 
@@ -172,11 +172,11 @@ def test_an_unreadable_image_is_replaced_by_a_whole_other_row_and_listed(damaged
     for row, reason in reasons.items():
         example = data[Place(epoch=0, position=0, row=row)]
         assert example.row in whole
-        expected = to_pixels(open_image(data.images[example.row]), PIXELS)
+        expected = to_pixels(open_image(data.image_paths[example.image]), PIXELS)
         assert np.array_equal(example.pixels, expected)
         assert example.token_ids.tolist() == tokens(20)[example.row].tolist()
         first = example.skipped[0]
-        assert (first.row, first.image) == (row, data.images[row]) and reason in first.reason
+        assert (first.row, first.image) == (row, data.image_paths[row]) and reason in first.reason
 
 
 def substitutes(data, **place):
@@ -200,7 +200,7 @@ def test_a_substitute_is_a_function_of_seed_epoch_and_position(damaged_folder):
 def test_validation_leaves_an_unreadable_image_out(damaged_folder):
     data = dataset(damaged_folder, substitute=False)
     example = data[Place(epoch=0, position=0, row=7)]
-    assert example.pixels is None and [problem.row for problem in example.skipped] == [7]
+    assert not example.is_usable and [problem.row for problem in example.skipped] == [7]
     batches = list(load_batches(
         data, validation_places(data.captions.lengths, batch_size=6), collate=COLLATE,
         num_workers=0,
@@ -215,7 +215,7 @@ def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
         [str(tmp_path / f"{i}.png") for i in range(5)], tokens(5), PIXELS, seed=0, substitute=True
     )
     example = data[Place(epoch=0, position=0, row=2)]
-    assert example.pixels is None and len(example.skipped) == MAX_SUBSTITUTES + 1
+    assert not example.is_usable and len(example.skipped) == MAX_SUBSTITUTES + 1
     batch = COLLATE([example, example])
     assert batch.rows == [] and len(batch.target_ids) == 0
     assert len(batch.skipped) == 2 * (MAX_SUBSTITUTES + 1)
@@ -235,21 +235,24 @@ def test_batches_do_not_depend_on_the_number_of_workers(damaged_folder):
     assert len(alone) == len(with_workers) == 14
     for one, other in zip(alone, with_workers):
         assert one.rows == other.rows and one.skipped == other.skipped
-        for a, b in zip(one[:4], other[:4]):
+        assert one.images == other.images and one.loaded == other.loaded
+        for a, b in zip([*one[:3], one.pixels], [*other[:3], other.pixels]):
             assert a.dtype == b.dtype and torch.equal(a, b)
     assert any(batch.skipped for batch in alone)
 
 
 def example(row: int, ids: list[int], skipped=()) -> Example:
-    return Example(row, np.full((3, 4, 4), row, np.uint8), np.array(ids), tuple(skipped))
+    return Example(
+        row, row, np.array(ids), pixels=np.full((3, 4, 4), row, np.uint8), skipped=tuple(skipped)
+    )
 
 
 def test_a_batch_keeps_targets_flat_without_prompt_and_padding():
     # start 1 and prompt 2 are given; 9 is the end, and the padding is the same id
     problem = Skipped(4, "x.png", "no such file")
-    batch = Collate(prompt_length=2, pad_id=9)([
+    batch = Collate(image_size=(4, 4), prompt_length=2, pad_id=9)([
         example(5, [1, 2, 30, 31, 9]), example(6, [1, 2, 40, 9], [problem]),
-        Example(7, None, np.array([1, 2, 50, 51, 52, 53, 9]), ()),  # could not be loaded
+        Example(7, 7, np.array([1, 2, 50, 51, 52, 53, 9]), is_usable=False),
     ])
     assert batch.input_ids.tolist() == [[1, 2, 30, 31], [1, 2, 40, 9]]
     assert batch.target_ids.tolist() == [30, 31, 9, 40, 9]
@@ -258,8 +261,31 @@ def test_a_batch_keeps_targets_flat_without_prompt_and_padding():
     assert batch.pixels.dtype == torch.uint8 and batch.pixels[:, 0, 0, 0].tolist() == [5, 6]
 
 
+def test_an_image_whose_features_are_there_is_not_read(damaged_folder):
+    """Not even a file that is missing; the others of its batch are."""
+    data = dataset(damaged_folder, substitute=False)
+    places = validation_places(data.captions.lengths, batch_size=20)
+    (batch,) = load_batches(
+        data, places, collate=COLLATE, num_workers=0, has_features=lambda image: image < 10
+    )
+    assert sorted(batch.rows) == sorted(set(range(20)) - {11})
+    assert sorted(item.image for item in batch.loaded) == sorted(set(range(10, 20)) - {11})
+    assert len(batch.pixels) == 9
+    for item, pixels in zip(batch.loaded, batch.pixels):
+        expected = to_pixels(open_image(data.image_paths[item.image]), PIXELS)
+        assert np.array_equal(pixels.numpy(), expected)
+
+
+def test_rows_of_one_image_share_its_number(whole_folder):
+    images = [row.image for row in read_annotations(whole_folder / "train.json")]
+    data = CaptionedImages(
+        [images[0], images[1], images[0]], tokens(3), PIXELS, seed=0, substitute=False
+    )
+    assert data.image_of_row.tolist() == [0, 1, 0] and data.image_paths == images[:2]
+
+
 def test_a_batch_moves_with_all_that_it_has():
     batch = COLLATE([example(5, [1, 2, 30, 31, 9])])
     moved = batch.to(torch.device("meta"))
-    assert all(tensor.device.type == "meta" for tensor in moved[:4])
+    assert all(tensor.device.type == "meta" for tensor in moved[:3])
     assert moved.rows == batch.rows and moved.skipped == batch.skipped

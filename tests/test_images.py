@@ -1,4 +1,7 @@
-"""Odd images come out as a person would see them, bad ones as an ImageError; pixels are exact."""
+"""Odd images come out as a person would see them, bad ones as an ImageError.
+
+Pixels are Pillow's: of large images within one level, of all others to the bit.
+"""
 
 import io
 import os
@@ -10,12 +13,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from lora_engine import images
 from lora_engine.images import (
+    FAST_FROM,
     ImageError,
     PixelSettings,
     find_images,
+    load_pixels,
     normalize,
     open_image,
     to_pixels,
@@ -35,6 +41,8 @@ DEIT = PixelSettings(
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
 )
+
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -65,6 +73,12 @@ def orientation(value: int) -> Image.Exif:
 def noise(height: int, width: int) -> Image.Image:
     generator = np.random.default_rng(seed=1)
     return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Soft shapes under fine grain."""
+    shapes = np.asarray(noise(5, 7).resize((width, height), Image.Resampling.BICUBIC), np.uint8)
+    return Image.fromarray(shapes // 4 * 3 + np.asarray(noise(height, width)) // 4)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -182,22 +196,23 @@ def test_exif_orientation_turns_lossy_formats_too(format):
     assert open_image(encode(stored, format, exif=orientation(6))).size == (64, 32)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF",
-                                    "JPEG2000", "PPM"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_format_is_known_by_content_and_not_by_the_name(tmp_path, format):
     path = tmp_path / "image.txt"
     path.write_bytes(encode(Image.new("RGB", (8, 6), RED), format))
     assert open_image(path).size == open_image(str(path)).size == (8, 6)
 
 
-def test_the_file_is_closed_and_the_image_stands_alone(tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(encode(noise(8, 8), "JPEG"))
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_file_is_closed_and_the_image_stands_alone(tmp_path, format):
+    path = tmp_path / "image"
+    path.write_bytes(encode(noise(8, 8), format))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
         image = open_image(path)
     path.unlink()
-    assert pickle.loads(pickle.dumps(image)).size == (8, 8)
+    assert pickle.loads(pickle.dumps(image)).size == image.resize((8, 8)).size == (8, 8)
+    assert to_pixels(image, VIT).shape == (3, 224, 224)
 
 
 def write_bad_files(folder):
@@ -267,8 +282,11 @@ def test_bad_bytes_are_an_error_without_a_path():
 def test_the_pixel_limit_is_checked_before_decoding():
     data = encode(noise(10, 10), "PNG")
     assert open_image(data, max_pixels=100).size == (10, 10)
-    with pytest.raises(ImageError, match="10 x 10 is 100 pixels, the limit is 99"):
+    limit = pytest.raises(ImageError, match="10 x 10 is 100 pixels, the limit is 99")
+    with limit:
         open_image(data[:50], max_pixels=99)  # decoding it would say "damaged"
+    with limit:
+        load_pixels(data[:50], VIT, max_pixels=99)
 
 
 def test_an_image_beyond_pillows_warning_opens_in_silence():
@@ -284,7 +302,17 @@ def test_an_image_error_survives_pickling():
     assert str(error) == "a.jpg: the file is empty"
 
 
-@pytest.mark.parametrize("height, width", [(120, 97), (500, 375), (224, 224), (31, 640)])
+def test_a_file_and_its_bytes_give_the_same_pixels(tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encode(photo(400, 500), "JPEG", exif=orientation(8)))
+    pixels = load_pixels(path, VIT)
+    assert pixels.flags.c_contiguous and pixels.flags.writeable
+    assert np.array_equal(pixels, load_pixels(str(path), VIT))
+    assert np.array_equal(pixels, load_pixels(path.read_bytes(), VIT))
+    assert np.array_equal(pixels, to_pixels(open_image(path), VIT))
+
+
+@pytest.mark.parametrize("height, width", [(120, 97), (330, 250), (224, 224), (31, 640)])
 @pytest.mark.parametrize("family", ["blip", "vit", "deit"])
 def test_pixels_equal_those_of_transformers(family, height, width):
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -304,7 +332,7 @@ def test_pixels_equal_those_of_transformers(family, height, width):
     assert_pixels_equal(noise(height, width), settings, processor)
 
 
-@pytest.mark.parametrize("height, width", [(120, 97), (97, 120), (40, 40)])
+@pytest.mark.parametrize("height, width", [(84, 70), (70, 84), (40, 40)])
 @pytest.mark.parametrize("crop", [(48, 48), (31, 90), (101, 64)])  # some larger than the image
 def test_shortest_edge_and_crop_equal_those_of_transformers(height, width, crop):
     from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -318,6 +346,69 @@ def test_shortest_edge_and_crop_equal_those_of_transformers(height, width, crop)
         image_std=[0.25] * 3,
     )
     assert_pixels_equal(noise(height, width), settings, processor)
+
+
+def resized_by_pillow(image, height, width, resample):
+    """Pillow's resize in two steps, as Pillow 13 may take the other one first."""
+    return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
+@pytest.mark.parametrize("height, width", [(60, 500), (60, 60), (201, 60), (96, 60)])
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("draw", [noise, photo])
+def test_a_large_image_is_within_one_level_of_pillow(draw, resample, height, width):
+    settings = PixelSettings((40, 30), resample, mean=VIT.mean, std=VIT.std)
+    image = draw(height, width)
+    plain = np.asarray(resized_by_pillow(image, 40, 30, resample)).transpose(2, 0, 1)
+    differences = np.abs(to_pixels(image, settings).astype(int) - plain)
+    assert differences.max() <= 1 and differences.mean() < 0.05
+
+
+@pytest.mark.parametrize("crop", [(24, 24), (50, 20), (31, 64)])  # some larger than the image
+def test_a_large_image_is_cropped_as_pillow_does(crop):
+    settings = PixelSettings(resize=30, resample=2, crop=crop, mean=VIT.mean, std=VIT.std)
+    middle = resized_by_pillow(photo(90, 111), 30, 37, 2)
+    top, left = (30 - crop[0]) // 2, (37 - crop[1]) // 2
+    plain = middle.crop((left, top, left + crop[1], top + crop[0]))
+    pixels = to_pixels(photo(90, 111), settings)
+    assert pixels.flags.c_contiguous
+    assert np.abs(pixels.astype(int) - np.asarray(plain).transpose(2, 0, 1)).max() <= 1
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("resample", [2, 3])
+def test_a_large_jpeg_is_turned_and_converted_before_it_shrinks(resample, mode, value):
+    data = encode(photo(150, 230).convert(mode), "JPEG", exif=orientation(value))
+    settings = PixelSettings((48, 48), resample, mean=VIT.mean, std=VIT.std)
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert seen.size == ((230, 150) if value < 5 else (150, 230))
+    plain = np.asarray(resized_by_pillow(seen, 48, 48, resample)).transpose(2, 0, 1)
+    assert np.abs(load_pixels(data, settings).astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "height, width, resample, is_fast",
+    [
+        (60, 45, 3, True),
+        (60, 45, 2, True),
+        (59, 450, 3, False),
+        (600, 44, 2, False),
+        (60, 45, 1, False),  # a filter that torch lacks
+    ],
+)
+def test_only_large_images_are_resized_by_torch(monkeypatch, height, width, resample, is_fast):
+    calls = []
+    monkeypatch.setattr(
+        images, "_shrink", lambda image, size, mode: calls.append(mode) or np.zeros((3, *size))
+    )
+    settings = PixelSettings((40, 30), resample, mean=VIT.mean, std=VIT.std)
+    image = noise(height, width)
+    pixels = to_pixels(image, settings)
+    assert len(calls) == is_fast and FAST_FROM == 1.5
+    if not is_fast:
+        plain = np.asarray(image.resize((30, 40), resample)).transpose(2, 0, 1)
+        assert pixels.flags.c_contiguous and np.array_equal(pixels, plain)
 
 
 def assert_pixels_equal(image, settings, processor):

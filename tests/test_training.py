@@ -329,12 +329,20 @@ def ragged_batches(captioner: Captioner, sizes: list[int]) -> list[Batch]:
     generator = np.random.default_rng(0)
     height, width = captioner.pixels.size
     examples = [
-        Example(i, generator.integers(0, 256, (3, height, width), np.uint8), tokens[i], ())
+        Example(i, i, tokens[i], pixels=generator.integers(0, 256, (3, height, width), np.uint8))
         for i in range(len(texts))
     ]
-    collate = Collate(prompt_length=1, pad_id=captioner.tokenizer.pad_id)
-    starts = np.cumsum([0, *sizes])
-    return [collate(examples[i : i + size]) for i, size in zip(starts, sizes)]
+    collate = Collate(
+        image_size=(height, width), prompt_length=1, pad_id=captioner.tokenizer.pad_id
+    )
+    batches = [collate(examples[i : i + n]) for i, n in zip(np.cumsum([0, *sizes]), sizes)]
+    dtype = captioner.model.vocabulary.weight.dtype
+    return [
+        batch._replace(
+            features=encode_pixels(captioner.model, batch.pixels, captioner.pixels).to(dtype)
+        )
+        for batch in batches
+    ]
 
 
 def adapted(
@@ -354,7 +362,7 @@ def loss_and_gradients(captioner: Captioner, batches: list[Batch], **settings):
     for matrix in matrices.values():
         matrix.grad = None
     loss = accumulate_gradients(
-        captioner.model, batches, pixels=captioner.pixels, device=CPU,
+        captioner.model, batches, device=CPU,
         **{"dtype": torch.float32, "scaler": NO_SCALER} | settings,
     )
     return float(loss), torch.cat([matrix.grad.flatten() for matrix in matrices.values()])
@@ -708,10 +716,10 @@ def test_loss_and_label_smoothing_equal_torchs_in_fp64(captioner_folder, smoothi
     captioner = adapted(captioner_folder)
     batch, = ragged_batches(captioner, [6])
     with torch.no_grad():
-        features = encode_pixels(captioner.model, batch.pixels, captioner.pixels).double()
+        batch = batch._replace(features=batch.features.double())
         model = captioner.model.double().eval()
-        ours = caption_loss(model, features, batch, label_smoothing=smoothing)
-        logits = model.head(model.decode(batch.input_ids, features)).flatten(0, 1)
+        ours = caption_loss(model, batch, label_smoothing=smoothing)
+        logits = model.head(model.decode(batch.input_ids, batch.features)).flatten(0, 1)
     targets = torch.full((len(logits),), IGNORED)
     targets[batch.target_positions] = batch.target_ids
     expected = F.cross_entropy(

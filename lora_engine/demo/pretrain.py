@@ -166,9 +166,11 @@ def batch_of(
 ) -> Batch:
     """Scenes with their captions, ready for the model."""
     captions = captioner.tokenizer.encode(map(caption, drawn))
-    collate = Collate(prompt_length=1, pad_id=captioner.tokenizer.pad_id)
+    collate = Collate(
+        image_size=captioner.pixels.size, prompt_length=1, pad_id=captioner.tokenizer.pad_id
+    )
     return collate([
-        Example(row, to_pixels(draw(scene), captioner.pixels), captions[row], ())
+        Example(row, row, captions[row], pixels=to_pixels(draw(scene), captioner.pixels))
         for row, scene in enumerate(drawn)
     ])
 
@@ -178,7 +180,7 @@ def mean_loss(captioner: Captioner, batch: Batch) -> Tensor:
     features = captioner.model.encode(  # type: ignore[operator]
         normalize(batch.pixels, captioner.pixels)
     )
-    return caption_loss(captioner.model, features, batch) / len(batch.target_ids)
+    return caption_loss(captioner.model, batch._replace(features=features)) / len(batch.target_ids)
 
 
 def caption_scenes(captioner: Captioner, drawn: Iterable[Scene]) -> list[str]:

@@ -1,0 +1,69 @@
+"""A small sqlite database that several processes of one machine use at once.
+
+What is kept in such a database can be had again, so a damaged one is removed and not repaired.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BUSY_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Processes that open or replace files of this folder do it one after the other.
+
+    The lock ends with the process that holds it, killed or not. Raises OSError.
+    """
+    import fcntl  # not on Windows, where the rest of the package should still import
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_database(path: Path, schema: str) -> sqlite3.Connection:
+    """Open or create a database: in autocommit mode, for one thread at a time.
+
+    Raises sqlite3.Error.
+    """
+    database = _connect(path)
+    # With a write-ahead log readers never wait for a writer, and a commit waits for no disk: a
+    # power cut may cost the last commits, but leaves those before them whole.
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.executescript(schema)
+    return database
+
+
+def is_sound(path: Path) -> bool:
+    """Whether the file is there and a database without damage. Raises sqlite3.Error, OSError."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    database = _connect(path)
+    try:
+        return database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return False
+        raise
+    finally:
+        database.close()
+
+
+def remove_database(path: Path) -> None:
+    """Remove a database with its log. A process that has it open goes on with the removed one."""
+    for ending in ("-wal", "-shm", ""):
+        Path(f"{path}{ending}").unlink(missing_ok=True)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )

@@ -1,0 +1,439 @@
+"""A row comes back exactly as it was offered or not at all, whatever happens to its writer."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import sqlite3
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from feature_rows import (
+    MOMENTS,
+    ROW_BYTES,
+    digest_of,
+    found,
+    offer_at_once,
+    open_store,
+    row_of,
+    wait_until,
+    write,
+    writing,
+)
+
+from lora_engine import feature_store
+from lora_engine.feature_store import FeatureStore, FeatureStoreError, read_rate
+
+
+def features_size(store):
+    return (store.folder / "features.bin").stat().st_size
+
+
+@pytest.fixture
+def stuck_disk(monkeypatch):
+    """A disk that takes nothing until it is released."""
+    disk, pwrite = SimpleNamespace(reached=threading.Event(), released=threading.Event()), os.pwrite
+
+    def wait(*arguments):
+        disk.reached.set()
+        disk.released.wait(20)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", wait)
+    yield disk
+    disk.released.set()
+
+
+def test_rows_come_back_as_they_were_offered(tmp_path):
+    with open_store(tmp_path) as store:
+        write(store, range(20))
+        assert found(store, range(25)) == list(range(20))
+        assert store.num_rows == 20
+        missing = store.find([digest_of(99), digest_of(7)])
+        assert missing.dtype == np.int64 and missing[0] == -1 and missing[1] >= 0
+        assert store.find([]).shape == (0,)
+        assert store.stopped_because is None
+
+
+def test_closing_writes_what_waits_and_the_next_opening_sees_it(tmp_path):
+    for begin, end in [(0, 10), (10, 15)]:
+        with open_store(tmp_path) as store:
+            assert found(store, range(20)) == list(range(begin))
+            for number in range(end):
+                assert store.offer(digest_of(number), row_of(number))
+        assert not store.offer(digest_of(90), row_of(90))
+    with open_store(tmp_path) as store:
+        assert found(store, range(20)) == list(range(15))
+        assert features_size(store) == 15 * ROW_BYTES  # none is written twice
+
+
+def test_a_row_that_waits_for_the_disk_can_be_read_already(tmp_path, stuck_disk):
+    with open_store(tmp_path) as store:
+        row = row_of(1)
+        assert store.offer(digest_of(1), row)
+        assert store.pending(digest_of(1)) is row
+        assert store.pending(digest_of(2)) is None
+        assert found(store, [1]) == []
+        stuck_disk.released.set()
+        wait_until(lambda: store.pending(digest_of(1)) is None)
+        assert found(store, [1]) == [1]
+
+
+def test_a_full_queue_drops_rows_and_takes_them_later(tmp_path, stuck_disk, monkeypatch):
+    monkeypatch.setattr(feature_store, "QUEUE_BYTES", 3 * ROW_BYTES)
+    with open_store(tmp_path) as store:
+        assert [store.offer(digest_of(n), row_of(n)) for n in (0, 1, 1, 0, 2)] == [True] * 5
+        assert not store.offer(digest_of(3), row_of(3))
+        assert store.offer(digest_of(2), row_of(2))  # waits already
+        stuck_disk.released.set()
+        wait_until(lambda: store.pending(digest_of(2)) is None)
+        write(store, [3])
+        assert found(store, range(5)) == [0, 1, 2, 3]
+
+
+def test_a_queue_smaller_than_a_row_takes_one(tmp_path, stuck_disk, monkeypatch):
+    monkeypatch.setattr(feature_store, "QUEUE_BYTES", 1)
+    monkeypatch.setattr(feature_store, "WRITE_BYTES", 1)
+    with open_store(tmp_path) as store:
+        assert store.offer(digest_of(0), row_of(0))
+        assert not store.offer(digest_of(1), row_of(1))
+        stuck_disk.released.set()
+        wait_until(lambda: store.num_rows == 1)
+
+
+def test_closing_does_not_wait_for_a_stuck_disk(tmp_path, stuck_disk):
+    store = open_store(tmp_path)
+    store.offer(digest_of(0), row_of(0))
+    assert stuck_disk.reached.wait(20)
+    store.close(timeout_s=0.01)
+    assert "writing the last rows took more than 0.01 s" in store.stopped_because
+    assert store._thread.is_alive() and store.pending(digest_of(0)) is None
+    stuck_disk.released.set()
+    store.close()
+    assert not store._thread.is_alive()
+
+
+def test_what_another_store_wrote_appears(tmp_path):
+    with open_store(tmp_path) as one, open_store(tmp_path) as other:
+        write(one, range(10))
+        write(other, range(5, 15))
+        write(one, range(10, 20))
+        for store in (one, other):
+            assert found(store, range(20)) == list(range(20))
+            assert store.num_rows == 20
+        assert features_size(one) == 20 * ROW_BYTES
+
+
+def test_a_row_is_found_when_it_is_written_and_not_before(tmp_path, monkeypatch):
+    pwrite, seen = os.pwrite, []
+
+    def look(file, data, offset):
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        with open_store(tmp_path) as other:
+            write(other, [3])  # the file now reaches beyond the places of the others
+            seen.append(found(other, range(4)))
+        return pwrite(file, data, offset)
+
+    with open_store(tmp_path) as store:
+        monkeypatch.setattr(os, "pwrite", look)
+        offer_at_once(store, [0, 1, 2])
+        wait_until(lambda: store.pending(digest_of(0)) is None)
+        assert seen == [[3]]
+        assert found(store, range(4)) == [0, 1, 2, 3]
+
+
+def test_reserving_numbers_keeps_others_out(tmp_path):
+    seen = []
+
+    def look(statement):
+        if statement.startswith("UPDATE counter"):  # between reading the counter and moving it
+            try:
+                other.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                seen.append(str(error))
+
+    with open_store(tmp_path) as store:
+        other = sqlite3.connect(
+            store.folder / "index.sqlite", timeout=0, check_same_thread=False
+        )
+        store._writer.set_trace_callback(look)
+        write(store, [0])
+        other.close()
+    assert seen == ["database is locked"]
+
+
+def test_the_files_are_opened_by_one_process_at_a_time(tmp_path, monkeypatch):
+    def is_locked():
+        folder = os.open(tmp_path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(folder)
+        return False
+
+    seen, open_database = [], feature_store.open_database
+    monkeypatch.setattr(
+        feature_store,
+        "open_database",
+        lambda *arguments: [seen.append(is_locked()), open_database(*arguments)][1],
+    )
+    with open_store(tmp_path):
+        assert seen == [True, True] and not is_locked()
+
+
+def test_a_number_reserved_in_vain_is_used_for_the_next_row(tmp_path, monkeypatch):
+    fdatasync = os.fdatasync
+
+    def be_overtaken(file):
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        with open_store(tmp_path) as faster:
+            write(faster, [1, 2])
+        fdatasync(file)
+
+    with open_store(tmp_path) as store:
+        monkeypatch.setattr(os, "fdatasync", be_overtaken)
+        offer_at_once(store, [1, 2])
+        wait_until(lambda: store.pending(digest_of(2)) is None)
+        assert sorted(store.find([digest_of(1), digest_of(2)])) == [2, 3]
+        write(store, [3])
+        write(store, [4])
+        write(store, [5])
+        assert store.find([digest_of(n) for n in (3, 4, 5)]).tolist() == [0, 1, 4]
+        assert found(store, range(9)) == [1, 2, 3, 4, 5]
+
+
+def test_processes_write_into_one_folder_at_once(tmp_path):
+    with writing(tmp_path, 0, 300) as one, writing(tmp_path, 150, 450) as other:
+        with open_store(tmp_path) as store:
+            assert one.stdout.readline() == other.stdout.readline() == b"ready\n"
+            for number in (440, 150, 10):  # the ends of both, and what both write
+                store.offer(digest_of(number), row_of(number))
+            while one.poll() is None or other.poll() is None:
+                found(store, range(450))  # whatever is there is right
+            assert one.returncode == other.returncode == 0
+            assert found(store, range(460)) == list(range(450))
+            rows = store.find([digest_of(number) for number in range(450)])
+            assert len(set(rows)) == store.num_rows == 450  # nothing twice
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment_leaves_only_right_rows(tmp_path, moment):
+    per_row = moment in ("reserved, nothing written", "half a row written", "while making entries")
+    with writing(tmp_path, 0, 100, moment, 21 if per_row else 4) as process:
+        process.stdout.read()
+        assert process.wait() == -9
+    with open_store(tmp_path) as store:
+        held = found(store, range(100))
+        assert 0 < len(held) < 100  # some batches were through, and not all
+        write(store, range(100))
+        assert found(store, range(100)) == list(range(100))
+        assert store.num_rows == 100
+
+
+@pytest.mark.parametrize("num_lines", [40, 700])
+def test_a_kill_from_outside_leaves_only_right_rows(tmp_path, num_lines):
+    with writing(tmp_path, 0, 2000) as process:
+        for _ in range(num_lines):
+            process.stdout.readline()
+        process.kill()
+    with open_store(tmp_path) as store:
+        held = found(store, range(2000))
+        write(store, range(1980, 2050))
+        assert found(store, range(2050)) == sorted({*held, *range(1980, 2050)})
+
+
+def test_a_disk_that_takes_rows_in_pieces(tmp_path, monkeypatch):
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:999], at))
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:777]], at))
+    with open_store(tmp_path) as store:
+        write(store, range(5))
+        assert found(store, range(6)) == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_stops_writing_and_nothing_else(tmp_path, monkeypatch):
+    pwrite, left_bytes = os.pwrite, 5 * ROW_BYTES // 2
+
+    def small_disk(file, data, offset):
+        nonlocal left_bytes
+        if left_bytes == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = pwrite(file, data[:left_bytes], offset)
+        left_bytes -= count
+        return count
+
+    monkeypatch.setattr(os, "pwrite", small_disk)
+    with open_store(tmp_path) as store:
+        write(store, [0])
+        write(store, [1])
+        write(store, [2])
+        wait_until(lambda: store.stopped_because is not None)
+        assert "No space left on device" in store.stopped_because
+        assert not store.offer(digest_of(3), row_of(3))
+        assert found(store, range(5)) == [0, 1]
+        assert store.num_rows == 2
+    monkeypatch.undo()
+    with open_store(tmp_path) as store:
+        write(store, [2, 3])
+        assert found(store, range(5)) == [0, 1, 2, 3]
+
+
+def test_an_index_that_fails_stops_writing_and_nothing_else(tmp_path):
+    with open_store(tmp_path) as store:
+        write(store, [0])
+        index = sqlite3.connect(store.folder / "index.sqlite")
+        index.execute("DROP TABLE counter")
+        index.close()
+        write(store, [1])
+        wait_until(lambda: store.stopped_because is not None)
+        assert "no such table: counter" in store.stopped_because
+        assert found(store, range(3)) == [0]
+
+
+def test_an_index_that_cannot_be_read_has_no_rows(tmp_path):
+    with open_store(tmp_path) as store:
+        write(store, [0])
+        store._reader.execute("DROP TABLE rows")
+        assert store.find([digest_of(0), digest_of(1)]).tolist() == [-1, -1]
+        assert store.num_rows == 0
+        assert "the index cannot be read: no such table: rows" in store.stopped_because
+        assert not store.offer(digest_of(1), row_of(1))
+
+
+def test_the_limit_counts_all_keys(tmp_path):
+    with open_store(tmp_path, encoder="b") as store:
+        write(store, range(6))
+    with open_store(tmp_path, limit_bytes=10 * ROW_BYTES + 1) as store:
+        for number in range(20):
+            store.offer(digest_of(number), row_of(number))
+        wait_until(lambda: store.stopped_because is not None)
+        assert "has reached its limit of 0.0 GB" in store.stopped_because
+        assert not store.offer(digest_of(20), row_of(20))
+        assert found(store, range(20)) == [0, 1, 2, 3]
+        assert store.pending(digest_of(9)) is None
+    with open_store(tmp_path, limit_bytes=7 * ROW_BYTES) as store:  # 10 rows are there already
+        offer_at_once(store, range(4, 20))
+        wait_until(lambda: store.stopped_because is not None)
+        assert store.num_rows == 4
+
+
+@pytest.mark.parametrize("disk_gib, free_gib", [(10, 1), (500, 10)])
+def test_the_last_of_the_disk_is_left_free(tmp_path, monkeypatch, disk_gib, free_gib):
+    disk = SimpleNamespace(f_frsize=4096, f_blocks=disk_gib * 2**18, f_bavail=free_gib * 2**18 + 4)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    with open_store(tmp_path) as store:  # 4 blocks are room for 3 rows
+        offer_at_once(store, range(5))
+        wait_until(lambda: store.stopped_because is not None)
+        assert f"the disk has no more than {free_gib * 2**30 / 1e9:.1f} GB" in store.stopped_because
+        assert found(store, range(5)) == [0, 1, 2]
+
+
+def test_what_the_features_were_made_by_is_the_key(tmp_path):
+    text = '{"crop":null,"encoder":"a","row_bytes":8}'
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    for description in ({"encoder": "a", "crop": None}, {"crop": None, "encoder": "a"}):
+        with FeatureStore(tmp_path, description, row_bytes=8, limit_bytes=10**6) as store:
+            assert store.folder == tmp_path / key
+    with open_store(tmp_path, encoder="a") as a, open_store(tmp_path, encoder="b") as b:
+        write(a, range(3))
+        assert a.folder != b.folder and found(b, range(3)) == []
+    with FeatureStore(tmp_path, {"encoder": "a"}, row_bytes=8, limit_bytes=10**6) as store:
+        assert store.num_rows == 0
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff\xfe{", b"[1]", b'{"encoder": "b", "row_bytes": 5000}']
+)
+def test_a_folder_that_is_said_to_be_another_is_refused(tmp_path, text):
+    with open_store(tmp_path) as store:
+        write(store, [0])
+    (store.folder / "about.json").write_bytes(text)
+    with pytest.raises(FeatureStoreError, match="Remove the folder .* only a cache") as caught:
+        open_store(tmp_path)
+    assert str(store.folder) in str(caught.value)
+
+
+def overwrite(path, offset, data):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+DAMAGE = {
+    "garbage": lambda index, features: overwrite(index, 0, bytes(range(256)) * 64),
+    "garbage inside": lambda index, features: overwrite(index, 4096, b"\x5a" * 8192),
+    "a cut index": lambda index, features: os.truncate(index, 4096),
+    "an empty index": lambda index, features: os.truncate(index, 0),
+    "no index": lambda index, features: index.unlink(),
+    "no features": lambda index, features: features.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_store_starts_anew(tmp_path, damage):
+    with open_store(tmp_path) as store:
+        write(store, range(300))
+    DAMAGE[damage](store.folder / "index.sqlite", store.folder / "features.bin")
+    with open_store(tmp_path) as store:
+        assert store.num_rows == 0 and found(store, range(300)) == []
+        write(store, range(50, 60))
+        assert found(store, range(300)) == list(range(50, 60))
+
+
+@pytest.mark.parametrize("damage", ["an empty index", "no index", "no features"])
+def test_who_has_the_old_files_open_goes_on_with_them(tmp_path, damage):
+    with open_store(tmp_path) as old:
+        write(old, range(10))
+        DAMAGE[damage](old.folder / "index.sqlite", old.folder / "features.bin")
+        with open_store(tmp_path) as new:
+            write(new, range(5, 30))
+            assert found(old, range(40)) == list(range(10))
+            write(old, range(30, 35))
+            assert found(old, range(40)) == [*range(10), *range(30, 35)]
+            assert found(new, range(40)) == list(range(5, 30))
+    with open_store(tmp_path) as store:
+        assert found(store, range(40)) == list(range(5, 30))
+
+
+def test_rows_that_were_cut_off_are_not_found_and_can_be_written_again(tmp_path):
+    with open_store(tmp_path) as store:
+        write(store, range(10))
+        before = store.find([digest_of(9)])
+        os.truncate(store.folder / "features.bin", 4 * ROW_BYTES + 17)
+        kept = found(store, range(10))
+        assert len(kept) == store.num_rows == 4
+        with pytest.raises(FeatureStoreError, match="someone has cut off row 9"):
+            store.read(before, np.zeros((1, ROW_BYTES), dtype=np.uint8))
+        write(store, [20])  # the file grows over the place of the others
+        assert found(store, range(30)) == [*kept, 20]
+        write(store, range(10))
+        assert found(store, range(30)) == [*range(10), 20]
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FeatureStoreError, match="file/.* cannot be kept here: .*Not a directory"):
+        open_store(tmp_path / "file")
+    with pytest.raises(FeatureStoreError, match="file: .* cannot be kept here: .*exists"):
+        read_rate(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(FeatureStoreError, match="Permission denied"):
+        open_store(tmp_path)
+    with pytest.raises(FeatureStoreError, match="Permission denied"):
+        read_rate(tmp_path)
+
+
+def test_the_rate_of_a_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    assert read_rate(tmp_path / "new", num_bytes=2**20 + 5) > 0
+    monkeypatch.setattr(os, "preadv", lambda *_: os.stat("/no/such/file"))
+    with pytest.raises(FeatureStoreError, match="No such file"):
+        read_rate(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
