@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,17 +67,19 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows ready for the model; on the CPU until `to`.
+    """Rows ready for the model, on the CPU.
 
     `input_ids` (B, T). The targets are kept flat, M of them: `target_ids` and their
-    `target_positions` in the flattened (B * T) positions. `rows` are the B row numbers, `images`
-    their images' numbers; `skipped` the rows that could not be loaded. `pixels` uint8 (U, 3, H, W)
-    are those of the images in `loaded`, until they become `features` (B, P, D).
+    `target_positions` in the flattened (B * T) positions; `num_targets` of them are not IGNORED.
+    `rows` are the B row numbers, `images` their images' numbers; `skipped` the rows that could not
+    be loaded. `pixels` uint8 (U, 3, H, W) are those of the images in `loaded`, until they become
+    `features` (B, P, D).
     """
 
     input_ids: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    num_targets: int
     rows: list[int]
     images: list[int]
     skipped: list[Skipped]
@@ -84,11 +87,14 @@ class Batch(NamedTuple):
     loaded: list[Identified]
     features: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        """The tokens on a device; from pinned memory the copies do not block."""
-        return self._replace(**{
-            name: getattr(self, name).to(device, non_blocking=True) for name in self._fields[:3]
-        })
+    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        """(input_ids, target_positions, target_ids, features) on a device, as the loss takes them.
+
+        From pinned memory the copies do not block.
+        """
+        assert self.features is not None
+        tensors = self.input_ids, self.target_positions, self.target_ids, self.features
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def epoch_batches(
@@ -194,10 +200,23 @@ def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStam
 
 
 class Collate:
-    """Examples -> Batch, without rows where no image could be read; runs in the workers."""
+    """Examples -> Batch, without rows where no image could be read; runs in the workers.
 
-    def __init__(self, *, image_size: tuple[int, int], prompt_length: int, pad_id: int) -> None:
+    With `longest_bucket` captions are padded to the next of a few lengths, at most that one, and
+    targets, with IGNORED ones, to the next of eight numbers a length, so that full batches have
+    few shapes.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        prompt_length: int,
+        pad_id: int,
+        longest_bucket: int | None = None,
+    ) -> None:
         self.image_size = image_size
+        self.longest_bucket = longest_bucket
         self.prompt_length = prompt_length
         self.pad_id = pad_id
 
@@ -208,20 +227,40 @@ class Collate:
             prompt_length=self.prompt_length,
             pad_id=self.pad_id,
         )
+        if self.longest_bucket is not None:
+            num_more = min(bucket_length(input_ids.shape[1]), self.longest_bucket)
+            num_more -= input_ids.shape[1]
+            input_ids = F.pad(input_ids, (0, num_more), value=self.pad_id)
+            targets = F.pad(targets, (0, num_more), value=IGNORED)
+        num_positions = targets.numel()
         targets = targets.flatten()
         positions = (targets != IGNORED).nonzero().flatten()
+        num_targets = len(positions)
+        target_ids = targets[positions]
+        if self.longest_bucket is not None:
+            step = max(num_positions // 8, 1)
+            num_more = -(-num_targets // step) * step - num_targets
+            positions = F.pad(positions, (0, num_more))
+            target_ids = F.pad(target_ids, (0, num_more), value=IGNORED)
         pixels = [example.pixels for example in usable if example.pixels is not None]
         empty = np.empty((0, 3, *self.image_size), dtype=np.uint8)
         return Batch(
             input_ids=input_ids,
             target_positions=positions,
-            target_ids=targets[positions],
+            target_ids=target_ids,
+            num_targets=num_targets,
             rows=[example.row for example in usable],
             images=[example.image for example in usable],
             skipped=[problem for example in examples for problem in example.skipped],
             pixels=torch.from_numpy(np.stack(pixels) if pixels else empty),
             loaded=[e.identified for e in usable if e.identified is not None],
         )
+
+
+def bucket_length(num_tokens: int) -> int:
+    """The next of 4, 8, ..., 32, 48, 64, 96, 128, ... tokens."""
+    step = 4 if num_tokens <= 32 else 16 if num_tokens <= 64 else 32
+    return -(-num_tokens // step) * step
 
 
 def load_batches(

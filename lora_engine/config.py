@@ -59,6 +59,8 @@ class TrainingConfig:
     """Format of matrix products; adapters stay fp32. auto: bf16 (else fp16) on CUDA, else fp32."""
     compile: bool = False
     """Compile the decoder's layers with torch.compile."""
+    cuda_graphs: bool = True
+    """Record the step's kernels on a GPU and launch them at once."""
     gradient_checkpointing: bool = False
     """Recompute the decoder's activations in the backward pass: less memory, more time."""
     device: str | None = None

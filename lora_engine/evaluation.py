@@ -47,8 +47,8 @@ def validation_loss(
         if not batch.rows:
             continue
         with autocast(device, dtype):
-            total += caption_loss(model, batch.to(device))
-        num_targets += len(batch.target_ids)
+            total += caption_loss(model, *batch.tensors(device))
+        num_targets += batch.num_targets
     model.train(was_training)
     if not num_targets:
         first = f", first {skipped[0].image}: {skipped[0].reason}" if skipped else ""

@@ -1,13 +1,12 @@
 """The loss of captions under a captioner.
 
-Axes: B batch, T caption tokens, M valid targets, P image tokens, D width, V vocabulary.
+Axes: B batch, T caption tokens, M targets, P image tokens, D width, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine.batches import Batch
 from lora_engine.captions import IGNORED
 from lora_engine.models import CaptionerBody
 from lora_engine.products import compute_dtype, product
@@ -16,24 +15,30 @@ _MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
 
 
 def caption_loss(
-    model: CaptionerBody, batch: Batch, *, label_smoothing: float = 0.0
+    model: CaptionerBody,
+    input_ids: Tensor,
+    target_positions: Tensor,
+    target_ids: Tensor,
+    features: Tensor,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy in nats, summed over the M valid targets of a batch with features -> ().
+    """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
 
-    Only positions that have a target go through the vocabulary head. The caller divides by the
-    number of targets of the whole step, so that gradient accumulation over ragged captions is
-    exact.
+    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as `batches.Batch` has them:
+    `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
+    through the vocabulary head. The caller divides by the number of targets of the whole step, so
+    that gradient accumulation over ragged captions is exact.
     """
-    assert batch.features is not None
-    hidden = model.decode(batch.input_ids, batch.features)
-    hidden = model.head_input(hidden.flatten(0, 1)[batch.target_positions])  # (M, D)
+    hidden = model.decode(input_ids, features)
+    hidden = model.head_input(hidden.flatten(0, 1).index_select(0, target_positions))  # (M, D)
     hidden = hidden.to(compute_dtype(hidden))
     weight, bias = model.vocabulary.weight, model.vocabulary.bias
     return _FrozenHeadLoss.apply(
         hidden,
         weight.to(hidden.dtype),
         None if bias is None else bias.to(hidden.dtype),
-        batch.target_ids,
+        target_ids,
         label_smoothing,
     )
 

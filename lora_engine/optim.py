@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lora_engine.cuda_graphs import CudaGraphs
 from lora_engine.lora import LoRALinear
 
 _ALIGNMENT = 64  # elements: every matrix begins at a multiple, as fast kernels want their operands
@@ -37,7 +38,7 @@ class FlatMatrices:
             ]
 
         for matrix, value, gradient in zip(
-            matrices, views(self.values.data), views(self.values.grad)
+            matrices, views(self.values.data), views(self.gradient)
         ):
             value.copy_(matrix.detach())
             matrix.data = value
@@ -47,6 +48,11 @@ class FlatMatrices:
             for layer, cast_A, cast_B in zip(layers, casts[::2], casts[1::2]):
                 layer.cast_matrices = cast_A, cast_B
         self.refresh()
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.values.grad is not None
+        return self.values.grad
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -58,8 +64,21 @@ class FlatMatrices:
 def build_optimizer(
     matrices: FlatMatrices, *, lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices."""
-    return torch.optim.AdamW([matrices.values], lr=lr, weight_decay=weight_decay, fused=True)
+    """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices.
+
+    On a GPU the learning rate is a tensor there, so that a recorded step reads the rate of now.
+    """
+    on_gpu = matrices.values.is_cuda
+    optimizer = torch.optim.AdamW(
+        [matrices.values],
+        lr=torch.tensor(lr, device=matrices.values.device) if on_gpu else lr,
+        weight_decay=weight_decay,
+        fused=True,
+        capturable=on_gpu,
+    )
+    # Steps that are not recorded are meant to be there: no warning about them.
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+    return optimizer
 
 
 def optimizer_step(
@@ -70,6 +89,7 @@ def optimizer_step(
     *,
     lr: float,
     max_grad_norm: float,
+    graphs: CudaGraphs | None = None,
 ) -> Tensor:
     """Clip, step, and clear the gradients -> their norm before clipping, (), on the device.
 
@@ -77,19 +97,28 @@ def optimizer_step(
     decided on the device, without waiting for it: fused AdamW takes `found_inf` and does nothing
     where it is 1 (the way that a GradScaler uses; for fp16 the scaler does it).
     """
-    scaler.unscale_(optimizer)
-    gradient = matrices.values.grad
-    assert gradient is not None
-    grad_norm = torch.linalg.vector_norm(gradient)
-    if max_grad_norm:
-        gradient.mul_((max_grad_norm / (grad_norm + 1e-6)).clamp_max(1.0))
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    if not scaler.is_enabled():
-        is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
-        optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-    scaler.step(optimizer)
-    scaler.update()
-    gradient.zero_()
-    matrices.refresh()
-    return grad_norm
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+    def update(loss: Tensor) -> Tensor:
+        scaler.unscale_(optimizer)
+        gradient = matrices.gradient
+        grad_norm = torch.linalg.vector_norm(gradient)
+        if max_grad_norm:
+            gradient.mul_((max_grad_norm / (grad_norm + 1e-6)).clamp_max(1.0))
+        if not scaler.is_enabled():
+            is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+            optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        scaler.step(optimizer)
+        scaler.update()
+        gradient.zero_()
+        matrices.refresh()
+        return grad_norm
+
+    # A GradScaler keeps books on the processor.
+    if graphs is None or scaler.is_enabled():
+        return update(loss)
+    return graphs(update, "update", loss)

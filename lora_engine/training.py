@@ -27,6 +27,7 @@ from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.annotations import Row, hold_out, read_annotations
 from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, training_places
 from lora_engine.config import TrainingConfig
+from lora_engine.cuda_graphs import CudaGraphs
 from lora_engine.devices import autocast, describe, resolve_device, resolve_dtype
 from lora_engine.evaluation import Validation
 from lora_engine.features import FeatureSource, ImageList
@@ -129,6 +130,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         )
         load = _loader(train_set, features, captioner, config)
         micro_batches = load(places, waiting=meter.waiting)
+        graphs = _cuda_graphs(matrices, optimizer, device, config, journal.say)
         last_step = 0
         try:
             for step in range(1, total_steps + 1):
@@ -145,6 +147,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     scaler=scaler,
                     label_smoothing=config.label_smoothing,
                     seed=(config.seed, step),
+                    graphs=graphs,
                 )
                 rate = learning_rate(
                     step,
@@ -159,6 +162,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     loss,
                     lr=rate,
                     max_grad_norm=config.max_grad_norm,
+                    graphs=graphs,
                 )
                 last_step = step
                 meter.add(step, loss, grad_norm, rate, sum(len(b.rows) for b in batches))
@@ -194,6 +198,7 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler,
     label_smoothing: float = 0.0,
     seed: tuple[int, int] = (0, 0),
+    graphs: CudaGraphs | None = None,
 ) -> Tensor:
     """Forward and backward over a step's micro-batches -> the step's loss, (), on the device.
 
@@ -202,17 +207,26 @@ def accumulate_gradients(
     generator is seeded from (`seed`, micro-step), which makes dropout a function of the position
     (an explicit generator would break checkpointing and full-graph compilation).
     """
-    num_targets = sum(len(batch.target_ids) for batch in batches)
-    loss = torch.zeros((), device=device)
+
+    def forward_backward(weight: Tensor, *tensors: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            loss = caption_loss(model, *tensors, label_smoothing=label_smoothing)
+        loss.backward(weight.to(loss.dtype))
+        return loss.detach()
+
+    num_targets = sum(batch.num_targets for batch in batches)
+    accurate = torch.promote_types(dtype, torch.float32)
+    weight = torch.full((), 1 / num_targets, dtype=accurate, device=device)
+    total = torch.zeros((), dtype=accurate, device=device)
     for micro_step, batch in enumerate(batches):
         position = np.random.SeedSequence([*seed, micro_step])
         torch.manual_seed(int(position.generate_state(1, np.uint64)[0]))
-        with autocast(device, dtype):
-            micro_loss = caption_loss(model, batch.to(device), label_smoothing=label_smoothing)
-        micro_loss = micro_loss / num_targets
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
-    return loss
+        inputs = scaler.scale(weight), *batch.tensors(device)
+        if graphs is None:
+            total += forward_backward(*inputs)
+        else:
+            total += graphs(forward_backward, "forward_backward", *inputs)
+    return total * weight
 
 
 def _read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
@@ -285,6 +299,27 @@ def _place(
     if config.compile:
         _compile(model, device, dtype)
     return model
+
+
+def _cuda_graphs(
+    matrices: FlatMatrices,
+    optimizer: torch.optim.AdamW,
+    device: torch.device,
+    config: TrainingConfig,
+    say: Callable[[str], None],
+) -> CudaGraphs | None:
+    if device.type != "cuda" or not config.cuda_graphs:
+        return None
+    if config.gradient_checkpointing:
+        say("no CUDA graphs with --gradient_checkpointing, which draws its dropout twice")
+        return None
+
+    def changed() -> list[Tensor]:
+        cast = [] if matrices.cast is None else [matrices.cast]
+        moments = list(optimizer.state[matrices.values].values())
+        return [matrices.values, matrices.gradient, *cast, *moments]
+
+    return CudaGraphs(changed, say=say)
 
 
 def _adapter_keeper(
@@ -370,6 +405,7 @@ def _loader(
         dataset,
         collate=Collate(
             image_size=captioner.pixels.size,
+            longest_bucket=tokenizer.max_positions if features.device.type == "cuda" else None,
             prompt_length=len(tokenizer.prompt_ids(config.prompt)),
             pad_id=tokenizer.pad_id,
         ),

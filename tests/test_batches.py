@@ -18,12 +18,13 @@ from lora_engine.batches import (
     Example,
     Place,
     Skipped,
+    bucket_length,
     epoch_batches,
     load_batches,
     training_places,
     validation_places,
 )
-from lora_engine.captions import TokenizedCaptions
+from lora_engine.captions import IGNORED, TokenizedCaptions
 from lora_engine.images import PixelSettings, open_image, to_pixels
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -284,8 +285,37 @@ def test_rows_of_one_image_share_its_number(whole_folder):
     assert data.image_of_row.tolist() == [0, 1, 0] and data.image_paths == images[:2]
 
 
-def test_a_batch_moves_with_all_that_it_has():
-    batch = COLLATE([example(5, [1, 2, 30, 31, 9])])
-    moved = batch.to(torch.device("meta"))
-    assert all(tensor.device.type == "meta" for tensor in moved[:3])
-    assert moved.rows == batch.rows and moved.skipped == batch.skipped
+def test_the_loss_takes_a_batchs_tensors_on_the_device():
+    batch = COLLATE([example(5, [1, 2, 30, 31, 9])])._replace(features=torch.zeros(1, 2, 3))
+    moved = batch.tensors(torch.device("meta"))
+    assert [tensor.shape for tensor in moved] == [(1, 4), (3,), (3,), (1, 2, 3)]
+    assert all(tensor.device.type == "meta" for tensor in moved)
+
+
+@pytest.mark.parametrize("length, bucket", [
+    (1, 4), (4, 4), (5, 8), (32, 32), (33, 48), (64, 64), (65, 96), (200, 224),
+])
+def test_buckets_are_few(length, bucket):
+    assert bucket_length(length) == bucket
+
+
+def test_a_bucketed_batch_has_the_same_targets_in_one_of_few_shapes():
+    generator = np.random.default_rng(0)
+    plain = Collate(image_size=(4, 4), prompt_length=1, pad_id=0)
+    bucketed = Collate(image_size=(4, 4), prompt_length=1, pad_id=0, longest_bucket=18)
+    shapes = set()
+    for _ in range(200):
+        longest = generator.integers(2, 18)
+        ids = [generator.integers(1, 99, generator.integers(2, longest + 2)) for _ in range(16)]
+        examples = [example(i, row) for i, row in enumerate(ids)]
+        one, other = plain(examples), bucketed(examples)
+        width, wide = one.input_ids.shape[1], other.input_ids.shape[1]
+        assert torch.equal(other.input_ids[:, :width], one.input_ids)
+        assert not other.input_ids[:, width:].any() and wide <= 18
+        assert one.num_targets == other.num_targets == len(one.target_ids)
+        assert torch.equal(other.target_ids[: one.num_targets], one.target_ids)
+        assert (other.target_ids[one.num_targets :] == IGNORED).all()
+        rows, columns = one.target_positions // width, one.target_positions % width
+        assert torch.equal(other.target_positions[: one.num_targets], rows * wide + columns)
+        shapes.add((wide, len(other.target_ids)))
+    assert len(shapes) < 30

@@ -14,7 +14,7 @@ def batch(num_good: int, num_bad: int, begin: int = 0) -> Batch:
     bad = range(begin, begin + num_bad)
     problems = [Skipped(row, f"{row}.jpg", "truncated") for row in bad]
     good = range(begin + num_bad, begin + num_bad + num_good)
-    return Batch(None, None, None, list(good), list(good), problems, None, [])
+    return Batch(None, None, None, 0, list(good), list(good), problems, None, [])
 
 
 @pytest.fixture

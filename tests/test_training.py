@@ -718,7 +718,7 @@ def test_loss_and_label_smoothing_equal_torchs_in_fp64(captioner_folder, smoothi
     with torch.no_grad():
         batch = batch._replace(features=batch.features.double())
         model = captioner.model.double().eval()
-        ours = caption_loss(model, batch, label_smoothing=smoothing)
+        ours = caption_loss(model, *batch.tensors(CPU), label_smoothing=smoothing)
         logits = model.head(model.decode(batch.input_ids, batch.features)).flatten(0, 1)
     targets = torch.full((len(logits),), IGNORED)
     targets[batch.target_positions] = batch.target_ids

@@ -180,7 +180,8 @@ def mean_loss(captioner: Captioner, batch: Batch) -> Tensor:
     features = captioner.model.encode(  # type: ignore[operator]
         normalize(batch.pixels, captioner.pixels)
     )
-    return caption_loss(captioner.model, batch._replace(features=features)) / len(batch.target_ids)
+    tensors = batch._replace(features=features).tensors(torch.device("cpu"))
+    return caption_loss(captioner.model, *tensors) / batch.num_targets
 
 
 def caption_scenes(captioner: Captioner, drawn: Iterable[Scene]) -> list[str]:
