@@ -73,7 +73,7 @@ class CudaGraphs:
     ) -> _Recorded:
         random_state = torch.cuda.get_rng_state()
         if self._pool is None:
-            self._pool: Any = None  # the memory that all graphs share
+            self._pool = torch.cuda.graph_pool_handle()
         changed = list(self.changed())
         before = [tensor.clone() for tensor in changed]
         try:
