@@ -35,14 +35,15 @@ def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
     `frozen` may be a transposed view, and small matrices that are trained go this way, too.
     """
     is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
-    if is_small or not _uses_onednn(x) or frozen.dtype != torch.float32:
+    if is_small or not uses_onednn(x.device, x.dtype) or frozen.dtype != torch.float32:
         return F.linear(x, frozen, bias)
     onednn = _onednn_op if torch.compiler.is_compiling() else _onednn
     return onednn(x, frozen, bias)
 
 
-def _uses_onednn(x: Tensor) -> bool:
-    return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products there go to oneDNN, past torch's choice."""
+    return _HAS_ONEDNN and device.type == "cpu" and dtype == torch.float32
 
 
 def _onednn(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,7 +108,7 @@ class _BatchedProduct(torch.autograd.Function):
 
 
 def _batched(x: Tensor, y: Tensor) -> Tensor:
-    if not _uses_onednn(x):
+    if not uses_onednn(x.device, x.dtype):
         return torch.bmm(x, y.transpose(1, 2))
     return _batched_onednn_op(x, y) if torch.compiler.is_compiling() else _batched_onednn(x, y)
 

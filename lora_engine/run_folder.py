@@ -180,7 +180,7 @@ def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> fl
     return max_share * num_tried + chance
 
 
-def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
+def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]:
     """What a figure of this run depends on besides its settings."""
     return {
         "lora_engine": __version__,
@@ -190,5 +190,6 @@ def environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "compute_dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels,
         "threads": torch.get_num_threads(),
     }

@@ -28,7 +28,7 @@ from lora_engine.annotations import Row, hold_out, read_annotations
 from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, training_places
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
-from lora_engine.devices import autocast, describe, resolve_device, resolve_dtype
+from lora_engine.devices import autocast, choose_kernels, describe, resolve_device, resolve_dtype
 from lora_engine.evaluation import Validation
 from lora_engine.features import FeatureSource, ImageList
 from lora_engine.journal import Journal, Meter
@@ -61,6 +61,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dtype = resolve_dtype(config.precision, device)
+    kernels = choose_kernels(device, dtype)
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
     torch.manual_seed(config.seed)
@@ -88,8 +89,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         ) as features,
     ):
         folder.write_json("config.json", config.as_dict())
-        folder.write_json("environment.json", environment(describe(device), dtype))
-        journal.say(_opening(config, plan, train_set, val_set, device, dtype))
+        folder.write_json("environment.json", environment(describe(device), dtype, kernels))
+        journal.say(_opening(config, plan, train_set, val_set, device, dtype, kernels))
         journal.say(f"run folder {folder.path}")
         journal.say(features.plan)
         skipped = SkippedRows(
@@ -350,19 +351,25 @@ def _data_fingerprint(rows: Sequence[Row]) -> str:
 
 
 def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> None:
-    """Compile the decoder's layers, each by itself: they share one compilation, and all lengths.
+    """Compile the decoder's layers, and on a GPU the encoder's, each by itself.
 
-    It is tried at once, so that a machine that cannot (no C++ compiler, say) says so in a line
-    and trains without.
+    So the layers of a kind share one compilation; the decoder's hold for all lengths. It is tried
+    at once, so that a machine that cannot (no C++ compiler, say) says so in a line and trains
+    without.
     """
-    layers = model.decoder.layers
+    layers = list(model.decoder.layers)
     for layer in layers:
         layer.compile(dynamic=True)
+    if device.type == "cuda":  # a CPU has its time in the matrix products, which stay as they are
+        for layer in model.encoder.layers:
+            layer.compile()
+            layers.append(layer)
     pixels = torch.zeros(2, 3, *model.encoder.image_size, device=device)
     input_ids = torch.zeros(2, 5, dtype=torch.long, device=device)
     try:
         with autocast(device, dtype):
-            features = model.encode(pixels).detach()
+            with torch.no_grad():
+                features = model.encode(pixels)
             model.decode(input_ids, features).sum().backward()
     except Exception as error:  # whatever the compiler's many layers say
         reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
@@ -431,11 +438,13 @@ def _opening(
     val_set: CaptionedImages,
     device: torch.device,
     dtype: torch.dtype,
+    kernels: str,
 ) -> str:
     cut = train_set.captions.num_truncated
     truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
     return "\n".join([
-        f"model {config.model} on {describe(device)}, {str(dtype).removeprefix('torch.')}",
+        f"model {config.model} on {describe(device)}, {str(dtype).removeprefix('torch.')}: "
+        f"{kernels}",
         f"data {len(train_set):,} training captions of {len(train_set.image_paths):,} images, "
         f"{len(val_set):,} validation captions of {len(val_set.image_paths):,}{truncated}",
         plan.folded(),
