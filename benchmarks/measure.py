@@ -1,9 +1,16 @@
-"""Interleaved rounds, medians with their range, a table and a JSON file."""
+"""What all benchmarks share: flags, interleaved rounds, timing, a table and a JSON file."""
 
+import argparse
+import ctypes
+import gc
+import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,29 +18,175 @@ from typing import Any
 
 import torch
 
+from benchmarks.plots import Draw, save_plot
+from lora_engine.devices import describe, resolve_device, resolve_dtype
+
 RESULTS = Path(__file__).parent / "results"
+MODELS = ("blip", "vit_gpt2")
+
+Spread = dict[str, float]  # median, min and max of the rounds
+_QUICK_ROUNDS = 2
+_BATCH_SIZE = {"cpu": 8, "cuda": 32}
+
+
+# --- flags ----------------------------------------------------------------------------------
+
+
+def flags(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
+    """The flags of every benchmark; each adds its own, then calls `read_flags`."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="blip", help="whose sizes")
+    parser.add_argument("--device", help="default: CUDA if there is one")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 32 on a GPU")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help=f"a small model and {_QUICK_ROUNDS} rounds: does it run? Its figures mean nothing",
+    )
+    parser.add_argument("--tag", help="goes into the names of the files written")
+    return parser
+
+
+def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags' values, with `device` and `dtype` as torch's own objects."""
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.device = resolve_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments.dtype = resolve_dtype(arguments.precision, arguments.device)
+    arguments.precision = "bf16" if arguments.dtype == torch.bfloat16 else "fp32"
+    arguments.batch_size = arguments.batch_size or _BATCH_SIZE[arguments.device.type]
+    if arguments.quick:
+        arguments.rounds = min(arguments.rounds, _QUICK_ROUNDS)
+    return arguments
+
+
+# --- rounds ---------------------------------------------------------------------------------
 
 
 def interleave(
-    contenders: dict[str, Callable[[int], float]], *, num_rounds: int
+    contenders: dict[str, Callable[[int], float]],
+    *,
+    num_rounds: int,
+    num_warm_ups: int = 1,
+    show: bool = True,
 ) -> dict[str, list[float]]:
     """Call every contender once a round, in turn -> its figure of each round.
 
-    Round 0 warms up and does not count. In turn, because a machine's speed drifts: ratios are
-    formed within rounds.
+    Some rounds before the first warm up and do not count. In turn, because a machine's speed
+    drifts: ratios are formed within rounds. A contender is told how often it was called before.
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(num_rounds + 1):
+    for number in range(num_warm_ups + num_rounds):
+        counts = number >= num_warm_ups
+        label = f"round {number - num_warm_ups + 1}/{num_rounds}" if counts else "warming up"
         for name, contender in contenders.items():
             figure = contender(number)
-            if number:
+            if counts:
                 figures[name].append(figure)
-            print(f"round {number}/{num_rounds}  {name:<24} {figure:8.2f}", flush=True)
+            if show:
+                print(f"{label:<12} {name:<28} {figure:10.2f}", flush=True)
     return figures
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> Spread:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(values: list[float], others: list[float]) -> Spread:
+    """The ratio within each round."""
+    return spread([value / other for value, other in zip(values, others, strict=True)])
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_a_call(
+    call: Callable[[], object], device: torch.device, *, least_s: float = 0.1
+) -> float:
+    """The mean time of one of so many calls that together they take `least_s`, after a first."""
+    def together(count: int) -> float:
+        wait_for(device)
+        begin_s = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait_for(device)
+        return time.perf_counter() - begin_s
+
+    first_s = together(1)
+    if first_s >= least_s:
+        return first_s
+    count = math.ceil(least_s / max(together(1), 1e-6))
+    return together(count) / count
+
+
+def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A CUDA graph of the call: its kernels' own time, without that of launching them."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # so that libraries have their workspaces before the capture
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def in_fresh_process(function: str, **arguments: Any) -> Any:
+    """Call "benchmarks.MODULE:FUNCTION" in a new process, which imports no more than it needs.
+
+    Arguments and result travel as JSON.
+    """
+    program = (
+        "import importlib, json, sys\n"
+        "module, _, name = sys.argv[1].partition(':')\n"
+        "function = getattr(importlib.import_module(module), name)\n"
+        "print(json.dumps(function(**json.loads(sys.argv[2]))))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program, function, json.dumps(arguments)],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1],
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def start_peak(device: torch.device) -> int:
+    """Begin to watch for the peak of this process's memory -> bytes in use now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if platform.libc_ver()[0] == "glibc":  # which keeps what was freed, and counts as in use
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use now
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was in use since `start_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+# --- results --------------------------------------------------------------------------------
 
 
 def table(rows: list[list[str]]) -> str:
@@ -49,10 +202,49 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def cells(name: str, figures: Spread, form: str = ".2f") -> list[str]:
+    """A row of a table whose columns are median, min and max."""
+    return [name, *(format(figures[key], form) for key in ("median", "min", "max"))]
+
+
+def finish(
+    name: str,
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    *,
+    text: str,
+    headline: str,
+    draw: Draw,
+) -> Path:
+    """Write results/NAME-MODEL-DEVICE[-TAG][-quick].json and .png, print the table.
+
+    The last line printed is the headline, the sentence that `benchmarks.all` shows.
+    """
+    size = " (small)" if arguments.quick else ""
+    settings = {
+        "benchmark": name,
+        "model": arguments.model + size,
+        "device": describe(arguments.device),
+        "precision": arguments.precision,
+        "batch_size": arguments.batch_size,
+        "num_rounds": arguments.rounds,
+        "headline": headline,
+    }
+    parts = [name, arguments.model, arguments.device.type, arguments.tag,
+             "quick" if arguments.quick else None]
+    path = write_result(
+        "-".join(filter(None, parts)), settings | result, device=arguments.device
+    )
+    title = f"{settings['model']}, {arguments.precision}, {settings['device']}"
+    print(f"\n{name}: {title}\n{text}\n")
+    has_plot = save_plot(path.with_suffix(".png"), f"{name}: {title}", draw)
+    print(f"written to {path}{' and .png' if has_plot else '; no plot without matplotlib'}")
+    print(headline)
+    return path
+
+
 def write_result(name: str, result: dict[str, Any], *, device: torch.device) -> Path:
     """Write results/<name>.json with what the figures depend on."""
-    import transformers
-
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
         cwd=Path(__file__).parent,
@@ -68,10 +260,18 @@ def write_result(name: str, result: dict[str, Any], *, device: torch.device) -> 
         "commit": commit,
         "machine": machine,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
         **result,
     }, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

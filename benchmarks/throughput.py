@@ -1,211 +1,241 @@
-"""Images a second of training steps: this engine beside PEFT on transformers, in one run.
+"""Captions a second of training: ours beside PEFT on transformers, in five grades of care.
 
     python -m benchmarks.throughput --model blip --batch_size 8 --rounds 5
-    python -m benchmarks.throughput --model vit_gpt2 --quick
+    python -m benchmarks.throughput --model vit_gpt2 --phase later --peers B0 B2 B3 --steps 2
+    python -m benchmarks.throughput --model blip --captions_per_image 5 --tag photos
+    python -m benchmarks.throughput --model blip --phase wall
 
-Both sides train LoRA (rank 8, dropout 0) on all decoder linears of the same full-size checkpoint
-with random weights, on the same batches in the same order, from pixels in memory. The peer, B2, is
-a plain PEFT loop as a careful person writes it: encoder as transformers ships it under no_grad,
-captions padded to the batch with -100 labels, fused AdamW. Ours is the step of
-lora_engine.training.
+Every phase is measured by itself and has files of its own:
+
+- first: an epoch that knows no image's features;
+- later: an epoch for which ours (and B3 and B4) has them all;
+- wall: seconds from starting a process to the end of --epochs epochs over --images images, with
+  imports, loading, compiling, and on our side reading files, validation and keeping adapters. It
+  takes minutes, so by default it is one round, and none that warms up.
+
+Beside the first two stand the rates of the machine's matrix products in the same rounds, and what
+share of them ours makes use of (flops.py). All sides train LoRA of rank 8 on all decoder linears of
+the same checkpoint, of full size with random weights, on the same rows; peers.py says what the
+peers are, ours.py what ours is. B0 takes 2 rows a step.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.checkpoints import MODELS, write_checkpoint
-from benchmarks.measure import interleave, spread, table, write_result
-from lora_engine.batches import Collate, Example, epoch_batches
-from lora_engine.devices import autocast, describe, resolve_device, resolve_dtype
-from lora_engine.images import PixelSettings, normalize
-from lora_engine.lora import cast_frozen, inject, lora_parameters
-from lora_engine.optim import build_optimizer, optimizer_step
-from lora_engine.pretrained import load_body
-from lora_engine.training import accumulate_gradients
+from benchmarks import plots
+from benchmarks.contenders import PEERS, Case, checkpoint, make_case
+from benchmarks.flops import decoder_flops, encoder_flops
+from benchmarks.measure import (
+    cells,
+    finish,
+    flags,
+    interleave,
+    ratios,
+    read_flags,
+    seconds_a_call,
+    spread,
+    table,
+)
+from lora_engine.models import CaptionerBody
+from lora_engine.products import product
 
-START_ID, FIRST_WORD_ID, END_ID = 1, 200, 102  # any ids do: the weights are random
-RANK = 8
-
-
-class Rows:
-    """Random pixels, and captions as long as CC3M's: 5 to 30 tokens, about 13 on average."""
-
-    def __init__(self, num_rows: int, image_size: tuple[int, int], seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        self.pixels = generator.integers(0, 256, (num_rows, 3, *image_size), dtype=np.uint8)
-        lengths = np.clip(generator.gamma(6, 2, num_rows).astype(int) + 1, 5, 30)
-        self.captions = [
-            np.array([START_ID, *generator.integers(FIRST_WORD_ID, 30000, n), END_ID])
-            for n in lengths
-        ]
-        self.lengths = np.array([len(caption) for caption in self.captions])
+PEERS_BY_DEFAULT = {
+    "cpu": {"first": ["B2", "B2sdpa"], "later": ["B2", "B3"], "wall": ["B2", "B2sdpa"]},
+    "cuda": {"first": ["B1", "B2"], "later": ["B1", "B3", "B4"], "wall": ["B2", "B2sdpa"]},
+}
+STEPS = {"cpu": 4, "cuda": 64}
+WARM_UPS = {"cpu": 1, "cuda": 3}  # rounds; on a GPU ours records a shape when it comes again
+# Of the square product that shows what the machine can do; a GPU needs a larger one to show it.
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
-def ours(
-    folder: Path, rows: Rows, settings: PixelSettings, arguments: argparse.Namespace
-) -> Callable[[int], float]:
-    """One call trains an epoch of the rows -> images/s."""
-    device, dtype = arguments.device, arguments.dtype
-    model = load_body(folder)
-    inject(model, ["attention", "feed_forward"], rank=RANK, dropout=0.0)
-    cast_frozen(model, dtype)
-    model.to(device).train()
-    parameters = list(lora_parameters(model).values())
-    optimizer = build_optimizer(parameters, lr=1e-4, weight_decay=0.01)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    collate = Collate(prompt_length=1, pad_id=0)
-
-    def epoch(number: int) -> float:
-        _wait_for(device)
-        begin_s = time.perf_counter()
-        for indices in epoch_batches(
-            rows.lengths, batch_size=arguments.batch_size, seed=0, epoch=number
-        ):
-            batch = collate([
-                Example(int(i), rows.pixels[i], rows.captions[i], ()) for i in indices
-            ])
-            loss = accumulate_gradients(
-                model, [batch], pixels=settings, device=device, dtype=dtype, scaler=scaler
-            )
-            optimizer_step(optimizer, scaler, parameters, loss, lr=1e-4, max_grad_norm=1.0)
-        _wait_for(device)
-        return len(rows.lengths) / (time.perf_counter() - begin_s)
-
-    return epoch
-
-
-def peft_loop(
-    folder: Path, rows: Rows, settings: PixelSettings, arguments: argparse.Namespace
-) -> Callable[[int], float]:
-    """B2: PEFT on transformers, a plain loop; one call trains an epoch -> images/s."""
-    import peft
-    from transformers import BlipForConditionalGeneration, VisionEncoderDecoderModel
-
-    device, dtype = arguments.device, arguments.dtype
-    is_blip = arguments.model == "blip"
-    kind = BlipForConditionalGeneration if is_blip else VisionEncoderDecoderModel
-    targets = (
-        r"text_decoder\.bert\.encoder\.layer\..*\.(query|key|value|dense)" if is_blip
-        else r"decoder\.transformer\.h\..*\.(c_attn|q_attn|c_proj|c_fc)"
+def main(argv: list[str] | None = None) -> None:
+    parser = flags(__doc__)
+    parser.add_argument(
+        "--phase", nargs="+", choices=["first", "later", "wall"], default=["first", "later"]
     )
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules=targets,
-        fan_in_fan_out=not is_blip,
-    )
-    model = peft.get_peft_model(kind.from_pretrained(folder), config).to(device).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-
-    def loss_of(pixels: Tensor, captions: list[np.ndarray]) -> Tensor:
-        longest = max(map(len, captions))
-        ids = np.zeros((len(captions), longest), dtype=np.int64)
-        labels = np.full((len(captions), longest), -100)
-        for i, caption in enumerate(captions):
-            ids[i, : len(caption)] = labels[i, : len(caption)] = caption
-        input_ids = torch.from_numpy(ids).to(device)
-        targets = torch.from_numpy(labels).to(device)
-        base: Any = model.base_model.model
-        if is_blip:  # shifts the labels itself
-            with torch.no_grad():
-                features = base.vision_model(pixels).last_hidden_state
-            return base.text_decoder(
-                input_ids=input_ids, encoder_hidden_states=features, labels=targets
-            ).loss
-        with torch.no_grad():
-            features = base.encoder(pixels)
-        return base(
-            encoder_outputs=features, decoder_input_ids=input_ids[:, :-1], labels=targets[:, 1:]
-        ).loss
-
-    def epoch(number: int) -> float:
-        _wait_for(device)
-        begin_s = time.perf_counter()
-        for indices in epoch_batches(
-            rows.lengths, batch_size=arguments.batch_size, seed=0, epoch=number
-        ):
-            pixels = normalize(torch.from_numpy(rows.pixels[indices]).to(device), settings)
-            with autocast(device, dtype):
-                loss = loss_of(pixels, [rows.captions[i] for i in indices])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        _wait_for(device)
-        return len(rows.lengths) / (time.perf_counter() - begin_s)
-
-    return epoch
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=MODELS, default="blip")
-    parser.add_argument("--device", default=None, help="default: CUDA if there is one")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a small model and 2 rounds")
-    arguments = parser.parse_args()
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: by phase and device")
+    parser.add_argument("--steps", type=int, help="a round; default: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--captions_per_image", type=int, default=1)
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--checkpoint_dropout", type=float, default=0.0, help="GPT-2's own")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--images", type=int, default=64, help="of the wall phase")
+    parser.add_argument("--epochs", type=int, default=10, help="of the wall phase")
+    parser.add_argument("--wall_rounds", type=int, default=1, help="rounds of the wall phase")
+    arguments = read_flags(parser, argv)
+    arguments.steps = arguments.steps or STEPS[arguments.device.type]
     if arguments.quick:
-        arguments.rounds = 2
-    arguments.device = resolve_device(arguments.device)
-    arguments.dtype = resolve_dtype(arguments.precision, arguments.device)
+        arguments.steps, arguments.images, arguments.epochs = 2, 8, 2
+    for phase in arguments.phase:
+        print(f"{phase}:")
+        with checkpoint(
+            arguments.model, small=arguments.quick, dropout=arguments.checkpoint_dropout
+        ) as folder:
+            measure = measure_wall if phase == "wall" else measure_epochs
+            measure(folder, arguments, phase, _peers(arguments, phase))
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_checkpoint(arguments.model, folder, small=arguments.quick)
-        image_size = load_body(folder).encoder.image_size  # type: ignore[union-attr]
-        settings = PixelSettings(image_size, 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        rows = Rows(arguments.batch_size * arguments.steps, image_size, seed=0)
-        contenders = {
-            "ours": ours(folder, rows, settings, arguments),
-            "B2: PEFT loop": peft_loop(folder, rows, settings, arguments),
-        }
-        figures = interleave(contenders, num_rounds=arguments.rounds)
-    ratios = [a / b for a, b in zip(figures["ours"], figures["B2: PEFT loop"])]
-    result = {
-        "benchmark": "throughput",
-        "model": arguments.model + (" (small)" if arguments.quick else ""),
-        "device": describe(arguments.device),
-        "precision": str(arguments.dtype).removeprefix("torch."),
-        "batch_size": arguments.batch_size,
-        "images_per_s": {name: spread(values) for name, values in figures.items()},
-        "ours_against_B2": spread(ratios),
-        "num_rounds": arguments.rounds,
+
+def _peers(arguments: argparse.Namespace, phase: str) -> list[str]:
+    if arguments.peers is not None:
+        return arguments.peers
+    names = PEERS_BY_DEFAULT[arguments.device.type][phase]
+    # ViT+GPT2 has SDPA as it is shipped.
+    return [name for name in names if name != "B2sdpa" or arguments.model == "blip"]
+
+
+def measure_epochs(
+    folder: Path, arguments: argparse.Namespace, phase: str, peers: list[str]
+) -> None:
+    """First or later epochs, in turn with the machine's own rates."""
+    case = make_case(
+        folder,
+        arguments,
+        num_rows=arguments.steps * arguments.batch_size,
+        captions_per_image=arguments.captions_per_image,
+        lora_dropout=arguments.lora_dropout,
+    )
+    ours = case.ours(compile=arguments.compile)
+    epochs: dict[str, Callable[[int], float]] = {
+        "ours": ours.first_epoch if phase == "first" else ours.later_epoch
     }
-    print("\n" + _as_table(result))
-    suffix = "-quick" if arguments.quick else ""
-    path = write_result(
-        f"throughput-{arguments.model}-{arguments.device.type}{suffix}", result,
-        device=arguments.device,
+    epochs |= {name: case.peer(name) for name in peers}
+    size = 512 if arguments.quick else MATRIX_SIZE[arguments.device.type]
+    rates = matrix_rates(case, ours.model, size)
+    figures = interleave(
+        {**epochs, **rates}, num_rounds=arguments.rounds,
+        num_warm_ups=WARM_UPS[arguments.device.type],
     )
-    print(f"written to {path}")
-
-
-def _as_table(result: dict) -> str:
-    rows = [["images/s", "median", "min", "max"]]
-    for name, figures in [*result["images_per_s"].items(),
-                          ("ours / B2, in a round", result["ours_against_B2"])]:
-        rows.append([name, *(f"{figures[key]:.2f}" for key in ("median", "min", "max"))])
-    return (
-        f"{result['model']}, batch {result['batch_size']}, {result['precision']}, "
-        f"{result['device']}\n" + table(rows)
+    result: dict[str, Any] = {
+        "steps_a_round": arguments.steps,
+        "captions_per_image": arguments.captions_per_image,
+        "compile": arguments.compile,
+        "lora_dropout": arguments.lora_dropout,
+        "checkpoint_dropout": arguments.checkpoint_dropout,
+        "captions_per_s": {name: spread(figures[name]) for name in epochs},
+        "ours_over": {name: ratios(figures["ours"], figures[name]) for name in peers},
+        "machine_gflop_per_s": {name: spread(figures[name]) for name in rates},
+        "work": {},
+    }
+    for part, flops in flops_of_a_caption(case, ours.model, phase).items():
+        reached = [speed * flops / 1e9 for speed in figures["ours"]]
+        result["work"][part] = {
+            "gflop_a_caption": flops / 1e9,
+            "gflop_per_s": spread(reached),
+            "share_of": {rate: ratios(reached, figures[rate]) for rate in rates},
+        }
+    speeds = result["captions_per_s"]
+    finish(
+        f"throughput_{phase}", arguments, result,
+        text=_epochs_table(result),
+        headline=_headline(phase, f"{speeds['ours']['median']:.2f} captions/s", result),
+        draw=lambda axes: plots.bars(axes, speeds, f"captions/s, {phase} epoch"),
     )
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _epochs_table(result: dict[str, Any]) -> str:
+    rows = [["captions/s", "median", "min", "max"]]
+    rows += [cells(name, speeds) for name, speeds in result["captions_per_s"].items()]
+    rows += [cells(f"ours / {name}", ratio) for name, ratio in result["ours_over"].items()]
+    rows += [
+        cells(f"{name}, GFLOP/s", rate, ".0f")
+        for name, rate in result["machine_gflop_per_s"].items()
+    ]
+    for part, work in result["work"].items():
+        name = f"ours, {part}: {work['gflop_a_caption']:.3g} GFLOP a caption"
+        rows.append(cells(f"{name}, GFLOP/s", work["gflop_per_s"], ".1f"))
+        rows += [cells(f"  of {rate}", share) for rate, share in work["share_of"].items()]
+    return table(rows)
+
+
+def matrix_rates(
+    case: Case, model: CaptionerBody, size: int
+) -> dict[str, Callable[[int], float]]:
+    """Contenders whose figures are GFLOP/s: torch.mm at its best, and `product` at our shapes."""
+    width = model.vocabulary.in_features
+    num_rows = case.batch_size * int(np.median(case.rows.lengths) - 1)
+
+    def rate(multiply: Callable, num_rows: int, size: int, _: int) -> float:
+        x = torch.randn(num_rows, size, device=case.device, dtype=case.dtype)
+        y = torch.randn(size, size, device=case.device, dtype=case.dtype)
+        return 2e-9 * num_rows * size**2 / seconds_a_call(lambda: multiply(x, y), case.device)
+
+    return {
+        f"torch.mm {size} x {size} x {size}": partial(rate, torch.mm, size, size),
+        f"product {num_rows} x {width} x {width}": partial(rate, product, num_rows, width),
+    }
+
+
+def flops_of_a_caption(case: Case, model: CaptionerBody, phase: str) -> dict[str, float]:
+    lengths = case.rows.lengths - 1  # the last token is no input
+    decoder = float(np.mean([decoder_flops(model, length) for length in lengths.tolist()]))
+    if phase == "later":
+        return {"decoder": decoder}
+    encoder = encoder_flops(model) * len(case.rows.pixels) / len(lengths)
+    return {"encoder": encoder, "encoder and decoder": encoder + decoder}
+
+
+def measure_wall(
+    folder: Path, arguments: argparse.Namespace, phase: str, peers: list[str]
+) -> None:
+    """Whole processes."""
+    from benchmarks.wall import seconds, write_dataset
+
+    with tempfile.TemporaryDirectory() as dataset:
+        write_dataset(
+            Path(dataset), folder, model=arguments.model, num_images=arguments.images
+        )
+        settings = {
+            "checkpoint": str(folder),
+            "dataset": dataset,
+            "model": arguments.model,
+            "device": str(arguments.device),
+            "precision": arguments.precision,
+            "batch_size": arguments.batch_size,
+            "lora_dropout": arguments.lora_dropout,
+            "compile": arguments.compile,
+            "num_images": arguments.images,
+            "epochs": arguments.epochs,
+        }
+        figures = interleave(
+            {name: partial(seconds, name, settings) for name in ["ours", *peers]},
+            num_rounds=arguments.wall_rounds,
+            num_warm_ups=0,
+        )
+    result: dict[str, Any] = {
+        "num_rounds": arguments.wall_rounds,
+        "num_images": arguments.images,
+        "num_epochs": arguments.epochs,
+        "compile": arguments.compile,
+        "lora_dropout": arguments.lora_dropout,
+        "checkpoint_dropout": arguments.checkpoint_dropout,
+        "seconds": {name: spread(values) for name, values in figures.items()},
+        "ours_over": {name: ratios(figures[name], figures["ours"]) for name in peers},
+    }
+    rows = [["seconds", "median", "min", "max"]]
+    rows += [cells(name, times, ".1f") for name, times in result["seconds"].items()]
+    rows += [cells(f"{name} / ours", ratio) for name, ratio in result["ours_over"].items()]
+    times = result["seconds"]
+    finish(
+        "throughput_wall", arguments, result,
+        text=table(rows),
+        headline=_headline(phase, f"{times['ours']['median']:.1f} s", result),
+        draw=lambda axes: plots.bars(
+            axes, times, f"seconds for {arguments.epochs} epochs of {arguments.images} images"
+        ),
+    )
+
+
+def _headline(phase: str, figure: str, result: dict[str, Any]) -> str:
+    times = [f"{ratio['median']:.2f} x {name}" for name, ratio in result["ours_over"].items()]
+    return f"{phase}: {figure}; speed " + (", ".join(times) or "of ours alone")
 
 
 if __name__ == "__main__":

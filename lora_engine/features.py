@@ -173,11 +173,11 @@ class FeatureSource:
                     num_left -= min(num_left, num_there + room)
                     places.append(
                         f"{all_of}on disk in {self.store.folder} ({num_there:,} there already; "
-                        f"reading one takes {1e3 * read_s:.2g} ms)"
+                        f"reading one takes {1e3 * read_s:.3g} ms)"
                     )
                 else:
                     places.append(
-                        f"not in {cache_dir}, where reading one takes {1e3 * read_s:.2g} ms"
+                        f"not in {cache_dir}, where reading one takes {1e3 * read_s:.3g} ms"
                     )
             except FeatureStoreError as error:
                 if self.cache == "disk":
@@ -193,7 +193,7 @@ class FeatureSource:
         size = self.num_images * row_bytes
         self.plan = (
             f"features of {self.num_images:,} images, {_size(size)} as {self.format.dtype} "
-            f"(encoding one takes {1e3 * self.encode_s:.2g} ms): "
+            f"(encoding one takes {1e3 * self.encode_s:.3g} ms): "
             f"kept {', '.join(places) if places else 'no longer than for a batch (--cache off)'}"
         )
 

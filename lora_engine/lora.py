@@ -141,7 +141,7 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Frozen linear layers, adapted or not, of one input x (..., in) -> (..., out) of each.
 
     All adapters of the input are one low-rank product, and share one dropout mask. Layers among
-    which one is of another kind, trains its weight or has a hook are simply called.
+    which one is of another kind, trains its weight or bias or has a hook are simply called.
     """
     if not all(_is_plain(layer) for layer in layers):
         return tuple(layer(x) for layer in layers)
@@ -192,7 +192,8 @@ class _Projections(torch.autograd.Function):
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
                     Y.addmm_(part, B.T, alpha=s)
-        ctx.save_for_backward(X, kept, A, low_rank, *Ws, *Bs)
+        # Frozen layers alone need no input for their gradients.
+        ctx.save_for_backward(None if A is None else X, kept, A, low_rank, *Ws, *Bs)
         return tuple(Ys)
 
     @staticmethod
@@ -205,7 +206,10 @@ class _Projections(torch.autograd.Function):
             products = [product(dY, W.T) for dY, W in zip(dYs, Ws)]
             dX = sum(products[1:], products[0])
         if A is not None:
-            Gs = [product(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings) if s]
+            Gs = [
+                product(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings)
+                if B is not None
+            ]
             G = torch.cat(Gs, dim=1)  # (M, sum of R)
             dAs = (G.T @ (X if kept is None else X * kept)).split(ctx.ranks)
             parts = low_rank.split(ctx.ranks, dim=1)
@@ -235,8 +239,14 @@ class _Cast(torch.autograd.Function):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    is_frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
-    return (is_frozen or isinstance(layer, LoRALinear)) and not layer._forward_hooks
+    is_frozen = type(layer) is nn.Linear and not any(
+        parameter.requires_grad for parameter in (layer.weight, layer.bias) if parameter is not None
+    )
+    has_hooks = (
+        layer._forward_hooks or layer._forward_pre_hooks
+        or layer._backward_hooks or layer._backward_pre_hooks
+    )
+    return (is_frozen or isinstance(layer, LoRALinear)) and not has_hooks
 
 
 @dataclass(frozen=True)

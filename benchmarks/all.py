@@ -1,0 +1,78 @@
+"""Every benchmark for both models, each in a process of its own, and a summary.
+
+    python -m benchmarks.all --quick          do they all run? about three minutes on two cores
+    python -m benchmarks.all --device cuda    what counts: nothing else may run on the machine
+
+Exits with 1 if one of them failed; the others run all the same.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.measure import MODELS
+
+BENCHMARKS = {  # name: the command's arguments
+    "first epoch": ["throughput", "--phase", "first"],
+    "later epochs": ["throughput", "--phase", "later"],
+    "wall-clock": ["throughput", "--phase", "wall"],
+    "memory": ["memory"],
+    "cross_attention": ["cross_attention"],
+    "lora_linear": ["lora_linear"],
+    "generate": ["generate"],
+    "features": ["features"],
+    "input_path": ["input_path"],
+}
+ON_CPU = {"input_path"}  # whatever the device
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", help="default: CUDA if there is one")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument("--rounds", type=int, help="default: each benchmark's own")
+    parser.add_argument("--quick", action="store_true", help="small models, 2 rounds")
+    arguments = parser.parse_args(argv)
+    summary = []
+    num_failed = 0
+    for name in arguments.only:
+        for model in arguments.models:
+            command = [sys.executable, "-m", f"benchmarks.{BENCHMARKS[name][0]}"]
+            command += [*BENCHMARKS[name][1:], "--model", model]
+            if arguments.device and name not in ON_CPU:
+                command += ["--device", arguments.device]
+            if arguments.rounds:
+                command += ["--rounds", str(arguments.rounds)]
+            if arguments.quick:
+                command.append("--quick")
+            begin_s = time.monotonic()
+            has_failed, last_line = run(command)
+            num_failed += has_failed
+            outcome = "FAILED" if has_failed else "ok"
+            seconds = time.monotonic() - begin_s
+            summary.append(f"{name:<16} {model:<9} {seconds:5.0f} s  {outcome:<6}  {last_line}")
+    print("", *summary, sep="\n")
+    return 1 if num_failed else 0
+
+
+def run(command: list[str]) -> tuple[bool, str]:
+    """Run a command, pass on what it prints -> whether it failed, and the last line of it."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    last_line = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last_line = line.strip() or last_line
+    return process.returncode != 0, last_line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Every contender by its short name, on the same checkpoint and the same rows.
+
+PEFT and transformers' models are imported with the first need of them: a process of ours alone
+shall not pay for what it does not use.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ours import Ours
+from benchmarks.rows import Rows
+from lora_engine.images import PixelSettings
+
+# name: builder in peers.py, and what it is told beyond the case
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "B0": ("published_loop", {}),
+    "B1": ("trainer", {}),
+    "B2": ("peft_loop", {}),
+    "B2sdpa": ("peft_loop", {"sdpa": True}),
+    "B3": ("feature_loop", {}),
+    "B4": ("compiled_loop", {}),
+    "B4graphs": (
+        "compiled_loop", {"compile_options": {"dynamic": False, "mode": "reduce-overhead"}}
+    ),
+}
+_B0_BATCH_SIZE = 2  # it takes seconds an image on a CPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all contenders of a run are given."""
+
+    folder: Path
+    model: str
+    rows: Rows
+    settings: PixelSettings
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    lora_dropout: float = 0.0
+
+    def ours(self, *, compile: bool = False) -> Ours:
+        return Ours(
+            self.folder, self.rows, self.settings, device=self.device, dtype=self.dtype,
+            batch_size=self.batch_size, lora_dropout=self.lora_dropout, compile=compile,
+        )
+
+    def peer(self, name: str) -> Callable[[int], float]:
+        """A peer, one of PEERS: a function that trains an epoch -> captions/s."""
+        from benchmarks import peers
+
+        _hide_progress_bars()
+        builder, options = PEERS[name]
+        rows, batch_size = self.rows, self.batch_size
+        if name == "B0":
+            num_rows = _B0_BATCH_SIZE * len(rows.captions) // batch_size  # as many steps
+            rows, batch_size = Rows(num_rows, self.settings.size, model=self.model), _B0_BATCH_SIZE
+        return getattr(peers, builder)(
+            self.folder, rows, self.settings, model=self.model, device=self.device,
+            dtype=self.dtype, batch_size=batch_size, lora_dropout=self.lora_dropout, **options,
+        )
+
+
+@contextmanager
+def checkpoint(model: str, *, small: bool, dropout: float = 0.0) -> Iterator[Path]:
+    """A random checkpoint in a temporary folder; `dropout` is GPT-2's own."""
+    from benchmarks.checkpoints import write_checkpoint
+
+    _hide_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        write_checkpoint(model, Path(name), small=small, dropout=dropout)
+        yield Path(name)
+
+
+def make_case(
+    folder: Path,
+    arguments: argparse.Namespace,
+    *,
+    num_rows: int,
+    captions_per_image: int = 1,
+    lora_dropout: float = 0.0,
+) -> Case:
+    """A checkpoint with rows of its images' size, for the flags of `measure.read_flags`."""
+    settings = pixel_settings(folder)
+    rows = Rows(
+        num_rows, settings.size, model=arguments.model, captions_per_image=captions_per_image
+    )
+    return Case(
+        folder, arguments.model, rows, settings, arguments.device, arguments.dtype,
+        arguments.batch_size, lora_dropout,
+    )
+
+
+def _hide_progress_bars() -> None:
+    """Those of loading and writing weights, which would stand among the figures."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def pixel_settings(folder: Path) -> PixelSettings:
+    """For pixels that have the encoder's size already."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config.get("vision_config", config.get("encoder"))["image_size"]
+    return PixelSettings((size, size), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -1,0 +1,166 @@
+"""Number formats of kept features: what they cost in loss, in bytes and in time.
+
+    python -m benchmarks.features --model blip
+    python -m benchmarks.features --model vit_gpt2 --cache_dir /a/disk/of/this/machine
+
+The loss is that of the demo's captioner on validation scenes whose features went through each
+format, in fp32 otherwise: with the plain captions that it was trained on, and with CC3M-like ones
+after NUM_EPOCHS epochs of LoRA on those, when it has not learned them all. Sizes and speeds are
+those of the full-size encoder: packing its features into rows, unpacking a batch for the decoder,
+reading rows from the disk with nothing of them in memory, and encoding the images anew.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from benchmarks import plots
+from benchmarks.contenders import checkpoint, make_case
+from benchmarks.measure import (
+    cells,
+    finish,
+    flags,
+    interleave,
+    read_flags,
+    seconds_a_call,
+    spread,
+    table,
+)
+from benchmarks.ours import Ours
+from benchmarks.rows import Rows
+from lora_engine.demo import captioner_folder
+from lora_engine.demo.pretrain import batch_of
+from lora_engine.demo.scenes import Scene, cc3m_caption, draw, plain_caption, scenes
+from lora_engine.devices import autocast
+from lora_engine.evaluation import validation_loss
+from lora_engine.feature_format import CacheDtype, FeatureFormat
+from lora_engine.feature_store import read_rate
+from lora_engine.features import encode_pixels
+from lora_engine.images import to_pixels
+from lora_engine.lora import cast_frozen
+from lora_engine.pretrained import load_body, load_captioner
+
+FORMATS: tuple[CacheDtype, ...] = get_args(CacheDtype)
+NUM_SCENES, NUM_EPOCHS, TRAINING_BATCH, LEARNING_RATE = 512, 8, 32, 1e-3
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags(__doc__)
+    parser.add_argument(
+        "--cache_dir", type=Path, default=Path(gettempdir()), help="whose disk is read"
+    )
+    arguments = read_flags(parser, argv)
+    losses = measure_losses(
+        arguments.model, arguments.device, num_scenes=16 if arguments.quick else NUM_SCENES
+    )
+    num_bytes, speeds = measure_speeds(arguments)
+    rows = [["", *(f"loss, {captions}, nats" for captions in losses), "kB an image"]]
+    for name in FORMATS:
+        row: list[str] = [name]
+        for by_format in losses.values():
+            difference = by_format[name] - by_format["fp32"]
+            row.append(
+                f"{by_format[name]:.6f} ({difference:+.1e}, {difference / by_format['fp32']:+.1e})"
+            )
+        rows.append([*row, f"{num_bytes[name] / 1e3:.0f}"])
+    rates = [["images/s", "median", "min", "max"]]
+    rates += [cells(name, figures, ".1f") for name, figures in speeds.items()]
+    plain = losses["plain"]
+    faster = speeds["read int8"]["median"] / speeds["encode"]["median"]
+    finish(
+        "features", arguments,
+        {"loss_nats": losses, "bytes_an_image": num_bytes, "images_per_s": speeds},
+        text=f"{table(rows)}\n\n{table(rates)}",
+        headline=(
+            f"int8 moves the loss by {plain['int8'] - plain['fp32']:+.1e} nats of "
+            f"{plain['fp32']:.4f}, bf16 by {plain['bf16'] - plain['fp32']:+.1e}; reading int8 is "
+            f"{faster:.0f} x as fast as encoding"
+        ),
+        draw=lambda axes: _draw(axes, speeds),
+    )
+
+
+def measure_losses(
+    model: str, device: torch.device, *, num_scenes: int
+) -> dict[str, dict[str, float]]:
+    """Nats a token by manner of caption and format."""
+    captioner = load_captioner(captioner_folder(model))
+    trained = list(islice(scenes("train", 1), num_scenes))
+    drawn = list(islice(scenes("validation", 1), num_scenes))
+    rows = Rows(num_scenes, captioner.pixels.size, model=model)
+    captions = captioner.tokenizer.encode(map(cc3m_caption, trained))
+    rows.lengths = captions.lengths
+    rows.captions = [captions[row] for row in range(num_scenes)]
+    rows.pixels = np.stack([to_pixels(draw(scene), captioner.pixels) for scene in trained])
+    ours = Ours(
+        Path(captioner_folder(model)), rows, captioner.pixels, device=device, dtype=torch.float32,
+        batch_size=TRAINING_BATCH, lr=LEARNING_RATE,
+    )
+
+    def by_format(caption: Callable[[Scene], str]) -> dict[str, float]:
+        batch = batch_of(captioner, drawn, caption)
+        features = encode_pixels(ours.model, batch.pixels.to(device), captioner.pixels)
+        losses: dict[str, float] = {}
+        for name in FORMATS:
+            form = FeatureFormat(features.shape[1], features.shape[2], name)
+            kept = batch._replace(features=form.unpack(form.pack(features), torch.float32))
+            losses[name] = validation_loss(
+                ours.model, [kept], device=device, dtype=torch.float32
+            ).loss
+        return losses
+
+    plain = by_format(plain_caption)  # new adapters change nothing
+    for epoch in range(NUM_EPOCHS):
+        ours.later_epoch(epoch)
+    return {"plain": plain, "CC3M-like": by_format(cc3m_caption)}
+
+
+def measure_speeds(arguments: Any) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Bytes an image by format, and images/s by what is done."""
+    device, dtype = arguments.device, arguments.dtype
+    with checkpoint(arguments.model, small=arguments.quick) as folder:
+        case = make_case(folder, arguments, num_rows=arguments.batch_size)
+        model = load_body(folder)
+    cast_frozen(model, dtype)
+    model.to(device)
+    pixels = torch.from_numpy(case.rows.pixels).to(device)
+
+    def encode() -> torch.Tensor:
+        with autocast(device, dtype):
+            return encode_pixels(model, pixels, case.settings)
+
+    def rate(call: Callable[[], object], _: int) -> float:
+        return len(pixels) / seconds_a_call(call, device)
+
+    features = encode()
+    contenders: dict[str, Callable[[int], float]] = {"encode": partial(rate, encode)}
+    num_bytes: dict[str, int] = {}
+    for name in FORMATS:
+        form = FeatureFormat(features.shape[1], features.shape[2], name)
+        packed = form.pack(features)
+        num_bytes[name] = form.row_bytes
+        contenders |= {
+            f"pack {name}": partial(rate, partial(form.pack, features)),
+            f"unpack {name}": partial(rate, partial(form.unpack, packed, dtype)),
+        }
+    contenders["bytes read"] = lambda _: read_rate(arguments.cache_dir)
+    figures = interleave(contenders, num_rounds=arguments.rounds, show=False)
+    num_read = figures.pop("bytes read")
+    for kind, row_bytes in num_bytes.items():
+        figures[f"read {kind}"] = [rate / row_bytes for rate in num_read]
+    return num_bytes, {name: spread(values) for name, values in figures.items()}
+
+
+def _draw(axes: Any, speeds: dict[str, dict[str, float]]) -> None:
+    plots.bars(axes, speeds, "images/s")
+    axes.set_xscale("log")
+
+
+if __name__ == "__main__":
+    main()

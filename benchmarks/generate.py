@@ -1,0 +1,194 @@
+"""Captions a second, generated greedily and with 4 beams: ours beside Hugging Face's `generate`.
+
+    python -m benchmarks.generate --model blip
+    python -m benchmarks.generate --model vit_gpt2 --device cuda --merge
+
+Both caption pixels in memory, encoder included, with the same adapter of rank 8 on all decoder
+linears, unmerged unless --merge; ours also from kept features. BLIP's encoder in transformers gets
+SDPA patched in, as an expert would. Random weights hardly ever end a caption, so that each has
+MAX_NEW_TOKENS new tokens. How many captions are the same on both sides, token by token, is printed,
+too: all in fp32; in bf16 some differ, because to random weights many words are about as likely. To
+such weights images look much alike (see how many captions are distinct): what images do to captions
+is for tests/test_generation.py to compare.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers, plots
+from benchmarks.contenders import Case, checkpoint, make_case
+from benchmarks.measure import (
+    cells,
+    finish,
+    flags,
+    interleave,
+    ratios,
+    read_flags,
+    spread,
+    table,
+    wait_for,
+)
+from lora_engine.adapter import load_adapter
+from lora_engine.devices import autocast
+from lora_engine.features import encode_pixels
+from lora_engine.generation import generate
+from lora_engine.images import normalize
+from lora_engine.lora import cast_frozen, merge
+from lora_engine.pretrained import load_body
+
+MAX_NEW_TOKENS = 20
+IDS = {"blip": (30522, 102, 0), "vit_gpt2": (50256, 50256, 50256)}  # start, end, pad
+SEARCHES = {"greedy": 1, "4 beams": 4}
+
+Caption = Callable[[slice, int], Tensor]  # which images, number of beams -> token ids
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags(__doc__)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
+    arguments = read_flags(parser, argv)
+    if arguments.quick:
+        arguments.images = 4
+    with checkpoint(arguments.model, small=arguments.quick) as folder:
+        case = make_case(folder, arguments, num_rows=arguments.images)
+        theirs = hugging_face(case, merged=arguments.merge)
+        from_pixels, from_features = ours(case, merged=arguments.merge)
+    captioners = {"ours": from_pixels, "ours, features": from_features, "Hugging Face": theirs}
+
+    searches: dict[str, Any] = {}
+    rows = [["captions/s", "median", "min", "max"]]
+    for search, num_beams in SEARCHES.items():
+        print(f"{search}:")
+        outcomes: dict[str, list[list[int]]] = {}
+        figures = interleave(
+            {
+                name: partial(_captions_per_s, name, caption, num_beams, case, outcomes)
+                for name, caption in captioners.items()
+            },
+            num_rounds=arguments.rounds,
+        )
+        pairs = zip(outcomes["ours"], outcomes["Hugging Face"], strict=True)
+        result: dict[str, Any] = {
+            "captions_per_s": {name: spread(speeds) for name, speeds in figures.items()},
+            "ours_over_hugging_face": ratios(figures["ours"], figures["Hugging Face"]),
+            "num_the_same": sum(ours == theirs for ours, theirs in pairs),
+            "num_distinct": len({tuple(row) for row in outcomes["ours"]}),
+        }
+        searches[search] = result
+        rows += [
+            cells(f"{search}, {name}", speeds)
+            for name, speeds in result["captions_per_s"].items()
+        ]
+        same = (
+            f"{result['num_the_same']} of {arguments.images} captions the same, "
+            f"{result['num_distinct']} distinct"
+        )
+        rows.append(cells(f"  ours / Hugging Face ({same})", result["ours_over_hugging_face"]))
+    speeds = {
+        f"{search}, {name}": figures
+        for search, result in searches.items() for name, figures in result["captions_per_s"].items()
+    }
+    finish(
+        "generate", arguments,
+        {
+            "num_images": arguments.images, "max_new_tokens": MAX_NEW_TOKENS,
+            "merged": arguments.merge, "searches": searches,
+        },
+        text=table(rows),
+        headline="Hugging Face's speed: " + ", ".join(
+            f"{search} {result['ours_over_hugging_face']['median']:.2f} x "
+            f"({result['num_the_same']} of {arguments.images} captions the same)"
+            for search, result in searches.items()
+        ),
+        draw=lambda axes: plots.bars(axes, speeds, "captions/s"),
+    )
+
+
+def hugging_face(case: Case, *, merged: bool) -> Caption:
+    """transformers with PEFT; its adapter stays in the case's folder, for ours to read."""
+    model: Any = peers._lora_model(
+        case.folder, case.model, case.device, case.dtype, dropout=0.0, seed=0
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, matrix in model.named_parameters():
+        if "lora_B" in name:  # zeros would adapt nothing
+            matrix.data.copy_(0.02 * torch.randn(matrix.shape, generator=generator))
+    model.save_pretrained(case.folder / "adapter")
+    if merged:
+        model.merge_adapter()
+    encoder, decoder = peers._halves(model, case.model)
+    peers._patch_sdpa(encoder)
+    decoder.config.use_cache = True  # training goes without
+    pixels = torch.from_numpy(case.rows.pixels).to(case.device)
+
+    def caption(images: slice, num_beams: int) -> Tensor:
+        with autocast(case.device, case.dtype):
+            return model.generate(
+                pixel_values=normalize(pixels[images], case.settings),
+                num_beams=num_beams,
+                do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
+
+    return caption
+
+
+def ours(case: Case, *, merged: bool) -> tuple[Caption, Caption]:
+    """This engine with that adapter: from pixels, and from features."""
+    model = load_body(case.folder)
+    load_adapter(model, case.folder / "adapter")
+    if merged:
+        merge(model)
+    cast_frozen(model, case.dtype)
+    model.to(case.device)
+    pixels = torch.from_numpy(case.rows.pixels).to(case.device)
+    start_id, end_id, pad_id = IDS[case.model]
+
+    def encode(images: slice) -> Tensor:
+        with autocast(case.device, case.dtype):
+            return encode_pixels(model, pixels[images], case.settings).to(case.dtype)
+
+    def caption(features: Tensor, num_beams: int) -> Tensor:
+        with autocast(case.device, case.dtype):
+            return generate(
+                model, features, prompt_ids=[start_id], end_id=end_id, pad_id=pad_id,
+                num_beams=num_beams, max_new_tokens=MAX_NEW_TOKENS,
+            )
+
+    features = torch.cat([encode(images) for images in _batches(case)])
+    return (
+        lambda images, num_beams: caption(encode(images), num_beams),
+        lambda images, num_beams: caption(features[images], num_beams),
+    )
+
+
+def _captions_per_s(
+    name: str,
+    caption: Caption,
+    num_beams: int,
+    case: Case,
+    outcomes: dict[str, list[list[int]]],
+    _: int,
+) -> float:
+    wait_for(case.device)
+    begin_s = time.perf_counter()
+    tokens = [caption(images, num_beams) for images in _batches(case)]
+    wait_for(case.device)
+    seconds = time.perf_counter() - begin_s
+    outcomes[name] = [row for batch in tokens for row in batch.tolist()]
+    return len(outcomes[name]) / seconds
+
+
+def _batches(case: Case) -> list[slice]:
+    size = case.batch_size
+    return [slice(begin, begin + size) for begin in range(0, len(case.rows.pixels), size)]
+
+
+if __name__ == "__main__":
+    main()

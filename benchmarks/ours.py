@@ -1,0 +1,191 @@
+"""This engine as one more contender, made of the parts that `lora_engine.training` is made of.
+
+Targets, rank, clipping and optimizer are those of the peers (peers.py). Two things are ours: rows
+of similar length go together, and features are kept, here in memory, where the first epoch leaves
+them. Images are in memory, too, as theirs are, and beside a GPU a thread gathers the next batches
+into pinned memory; what loading files costs is in the wall-clock figure of throughput.py.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from benchmarks.measure import wait_for
+from benchmarks.rows import Rows
+from lora_engine import training
+from lora_engine.batches import Batch, Collate, Example, Identified, epoch_batches
+from lora_engine.config import TrainingConfig
+from lora_engine.features import FeatureSource, ImageList
+from lora_engine.images import PixelSettings
+from lora_engine.lora import inject, lora_layers
+from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.pretrained import Captioner, load_body
+
+RANK, ALPHA = 8, 32
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0  # those of peers.py
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Ours:
+    """The engine on rows in memory; an epoch, first or later, gives captions/s."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Rows,
+        settings: PixelSettings,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        lora_dropout: float = 0.0,
+        lr: float = LEARNING_RATE,
+        seed: int = 0,
+        compile: bool = False,
+        num_ahead: int = 3,
+    ) -> None:
+        self.rows = rows
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.lr = lr
+        self.seed = seed
+        # On a CPU a thread would only take time from the training.
+        self.num_ahead = num_ahead if device.type == "cuda" else 0
+        model = load_body(folder)
+        torch.manual_seed(seed)
+        inject(
+            model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
+        )
+        config = TrainingConfig(model=str(folder), compile=compile)
+        self.model = training._place(model, device, dtype, config)
+        self.matrices = FlatMatrices((layer for _, layer in lora_layers(self.model)), dtype)
+        self.optimizer = build_optimizer(self.matrices, lr=lr, weight_decay=WEIGHT_DECAY)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.graphs = training._cuda_graphs(
+            self.matrices, self.optimizer, device, config, say=print
+        )
+        self.num_steps = 0
+        self.collate = Collate(
+            image_size=settings.size,
+            prompt_length=1,
+            pad_id=0,
+            longest_bucket=model.decoder.max_positions if device.type == "cuda" else None,
+        )
+        no_tokenizer: Any = None
+        self.captioner = Captioner(self.model, no_tokenizer, settings, "", "", None, "")
+        # An image's number stands for the digest of its file, which nobody looks for.
+        self.images = ImageList([f"image {number}" for number in range(len(rows.pixels))])
+        for number in range(len(rows.pixels)):
+            self.images.know(number, None, _digest(number))
+        self.source: FeatureSource | None = None
+
+    def first_epoch(self, number: int) -> float:
+        """No features are there; each image is encoded when its first row comes."""
+        self.source = self._empty_source()
+        return self._epoch(number, self.source, self._with_pixels())
+
+    def later_epoch(self, number: int) -> float:
+        """All features are there."""
+        if self.source is None:
+            self.encode()
+        assert self.source is not None
+        return self._epoch(number, self.source, self._batch)
+
+    def encode(self) -> None:
+        """Compute and keep all features."""
+        self.source = self._empty_source()
+        rows = np.arange(len(self.rows.captions))
+        batches = map(self._with_pixels(), np.split(rows, rows[self.batch_size::self.batch_size]))
+        for _ in self.source.attach(batches, self.images):
+            pass
+
+    def _epoch(
+        self, number: int, source: FeatureSource, batch_of: Callable[[np.ndarray], Batch]
+    ) -> float:
+        order = epoch_batches(
+            self.rows.lengths, batch_size=self.batch_size, seed=self.seed, epoch=number
+        )
+        wait_for(self.device)
+        begin_s = time.perf_counter()
+        batches = _ahead(batch_of, order, num_ahead=self.num_ahead)
+        for batch in source.attach(batches, self.images):
+            self._step(batch)
+        wait_for(self.device)
+        return len(self.rows.captions) / (time.perf_counter() - begin_s)
+
+    def _step(self, batch: Batch) -> None:
+        """What `lora_engine.training.train` does in a step; the one place to follow it."""
+        self.num_steps += 1
+        loss = training.accumulate_gradients(
+            self.model, [batch], device=self.device, dtype=self.dtype, scaler=self.scaler,
+            seed=(self.seed, self.num_steps), graphs=self.graphs,
+        )
+        optimizer_step(
+            self.optimizer, self.scaler, self.matrices, loss,
+            lr=self.lr, max_grad_norm=MAX_GRAD_NORM, graphs=self.graphs,
+        )
+
+    def _empty_source(self) -> FeatureSource:
+        self.source = None  # or both would be there for a moment
+        return FeatureSource(
+            self.captioner,
+            device=self.device,
+            dtype=self.dtype,
+            num_images=len(self.images.paths),
+            cache="memory",
+            cache_dir=Path("nothing is kept on disk"),
+            cache_dtype=None,
+            cache_limit_bytes=0,
+            say=print,
+        )
+
+    def _with_pixels(self) -> Callable[[np.ndarray], Batch]:
+        """Batches of an epoch in which the first row of an image brings its pixels."""
+        return partial(self._batch, seen=set())
+
+    def _batch(self, indices: np.ndarray, seen: set[int] | None = None) -> Batch:
+        examples = []
+        for row in indices.tolist():
+            image = int(self.rows.image_of_row[row])
+            example = Example(row, image, self.rows.captions[row])
+            if seen is not None and image not in seen:
+                seen.add(image)
+                example = example._replace(
+                    pixels=self.rows.pixels[image],
+                    identified=Identified(image, None, _digest(image)),
+                )
+            examples.append(example)
+        batch = self.collate(examples)
+        if self.device.type == "cuda":
+            pinned = ("input_ids", "target_positions", "target_ids", "pixels")
+            batch = batch._replace(**{name: getattr(batch, name).pin_memory() for name in pinned})
+        return batch
+
+
+def _digest(image: int) -> bytes:
+    return (image + 1).to_bytes(16, "big")  # 0 means unknown
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T], *, num_ahead: int) -> Iterator[U]:
+    """The function of each item in order, in a thread so many items ahead; with 0 without one."""
+    if not num_ahead:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

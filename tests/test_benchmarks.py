@@ -1,0 +1,216 @@
+"""Every benchmark runs on small models, and what their figures rest on is right."""
+
+import dataclasses
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("peft")
+
+from benchmarks import contenders, flops, measure, memory, ours, peers, wall  # noqa: E402
+from benchmarks import all as all_benchmarks  # noqa: E402
+from benchmarks.cross_attention import crossing  # noqa: E402
+from lora_engine.adapter import read_adapter  # noqa: E402
+from lora_engine.lora import inject, lora_parameters  # noqa: E402
+from lora_engine.loss import caption_loss  # noqa: E402
+from lora_engine.models import cross_attention  # noqa: E402
+from lora_engine.pretrained import load_body  # noqa: E402
+
+MODELS = ("blip", "vit_gpt2")
+RUNS = {  # flags beyond those of all, number of results
+    "throughput": (["--peers", "B3"], 2),
+    "throughput, photos": (["--phase", "first", "--captions_per_image", "2", "--peers"], 1),
+    "throughput, wall": (["--phase", "wall", "--peers", "B2"], 1),
+    "memory": (["--peers", "B3"], 1),
+    "cross_attention": ([], 1),
+    "lora_linear": ([], 1),
+    "generate": ([], 1),
+    "features": ([], 1),
+}
+
+
+def call_here(function, **arguments):
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for part in value for number in numbers_in(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("run", RUNS)
+def test_it_runs(run, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    for module in (memory, wall):
+        monkeypatch.setattr(module, "in_fresh_process", call_here)
+    name = run.split(",")[0]
+    main = importlib.import_module(f"benchmarks.{name}").main
+    flags, num_results = RUNS[run]
+    main(["--quick", "--device", "cpu", "--model", model, "--tag", "try", *flags])
+
+    printed = capsys.readouterr().out.splitlines()
+    paths = sorted(tmp_path.glob("*.json"))
+    assert len(paths) == num_results
+    for path in paths:
+        assert path.name.startswith(name)
+        assert path.name.endswith(f"-{model}-cpu-try-quick.json")
+        assert path.with_suffix(".png").stat().st_size > 5000
+        result = json.loads(path.read_text())
+        assert {"commit", "machine", "torch", "transformers", "peft", "device"} <= result.keys()
+        assert all(map(math.isfinite, numbers_in(result)))
+        assert result["headline"] in printed
+        if name == "generate":  # which compares tokens
+            same = [search["num_the_same"] for search in result["searches"].values()]
+            assert same == [result["num_images"]] * 2
+    assert printed[-1] == result["headline"]  # the line that benchmarks.all shows
+
+
+def test_a_function_runs_in_a_fresh_process():
+    assert measure.in_fresh_process("benchmarks.measure:spread", values=[3, 1, 2]) == {
+        "median": 2, "min": 1, "max": 3,
+    }
+
+
+def test_rounds_that_warm_up_do_not_count_and_ratios_are_formed_within_rounds():
+    calls = {"a": [], "b": []}
+    figures = measure.interleave(
+        {name: lambda number, name=name: calls[name].append(number) or 10.0**number
+         for name in calls},
+        num_rounds=2, num_warm_ups=2,
+    )
+    assert calls == {"a": [0, 1, 2, 3], "b": [0, 1, 2, 3]}
+    assert figures == {"a": [100, 1000], "b": [100, 1000]}
+    assert measure.ratios(figures["a"], [10, 1000]) == {"median": 5.5, "min": 1, "max": 10}
+
+
+def test_the_peak_of_memory_is_found():
+    before = measure.start_peak(torch.device("cpu"))
+    ballast = np.ones(25_000_000, dtype=np.uint8)
+    del ballast
+    assert 24e6 < measure.peak_bytes(torch.device("cpu")) - before < 40e6
+
+
+def test_a_failure_and_the_last_line_are_seen():
+    last = all_benchmarks.run([sys.executable, "-c", "print('one'); print('two'); print()"])
+    assert last == (False, "two")
+    assert all_benchmarks.run([sys.executable, "-c", "raise SystemExit(3)"]) == (True, "")
+
+
+def test_the_crossing_lies_on_a_straight_line_between_two_lengths():
+    ratios = {8: 0.5, 16: 0.75, 24: 1.25, 32: 2.0}
+    assert crossing({length: {"median": ratio} for length, ratio in ratios.items()}) == 20
+    assert crossing({8: {"median": 2.0}, 16: {"median": 3.0}}) is None
+
+
+# --- ours -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    """Five captions of three images, for a small checkpoint of each family."""
+    with contenders.checkpoint(request.param, small=True) as folder:
+        settings = contenders.pixel_settings(folder)
+        rows = contenders.Rows(5, settings.size, model=request.param, captions_per_image=2)
+        yield contenders.Case(
+            folder, request.param, rows, settings, torch.device("cpu"), torch.float32, 2
+        )
+
+
+def test_ours_adapts_what_the_peers_adapt_with_the_same_settings(case):
+    trainer = case.ours()
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    theirs = case.peer("B3").model
+    assert trained == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    for name in ("RANK", "ALPHA", "LEARNING_RATE", "WEIGHT_DECAY", "MAX_GRAD_NORM"):
+        assert getattr(ours, name) == getattr(peers, name)
+
+
+def test_ours_encodes_each_image_once_in_the_first_epoch_and_none_later(case):
+    trainer = case.ours()
+    assert trainer.first_epoch(0) > 0
+    source = trainer.source
+    assert source.num_encoded == 3
+    assert trainer.later_epoch(1) > 0 and trainer.later_epoch(2) > 0
+    assert trainer.source is source and source.num_encoded == 3
+    assert trainer.num_steps == 9
+
+    other = case.ours()
+    other.encode()
+    assert other.source.num_encoded == 3 and other.num_steps == 0
+
+
+def test_an_epoch_of_ours_lands_where_a_peer_does(case):
+    """From the same adapters, with all rows in one batch, so that the order does not matter."""
+    case = dataclasses.replace(case, batch_size=5)
+    peer, trainer = case.peer("B3"), case.ours()
+    peer.model.save_pretrained(case.folder / "adapter")
+    matrices = lora_parameters(trainer.model)
+    for name, matrix in read_adapter(case.folder / "adapter").matrices.items():
+        matrices[name].data.copy_(matrix)
+    before = {name: matrix.detach().clone() for name, matrix in matrices.items()}
+    for epoch in range(3):
+        trainer.later_epoch(epoch)
+        peer(epoch)
+    peer.model.save_pretrained(case.folder / "adapter")
+    after = read_adapter(case.folder / "adapter").matrices
+    update = torch.cat([(matrices[name] - before[name]).flatten() for name in after])
+    theirs = torch.cat([(after[name] - before[name]).flatten() for name in after])
+    assert theirs.abs().max() > 1e-4  # the learning rate
+    assert (update - theirs).norm() < 0.01 * theirs.norm()
+
+
+# --- the work -------------------------------------------------------------------------------
+
+
+def measured_flops(function):
+    # What torch's own counter leaves out: products added in place, and fused attention on CPUs.
+    def in_place(total, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.addmm_: in_place}
+        ) as counter,
+    ):
+        function()
+    return counter.get_total_flops()
+
+
+def test_the_work_is_that_of_the_engine(case):
+    """In fp64, whose products all go through operators that torch counts."""
+    model = load_body(case.folder).double()
+    inject(model, ["attention", "feed_forward"], dropout=0.0)
+    for name, matrix in model.named_parameters():
+        if name.endswith("lora_B"):
+            matrix.data.normal_()
+    pixels = torch.randn(1, 3, *case.settings.size, dtype=torch.float64)
+    features = model.encode(pixels).detach()
+    with torch.no_grad():
+        assert measured_flops(lambda: model.encode(pixels)) == flops.encoder_flops(model)
+    num_layers, width = len(model.decoder.layers), model.encoder.width
+    for num_tokens in (2, 12):
+        ids = torch.arange(num_tokens) + 5
+        measured = measured_flops(
+            lambda: caption_loss(model, ids[None], ids - 5, ids, features).backward()
+        )
+        # Without a fused kernel attention computes what the causal mask then hides.
+        hidden = num_layers * 6 * num_tokens * (num_tokens - 1) * width
+        if cross_attention.absorbs(num_tokens, features.shape[1:], 4, with_backward=True):
+            assert num_tokens == 2
+            assert flops.decoder_flops(model, num_tokens) == measured - hidden
+        else:  # adapters of projected keys and values take more than they have to
+            assert num_tokens == 12
+            assert flops.decoder_flops(model, num_tokens) < measured - hidden
