@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         rule = next(
             length for length in count(1)
             if not engine.absorbs(
-                length, image, sizes["num_heads"], with_backward=with_backward
+                (length, image[1]), image, sizes["num_heads"],
+                with_backward=with_backward,
             )
         ) - 1
         result.setdefault("crossing", {})[passes] = {"measured": measured, "rule": rule}

@@ -3,11 +3,11 @@
     python -m benchmarks.lora_linear --model blip
     python -m benchmarks.lora_linear --model vit_gpt2 --device cuda
 
-"frozen" are the same layers without adapters (F.linear, and only the gradient of the input): what
-no LoRA can be faster than, in torch's own kernels. Under bf16 all have frozen weights in bf16 and
-matrices in fp32, as in training; ours also has its cast copy of these, made once a step
-(optim.py), and PEFT does not cast its input (peers.py). The rows are those of all captions of a
-batch together.
+"frozen" are the same layers without adapters, with only the gradient of the input: what no LoRA can
+be faster than, by F.linear, and by `products.product`, whose kernels ours uses. Under bf16 all have
+frozen weights in bf16 and matrices in fp32, as in training; ours also has its cast copy of these,
+made once a step (optim.py), and PEFT does not cast its input (peers.py). The rows are those of all
+captions of a batch together.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -50,6 +49,7 @@ SHAPES: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {  # (in, outs) of l
 }
 NUM_ROWS = (64, 128, 256, 512, 1024, 2048)
 DROPOUTS = (0.0, 0.1)
+FROZEN = ("F.linear", "product")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,28 +73,28 @@ def main(argv: list[str] | None = None) -> None:
     figures = interleave(contenders, num_rounds=arguments.rounds, show=False)
 
     shown: dict[str, dict[int, Any]] = {name: {} for name in shapes}
-    rows = [["microseconds", "rows", "frozen", *(
+    rows = [["microseconds", "rows", *FROZEN, *(
         f"{column}, {dropout}" for dropout in DROPOUTS for column in ("ours", "PEFT", "PEFT/ours")
     )]]
     for name in shapes:
         for num_rows in all_rows:
-            frozen, *rest = (
-                figures[f"{name}/{num_rows}/{contender}"] for contender in _contenders()
-            )
-            measured: dict[str, Any] = {"frozen_us": spread(frozen)}
-            cells = [f"{spread(frozen)['median']:.0f}"]
-            for dropout, ours, theirs in zip(DROPOUTS, rest[::2], rest[1::2]):
-                times = spread(ours), spread(theirs), ratios(theirs, ours)
-                measured |= dict(zip(
-                    (f"ours_{dropout}_us", f"peft_{dropout}_us", f"peft_over_ours_{dropout}"),
-                    times,
-                ))
-                cells += [f"{time['median']:.0f}" for time in times[:2]]
-                cells.append(f"{times[2]['median']:.2f}")
+            times = {
+                contender: figures[f"{name}/{num_rows}/{contender}"] for contender in calls
+            }
+            measured: dict[str, Any] = {
+                f"{contender}, us": spread(values) for contender, values in times.items()
+            }
+            cells = [f"{measured[f'{frozen}, us']['median']:.0f}" for frozen in FROZEN]
+            for dropout in DROPOUTS:
+                ours, theirs = f"ours {dropout}", f"PEFT {dropout}"
+                ratio = ratios(times[theirs], times[ours])
+                measured[f"PEFT / ours {dropout}"] = ratio
+                cells += [f"{measured[f'{side}, us']['median']:.0f}" for side in (ours, theirs)]
+                cells.append(f"{ratio['median']:.2f}")
             shown[name][num_rows] = measured
             rows.append([name, str(num_rows), *cells])
     speedups = [
-        measured["peft_over_ours_0.0"]["median"]
+        measured["PEFT / ours 0.0"]["median"]
         for by_rows in shown.values() for measured in by_rows.values()
     ]
     finish(
@@ -103,10 +103,6 @@ def main(argv: list[str] | None = None) -> None:
         headline=f"without dropout {min(speedups):.2f} to {max(speedups):.2f} times PEFT's speed",
         draw=lambda axes: _draw(axes, shown),
     )
-
-
-def _contenders() -> list[str]:
-    return ["frozen", *(f"{side} {dropout}" for dropout in DROPOUTS for side in ("ours", "PEFT"))]
 
 
 def layer_calls(
@@ -128,9 +124,10 @@ def layer_calls(
         return torch.autograd.grad(ys, [x, *matrices], gradients)
 
     plain: Any = _layers(width, outs, False).to(device, dtype).requires_grad_(False)
-    calls: dict[str, Callable[[], object]] = {"frozen": partial(
-        both, lambda x: [F.linear(x, layer.weight, layer.bias) for layer in plain], []
-    )}
+    calls: dict[str, Callable[[], object]] = {
+        "F.linear": partial(both, partial(_call_each, plain), []),
+        "product": partial(both, partial(_project, plain), []),
+    }
     for dropout in DROPOUTS:
         ours = _layers(width, outs, False)
         inject(ours, r"\d+", rank=RANK, alpha=ALPHA, dropout=dropout)
@@ -150,10 +147,7 @@ def layer_calls(
                 layer.get_base_layer().to(dtype)
         theirs.to(device).train()
         adapted: Any = theirs.get_base_model()
-        calls[f"PEFT {dropout}"] = partial(
-            both, partial(_call_each, adapted), _trained(theirs)
-        )
-    assert list(calls) == _contenders()
+        calls[f"PEFT {dropout}"] = partial(both, partial(_call_each, adapted), _trained(theirs))
     return calls
 
 
@@ -184,10 +178,11 @@ def _draw(axes: Any, shown: dict[str, dict[int, Any]]) -> None:
         for dropout, style in zip(DROPOUTS, ("-", "--")):
             plots.line(
                 axes, list(by_rows),
-                [measured[f"peft_over_ours_{dropout}"] for measured in by_rows.values()],
+                [measured[f"PEFT / ours {dropout}"] for measured in by_rows.values()],
                 label=f"{name}, dropout {dropout}", linestyle=style, color=f"C{color}",
             )
-    axes.set(xscale="log", xlabel="rows", ylabel="PEFT's time / ours", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="rows", ylabel="PEFT's time / ours", ylim=(0, None))
     axes.legend(fontsize="small")
 
 

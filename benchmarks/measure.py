@@ -23,6 +23,7 @@ from lora_engine.devices import describe, resolve_device, resolve_dtype
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("blip", "vit_gpt2")
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Spread = dict[str, float]  # median, min and max of the rounds
 _QUICK_ROUNDS = 2
@@ -58,7 +59,7 @@ def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     except ValueError as error:
         parser.error(str(error))
     arguments.dtype = resolve_dtype(arguments.precision, arguments.device)
-    arguments.precision = "bf16" if arguments.dtype == torch.bfloat16 else "fp32"
+    arguments.precision = PRECISIONS[arguments.dtype]
     arguments.batch_size = arguments.batch_size or _BATCH_SIZE[arguments.device.type]
     if arguments.quick:
         arguments.rounds = min(arguments.rounds, _QUICK_ROUNDS)

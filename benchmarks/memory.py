@@ -129,7 +129,7 @@ def train_an_epoch(
 
 
 def _draw(axes: Any, result: dict[str, Any]) -> None:
-    plots.bars(axes, result["peak_mb"], "MB at the peak; hollow: what training does not add")
+    plots.bars(axes, result["peak_mb"], "MB at the peak; hollow: the baseline")
     baselines = [figures["median"] for figures in result["baseline_mb"].values()]
     axes.barh(list(result["baseline_mb"]), baselines, color="white", edgecolor="C0")
 

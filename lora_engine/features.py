@@ -25,15 +25,19 @@ from lora_engine.devices import autocast, free_memory_bytes
 from lora_engine.feature_format import CacheDtype, FeatureFormat
 from lora_engine.feature_store import FeatureStore, FeatureStoreError, read_rate
 from lora_engine.image_identity import FileStamp, Identities, stamp
-from lora_engine.images import PIXELS_VERSION, PixelSettings, normalize
+from lora_engine.images import PIXELS_VERSION, ImageError, PixelSettings, normalize
 from lora_engine.models import CaptionerBody
+from lora_engine.models.activations import ACTIVATIONS
+from lora_engine.models.vit import EncoderLayer
 from lora_engine.pretrained import Captioner, fingerprint
 
 # Always as many, filled up where there are fewer: with another number the last bits of the features
 # could differ. On a CPU one by one is as fast: an image's activations stay in the caches.
 _ENCODER_BATCH = {"cpu": 1, "cuda": 64}
 _MEMORY_SHARE = 0.5  # of what is free, for features in memory
-_GROUP = 4  # batches that a GPU encodes together, so that few of its encoder batches are part empty
+# Batches that are encoded together, so that few of a GPU's encoder batches are part empty, and
+# groups that are begun before one is trained on.
+_GROUPS = {"cpu": (1, 0), "cuda": (4, 1)}
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def encode_pixels(model: CaptionerBody, pixels: Tensor, settings: PixelSettings)
 
 
 class ImageList:
-    """The images of a dataset, and what is known of each file: its stamp, digest, and row on disk.
+    """The images of a dataset, and what is known of each file: its stamp and digest.
 
     Arrays, not objects, because there may be millions.
     """
@@ -52,13 +56,10 @@ class ImageList:
         self.paths = paths
         self.stamps = np.full((len(paths), 2), -1, dtype=np.int64)
         self.digests = np.zeros(len(paths), dtype="V16")
-        self.rows = np.full(len(paths), -1, dtype=np.int64)
 
     def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
         self.stamps[image] = (-1, -1) if file is None else file
-        if self.digests[image].tobytes() != digest:
-            self.digests[image] = np.void(digest)
-            self.rows[image] = -1
+        self.digests[image] = np.void(digest)
 
 
 class _Memory:
@@ -71,12 +72,12 @@ class _Memory:
 
     def keep(self, digests: Sequence[bytes], rows: Tensor) -> None:
         """Keep those of the rows (n, row_bytes) that are new, as far as there is room."""
-        new = [i for i, digest in enumerate(digests) if digest not in self.slots]
         begin = len(self.slots)
-        new = new[: len(self.rows) - begin]
+        new = {digest: i for i, digest in enumerate(digests) if digest not in self.slots}
+        new = dict(islice(new.items(), len(self.rows) - begin))
         if new:
-            self.rows[begin : begin + len(new)] = rows[new].to(self.rows.device)
-            self.slots.update({digests[i]: begin + n for n, i in enumerate(new)})
+            self.rows[begin : begin + len(new)] = rows[list(new.values())].to(self.rows.device)
+            self.slots.update(zip(new, range(begin, begin + len(new))))
 
 
 class _Group(NamedTuple):
@@ -121,6 +122,7 @@ class FeatureSource:
         self.cache = cache
         self.say = say
         self.encoder_batch_size = _ENCODER_BATCH[device.type]
+        self.group_size, self.num_ahead = _GROUPS[device.type]
         self.num_encoded = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._said_why = False
@@ -129,7 +131,7 @@ class FeatureSource:
         exact: CacheDtype = "fp32" if dtype == torch.float32 else "bf16"
         self.format = FeatureFormat(num_tokens, width, cache_dtype or exact)
         description = {
-            "encoder": "" if cache == "off" else fingerprint(_encoder_parts(self.model)),
+            "encoder": "" if cache == "off" else _describe_encoder(self.model),
             "pixels": {**dataclasses.asdict(self.pixels), "version": PIXELS_VERSION},
             "format": dataclasses.asdict(self.format),
             "compute_dtype": str(dtype),
@@ -150,12 +152,13 @@ class FeatureSource:
         self.identities.close()
         if self.store is not None:
             self.store.close()
+            self._say_why_stopped()
 
     # --- where features are kept ------------------------------------------------------------
 
     def _place_rows(self, description: dict, cache_dir: Path, limit_bytes: int) -> None:
         row_bytes, num_left = self.format.row_bytes, self.num_images
-        places = []
+        places, not_on_disk = [], ""
         if self.cache in ("auto", "memory") and self._stream is not None:
             free_bytes = free_memory_bytes(self.device)
             capacity = min(num_left, int(_MEMORY_SHARE * free_bytes) // row_bytes)
@@ -168,33 +171,36 @@ class FeatureSource:
                     self.store = FeatureStore(
                         cache_dir, description, row_bytes=row_bytes, limit_bytes=limit_bytes
                     )
-                    num_there, room = self.store.num_rows, self.store.room()
-                    all_of = "" if num_there + room >= num_left else f"{room:,} more "
-                    num_left -= min(num_left, num_there + room)
+                    # What is there may be of other images: it says nothing about these.
+                    room = self.store.room()
+                    more = "" if room >= num_left else f", room for {room:,} more"
+                    num_left -= min(num_left, room)
                     places.append(
-                        f"{all_of}on disk in {self.store.folder} ({num_there:,} there already; "
-                        f"reading one takes {1e3 * read_s:.3g} ms)"
+                        f"on disk in {self.store.folder} ({self.store.num_rows:,} there already"
+                        f"{more}; reading one takes {_milliseconds(read_s)})"
                     )
                 else:
-                    places.append(
-                        f"not in {cache_dir}, where reading one takes {1e3 * read_s:.3g} ms"
+                    not_on_disk = (
+                        f"not on disk in {cache_dir}, where reading one takes "
+                        f"{_milliseconds(read_s)}"
                     )
             except FeatureStoreError as error:
                 if self.cache == "disk":
                     raise ValueError(f"--cache disk: {error}") from None
-                places.append(f"not on disk ({error})")
+                not_on_disk = f"not on disk: {error}"
         if self.device_memory is not None:
             num_left -= min(num_left, len(self.device_memory.rows))
         if self.cache in ("auto", "memory") and num_left > 0:
             free_bytes = free_memory_bytes(torch.device("cpu"))
             capacity = min(num_left, int(_MEMORY_SHARE * free_bytes) // row_bytes)
             self.host_memory = _Memory(capacity, row_bytes, torch.device("cpu"))
-            places.append(f"{capacity:,} in memory")
-        size = self.num_images * row_bytes
+            places.append(f"{'up to ' if self.store else ''}{capacity:,} in memory")
+        if self.cache == "off":
+            places.append("no longer than for a batch (--cache off)")
+        kept = "; ".join(filter(None, [f"kept {', '.join(places)}", not_on_disk]))
         self.plan = (
-            f"features of {self.num_images:,} images, {_size(size)} as {self.format.dtype} "
-            f"(encoding one takes {1e3 * self.encode_s:.3g} ms): "
-            f"kept {', '.join(places) if places else 'no longer than for a batch (--cache off)'}"
+            f"features of {self.num_images:,} images, {_size(self.num_images * row_bytes)} as "
+            f"{self.format.dtype} (encoding one takes {_milliseconds(self.encode_s)}): {kept}"
         )
 
     def has(self, images: ImageList, image: int) -> bool:
@@ -218,10 +224,7 @@ class FeatureSource:
             return True
         if self.store is None:
             return False
-        if images.rows[image] < 0 and self.store.pending(digest) is None:
-            (images.rows[image],) = self.store.find([digest])
-            return bool(images.rows[image] >= 0)
-        return True
+        return self.store.pending(digest) is not None or bool(self.store.find([digest])[0] >= 0)
 
     @property
     def _memories(self) -> tuple[_Memory | None, _Memory | None]:
@@ -254,6 +257,9 @@ class FeatureSource:
                 on_disk = self.store is not None and self.store.offer(digest, row.numpy())
                 if not on_disk and self.host_memory is not None:
                     self.host_memory.keep([digest], row[None])
+        self._say_why_stopped()
+
+    def _say_why_stopped(self) -> None:
         if self.store is not None and self.store.stopped_because and not self._said_why:
             self._said_why = True
             self.say(self.store.stopped_because)
@@ -267,11 +273,10 @@ class FeatureSource:
         trained on.
         """
         batches = iter(batches)
-        size, num_ahead = (1, 0) if self._stream is None else (_GROUP, 1)
         started: deque[_Group] = deque()
-        while group := list(islice(batches, size)):
+        while group := list(islice(batches, self.group_size)):
             started.append(self._start(group, images))
-            if len(started) > num_ahead:
+            if len(started) > self.num_ahead:
                 yield from self._finish(started.popleft(), images)
         for last in started:
             yield from self._finish(last, images)
@@ -351,27 +356,39 @@ class FeatureSource:
                 pin_memory=self._stream is not None,
             )
             for row, i in zip(read, on_disk):
-                self._read(images, wanted[i], row.numpy())
+                digests[i] = self._read(images.paths[wanted[i]], digests[i], row.numpy())
             out[on_disk] = read.to(self.device, non_blocking=True)
             if self.device_memory is not None:
                 self.device_memory.keep([digests[i] for i in on_disk], out[on_disk])
         return out
 
-    def _read(self, images: ImageList, image: int, out: np.ndarray) -> None:
-        """Copy a row from the disk, or from what waits for it, into `out` (row_bytes,)."""
-        assert self.store is not None
-        waiting = self.store.pending(images.digests[image].tobytes())
-        if waiting is not None:
-            out[:] = waiting
-            return
+    def _read(self, path: str, digest: bytes, out: np.ndarray) -> bytes:
+        """Copy a row from the disk, or from what waits for it, into `out` (row_bytes,).
+
+        A row may have gone since it was asked for: someone has emptied the cache, the disk was full
+        before it was written, or the image is another one by now. Then the image is encoded, as it
+        is now. Returns the digest of what the features are of.
+        """
+        if self.store is not None:
+            waiting = self.store.pending(digest)
+            if waiting is not None:
+                out[:] = waiting
+                return digest
+            # Asked anew each time: in a file that was cut a known place may hold anything.
+            place = self.store.find([digest])
+            try:
+                if place[0] >= 0:
+                    self.store.read(place, out[None])
+                    return digest
+            except FeatureStoreError:
+                pass
         try:
-            if images.rows[image] < 0:
-                (images.rows[image],) = self.store.find([images.digests[image].tobytes()])
-            self.store.read(images.rows[[image]], out[None])
-        except FeatureStoreError:  # someone has emptied the cache under us
-            images.rows[image] = -1
-            pixels, _, _ = read_image(images.paths[image], self.pixels)
-            out[:] = self._encode(torch.from_numpy(pixels)[None])[0].cpu().numpy()
+            pixels, _, digest = read_image(path, self.pixels)
+        except ImageError as error:
+            reason = f"its features have gone from the cache, and it cannot be read: {error.reason}"
+            raise ImageError(path, reason) from error
+        out[:] = self._encode(torch.from_numpy(pixels)[None])[0].cpu().numpy()
+        return digest
 
     # --- the encoder ------------------------------------------------------------------------
 
@@ -406,11 +423,23 @@ class FeatureSource:
         return (time.perf_counter() - begin_s) / len(pixels), shape
 
 
-def _encoder_parts(model: CaptionerBody) -> torch.nn.Module:
-    """All of a captioner but its decoder: what its features depend on."""
+def _describe_encoder(model: CaptionerBody) -> dict[str, Any]:
+    """All of a captioner that its features depend on: weights, and what is no weight."""
     parts = {name: part for name, part in model.named_children() if part is not model.decoder}
-    return torch.nn.ModuleDict(parts)
+    layer = model.encoder.layers[0]
+    assert isinstance(layer, EncoderLayer)
+    return {
+        "weights": fingerprint(torch.nn.ModuleDict(parts)),
+        "num_heads": layer.num_heads,
+        "eps": layer.norm1.eps,
+        "activation": next(name for name, act in ACTIVATIONS.items() if act is layer.act),
+        "compiled": layer._compiled_call_impl is not None,  # the last bits may be others
+    }
 
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

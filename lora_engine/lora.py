@@ -230,12 +230,11 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrix: Tensor, cast: Tensor) -> Tensor:
-        ctx.dtype = matrix.dtype
         return cast.view_as(cast)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient.to(ctx.dtype), None
+        return gradient, None  # autograd brings it to the matrix's dtype
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -30,9 +30,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, K), frozen (N, K), bias (N) -> x frozen^T + bias (M, N), without an autograd graph.
+    """x (M, K), frozen (N, K), bias (N) -> x frozen^T + bias (M, N).
 
-    `frozen` may be a transposed view, and small matrices that are trained go this way, too.
+    For the inside of autograd functions and for operands that need no gradient: oneDNN's way
+    records none. `frozen` may be a transposed view.
     """
     is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
     if is_small or not uses_onednn(x.device, x.dtype) or frozen.dtype != torch.float32:

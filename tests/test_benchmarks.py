@@ -208,7 +208,7 @@ def test_the_work_is_that_of_the_engine(case):
         )
         # Without a fused kernel attention computes what the causal mask then hides.
         hidden = num_layers * 6 * num_tokens * (num_tokens - 1) * width
-        if cross_attention.absorbs(num_tokens, features.shape[1:], 4, with_backward=True):
+        if cross_attention.absorbs((num_tokens, width), features.shape[1:], 4, with_backward=True):
             assert num_tokens == 2
             assert flops.decoder_flops(model, num_tokens) == measured - hidden
         else:  # adapters of projected keys and values take more than they have to

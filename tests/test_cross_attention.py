@@ -364,7 +364,7 @@ def test_lora_dropout_is_the_same_in_both_forms_of_a_captioner(force, folder):
 def longest_absorbed(num_tokens: int, width: int, num_heads: int, *, with_backward: bool) -> int:
     """The most queries that absorb; beyond that none does."""
     rule = [
-        absorbs(number, (num_tokens, width), num_heads, with_backward=with_backward)
+        absorbs((number, width), (num_tokens, width), num_heads, with_backward=with_backward)
         for number in range(1, 2000)
     ]
     assert rule == sorted(rule, reverse=True)

@@ -63,6 +63,7 @@ def low_rank_features(
     if not adapters:
         return [[None] * len(group) for group in layers]
     A = torch.cat([adapter.matrices(features.dtype)[0] for adapter in adapters])
+    assert len({adapter.dropout for adapter in adapters}) == 1, "one mask, one probability"
     dropout = adapters[0].dropout if adapters[0].training else 0.0
     rows = F.dropout(features, dropout).flatten(0, 1)
     low_rank = feature_product(rows, A).unflatten(0, features.shape[:2])
@@ -102,7 +103,7 @@ def cross_attention(
     # The rows of one image see the same features: fold them into the token axis.
     query = rearrange(query, "(b g) t d -> b (g t) d", b=len(features))
     if cache is None and absorbs(
-        query.shape[1], features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
+        query.shape[1:], features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
     ):
         context = absorbed(query * scale, features, key, value, num_heads, dropout)
     else:
@@ -111,13 +112,20 @@ def cross_attention(
 
 
 def absorbs(
-    num_queries: int, features_shape: Sequence[int], num_heads: int, *, with_backward: bool
+    query_shape: Sequence[int],
+    features_shape: Sequence[int],
+    num_heads: int,
+    *,
+    with_backward: bool,
 ) -> bool:
-    """Whether the absorbed form is the cheaper one for so many queries an image."""
-    num_tokens, width = features_shape
-    passes = 2 if with_backward else 1
-    absorbed_flop = num_queries * 4 * passes * (num_heads * num_tokens * width + width * width)
-    projected_flop = 4 * num_tokens * width * (width + passes * num_queries)
+    """Whether the absorbed form takes fewer operations for queries (T, D) of features (P, E)."""
+    num_queries, width = query_shape
+    num_tokens, features_width = features_shape
+    passes = 2 if with_backward else 1  # the features take no gradient, so not 3
+    each_query = num_heads * num_tokens * features_width + width * features_width
+    absorbed_flop = 4 * passes * num_queries * each_query
+    attention_flop = 4 * passes * num_queries * num_tokens * width
+    projected_flop = 4 * num_tokens * features_width * width + attention_flop
     return absorbed_flop < projected_flop
 
 
@@ -143,7 +151,7 @@ def absorbed(
         low_rank = torch.bmm(query, key.lora_B.unflatten(0, heads))  # (H, B T, R)
         low_rank = rearrange(low_rank, "h (b t) r -> b (h t) r", **by_image)
         scores = scores + batched_product(low_rank, key.low_rank)
-    # Softmax in fp32 whatever the compute dtype, as fused attention kernels have it.
+    # In fp32 whatever the compute dtype. (A fused kernel would not have rounded the scores either.)
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     probs = F.dropout(probs.to(scores.dtype), dropout)
 
@@ -177,7 +185,7 @@ def _projected(
     if cache is not None and cache.cross_attention is not None:
         keys, values = cache.cross_attention
     else:
-        keys, values = (split_heads(_project(features, p), num_heads) for p in (key, value))
+        keys, values = (split_heads(_keys_or_values(features, p), num_heads) for p in (key, value))
         if cache is not None:
             cache.cross_attention = keys, values
     context = F.scaled_dot_product_attention(
@@ -186,7 +194,7 @@ def _projected(
     return rearrange(context, "b h t k -> b t (h k)")
 
 
-def _project(features: Tensor, projection: FeatureProjection) -> Tensor:
+def _keys_or_values(features: Tensor, projection: FeatureProjection) -> Tensor:
     """Keys or values (B, P, D) of all image tokens."""
     weight, bias, low_rank, lora_B = projection
     rows = product(features.flatten(0, 1), weight, bias)

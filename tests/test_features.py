@@ -1,0 +1,1157 @@
+"""Kept features are those that the encoder would give now, whatever happens to files and disks.
+
+    python test_features.py STEP CONFIG_JSON STEP CONFIG_JSON ...
+
+trains as each of the configurations says, all at once, in processes of their own. Before its STEP,
+if that is not 0, a process kills itself as `kill -9` would. It prints how they ended.
+"""
+
+import errno
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from feature_rows import wait_until
+from PIL import Image
+from pictures import caption_of, json_lines, settings
+from torch import Tensor
+
+from lora_engine import batches, cli, feature_store, features, training
+from lora_engine.adapter import read_adapter
+from lora_engine.annotations import Row
+from lora_engine.batches import Batch, Place
+from lora_engine.config import TrainingConfig
+from lora_engine.devices import autocast
+from lora_engine.feature_format import FeatureFormat
+from lora_engine.feature_store import FeatureStore
+from lora_engine.features import FeatureSource, encode_pixels
+from lora_engine.images import ImageError, load_pixels
+from lora_engine.lora import cast_frozen, inject
+from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.summary import TrainingSummary
+from lora_engine.training import train
+from recipes import blip_cc3m
+
+CPU = torch.device("cpu")
+NUM_TOKENS, WIDTH = 17, 64  # of the small checkpoints' features
+ROW_BYTES = 4 * NUM_TOKENS * WIDTH  # in fp32
+
+
+@pytest.fixture(autouse=True)
+def _a_fast_disk_and_no_picture(monkeypatch):
+    """Measuring the disk and drawing the loss curve take longer than most of these tests."""
+    monkeypatch.setattr(features, "read_rate", lambda cache_dir: 1e12)
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+
+
+# --- pictures, sources, epochs --------------------------------------------------------------
+
+_times = itertools.count(1_600_000_000)  # seconds, long ago: no stamp is too young to be trusted
+
+
+def write_image(path: Path, content: int) -> str:
+    """A picture of noise. All files are of one size, and no two are written at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(content).integers(0, 256, (48, 60, 3), np.uint8)
+    Image.fromarray(noise).save(path, format="BMP")
+    make_old(path)
+    return str(path)
+
+
+def make_old(path: Path) -> None:
+    mtime_ns = next(_times) * 10**9
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+@pytest.fixture
+def images(tmp_path) -> list[str]:
+    return [write_image(tmp_path / "images" / f"{n}.bmp", n) for n in range(8)]
+
+
+@pytest.fixture
+def captioner(blip_folder) -> Captioner:
+    return load_captioner(blip_folder)
+
+
+def open_source(captioner: Captioner, cache_dir: Path, **changes) -> FeatureSource:
+    said: list[str] = []
+    given = {
+        "device": CPU, "dtype": torch.float32, "num_images": 8, "cache": "disk",
+        "cache_dir": cache_dir, "cache_dtype": None, "cache_limit_bytes": 1e9, "say": said.append,
+    }
+    source = FeatureSource(captioner, **given | changes)
+    source.said = said
+    return source
+
+
+def encoded(captioner: Captioner, path: str, dtype=torch.float32) -> Tensor:
+    """Features (P, D) of what the file holds now, by the encoder alone."""
+    pixels = torch.from_numpy(load_pixels(path, captioner.pixels))[None]
+    with autocast(CPU, dtype):
+        return encode_pixels(captioner.model, pixels, captioner.pixels)[0]
+
+
+class Loader:
+    """The rows (captions) of a run as `training` loads them, from one source."""
+
+    def __init__(
+        self, source: FeatureSource, captioner: Captioner, images: list[str], *, num_workers=0
+    ) -> None:
+        rows = [Row(caption_of(n), image) for n, image in enumerate(images)]
+        config = TrainingConfig(model="", num_workers=num_workers)
+        dataset = training._dataset(rows, captioner, config, substitute=False)
+        self.images = images
+        self.load = training._loader(dataset, source, captioner, config)
+
+    def batches(self, *, size: int = 3) -> Iterator[Batch]:
+        places = [Place(0, row, row) for row in range(len(self.images))]
+        return self.load([places[i : i + size] for i in range(0, len(places), size)])
+
+    def epoch(self, *, size: int = 3) -> list[Tensor]:
+        """The features of each row, in order."""
+        seen: list[Tensor] = []
+        for batch in self.batches(size=size):
+            assert batch.rows == list(range(len(seen), len(seen) + len(batch.rows)))
+            seen += batch.features
+        assert len(seen) == len(self.images)
+        return seen
+
+
+def assert_equal(seen: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(seen) == len(expected)
+    for number, (ours, theirs) in enumerate(zip(seen, expected)):
+        assert torch.equal(ours, theirs), number
+
+
+def fill(captioner: Captioner, cache_dir: Path, images: list[str], **changes) -> int:
+    """Put the features of the images on disk -> how many were encoded for it."""
+    with open_source(captioner, cache_dir, **changes) as source:
+        for image in images:
+            source.features_of(image)
+    return source.num_encoded
+
+
+def wait_until_stopped(store: FeatureStore) -> None:
+    with store._changed:
+        assert store._changed.wait_for(lambda: store.stopped_because, timeout=20)
+
+
+# --- stale features -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_other_pixels_under_the_same_name_and_size_are_encoded_again(
+    captioner, tmp_path, cache
+):
+    path = tmp_path / "a.bmp"
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        before = source.features_of(write_image(path, 0))
+        size = path.stat().st_size
+        after = source.features_of(write_image(path, 1))
+        assert path.stat().st_size == size and not torch.equal(before, after)
+        assert torch.equal(after, encoded(captioner, path))
+        assert torch.equal(source.features_of(write_image(path, 0)), before)
+        assert source.num_encoded == 2
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        write_image(path, 2)
+        assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, cache):
+    """Within a tick of the clock it may keep size and time, and differ."""
+    path = tmp_path / "a.bmp"
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        loader = Loader(source, captioner, [str(path)])
+        write_image(path, 0)
+        os.utime(path)
+        status = path.stat()
+        source.features_of(str(path))
+        loader.epoch()
+        write_image(path, 1)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (
+            status.st_size, status.st_mtime_ns
+        )
+        assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
+        assert_equal(loader.epoch(), [encoded(captioner, path)])
+
+
+def with_pixels(**changes):
+    def change(folder: Path, captioner: Captioner) -> Captioner:
+        return replace(captioner, pixels=replace(captioner.pixels, **changes))
+
+    return change
+
+
+def with_checkpoint(*, seed=0, image_size=64):
+    def change(folder: Path, captioner: Captioner) -> Captioner:
+        checkpoints.write_blip(folder, seed=seed, vision={"image_size": image_size})
+        edit_json(folder / "preprocessor_config.json", size=image_size)
+        return load_captioner(folder)
+
+    return change
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_config(**vision):
+    """The same weights under a configuration that computes something else with them."""
+    def change(folder: Path, captioner: Captioner) -> Captioner:
+        shutil.copytree(captioner.name, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        edit_json(folder / "config.json", vision_config=config["vision_config"] | vision)
+        changed = load_captioner(folder)
+        assert changed.fingerprint == captioner.fingerprint
+        return changed
+
+    return change
+
+
+OTHER = {
+    "weights": (with_checkpoint(seed=1), {}),
+    "image size": (with_checkpoint(image_size=48), {}),
+    "heads": (with_config(num_attention_heads=2), {}),
+    "epsilon": (with_config(layer_norm_eps=0.1), {}),
+    "activation": (with_config(hidden_act="relu"), {}),
+    "mean": (with_pixels(mean=(0.4, 0.5, 0.5)), {}),
+    "std": (with_pixels(std=(0.4, 0.5, 0.5)), {}),
+    "scale": (with_pixels(rescale_factor=1 / 127.5), {}),
+    "filter": (with_pixels(resample=0), {}),
+    "crop": (with_pixels(resize=80, crop=(64, 64)), {}),
+    "compute dtype": (None, {"dtype": torch.bfloat16}),
+    "cache dtype": (None, {"cache_dtype": "bf16"}),
+    "cache dtype int8": (None, {"cache_dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_whatever_features_depend_on_has_features_of_its_own(captioner, tmp_path, images, what):
+    change, changes = OTHER[what]
+    (tmp_path / "other").mkdir()
+    other = change(tmp_path / "other", captioner) if change else captioner
+    image, cache = images[0], tmp_path / "cache"
+    assert fill(captioner, cache, [image]) == 1
+    with open_source(other, cache, **changes) as source:
+        seen = source.features_of(image)
+        assert source.num_encoded == 1
+        row = source.format.pack(encoded(other, image, source.dtype)[None])
+        assert torch.equal(seen, source.format.unpack(row, source.dtype)[0])
+        first = encoded(captioner, image)
+        assert seen.shape != first.shape or not torch.equal(seen.float(), first)
+    with open_source(captioner, cache) as source:
+        assert torch.equal(source.features_of(image), first)
+        assert source.num_encoded == 0
+    assert fill(other, cache, [image], **changes) == 0
+
+
+def test_the_decoder_and_its_adapters_have_no_part_in_the_features(
+    captioner_folder, tmp_path, images
+):
+    captioner = load_captioner(captioner_folder)
+    assert fill(captioner, tmp_path / "cache", images) == 8
+    inject(captioner.model, ("attention", "feed_forward"), rank=2)
+    with torch.no_grad():
+        for parameter in captioner.model.decoder.parameters():
+            parameter.add_(1)
+    assert fill(captioner, tmp_path / "cache", images) == 0
+    encoder = captioner.model.encoder
+    parts = [encoder.class_token, encoder.layers[1].fc2.bias, encoder.norm.weight]
+    for number, part in enumerate(parts):
+        with torch.no_grad():
+            part.view(-1)[-1] += 1
+        assert fill(captioner, tmp_path / "cache", images) == 8, number
+
+
+def test_compiled_layers_have_features_of_their_own(captioner, tmp_path, images):
+    """Their last bits may be others. Here the layers only say that they are compiled."""
+    assert fill(captioner, tmp_path / "cache", images[:1]) == 1
+    for layer in captioner.model.encoder.layers:
+        layer._compiled_call_impl = layer._call_impl
+    assert fill(captioner, tmp_path / "cache", images[:1]) == 1
+    assert fill(captioner, tmp_path / "cache", images[:1]) == 0
+
+
+def test_a_projection_of_the_features_is_the_encoders(tmp_path, images):
+    checkpoints.write_vit_gpt2(tmp_path / "model", encoder={"hidden_size": 48})
+    captioner = load_captioner(tmp_path / "model")
+    assert fill(captioner, tmp_path / "cache", images[:1]) == 1
+    with torch.no_grad():
+        captioner.model.enc_to_dec_proj.bias += 1
+    with open_source(captioner, tmp_path / "cache") as source:
+        seen = source.features_of(images[0])
+        assert torch.equal(seen, encoded(captioner, images[0])) and source.num_encoded == 1
+
+
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+def test_images_of_one_name_in_two_folders_are_two(captioner, tmp_path, cache):
+    paths = [write_image(tmp_path / name / "a.bmp", n) for n, name in enumerate("xy")]
+    expected = [encoded(captioner, path) for path in paths]
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        loader = Loader(source, captioner, paths)
+        assert_equal(loader.epoch(), expected)
+        assert_equal(loader.epoch(), expected)
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        assert_equal([source.features_of(path) for path in reversed(paths)], expected[::-1])
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_an_image_under_several_names_is_encoded_once(captioner, tmp_path, images, cache, size):
+    copies = [write_image(tmp_path / "copies" / f"{n}.bmp", n) for n in range(8)]
+    link = tmp_path / "link.bmp"
+    link.symlink_to(images[5])
+    rows = [*images, *copies, str(link), images[2], images[2]]
+    expected = [encoded(captioner, path) for path in rows]
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        loader = Loader(source, captioner, rows)
+        assert_equal(loader.epoch(size=size), expected)
+        assert source.num_encoded == 8
+        assert_equal(loader.epoch(size=size), expected)
+        assert source.num_encoded == 8
+    if cache == "disk":
+        with open_source(captioner, tmp_path / "cache") as source:
+            assert_equal(Loader(source, captioner, copies).epoch(size=size), expected[:8])
+            assert source.num_encoded == 0 and source.store.num_rows == 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_file_that_changes_between_two_epochs(captioner, tmp_path, images, cache, num_workers):
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        loader = Loader(source, captioner, images, num_workers=num_workers)
+        loader.epoch()
+        write_image(Path(images[4]), 100)
+        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
+        assert source.num_encoded == 9
+        write_image(Path(images[4]), 4)  # as it was
+        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
+        assert source.num_encoded == 9
+
+
+def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
+    captioner, tmp_path, images
+):
+    """identities.sqlite comes back from a backup, or from another machine with these paths."""
+    cache = tmp_path / "cache"
+    fill_epoch(captioner, cache, images)
+    database, backup = cache / "identities.sqlite", tmp_path / "backup"
+    shutil.copy(database, backup)
+    for number, path in enumerate(images[:4]):
+        write_image(Path(path), 100 + number)
+    expected = [encoded(captioner, path) for path in images]
+    assert fill_epoch(captioner, cache, images) == 4
+    shutil.copy(backup, database)
+    with open_source(captioner, cache) as source:
+        assert_equal(Loader(source, captioner, images).epoch(), expected)
+        assert source.num_encoded == 0  # by what is in them
+
+
+def fill_epoch(captioner: Captioner, cache_dir: Path, images: list[str], **changes) -> int:
+    with open_source(captioner, cache_dir, **changes) as source:
+        Loader(source, captioner, images).epoch()
+    return source.num_encoded
+
+
+# --- the number format ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+@pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_features_are_those_that_come_back_later(
+    captioner, tmp_path, images, cache, cache_dtype, dtype
+):
+    changes = {"cache": cache, "cache_dtype": cache_dtype, "dtype": dtype}
+    exact = [encoded(captioner, path, dtype) for path in images]
+    with open_source(captioner, tmp_path / "cache", **changes) as source:
+        loader = Loader(source, captioner, images)
+        first = loader.epoch()
+        assert_equal(loader.epoch(), first)
+        assert_equal([source.features_of(path) for path in images], first)
+    with open_source(captioner, tmp_path / "cache", **changes) as source:
+        assert_equal([source.features_of(path) for path in images], first)
+        assert_equal(Loader(source, captioner, images).epoch(), first)
+    format = FeatureFormat(NUM_TOKENS, WIDTH, cache_dtype)
+    assert_equal(first, [format.unpack(format.pack(f[None]), dtype)[0] for f in exact])
+    if cache_dtype != "fp32":
+        assert not any(torch.equal(ours.float(), f.float()) for ours, f in zip(first, exact))
+
+
+@pytest.mark.parametrize("dtype, cache_dtype", [
+    (torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "bf16"),
+])
+def test_the_default_number_format_follows_the_compute_dtype(
+    captioner, tmp_path, images, dtype, cache_dtype
+):
+    with open_source(captioner, tmp_path, dtype=dtype) as source:
+        assert source.format == FeatureFormat(NUM_TOKENS, WIDTH, cache_dtype)
+        assert source.features_of(images[0]).dtype == dtype
+
+
+@pytest.mark.parametrize("reference", ["uncached", "uncached_vit_gpt2"])
+def test_coarser_features_hardly_change_the_validation_loss(request, tmp_path, reference):
+    """Over ten steps within 1e-5 (bf16) and 1e-4 (int8) of fp32's loss; measured 2e-6 and 2e-5."""
+    config, (lines, *_) = request.getfixturevalue(reference)
+    losses = {step: loss for event, step, loss, *_ in lines if event == "validation"}
+    config = replace(config, cache="memory", num_samples=0)
+    for cache_dtype, tolerance in (("bf16", 1e-5), ("int8", 1e-4)):
+        done = run(config, cache_dtype=cache_dtype, output_path=str(tmp_path / cache_dtype))
+        assert done.summary.losses == pytest.approx(losses, rel=tolerance)
+        assert done.summary.losses != pytest.approx(losses, rel=1e-7)
+
+
+# --- where features are kept ----------------------------------------------------------------
+
+
+def test_a_full_cache_keeps_what_fits_and_the_rest_is_encoded_in_each_epoch(
+    captioner, tmp_path, images
+):
+    expected = [encoded(captioner, path) for path in images]
+    with open_source(captioner, tmp_path, cache_limit_bytes=5.5 * ROW_BYTES) as source:
+        loader = Loader(source, captioner, images)
+        assert_equal(loader.epoch(), expected)
+        assert source.num_encoded == 8
+        wait_until_stopped(source.store)
+        for epoch in (1, 2):
+            assert_equal(loader.epoch(), expected)
+            assert source.num_encoded == 8 + 3 * epoch
+    assert len(source.said) == 1 and "has reached its limit of 0.0 GB" in source.said[0]
+    assert fill(captioner, tmp_path, images, cache_limit_bytes=5.5 * ROW_BYTES) == 3
+
+
+def free_memory(monkeypatch, cpu: float, cuda: float = 0, *, row_bytes: int = ROW_BYTES) -> None:
+    """Half of what is free holds this many rows."""
+    rows = {"cpu": cpu, "cuda": cuda}
+    monkeypatch.setattr(
+        features, "free_memory_bytes", lambda device: int(2 * rows[device.type] * row_bytes)
+    )
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 5, 20])
+def test_memory_keeps_what_fits(captioner, tmp_path, images, monkeypatch, num_kept):
+    free_memory(monkeypatch, num_kept + 0.5)
+    expected = [encoded(captioner, path) for path in images]
+    num_missing = max(8 - num_kept, 0)
+    with open_source(captioner, tmp_path / "cache", cache="memory") as source:
+        loader = Loader(source, captioner, images)
+        for epoch in range(3):
+            assert_equal(loader.epoch(), expected)
+            assert source.num_encoded == 8 + num_missing * epoch
+        assert source.host_memory.rows.shape == (min(8, num_kept), ROW_BYTES)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_auto_keeps_in_memory_what_the_disk_does_not_take(
+    captioner, tmp_path, images, monkeypatch
+):
+    free_memory(monkeypatch, 2)
+    expected = [encoded(captioner, path) for path in images]
+    changes = {"cache": "auto", "cache_limit_bytes": 5 * ROW_BYTES}
+    with open_source(captioner, tmp_path, **changes) as source:
+        loader = Loader(source, captioner, images)
+        assert_equal(loader.epoch(size=1), expected)
+        wait_until_stopped(source.store)
+        for _ in range(3):
+            assert_equal(loader.epoch(size=1), expected)
+        assert source.store.num_rows == 5 and len(source.host_memory.slots) == 2
+
+
+def test_auto_keeps_in_memory_what_a_cache_full_of_other_images_does_not_take(
+    captioner, tmp_path, images
+):
+    """The cache belongs to all runs of an encoder: what is there need not be of this run."""
+    others = [write_image(tmp_path / "others" / f"{n}.bmp", 100 + n) for n in range(10)]
+    cache = tmp_path / "cache"
+    assert fill(captioner, cache, others) == 10
+    changes = {"cache": "auto", "cache_limit_bytes": 10 * ROW_BYTES}
+    with open_source(captioner, cache, **changes) as source:
+        loader = Loader(source, captioner, images)
+        loader.epoch()
+        wait_until_stopped(source.store)
+        loader.epoch()
+        num_encoded = source.num_encoded
+        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
+        assert source.num_encoded == num_encoded  # nothing in the third epoch
+
+
+def test_rows_read_from_the_disk_stay_in_the_gpus_memory_each_under_its_own_digest(
+    captioner, tmp_path, images
+):
+    """Here in a CPU's, with images that occur more than once in a batch."""
+    rows = [images[n] for n in (0, 0, 1, 2, 2, 2, 3, 0, 4, 5, 5, 6, 7, 7, 1)]
+    expected = [encoded(captioner, path) for path in rows]
+    assert fill(captioner, tmp_path / "cache", images) == 8
+    with open_source(captioner, tmp_path / "cache") as source:
+        source.device_memory = features._Memory(7, ROW_BYTES, CPU)
+        loader = Loader(source, captioner, rows)
+        for _ in range(3):
+            assert_equal(loader.epoch(), expected)
+        assert source.num_encoded == 0
+        assert sorted(source.device_memory.slots.values()) == list(range(7))
+
+
+def test_memory_keeps_the_first_rows_and_gives_none_up():
+    memory = features._Memory(4, 2, CPU)
+    rows = torch.arange(12, dtype=torch.uint8).view(6, 2)
+    memory.keep([b"a", b"b", b"a"], rows[[0, 1, 0]])
+    memory.keep([], rows[:0])
+    memory.keep([b"b", b"c"], rows[[5, 2]])
+    memory.keep([b"d", b"e", b"f"], rows[3:])
+    assert memory.slots.keys() == {b"a", b"b", b"c", b"d"}
+    kept = [memory.rows[memory.slots[digest]].tolist() for digest in (b"a", b"b", b"c", b"d")]
+    assert kept == rows[:4].tolist()
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+
+PLANS = {
+    "off": "kept no longer than for a batch (--cache off)",
+    "memory": "kept 8 in memory",
+    "disk": "kept on disk in FOLDER (3 there already; reading one takes 0.00435 ms)",
+    "auto": "kept on disk in FOLDER (3 there already; reading one takes 0.00435 ms)",
+}
+
+
+def plan_of(captioner, cache_dir, monkeypatch, *, encode_s=0.035, rate=1e9, **changes) -> str:
+    """The line with these measurements in it, and with short names for the cache's folders."""
+    try_encoder = FeatureSource._try_encoder
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "read_rate", lambda folder: rate)
+        patch.setattr(
+            FeatureSource, "_try_encoder", lambda self: (encode_s, try_encoder(self)[1])
+        )
+        with open_source(captioner, cache_dir, **changes) as source:
+            folder = source.store.folder if source.store else cache_dir
+            return source.plan.replace(str(folder), "FOLDER").replace(str(cache_dir), "CACHE")
+
+
+@pytest.mark.parametrize("cache", PLANS)
+def test_the_plan_says_where_features_are_kept(captioner, tmp_path, images, monkeypatch, cache):
+    fill(captioner, tmp_path / "cache", images[:3])
+    assert plan_of(captioner, tmp_path / "cache", monkeypatch, cache=cache) == (
+        "features of 8 images, 0 MB as fp32 (encoding one takes 35 ms): " + PLANS[cache]
+    )
+
+
+def test_the_plan_in_other_sizes(captioner, tmp_path, monkeypatch):
+    plan = plan_of(
+        captioner, tmp_path / "cache", monkeypatch, cache="auto", num_images=3_300_000,
+        cache_dtype="int8", encode_s=1.3, cache_limit_bytes=1500 * 1344,
+    )
+    room = features.free_memory_bytes(CPU) // 2 // 1344
+    begin, _, end = plan.rpartition(", up to ")
+    assert begin == (
+        "features of 3,300,000 images, 4.4 GB as int8 (encoding one takes 1,300 ms): kept on disk "
+        "in FOLDER (0 there already, room for 1,500 more; reading one takes 0.00134 ms)"
+    )
+    assert end == f"{min(room, 3_298_500):,} in memory" or room < 3_298_500
+
+
+def test_auto_uses_no_disk_that_is_slower_than_the_encoder(captioner, tmp_path, monkeypatch):
+    """Where reading a row takes as long as encoding, and where it takes a hundredth less."""
+    cache, rate = tmp_path / "cache", ROW_BYTES / 0.035
+    slow = plan_of(captioner, cache, monkeypatch, cache="auto", rate=rate)
+    assert slow.endswith(
+        "kept 8 in memory; not on disk in FOLDER, where reading one takes 35 ms"
+    )
+    assert not cache.exists()
+    fast = plan_of(captioner, cache, monkeypatch, cache="auto", rate=1.01 * rate)
+    assert fast.endswith("kept on disk in FOLDER (0 there already; reading one takes 34.7 ms)")
+    asked_for = plan_of(captioner, cache, monkeypatch, cache="disk", rate=1.0)
+    assert asked_for.endswith(
+        "kept on disk in FOLDER (0 there already; reading one takes 4,352,000 ms)"
+    )
+
+
+# --- a cache that is damaged while it is used -----------------------------------------------
+
+
+DAMAGE = {
+    "cut to nothing": lambda store: os.truncate(store.folder / "features.bin", 0),
+    "cut in half": lambda store: os.truncate(store.folder / "features.bin", 7 * ROW_BYTES // 2),
+    "folder deleted": lambda store: shutil.rmtree(store.folder),
+    "cache deleted": lambda store: shutil.rmtree(store.cache_dir),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("num_read, num_workers", [(0, 0), (4, 2)])
+def test_a_cache_that_is_damaged_under_a_run_changes_no_feature(
+    captioner, tmp_path, images, damage, num_read, num_workers
+):
+    """Before an epoch and in its middle; beside workers all images have been asked for then."""
+    expected = [encoded(captioner, path) for path in images]
+    fill_epoch(captioner, tmp_path / "cache", images)
+    with open_source(captioner, tmp_path / "cache") as source:
+        loader = Loader(source, captioner, images, num_workers=num_workers)
+        seen: list[Tensor] = []
+        for batch in loader.batches(size=1):
+            if len(seen) == num_read:
+                DAMAGE[damage](source.store)
+            seen += batch.features
+        assert_equal(seen, expected)
+        for _ in range(2):
+            assert_equal(loader.epoch(), expected)
+    with open_source(captioner, tmp_path / "cache") as source:
+        assert_equal(Loader(source, captioner, images).epoch(), expected)
+
+
+def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
+    """The places of rows that a run has read already are within the file, and hold nothing."""
+    expected = [encoded(captioner, path) for path in images]
+    fill_epoch(captioner, tmp_path / "cache", images[:6])
+    with open_source(captioner, tmp_path / "cache") as source:
+        loader = Loader(source, captioner, images[:6])
+        assert_equal(loader.epoch(), expected[:6])
+        os.truncate(source.store.folder / "features.bin", 0)
+        assert fill(captioner, tmp_path / "cache", images[6:]) == 2  # by another run
+        assert (source.store.folder / "features.bin").stat().st_size == 8 * ROW_BYTES
+        assert_equal(loader.epoch(), expected[:6])
+        assert source.num_encoded == 6
+
+
+def test_a_lost_row_of_a_changed_file_is_not_kept_under_its_old_digest(
+    captioner, tmp_path, images
+):
+    """Here a CPU's memory stands for a GPU's; the third image is still what the second was."""
+    rows = [images[0], write_image(tmp_path / "a.bmp", 20), write_image(tmp_path / "b.bmp", 20)]
+    fill_epoch(captioner, tmp_path / "cache", rows)
+    with open_source(captioner, tmp_path / "cache") as source:
+        source.device_memory = features._Memory(8, ROW_BYTES, CPU)
+        batches = Loader(source, captioner, rows, num_workers=2).batches(size=1)
+        seen = list(next(batches).features)  # beside workers all images have been asked for then
+        os.truncate(source.store.folder / "features.bin", 0)
+        write_image(tmp_path / "a.bmp", 21)
+        for batch in batches:
+            seen += batch.features
+        assert_equal(seen, [encoded(captioner, path) for path in rows])
+
+
+def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, images):
+    fill_epoch(captioner, tmp_path / "cache", images)
+    reason = "its features have gone from the cache, and it cannot be read: no such file"
+    with open_source(captioner, tmp_path / "cache") as source:
+        batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
+        next(batches)  # beside workers all images have been asked for then
+        os.truncate(source.store.folder / "features.bin", 0)
+        Path(images[1]).unlink()
+        # No name for the error: with it DataLoader's workers would live until it is collected.
+        with pytest.raises(ImageError, match=f"^{re.escape(images[1])}: {reason}$"):
+            list(batches)
+
+
+# --- groups of batches, as a GPU encodes them -----------------------------------------------
+
+
+GROUPED = {"group_size": 4, "num_ahead": 1, "encoder_batch_size": 5}
+
+
+@pytest.fixture(params=["off", "memory", "disk", "no room"])
+def grouped(request, captioner, tmp_path, monkeypatch) -> Iterator[FeatureSource]:
+    """A source that takes four batches at a time, and begins four before four are trained on."""
+    if request.param == "no room":
+        free_memory(monkeypatch, 2)
+    cache = "memory" if request.param == "no room" else request.param
+    with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+        vars(source).update(GROUPED)
+        yield source
+
+
+def encoded_alone(captioner: Captioner, cache_dir: Path, path: str) -> Tensor:
+    """Features by an encoder batch of this one image, filled up."""
+    with open_source(captioner, cache_dir, cache="off") as source:
+        vars(source).update(GROUPED)
+        return source.features_of(path)
+
+
+@pytest.mark.parametrize("num_rows", [7, 24, 29])
+def test_batches_of_a_group_get_their_own_images_features(
+    grouped, captioner, tmp_path, images, num_rows
+):
+    """Groups of 12 rows: none, some, or the last of them whole; captions share the images."""
+    alone = [encoded_alone(captioner, tmp_path, path) for path in images]
+    numbers = [n * n % 11 % 8 for n in range(num_rows)]
+    loader = Loader(grouped, captioner, [images[n] for n in numbers])
+    for _ in range(2):
+        assert_equal(loader.epoch(), [alone[n] for n in numbers])
+    torch.testing.assert_close(alone[0], encoded(captioner, images[0]))
+
+
+def test_a_file_that_changes_while_groups_are_under_way(grouped, captioner, tmp_path, images):
+    """What was read of it first may have been encoded, but is not known any more."""
+    rows = images * 6
+    loader = Loader(grouped, captioner, rows)
+    seen: list[Tensor] = []
+    either = {image: [encoded_alone(captioner, tmp_path, image)] for image in images}
+    for number, batch in enumerate(loader.batches(size=2)):
+        seen += batch.features
+        if number in (3, 5, 11):
+            changed = images[number % 4]
+            write_image(Path(changed), 100 + number)
+            either[changed].append(encoded_alone(captioner, tmp_path, changed))
+    for row, ours in zip(rows, seen, strict=True):
+        assert any(torch.equal(ours, theirs) for theirs in either[row])
+    assert_equal(loader.epoch(), [either[row][-1] for row in rows])
+
+
+PLACES = {  # cache, rows that the machine's and the GPU's memory take, rows that the disk takes
+    "not at all": ("off", 0, 0, 0),
+    "the GPU's memory": ("memory", 0, 100, 0),
+    "the machine's memory": ("memory", 100, 0, 0),
+    "the disk": ("disk", 0, 0, 100),
+    "the disk and then the GPU's memory": ("auto", 0, 100, 100),
+    "a bit of each": ("auto", 25, 25, 25),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_on_a_gpu_each_batch_gets_its_own_images_features_bit_for_bit(
+    captioner, tmp_path, monkeypatch, place, num_workers
+):
+    """90 images, of which some return, in groups of 4 x 20 rows: the second group is a part.
+
+    They are encoded on a stream of their own while another works on the batches before them, and
+    compared with each image encoded alone.
+    """
+    device, dtype, row_bytes = torch.device("cuda"), torch.bfloat16, ROW_BYTES // 2
+    cache, cpu, cuda, disk = PLACES[place]
+    free_memory(monkeypatch, cpu, cuda, row_bytes=row_bytes)
+    cast_frozen(captioner.model, dtype)
+    captioner.model.to(device)
+    images = [write_image(tmp_path / "images" / f"{n}.bmp", n) for n in range(90)]
+    rows = images[:45] + images[:4] + images[45:] + images[60:68]
+    given = {
+        "device": device, "dtype": dtype, "num_images": 90, "cache_limit_bytes": disk * row_bytes
+    }
+    with open_source(captioner, tmp_path, cache="off", **given) as source:
+        alone = {path: source.features_of(path) for path in images}
+    work = torch.randn(2048, 2048, device=device)
+    num_encoded = []
+    for _ in ("first", "second run"):
+        with open_source(captioner, tmp_path / "cache", cache=cache, **given) as source:
+            loader = Loader(source, captioner, rows, num_workers=num_workers)
+            for _ in range(3):
+                seen: list[Tensor] = []
+                for batch in loader.batches(size=20):
+                    seen += batch.features
+                    for _ in range(10):
+                        work = (work @ work).tanh()
+                assert_equal(seen, [alone[path] for path in rows])
+        num_encoded.append(source.num_encoded)
+    assert num_encoded[0] >= 90
+    if disk == 100:
+        assert num_encoded[1] == 0
+
+
+# --- runs -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run that is over, its source, and the image files that were read for it, in any process."""
+
+    summary: TrainingSummary
+    source: FeatureSource
+    read: list[str]
+    said: str
+
+    @property
+    def trajectory(self) -> tuple:
+        return trajectory(self.summary.path)
+
+
+def run(config: TrainingConfig, **changes) -> Run:
+    sources: list[FeatureSource] = []
+    config = replace(config, **changes)
+    log = Path(f"{config.output_path}.read")
+    log.touch()
+    said = io.StringIO()
+    read_image_file = batches.read_image_file
+
+    def open_and_remember(*args, **kwargs):
+        sources.append(FeatureSource(*args, **kwargs))
+        return sources[0]
+
+    def read_and_write_down(path):
+        with open(log, "a") as file:
+            file.write(f"{path}\n")
+        return read_image_file(path)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(training, "FeatureSource", open_and_remember)
+        patch.setattr(batches, "read_image_file", read_and_write_down)
+        summary = train(config)
+    return Run(summary, sources[0], log.read_text().splitlines(), said.getvalue())
+
+
+def trajectory(folder: Path) -> tuple:
+    """What must not differ between equal runs: everything but speeds."""
+    keys = ("event", "step", "loss", "grad_norm", "learning_rate")
+    losses = [tuple(line.get(k) for k in keys) for line in json_lines(folder / "metrics.jsonl")]
+    assert len(losses) > 5
+    adapters = [
+        {name: matrix.numpy().tobytes() for name, matrix in read_adapter(path).matrices.items()}
+        for path in sorted(folder.glob("adapter*"))
+    ]
+    samples, skipped = (
+        json_lines(folder / name) if (folder / name).exists() else []
+        for name in ("samples.jsonl", "skipped.jsonl")
+    )
+    return losses, adapters, samples, sorted(line["image"] for line in skipped)
+
+
+def write_rows(path: Path, images: list[str], *, per_image: int) -> None:
+    rows = [
+        {"text": caption_of(7 * n + number), "image": image}
+        for number in range(per_image) for n, image in enumerate(images)
+    ]
+    path.write_text(json.dumps(rows))
+
+
+def write_data(folder: Path) -> Path:
+    """28 captions of 14 training images, 2 of them one image, and 5 of validation images.
+
+    Two of these are training images too.
+    """
+    images = [write_image(folder / f"{n}.bmp", n) for n in range(13)]
+    images.append(write_image(folder / "again.bmp", 3))
+    val_images = [write_image(folder / f"val_{n}.bmp", 50 + n) for n in range(3)]
+    write_rows(folder / "train.json", images, per_image=2)
+    write_rows(folder / "val.json", val_images + images[4:6], per_image=1)
+    return folder
+
+
+NUM_UNIQUE = 13 + 3
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def damaged_data(tmp_path_factory) -> Path:
+    """The same with 2 unusable training images, and 1 of validation."""
+    folder = write_data(tmp_path_factory.mktemp("damaged"))
+    (folder / "2.bmp").unlink()
+    (folder / "6.bmp").write_text("<html>404</html>")
+    (folder / "val_1.bmp").write_bytes(b"BM")
+    for name in ("6.bmp", "val_1.bmp"):
+        make_old(folder / name)
+    return folder
+
+
+def few_steps(model: Path, data: Path, run_folder: Path, cache_dir: Path, **changes):
+    """Two epochs of five steps."""
+    given = {
+        "cache": "disk", "cache_dir": str(cache_dir), "batch_size": 6, "eval_every": 10,
+        "max_bad_share": 0.5,
+    }
+    return settings(model, data, run_folder, **given | changes)
+
+
+def train_uncached(model: Path, data: Path, folder: Path) -> tuple[TrainingConfig, tuple]:
+    """A run without a cache: its settings, and how it went."""
+    config = few_steps(model, data, folder / "run", folder / "cache", cache="off")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        done = run(config)
+    assert not (folder / "cache").exists()
+    assert len(done.trajectory[-1]) == 3
+    return config, done.trajectory
+
+
+@pytest.fixture(scope="module")
+def uncached(blip_folder, damaged_data, tmp_path_factory) -> tuple[TrainingConfig, tuple]:
+    return train_uncached(blip_folder, damaged_data, tmp_path_factory.mktemp("uncached"))
+
+
+@pytest.fixture(scope="module")
+def uncached_vit_gpt2(vit_gpt2_folder, damaged_data, tmp_path_factory) -> tuple:
+    return train_uncached(vit_gpt2_folder, damaged_data, tmp_path_factory.mktemp("uncached"))
+
+
+@pytest.mark.parametrize("cache, num_workers", [
+    ("off", 2), ("memory", 0), ("memory", 2), ("auto", 0), ("disk", 0), ("disk", 2),
+])
+@pytest.mark.parametrize("reference", ["uncached", "uncached_vit_gpt2"])
+def test_a_run_is_bit_identical_wherever_features_are_kept(
+    request, tmp_path, reference, cache, num_workers
+):
+    """With images that cannot be used, and images of several captions; on disk, a second time."""
+    config, expected = request.getfixturevalue(reference)
+    config = replace(
+        config, cache=cache, cache_dir=str(tmp_path / "cache"), num_workers=num_workers,
+        output_path=str(tmp_path / "run"),
+    )
+    first = run(config)
+    assert first.trajectory == expected
+    if cache == "disk":
+        second = run(config, output_path=str(tmp_path / "second"))
+        assert second.trajectory == expected
+        assert second.source.num_encoded == 0 < first.source.num_encoded
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_run_encodes_each_image_once_and_the_next_one_reads_no_file(
+    blip_folder, data, tmp_path, cache, num_workers
+):
+    config = few_steps(
+        blip_folder, data, tmp_path / "run", tmp_path / "cache", cache=cache, eval_every=5,
+        num_samples=4, num_workers=num_workers,
+    )
+    first = run(config)
+    assert len(first.summary.losses) == 3 and len(first.summary.samples) == 4
+    assert first.source.num_encoded == NUM_UNIQUE
+    assert len(set(first.read)) == NUM_UNIQUE + 1  # one image under two names
+    again = run(config, output_path=str(tmp_path / "again"))
+    assert again.trajectory == first.trajectory
+    if cache == "disk":
+        assert again.source.num_encoded == 0 and again.read == []
+    else:
+        assert again.source.num_encoded == NUM_UNIQUE and again.source.store is None
+
+
+def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
+    blip_folder, data, tmp_path
+):
+    config = few_steps(blip_folder, data, tmp_path / "run", tmp_path / "cache", epochs=1)
+    first = run(config)
+    write_image(data / "7.bmp", 100)
+    shutil.copy(data / "val_0.bmp", data / "8.bmp")
+    make_old(data / "8.bmp")
+    second = run(config, output_path=str(tmp_path / "second"))
+    assert second.source.num_encoded == 1
+    assert set(second.read) == {str(data / name) for name in ("7.bmp", "8.bmp")}
+    uncached = run(config, output_path=str(tmp_path / "uncached"), cache="off")
+    assert second.trajectory == uncached.trajectory != first.trajectory
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_an_image_that_changes_during_a_run(blip_folder, data, tmp_path, monkeypatch, cache):
+    """Between the two epochs; the run without a cache reads it anew anyway."""
+    accumulate, path = training.accumulate_gradients, data / "7.bmp"
+
+    def change_and_accumulate(*args, seed, **kwargs):
+        if seed[1] == 6:
+            write_image(path, 100)
+        return accumulate(*args, seed=seed, **kwargs)
+
+    config = few_steps(
+        blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0
+    )
+    constant = run(config, cache="off")
+    monkeypatch.setattr(training, "accumulate_gradients", change_and_accumulate)
+    uncached = run(config, output_path=str(tmp_path / "uncached"), cache="off")
+    write_image(path, 7)
+    cached = run(config, output_path=str(tmp_path / "cached"), cache=cache)
+    assert cached.trajectory == uncached.trajectory != constant.trajectory
+    assert cached.source.num_encoded == NUM_UNIQUE + 1
+
+
+def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkeypatch):
+    config, expected = uncached
+    free_memory(monkeypatch, 3)
+    limits = {"cache_limit_gb": 4 * ROW_BYTES / 1e9, "cache_dir": str(tmp_path / "cache")}
+    num_encoded = {}
+    for cache in ("memory", "disk", "auto"):
+        done = run(config, output_path=str(tmp_path / cache), cache=cache, **limits)
+        assert done.trajectory == expected
+        num_encoded[cache] = done.source.num_encoded
+    assert num_encoded["memory"] > num_encoded["disk"] > num_encoded["auto"]
+
+
+def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
+    """A disk that takes no more than this many rows; `wait`: it says so when the run is over."""
+    pwrite, stores = os.pwrite, []
+
+    def write(file, data, offset):
+        nonlocal num_rows
+        num_rows -= 1
+        if num_rows >= 0:
+            return pwrite(file, data, offset)
+        if wait:
+            with stores[0]._changed:
+                assert stores[0]._changed.wait_for(lambda: stores[0]._closing, timeout=20)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_and_remember(*args, **kwargs):
+        stores.append(FeatureStore(*args, **kwargs))
+        return stores[0]
+
+    monkeypatch.setattr(features, "FeatureStore", open_and_remember)
+    monkeypatch.setattr(feature_store.os, "pwrite", write)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+@pytest.mark.parametrize("cache", ["disk", "auto"])
+def test_a_disk_that_is_full_costs_features_and_a_line(
+    uncached, tmp_path, monkeypatch, cache, wait
+):
+    config, expected = uncached
+    full_disk(monkeypatch, num_rows=2, wait=wait)
+    done = run(
+        config, cache=cache, cache_dir=str(tmp_path / "cache"), output_path=str(tmp_path / "run")
+    )
+    assert done.trajectory == expected
+    lines = [line for line in done.said.splitlines() if "no more features are kept" in line]
+    folder = done.source.store.folder
+    reason = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}"
+    assert lines == [f"{folder}: no more features are kept: {reason}"]
+
+
+@pytest.fixture(params=["a file", "no permission"])
+def no_cache_dir(request, tmp_path) -> Iterator[Path]:
+    path = tmp_path / "no" / "cache"
+    if request.param == "a file":
+        path.parent.touch()
+    elif os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        path.parent.mkdir(mode=0o500)
+    yield path
+
+
+def test_auto_goes_on_without_a_cache_folder_and_says_so(
+    uncached, tmp_path, monkeypatch, no_cache_dir
+):
+    config, expected = uncached
+    monkeypatch.setattr(features, "read_rate", feature_store.read_rate)
+    done = run(
+        config, cache="auto", cache_dir=str(no_cache_dir), output_path=str(tmp_path / "run")
+    )
+    assert done.trajectory == expected
+    assert done.source.store is None and len(done.source.host_memory.slots) == 13
+    plan, = (line for line in done.said.splitlines() if line.startswith("features of"))
+    assert f": kept 17 in memory; not on disk: {no_cache_dir}: features cannot be kept here" in plan
+
+
+def test_a_cache_folder_that_was_asked_for_and_cannot_be_used_is_refused(
+    blip_folder, data, tmp_path, monkeypatch, capsys, no_cache_dir
+):
+    monkeypatch.setattr(features, "read_rate", feature_store.read_rate)
+    monkeypatch.chdir(tmp_path)
+    flags = {
+        "model": blip_folder, "train_data_path": data / "train.json", "output_path": "run",
+        "val_data_path": data / "val.json", "cache": "disk", "cache_dir": no_cache_dir,
+    }
+    arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    assert cli.run(blip_cc3m.main) == cli.USAGE_ERROR
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: --cache disk: {no_cache_dir}: features cannot be kept here")
+    assert "Choose another cache folder" in told.err and "Traceback" not in told.err
+    assert told.err.count("\n") == 1 and told.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+# --- other processes ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(uncached, tmp_path_factory) -> Path:
+    """What three processes at once have left: two that share a cache, and one that is killed."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    config, _ = uncached
+    arguments = []
+    for name, cache, kill_before in (("one", "ab", 0), ("other", "ab", 0), ("killed", "c", 2)):
+        changes = {"output_path": str(folder / name), "cache_dir": str(folder / cache)}
+        config = replace(config, cache="disk", **changes)
+        arguments += [str(kill_before), json.dumps(config.as_dict())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE,
+        timeout=120, check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, -signal.SIGKILL]
+    return folder
+
+
+def test_processes_that_train_on_one_cache_at_once_train_as_they_would_alone(
+    uncached, elsewhere, tmp_path
+):
+    config, expected = uncached
+    assert trajectory(elsewhere / "one") == trajectory(elsewhere / "other") == expected
+    third = run(
+        config, cache="disk", cache_dir=str(elsewhere / "ab"), output_path=str(tmp_path / "third")
+    )
+    assert third.source.num_encoded == 0 and third.trajectory == expected
+
+
+def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere, tmp_path):
+    """Killed in the first epoch, after two batches."""
+    config, expected = uncached
+    index, = (elsewhere / "c").glob("*/index.sqlite")
+    database = sqlite3.connect(index)
+    (num_there,), = database.execute("SELECT count(*) FROM rows")
+    database.close()
+    done = run(
+        config, cache="disk", cache_dir=str(elsewhere / "c"), output_path=str(tmp_path / "next")
+    )
+    assert done.trajectory == expected
+    alone = run(config, output_path=str(tmp_path / "alone"), cache="memory")
+    assert 4 <= num_there < alone.source.num_encoded
+    assert done.source.num_encoded == alone.source.num_encoded - num_there
+
+
+def _main(*arguments: str) -> None:
+    torch.set_num_threads(1)
+    configs = [TrainingConfig(**json.loads(text)) for text in arguments[1::2]]
+    load_captioner(configs[0].model)  # imports what is slow to import, once
+    children = []
+    for kill_before, config in zip(arguments[::2], configs):
+        child = os.fork()
+        if child == 0:
+            _train(config, int(kill_before))
+            os._exit(0)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]))
+
+
+def _train(config: TrainingConfig, kill_before: int) -> None:
+    stores: list[FeatureStore] = []
+    accumulate = training.accumulate_gradients
+
+    def open_and_remember(*args, **kwargs):
+        stores.append(FeatureStore(*args, **kwargs))
+        return stores[0]
+
+    def accumulate_or_die(*args, seed, **kwargs):
+        if seed[1] == kill_before:
+            wait_until(lambda: not stores[0]._queue)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return accumulate(*args, seed=seed, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(features, "FeatureStore", open_and_remember)
+        patch.setattr(training, "accumulate_gradients", accumulate_or_die)
+        train(replace(config, lora_targets=tuple(config.lora_targets)))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
