@@ -52,6 +52,7 @@ def decoder_flops(model: CaptionerBody, num_tokens: int) -> int:
     layers: list[Any] = list(model.decoder.layers)
     num_heads, width = layers[0].crossattention.num_heads, model.vocabulary.in_features
     num_image_tokens = model.encoder.num_tokens
+    assert model.encoder.width == width, "counted for features as wide as the decoder"
     total = 0
     for layer in layers:
         on_features = set(layer.crossattention.feature_layers)

@@ -67,11 +67,11 @@ class Ours:
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
         )
         config = TrainingConfig(model=str(folder), compile=compile)
-        self.model = training._place(model, device, dtype, config)
+        self.model = training.place_model(model, device, dtype, config)
         self.matrices = FlatMatrices((layer for _, layer in lora_layers(self.model)), dtype)
         self.optimizer = build_optimizer(self.matrices, lr=lr, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.graphs = training._cuda_graphs(
+        self.graphs = training.cuda_graphs_for(
             self.matrices, self.optimizer, device, config, say=print
         )
         self.num_steps = 0

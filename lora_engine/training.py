@@ -68,7 +68,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     plan = _add_lora(captioner.model, config)
     train_set = _dataset(train_rows, captioner, config, substitute=True)
     val_set = _dataset(val_rows, captioner, config, substitute=False)
-    model = _place(captioner.model, device, dtype, config)
+    model = place_model(captioner.model, device, dtype, config)
     matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
     optimizer = build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -131,7 +131,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         )
         load = _loader(train_set, features, captioner, config)
         micro_batches = load(places, waiting=meter.waiting)
-        graphs = _cuda_graphs(matrices, optimizer, device, config, journal.say)
+        graphs = cuda_graphs_for(matrices, optimizer, device, config, journal.say)
         last_step = 0
         try:
             for step in range(1, total_steps + 1):
@@ -287,7 +287,7 @@ def _dataset(
     )
 
 
-def _place(
+def place_model(
     model: CaptionerBody, device: torch.device, dtype: torch.dtype, config: TrainingConfig
 ) -> CaptionerBody:
     """Put the model where and how it runs, in training mode."""
@@ -302,7 +302,7 @@ def _place(
     return model
 
 
-def _cuda_graphs(
+def cuda_graphs_for(
     matrices: FlatMatrices,
     optimizer: torch.optim.AdamW,
     device: torch.device,

@@ -17,6 +17,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -173,21 +174,18 @@ def test_other_pixels_under_the_same_name_and_size_are_encoded_again(
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, cache):
-    """Within a tick of the clock it may keep size and time, and differ."""
+def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, monkeypatch, cache):
+    """Within a tick of the clock it may keep its size and time, and differ."""
     path = tmp_path / "a.bmp"
+    write_image(path, 0)
+    written_ns = path.stat().st_mtime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: written_ns + 10**9)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         loader = Loader(source, captioner, [str(path)])
-        write_image(path, 0)
-        os.utime(path)
-        status = path.stat()
         source.features_of(str(path))
         loader.epoch()
         write_image(path, 1)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert (path.stat().st_size, path.stat().st_mtime_ns) == (
-            status.st_size, status.st_mtime_ns
-        )
+        os.utime(path, ns=(written_ns, written_ns))
         assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
         assert_equal(loader.epoch(), [encoded(captioner, path)])
 
@@ -237,13 +235,18 @@ OTHER = {
     "filter": (with_pixels(resample=0), {}),
     "crop": (with_pixels(resize=80, crop=(64, 64)), {}),
     "compute dtype": (None, {"dtype": torch.bfloat16}),
+    "compute dtype alone": (None, {"dtype": torch.bfloat16, "cache_dtype": "fp32"}),
     "cache dtype": (None, {"cache_dtype": "bf16"}),
     "cache dtype int8": (None, {"cache_dtype": "int8"}),
 }
 
 
 @pytest.mark.parametrize("what", OTHER)
-def test_whatever_features_depend_on_has_features_of_its_own(captioner, tmp_path, images, what):
+def test_whatever_features_depend_on_has_features_of_its_own(
+    captioner, tmp_path, images, monkeypatch, what
+):
+    """Also where rows are equally long, which alone would keep some of them apart."""
+    monkeypatch.setattr(FeatureFormat, "row_bytes", property(lambda self: 8192))
     change, changes = OTHER[what]
     (tmp_path / "other").mkdir()
     other = change(tmp_path / "other", captioner) if change else captioner
@@ -615,6 +618,22 @@ def test_a_cache_that_is_damaged_under_a_run_changes_no_feature(
         assert_equal(Loader(source, captioner, images).epoch(), expected)
 
 
+def test_what_the_disk_cannot_read_is_encoded_again(captioner, tmp_path, images, monkeypatch):
+    fill_epoch(captioner, tmp_path / "cache", images)
+    preadv, failing = os.preadv, {1, 4, 5}
+
+    def read(file, buffers, offset):
+        if offset // ROW_BYTES in failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with open_source(captioner, tmp_path / "cache") as source:
+        loader = Loader(source, captioner, images)
+        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
+        assert source.num_encoded == 3
+
+
 def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
     """The places of rows that a run has read already are within the file, and hold nothing."""
     expected = [encoded(captioner, path) for path in images]
@@ -694,6 +713,20 @@ def test_batches_of_a_group_get_their_own_images_features(
     for _ in range(2):
         assert_equal(loader.epoch(), [alone[n] for n in numbers])
     torch.testing.assert_close(alone[0], encoded(captioner, images[0]))
+
+
+def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, monkeypatch):
+    """With others the last bits of the features could differ."""
+    sizes = []
+
+    def spy(model, pixels, settings):
+        sizes.append(len(pixels))
+        return encode_pixels(model, pixels, settings)
+
+    monkeypatch.setattr(features, "encode_pixels", spy)
+    Loader(grouped, captioner, images[:7]).epoch()
+    grouped.features_of(images[7])
+    assert sizes == [5, 5, 5] and grouped.num_encoded == 8
 
 
 def test_a_file_that_changes_while_groups_are_under_way(grouped, captioner, tmp_path, images):

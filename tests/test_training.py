@@ -448,7 +448,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     captioner.model.train()
     loss, gradients = loss_and_gradients(captioner, batches)
     config = training.TrainingConfig(model="", compile=True)
-    training._place(captioner.model, CPU, torch.float32, config)
+    training.place_model(captioner.model, CPU, torch.float32, config)
     assert all(layer._compiled_call_impl for layer in captioner.model.decoder.layers)
     compiled_loss, compiled = loss_and_gradients(captioner, batches)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
