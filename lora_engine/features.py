@@ -338,29 +338,47 @@ class FeatureSource:
     ) -> Tensor:
         """The rows (B, row_bytes) of images, wherever they are."""
         digests = [images.digests[image].tobytes() for image in wanted]
-        out = torch.empty(
-            len(wanted), self.format.row_bytes, dtype=torch.uint8, device=self.device
-        )
+        out: Tensor | None = None
         sources: list[tuple[dict[bytes, int], Any]] = [(fresh, fresh_rows)]
         sources += [(memory.slots, memory.rows) for memory in self._memories if memory]
-        left = set(range(len(wanted)))
+        left = list(range(len(wanted)))
         for slots, kept in sources:
-            places = [i for i in sorted(left) if digests[i] in slots]
-            if places:
-                out[places] = kept[[slots[digests[i]] for i in places]].to(self.device)
-            left.difference_update(places)
+            places = [i for i in left if digests[i] in slots]
+            if not places:
+                continue
+            rows = self._empty_rows(len(places), kept.device)
+            numbers = self._index([slots[digests[i]] for i in places], kept.device)
+            # Not by kept[numbers], which copies byte by byte.
+            torch.index_select(kept, 0, numbers, out=rows)
+            rows = rows.to(self.device, non_blocking=True)
+            if len(places) == len(wanted):
+                return rows
+            out = self._empty_rows(len(wanted), self.device) if out is None else out
+            out.index_copy_(0, self._index(places, self.device), rows)
+            left = [i for i in left if digests[i] not in slots]
         if left:
-            on_disk = sorted(left)
-            read = torch.empty(
-                len(on_disk), self.format.row_bytes, dtype=torch.uint8,
-                pin_memory=self._stream is not None,
-            )
-            for row, i in zip(read, on_disk):
+            rows = self._empty_rows(len(left), torch.device("cpu"))
+            for row, i in zip(rows, left):
                 digests[i] = self._read(images.paths[wanted[i]], digests[i], row.numpy())
-            out[on_disk] = read.to(self.device, non_blocking=True)
+            rows = rows.to(self.device, non_blocking=True)
             if self.device_memory is not None:
-                self.device_memory.keep([digests[i] for i in on_disk], out[on_disk])
+                self.device_memory.keep([digests[i] for i in left], rows)
+            if len(left) == len(wanted):
+                return rows
+            assert out is not None
+            out.index_copy_(0, self._index(left, self.device), rows)
+        assert out is not None
         return out
+
+    def _empty_rows(self, count: int, device: torch.device) -> Tensor:
+        """Memory for rows; that of the machine is pinned beside a GPU, for copies not to wait."""
+        is_pinned = self._stream is not None and device.type == "cpu"
+        shape = (count, self.format.row_bytes)
+        return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=is_pinned)
+
+    def _index(self, numbers: list[int], device: torch.device) -> Tensor:
+        index = torch.tensor(numbers, pin_memory=self._stream is not None)
+        return index.to(device, non_blocking=True)
 
     def _read(self, path: str, digest: bytes, out: np.ndarray) -> bytes:
         """Copy a row from the disk, or from what waits for it, into `out` (row_bytes,).

@@ -64,14 +64,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for rows, ids in zip(hidden.split(num_rows), targets.split(num_rows)):
             is_valid = ids != IGNORED
             ids = ids.clamp_min(0)[:, None]
-            logits = product(rows, weight, bias).to(accurate)  # (chunk of M, V)
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            losses = log_total - (1 - smoothing) * logits.gather(1, ids)
+            logits = product(rows, weight).to(accurate)  # (chunk of M, V)
+            if bias is not None:
+                logits += bias
+            at_target = logits.gather(1, ids)
             if smoothing:
-                losses = losses - smoothing * logits.mean(dim=1, keepdim=True)
+                at_target = at_target.lerp(logits.mean(dim=1, keepdim=True), smoothing)
+            # In place from here on, as logits are many: their exponentials, then the softmax.
+            largest = logits.amax(dim=1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+            losses = largest + total.log() - at_target  # (chunk of M, 1)
             loss += losses[:, 0].masked_fill(~is_valid, 0.0).sum()
             if needs_gradient:
-                gradient = logits.sub_(log_total).exp_()  # the softmax
+                gradient = logits.div_(total)
                 if smoothing:
                     gradient.sub_(smoothing / vocab_size)
                 gradient.scatter_add_(1, ids, torch.full_like(losses, smoothing - 1))

@@ -3,23 +3,36 @@
 A frozen operand gets no gradient, so that of the three products of a linear layer (forward, input
 gradient, weight gradient) one is never formed.
 
-On a CPU with AVX-512 fp32 products go to oneDNN. `F.linear` and `torch.bmm` go to MKL, which does
-not use the full width of the vectors on AMD's processors and runs at less than half of oneDNN's
-rate there; on Intel's both are as fast (benchmarks/LOG.md).
+On AMD's processors with AVX-512 fp32 products go to oneDNN. `F.linear` and `torch.bmm` go to MKL,
+which does not use the full width of the vectors there and runs at less than half of oneDNN's rate.
+On Intel's it is MKL that is faster (benchmarks/LOG.md).
 
-Axes: M rows, N columns of the result, K the summed axis, B independent products.
+Axes: M rows, N columns of the result, K the summed axis, B independent products, H heads.
 """
+
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+
+def _is_amd() -> bool:
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
+
+
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+_USE_ONEDNN = _HAS_ONEDNN and _is_amd()
 _MIN_SIZE = 2**12  # elements of the second operand; for less a call of oneDNN costs too much
 
 
@@ -44,7 +57,7 @@ def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products there go to oneDNN, past torch's choice."""
-    return _HAS_ONEDNN and device.type == "cpu" and dtype == torch.float32
+    return _USE_ONEDNN and device.type == "cpu" and dtype == torch.float32
 
 
 def _onednn(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,3 +130,25 @@ def _batched(x: Tensor, y: Tensor) -> Tensor:
 def batched_product(x: Tensor, y: Tensor) -> Tensor:
     """x (B, M, K), y (B, N, K) -> x y^T (B, M, N), with gradients for what needs one."""
     return _BatchedProduct.apply(x, y)
+
+
+class _HeadProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, frozen: Tensor) -> Tensor:
+        ctx.save_for_backward(frozen)
+        return _by_head(x, frozen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (frozen,) = ctx.saved_tensors
+        return _by_head(gradient, frozen.transpose(1, 2)), None
+
+
+def _by_head(x: Tensor, matrices: Tensor) -> Tensor:
+    return _batched(x.transpose(0, 1), matrices.transpose(1, 2)).transpose(0, 1).contiguous()
+
+
+def head_product(x: Tensor, frozen: Tensor) -> Tensor:
+    """x (M, H, K), frozen (H, K, N) -> (M, H, N): the product of each head with its own matrix."""
+    return _HeadProduct.apply(x, frozen)

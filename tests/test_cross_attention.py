@@ -175,7 +175,7 @@ def test_dropped_probabilities_are_dropped_as_written_out(
     monkeypatch.setattr(F, "dropout", dropout)
     ours = output_and_gradients(layer, x, lambda: layer(x, features))
     (mask,) = masks
-    kept = mask.unflatten(1, (NUM_HEADS, -1))  # (B, H T, P) -> (B, H, T, P)
+    kept = mask.unflatten(1, (-1, NUM_HEADS)).transpose(1, 2)  # (B, T H, P) -> (B, H, T, P)
     expected = output_and_gradients(layer, x, lambda: layer.written_out(x, features, kept))
     torch.testing.assert_close(ours, expected, **EXACT)
     assert taken == ["absorbed"] and 0 < kept.count_nonzero() < kept.numel()

@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine import products
-from lora_engine.products import batched_product, feature_product, product
+from lora_engine.products import batched_product, feature_product, head_product, product
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SMALL, LARGE = (5, 7), (70, 90)  # (N, K), on either side of what is worth a call of oneDNN
 
 needs_onednn = pytest.mark.skipif(
-    not products._HAS_ONEDNN, reason="products go to oneDNN on a CPU with AVX-512 alone"
+    not products._HAS_ONEDNN, reason="oneDNN is used on a CPU with AVX-512 alone"
 )
 onednn = pytest.param("onednn", torch.float32, marks=needs_onednn)
 every_way = pytest.mark.parametrize(
@@ -41,7 +41,7 @@ LAYOUTS = {
 @pytest.fixture
 def take(monkeypatch):
     """Chooses the way of a test's fp32 products."""
-    return lambda way: monkeypatch.setattr(products, "_HAS_ONEDNN", way == "onednn")
+    return lambda way: monkeypatch.setattr(products, "_USE_ONEDNN", way == "onednn")
 
 
 def assert_equal(ours: Tensor, expected: Tensor, *, summed: int, what: object = "") -> None:
@@ -85,7 +85,8 @@ def test_a_product_is_x_times_the_transpose_plus_bias_in_every_layout(
 
 
 @needs_onednn
-def test_oneDNN_takes_fp32_products_of_some_size_alone():
+def test_oneDNN_takes_fp32_products_of_some_size_alone(take):
+    take("onednn")
     x = torch.randn(3, 64)
     assert onednn_calls(lambda: product(x, torch.randn(65, 64))) == 1
     assert onednn_calls(lambda: product(x, torch.randn(64, 65).T)) == 1
@@ -109,7 +110,8 @@ class Operands(TorchDispatchMode):
 
 
 @needs_onednn
-def test_oneDNN_never_sees_strides_that_it_is_slow_at_and_a_transpose_is_not_copied():
+def test_oneDNN_never_sees_strides_that_it_is_slow_at_and_a_transpose_is_not_copied(take):
+    take("onednn")
     for x_layout, layout in itertools.product(LAYOUTS, LAYOUTS):
         x, frozen = LAYOUTS[x_layout](n=3, k=90), LAYOUTS[layout](n=70, k=90)
         with Operands() as operands:
@@ -193,12 +195,36 @@ def test_only_gradients_that_are_needed_are_formed_and_only_what_they_need_is_ke
 
 
 @needs_onednn
-def test_oneDNN_takes_batched_products_of_fp32_forward_and_backward():
+def test_oneDNN_takes_batched_products_of_fp32_forward_and_backward(take):
+    take("onednn")
     x, y = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 4, 5, requires_grad=True)
     assert onednn_calls(lambda: batched_product(x, y)) == 2
     out = batched_product(x, y).sum()
     assert onednn_calls(out.backward) == 4
     assert not onednn_calls(lambda: batched_product(x.double(), y.double()))
+
+
+# --- a product of each head ----------------------------------------------------------------
+
+
+@every_way
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+def test_a_product_of_heads_is_one_for_each_head_with_the_inputs_gradient_alone(
+    take, way, dtype, shape
+):
+    take(way)
+    n, k = shape
+    for layout in LAYOUTS:
+        x = torch.randn(9, 3, k, dtype=dtype, requires_grad=True)
+        matrices = LAYOUTS[layout](3, n=k, k=n, dtype=dtype)
+        out = head_product(x, matrices)
+        assert out.is_contiguous()
+        expected = torch.einsum("mhk,hkn->mhn", x.double(), matrices.double())
+        assert_equal(out, expected.detach(), summed=k, what=layout)
+        cotangent = torch.randn(9, 3, n, dtype=dtype)
+        (gradient,) = torch.autograd.grad(out, x, cotangent)
+        expected = torch.einsum("mhn,hkn->mhk", cotangent.double(), matrices.double())
+        assert_equal(gradient, expected, summed=n, what=layout)
 
 
 # --- a product with features ----------------------------------------------------------------

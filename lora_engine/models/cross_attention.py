@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_engine.lora import LoRALinear, linear_parts
 from lora_engine.models.attention import LayerCache, split_heads
-from lora_engine.products import batched_product, feature_product, product
+from lora_engine.products import batched_product, feature_product, head_product, product
 
 
 class FeatureProjection(NamedTuple):
@@ -138,38 +138,36 @@ def absorbed(
     dropout: float,
 ) -> Tensor:
     """Scaled queries (B, T, D) -> context (B, T, D), without keys and values."""
-    num_images, num_tokens, _ = query.shape
-    heads = (num_heads, -1)
-    query = rearrange(query, "b t (h k) -> h (b t) k", h=num_heads)
+    num_images, heads = len(query), (num_heads, -1)
+    query = rearrange(query, "b t (h k) -> (b t) h k", h=num_heads)
     W_k, W_v = key.weight.unflatten(0, heads), value.weight.unflatten(0, heads)  # (H, K, E)
-    by_image = {"b": num_images, "t": num_tokens}
 
-    queries = batched_product(query, W_k.transpose(1, 2))  # (H, B T, E)
-    queries = rearrange(queries, "h (b t) e -> b (h t) e", **by_image)
-    scores = batched_product(queries, features)  # (B, H T, P)
+    def by_image(rows: Tensor) -> Tensor:
+        return rearrange(rows, "(b t) h x -> b (t h) x", b=num_images)
+
+    def by_head(rows: Tensor) -> Tensor:
+        return rearrange(rows, "b (t h) x -> (b t) h x", h=num_heads)
+
+    queries = by_image(head_product(query, W_k))  # (B, T H, E)
+    scores = batched_product(queries, features)  # (B, T H, P)
     if key.low_rank is not None:
-        low_rank = torch.bmm(query, key.lora_B.unflatten(0, heads))  # (H, B T, R)
-        low_rank = rearrange(low_rank, "h (b t) r -> b (h t) r", **by_image)
-        scores = scores + batched_product(low_rank, key.low_rank)
+        low_rank = torch.einsum("mhk,hkr->mhr", query, key.lora_B.unflatten(0, heads))
+        scores = scores + batched_product(by_image(low_rank), key.low_rank)
     # In fp32 whatever the compute dtype. (A fused kernel would not have rounded the scores either.)
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     probs = F.dropout(probs.to(scores.dtype), dropout)
 
-    context = batched_product(probs, features.transpose(1, 2))  # (B, H T, E)
-    context = rearrange(context, "b (h t) e -> h (b t) e", h=num_heads)
-    context = batched_product(context, W_v)  # (H, B T, K)
+    context = by_head(batched_product(probs, features.transpose(1, 2)))  # (B T, H, E)
+    context = head_product(context, W_v.transpose(1, 2))  # (B T, H, K)
     if value.low_rank is not None:
-        low_rank = batched_product(probs, value.low_rank.transpose(1, 2))  # (B, H T, R)
-        low_rank = rearrange(low_rank, "b (h t) r -> h (b t) r", h=num_heads)
-        lora_B = value.lora_B.unflatten(0, heads)  # (H, K, R)
-        context = torch.baddbmm(context, low_rank, lora_B.transpose(1, 2))
+        low_rank = by_head(batched_product(probs, value.low_rank.transpose(1, 2)))
+        context = context + torch.einsum("mhr,hkr->mhk", low_rank, value.lora_B.unflatten(0, heads))
     if value.bias is not None:
-        bias = value.bias.view(num_heads, 1, -1)
+        bias = value.bias.unflatten(0, heads)  # (H, K)
         if dropout:  # then the probabilities of a query no longer add up to 1
-            total = rearrange(probs.sum(dim=-1), "b (h t) -> h (b t) 1", h=num_heads)
-            bias = bias * total
+            bias = bias * by_head(probs.sum(dim=-1, keepdim=True))
         context = context + bias
-    return rearrange(context, "h (b t) k -> b t (h k)", **by_image)
+    return rearrange(context, "(b t) h k -> b t (h k)", b=num_images)
 
 
 def _projected(
@@ -185,6 +183,7 @@ def _projected(
     if cache is not None and cache.cross_attention is not None:
         keys, values = cache.cross_attention
     else:
+        key = key._replace(bias=None)  # it would change nothing
         keys, values = (split_heads(_keys_or_values(features, p), num_heads) for p in (key, value))
         if cache is not None:
             cache.cross_attention = keys, values
@@ -195,9 +194,11 @@ def _projected(
 
 
 def _keys_or_values(features: Tensor, projection: FeatureProjection) -> Tensor:
-    """Keys or values (B, P, D) of all image tokens."""
+    """Keys or values (B, P, D) of all image tokens, which are many: each pass over them counts."""
     weight, bias, low_rank, lora_B = projection
-    rows = product(features.flatten(0, 1), weight, bias)
+    rows = product(features.flatten(0, 1), weight)
+    if bias is not None:
+        rows.add_(bias)
     if low_rank is not None:
-        rows = torch.addmm(rows, low_rank.flatten(0, 1), lora_B.T)
+        rows.addmm_(low_rank.flatten(0, 1), lora_B.T)
     return rows.unflatten(0, features.shape[:2])
