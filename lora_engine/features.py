@@ -275,7 +275,7 @@ class FeatureSource:
         batches = iter(batches)
         started: deque[_Group] = deque()
         while group := list(islice(batches, self.group_size)):
-            started.append(self._start(group, images))
+            started.append(self._start(group, images, started))
             if len(started) > self.num_ahead:
                 yield from self._finish(started.popleft(), images)
         for last in started:
@@ -293,10 +293,16 @@ class FeatureSource:
                 return self.format.unpack(rows, self.dtype)[0]
         return self.format.unpack(self._gather(images, [0], {}, None), self.dtype)[0]
 
-    def _start(self, batches: list[Batch], images: ImageList) -> _Group:
-        """Encode those images of some batches whose features are not there."""
+    def _start(
+        self, batches: list[Batch], images: ImageList, under_way: Iterable[_Group]
+    ) -> _Group:
+        """Encode those images of some batches whose features are not there.
+
+        What groups `under_way` are encoding is taken over: it may find no place when they end.
+        """
         digests: dict[bytes, int] = {}
         wanted: list[Tensor] = []
+        taken_over: dict[bytes, Tensor] = {}
         with torch.cuda.stream(self._stream):
             for batch in batches:
                 pixels = batch.pixels.to(self.device, non_blocking=True)
@@ -305,11 +311,19 @@ class FeatureSource:
                     images.know(image, file, digest)
                     if file is not None:
                         self.identities.remember(images.paths[image], file, digest)
-                    if digest not in digests and not self._keeps(images, image):
+                    if digest in digests or digest in taken_over or self._keeps(images, image):
+                        continue
+                    other = next((group for group in under_way if digest in group.digests), None)
+                    if other is not None:
+                        taken_over[digest] = other.rows[other.digests[digest]]
+                    else:
                         digests[digest] = len(digests)
                         chosen.append(place)
                 wanted.append(pixels[chosen])
             rows = self._encode(torch.cat(wanted))
+            if taken_over:
+                rows = torch.cat([rows, torch.stack(list(taken_over.values()))])
+                digests |= {digest: len(digests) + i for i, digest in enumerate(taken_over)}
             event = None
             if self._stream is not None:
                 event = torch.cuda.Event()

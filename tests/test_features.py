@@ -715,6 +715,13 @@ def test_batches_of_a_group_get_their_own_images_features(
     torch.testing.assert_close(alone[0], encoded(captioner, images[0]))
 
 
+def test_captions_in_neighbouring_groups_share_an_encoding(grouped, captioner, images):
+    """The second group begins while the first is being encoded, wherever features are kept."""
+    loader = Loader(grouped, captioner, images + images[:4] + images)  # 12 rows, and 8
+    loader.epoch()
+    assert grouped.num_encoded == len(images)
+
+
 def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, monkeypatch):
     """With others the last bits of the features could differ."""
     sizes = []
