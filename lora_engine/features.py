@@ -352,24 +352,19 @@ class FeatureSource:
     ) -> Tensor:
         """The rows (B, row_bytes) of images, wherever they are."""
         digests = [images.digests[image].tobytes() for image in wanted]
-        out: Tensor | None = None
         sources: list[tuple[dict[bytes, int], Any]] = [(fresh, fresh_rows)]
         sources += [(memory.slots, memory.rows) for memory in self._memories if memory]
+        found: list[tuple[list[int], Tensor]] = []
         left = list(range(len(wanted)))
         for slots, kept in sources:
             places = [i for i in left if digests[i] in slots]
-            if not places:
-                continue
-            rows = self._empty_rows(len(places), kept.device)
-            numbers = self._index([slots[digests[i]] for i in places], kept.device)
-            # Not by kept[numbers], which copies byte by byte.
-            torch.index_select(kept, 0, numbers, out=rows)
-            rows = rows.to(self.device, non_blocking=True)
-            if len(places) == len(wanted):
-                return rows
-            out = self._empty_rows(len(wanted), self.device) if out is None else out
-            out.index_copy_(0, self._index(places, self.device), rows)
-            left = [i for i in left if digests[i] not in slots]
+            if places:
+                rows = self._empty_rows(len(places), kept.device)
+                numbers = self._index([slots[digests[i]] for i in places], kept.device)
+                # Not by kept[numbers], which copies byte by byte.
+                torch.index_select(kept, 0, numbers, out=rows)
+                found.append((places, rows.to(self.device, non_blocking=True)))
+                left = [i for i in left if digests[i] not in slots]
         if left:
             rows = self._empty_rows(len(left), torch.device("cpu"))
             for row, i in zip(rows, left):
@@ -377,11 +372,12 @@ class FeatureSource:
             rows = rows.to(self.device, non_blocking=True)
             if self.device_memory is not None:
                 self.device_memory.keep([digests[i] for i in left], rows)
-            if len(left) == len(wanted):
-                return rows
-            assert out is not None
-            out.index_copy_(0, self._index(left, self.device), rows)
-        assert out is not None
+            found.append((left, rows))
+        if len(found) == 1:  # as usual: nothing to put together
+            return found[0][1]
+        out = self._empty_rows(len(wanted), self.device)
+        for places, rows in found:
+            out.index_copy_(0, self._index(places, self.device), rows)
         return out
 
     def _empty_rows(self, count: int, device: torch.device) -> Tensor:

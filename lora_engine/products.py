@@ -132,23 +132,7 @@ def batched_product(x: Tensor, y: Tensor) -> Tensor:
     return _BatchedProduct.apply(x, y)
 
 
-class _HeadProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, frozen: Tensor) -> Tensor:
-        ctx.save_for_backward(frozen)
-        return _by_head(x, frozen)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        (frozen,) = ctx.saved_tensors
-        return _by_head(gradient, frozen.transpose(1, 2)), None
-
-
-def _by_head(x: Tensor, matrices: Tensor) -> Tensor:
-    return _batched(x.transpose(0, 1), matrices.transpose(1, 2)).transpose(0, 1).contiguous()
-
-
 def head_product(x: Tensor, frozen: Tensor) -> Tensor:
     """x (M, H, K), frozen (H, K, N) -> (M, H, N): the product of each head with its own matrix."""
-    return _HeadProduct.apply(x, frozen)
+    out = batched_product(x.transpose(0, 1), frozen.transpose(1, 2))  # (H, M, N)
+    return out.transpose(0, 1).contiguous()

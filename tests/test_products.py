@@ -204,6 +204,19 @@ def test_oneDNN_takes_batched_products_of_fp32_forward_and_backward(take):
     assert not onednn_calls(lambda: batched_product(x.double(), y.double()))
 
 
+def test_the_maker_of_the_processor_is_read_from_where_the_system_says_it(monkeypatch):
+    for text in ("vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"):
+        monkeypatch.setattr(products.Path, "read_text", lambda *_, text=text, **__: text)
+        assert products._is_amd() == ("AMD" in text)
+
+    def no_such_file(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(products.Path, "read_text", no_such_file)
+    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 25, AuthenticAMD")
+    assert products._is_amd()
+
+
 # --- a product of each head ----------------------------------------------------------------
 
 
