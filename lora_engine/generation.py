@@ -1,12 +1,17 @@
-"""Captions from features: batched greedy and beam search with key/value caches.
+"""Captions from features: batched greedy search, sampling and beam search with key/value caches.
 
-Both give the tokens of Hugging Face's `generate`; beam search follows its vectorised rewrite
-(huggingface/transformers, `generation/utils.py: _beam_search`), step by step, at its defaults
-(`early_stopping=False`).
+Greedy and beam search give the tokens of Hugging Face's `generate`; beam search follows its
+vectorised rewrite (huggingface/transformers, `generation/utils.py: _beam_search`), step by step, at
+its defaults (`early_stopping=False`). Captions that have ended leave the batch.
 
 Axes: B images, G beams, T tokens so far, V vocabulary.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +20,19 @@ from lora_engine.models import CaptionerBody
 from lora_engine.models.attention import KeyValueCache
 
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
+
+
+class Sampling(NamedTuple):
+    """How to draw tokens instead of taking the most probable one.
+
+    Logits are divided by `temperature`; then the fewest tokens whose probabilities reach `top_p`
+    are drawn from (Holtzman et al., arXiv:1904.09751). A caption is a function of its image's seed:
+    the others in the batch change nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seeds: Sequence[Sequence[int]] = ()  # one an image
 
 
 @torch.no_grad()
@@ -26,16 +44,19 @@ def generate(
     end_id: int,
     pad_id: int,
     max_new_tokens: int = 30,
+    min_new_tokens: int = 0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    sampling: Sampling | None = None,
 ) -> Tensor:
     """Caption each image of `features` (B, P, D) -> token ids (B, T), prompt first.
 
-    Rows that ended earlier are filled with `pad_id`. `prompt_ids` begin with the start token. A
-    beam's score is its log-probability divided by (number of new tokens) ** `length_penalty`.
-    The model should be in evaluation mode.
+    Rows that ended earlier are filled with `pad_id`. `prompt_ids` begin with the start token. No
+    caption ends before `min_new_tokens`. A beam's score is its log-probability divided by (number
+    of new tokens) ** `length_penalty`. The model should be in evaluation mode.
 
-    Raises ValueError if prompt and new tokens outgrow the decoder's positions.
+    Raises ValueError for lengths and beams below 1, if prompt and new tokens outgrow the decoder's
+    positions, and for sampling together with beams.
     """
     longest = len(prompt_ids) + max_new_tokens
     if max_new_tokens < 1 or num_beams < 1:
@@ -48,42 +69,93 @@ def generate(
             f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} need "
             f"{longest} positions, but the decoder has {max_positions}"
         )
+    if sampling is not None and num_beams > 1:
+        raise ValueError(f"sampling together with num_beams={num_beams}: use one of them")
     prompt = torch.tensor([prompt_ids], device=features.device).expand(len(features), -1)
+    next_logits = _NextLogits(model, longest, len(prompt_ids) + min_new_tokens, end_id)
     if num_beams == 1:
-        return _greedy(model, features, prompt, end_id, pad_id, max_new_tokens)
+        choose = _argmax if sampling is None else _Sampler(sampling, max_new_tokens)
+        return _one_by_one(next_logits, features, prompt, choose, end_id, pad_id, max_new_tokens)
     return _beam_search(
-        model, features, prompt, end_id, pad_id, max_new_tokens, num_beams, length_penalty
+        next_logits, features, prompt, end_id, pad_id, max_new_tokens, num_beams, length_penalty
     )
 
 
-def _next_logits(
-    model: CaptionerBody, input_ids: Tensor, features: Tensor, cache: KeyValueCache
-) -> Tensor:
+class _NextLogits:
     """(N, T new tokens) -> fp32 logits (N, V) of the token after the last one."""
-    hidden = model.decode(input_ids, features, cache)
-    return model.head(hidden[:, -1]).float()
+
+    def __init__(
+        self, model: CaptionerBody, longest: int, first_end: int, end_id: int
+    ) -> None:
+        self.model = model
+        self.cache = KeyValueCache(longest)
+        self.first_end = first_end  # tokens before an end token may come
+        self.end_id = end_id
+
+    def __call__(self, new_tokens: Tensor, features: Tensor) -> Tensor:
+        hidden = self.model.decode(new_tokens, features, self.cache)
+        logits = self.model.head(hidden[:, -1]).float()
+        if self.cache.length < self.first_end:
+            logits[:, self.end_id] = -math.inf
+        return logits
 
 
-def _greedy(
-    model: CaptionerBody, features: Tensor, prompt: Tensor, end_id: int, pad_id: int, max_new: int
+def _argmax(logits: Tensor, images: Tensor, num_new: int) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+class _Sampler:
+    """Draws the next tokens of captions: logits (N, V) of `images` (N,) -> token ids (N,)."""
+
+    def __init__(self, sampling: Sampling, max_new_tokens: int) -> None:
+        self.temperature = sampling.temperature
+        self.top_p = sampling.top_p
+        # All of a caption's chances at once: they depend on nothing but its seed.
+        self.chances = torch.tensor(np.stack([
+            np.random.default_rng(seed).random(max_new_tokens, dtype=np.float32)
+            for seed in sampling.seeds
+        ]))
+
+    def __call__(self, logits: Tensor, images: Tensor, num_new: int) -> Tensor:
+        probs, tokens = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        reached = probs.cumsum(dim=-1)
+        kept = reached - probs < self.top_p  # the first one always
+        mass = (probs * kept).sum(dim=-1, keepdim=True)
+        chance = self.chances[images.cpu(), num_new].to(logits.device)[:, None]
+        # The inverse of the distribution function; rounding must not lead past what is kept.
+        place = (reached < chance * mass).sum(dim=-1, keepdim=True)
+        return tokens.gather(1, place.minimum(kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+
+
+def _one_by_one(
+    next_logits: _NextLogits,
+    features: Tensor,
+    prompt: Tensor,
+    choose: Callable[[Tensor, Tensor, int], Tensor],
+    end_id: int,
+    pad_id: int,
+    max_new: int,
 ) -> Tensor:
-    cache = KeyValueCache()
-    tokens = prompt
+    tokens = F.pad(prompt, (0, max_new), value=pad_id)
+    images = torch.arange(len(prompt), device=prompt.device)  # those whose captions go on
     new_tokens = prompt
-    is_finished = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new):
-        chosen = _next_logits(model, new_tokens, features, cache).argmax(dim=-1)
-        chosen = torch.where(is_finished, pad_id, chosen)
-        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        is_finished |= chosen == end_id
-        if is_finished.all():
+    for num_new in range(max_new):
+        position = prompt.shape[1] + num_new
+        chosen = choose(next_logits(new_tokens, features), images, num_new)
+        tokens[images, position] = chosen
+        kept = (chosen != end_id).nonzero()[:, 0]
+        if len(kept) == 0:
             break
+        if len(kept) < len(images):
+            images, chosen, features = images[kept], chosen[kept], features[kept]
+            next_logits.cache.reorder(kept)
+            next_logits.cache.keep_images(kept)
         new_tokens = chosen[:, None]
-    return tokens
+    return tokens[:, : position + 1]
 
 
 def _beam_search(
-    model: CaptionerBody,
+    next_logits: _NextLogits,
     features: Tensor,
     prompt: Tensor,
     end_id: int,
@@ -95,27 +167,27 @@ def _beam_search(
     num_images, prompt_length = prompt.shape
     device = prompt.device
     shape = (num_images, num_beams)
-    cache = KeyValueCache()
+    best_tokens = F.pad(prompt, (0, max_new), value=pad_id)
+    longest = 0
+    images = torch.arange(num_images, device=device)  # those whose captions may still improve
 
     # Running beams and the best finished ones, each with its score. At first all beams are the
     # same, so that only the first one may be continued.
-    running = torch.full((*shape, prompt_length + max_new), pad_id, device=device)
-    running[:, :, :prompt_length] = prompt[:, None]
+    running = best_tokens[:, None].repeat(1, num_beams, 1)
     running_scores = torch.zeros(shape, device=device)
     running_scores[:, 1:] = _NEVER
     finished = running.clone()
     finished_scores = torch.full(shape, _NEVER, device=device)
     finished_lengths = torch.zeros(shape, dtype=torch.long, device=device)
     is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
-    may_improve = torch.ones((num_images, 1), dtype=torch.bool, device=device)
     # Twice as many candidates as beams: even if the best ones all end here, as many go on.
     is_top_candidate = torch.arange(2 * num_beams, device=device) < num_beams
 
     new_tokens = prompt.repeat_interleave(num_beams, dim=0)
     for num_new in range(1, max_new + 1):
         position = prompt_length + num_new - 1
-        log_probs = F.log_softmax(_next_logits(model, new_tokens, features, cache), dim=-1)
-        scores = running_scores[:, :, None] + log_probs.unflatten(0, shape)
+        log_probs = F.log_softmax(next_logits(new_tokens, features), dim=-1)
+        scores = running_scores[:, :, None] + log_probs.unflatten(0, (-1, num_beams))
         vocab_size = scores.shape[-1]
         scores, chosen = scores.flatten(1).topk(2 * num_beams)  # (B, 2 G)
         parents, tokens = chosen // vocab_size, chosen % vocab_size
@@ -129,11 +201,11 @@ def _beam_search(
         open_scores = scores + ends * _NEVER
         kept = open_scores.topk(num_beams).indices
         running, running_scores = _take(candidates, kept), _take(open_scores, kept)
+        parents = _take(parents, kept)
 
         # Those that end now and are better than what has finished before.
         ends_now = ends & is_top_candidate
-        end_scores = scores / num_new**length_penalty
-        end_scores = end_scores + (~may_improve) * _NEVER + (~ends_now) * _NEVER
+        end_scores = scores / num_new**length_penalty + (~ends_now) * _NEVER
         lengths = torch.full_like(tokens, num_new)
         best = torch.cat([finished_scores, end_scores], dim=1).topk(num_beams).indices
         finished = _take(torch.cat([finished, candidates], dim=1), best)
@@ -141,17 +213,26 @@ def _beam_search(
         finished_lengths = _take(torch.cat([finished_lengths, lengths], dim=1), best)
         is_finished = _take(torch.cat([is_finished, ends_now], dim=1), best)
 
-        # Stop where no running beam could still beat the worst finished one.
+        # An image is done where no running beam could still beat its worst finished one.
         worst = torch.where(is_finished, finished_scores.min(dim=1, keepdim=True).values, _NEVER)
         reachable = running_scores[:, :1] / num_new**length_penalty
-        may_improve = may_improve & (reachable > worst).any(dim=1, keepdim=True)
-        if not may_improve.any() or ends.all():
+        goes_on = (reachable > worst).any(dim=1) & (num_new < max_new)
+        kept, done = goes_on.nonzero()[:, 0], (~goes_on).nonzero()[:, 0]
+        best_tokens[images[done]] = finished[done, 0]
+        if len(done):
+            longest = max(longest, int(finished_lengths[done, 0].max()))
+        if len(kept) == 0:
             break
-        first_rows = num_beams * torch.arange(num_images, device=device)[:, None]
-        cache.reorder((first_rows + _take(parents, kept)).flatten())
-        new_tokens = running[:, :, position].flatten()[:, None]
+        next_logits.cache.reorder((num_beams * kept[:, None] + parents[kept]).flatten())
+        new_tokens = running[kept, :, position].flatten()[:, None]
+        if len(done):
+            next_logits.cache.keep_images(kept)
+            images, features = images[kept], features[kept]
+            running, running_scores = running[kept], running_scores[kept]
+            finished, finished_scores = finished[kept], finished_scores[kept]
+            finished_lengths, is_finished = finished_lengths[kept], is_finished[kept]
 
-    return finished[:, 0, : prompt_length + int(finished_lengths[:, 0].max())]
+    return best_tokens[:, : prompt_length + longest]
 
 
 def _take(x: Tensor, indices: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_token_by_token_equals_the_whole_sequence(captioner, prompt_length):
     with torch.no_grad():
         features = model.encode(random_pixels(2))  # two rows an image
         whole = model.decode(input_ids, features)
-        cache = KeyValueCache()
+        cache = KeyValueCache(num_tokens=12)
         parts = [model.decode(input_ids[:, :prompt_length], features, cache)]
         for position in range(prompt_length, input_ids.shape[1]):
             assert cache.length == position
@@ -152,7 +152,7 @@ def test_reordered_cache_continues_the_chosen_rows(captioner):
     rows = torch.tensor([1, 1, 3, 2])  # within each image's own two rows
     with torch.no_grad():
         features = model.encode(random_pixels(2))
-        cache = KeyValueCache()
+        cache = KeyValueCache(num_tokens=12)
         model.decode(input_ids[:, :4], features, cache)
         cache.reorder(rows)
         last = model.decode(input_ids[:, 4:], features, cache)

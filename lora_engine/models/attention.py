@@ -16,9 +16,11 @@ class LayerCache:
     """What generation keeps of one layer between tokens: keys and values, (N, H, S, K).
 
     Those of self-attention grow by a token a step and follow the beams. Those of cross-attention
-    have one row an image and are filled once: all beams of an image see the same ones.
+    have one row an image and are filled once, where it forms any: all beams of an image see the
+    same ones. `num_tokens` is how many a row will have in the end, at most.
     """
 
+    num_tokens: int
     self_attention: tuple[Tensor, Tensor] | None = None
     cross_attention: tuple[Tensor, Tensor] | None = None
 
@@ -33,13 +35,18 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """The caches of a decoder's layers, by their number."""
+    """The caches of a decoder's layers, by their number, and what its adapters make of features.
 
-    def __init__(self) -> None:
+    `num_tokens` is how many tokens a row will have in the end, at most, its prompt among them.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
         self.layers: dict[int, LayerCache] = {}
+        self.low_ranks: list[list[Tensor | None]] | None = None  # cross_attention's U (B, P, R)
 
     def __getitem__(self, layer: int) -> LayerCache:
-        return self.layers.setdefault(layer, LayerCache())
+        return self.layers.setdefault(layer, LayerCache(self.num_tokens))
 
     @property
     def length(self) -> int:
@@ -53,6 +60,18 @@ class KeyValueCache:
             if layer.self_attention is not None:
                 keys, values = layer.self_attention
                 layer.self_attention = keys[rows], values[rows]
+
+    def keep_images(self, images: Tensor) -> None:
+        """Forget all images but these, whose rows `reorder` keeps."""
+        for layer in self.layers.values():
+            if layer.cross_attention is not None:
+                keys, values = layer.cross_attention
+                layer.cross_attention = keys[images], values[images]
+        if self.low_ranks is not None:
+            self.low_ranks = [
+                [part if part is None else part[images] for part in parts]
+                for parts in self.low_ranks
+            ]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (N, T, D) -> (N, H, T, K)

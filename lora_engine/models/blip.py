@@ -193,7 +193,7 @@ class TextDecoder(nn.Module):
         features = features.to(compute_dtype(features))
         layers: list[Any] = list(self.layers)
         low_ranks = low_rank_features(
-            features, [layer.crossattention.feature_layers for layer in layers]
+            features, [layer.crossattention.feature_layers for layer in layers], cache
         )
         for index, layer in enumerate(layers):
             if self.gradient_checkpointing and self.training:

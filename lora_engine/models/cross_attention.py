@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lora_engine.lora import LoRALinear, linear_parts
-from lora_engine.models.attention import LayerCache, split_heads
+from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
 from lora_engine.products import batched_product, feature_product, head_product, product
 
 
@@ -49,13 +49,24 @@ class FeatureProjection(NamedTuple):
 
 
 def low_rank_features(
-    features: Tensor, layers: Sequence[Sequence[nn.Module]]
+    features: Tensor, layers: Sequence[Sequence[nn.Module]], cache: KeyValueCache | None = None
 ) -> list[list[Tensor | None]]:
     """U = dropout(E) A^T (B, P, R) of every key and value adapter of every layer; else None.
 
     They are one product over all layers, and its dropout is one mask: the features are one input,
-    and a mask for each of 24 adapters would cost more than the attention itself on a CPU.
+    and a mask for each of 24 adapters would cost more than the attention itself on a CPU. With a
+    cache, they are formed at the first call only.
     """
+    if cache is None:
+        return _low_rank_features(features, layers)
+    if cache.low_ranks is None:
+        cache.low_ranks = _low_rank_features(features, layers)
+    return cache.low_ranks
+
+
+def _low_rank_features(
+    features: Tensor, layers: Sequence[Sequence[nn.Module]]
+) -> list[list[Tensor | None]]:
     adapters = [
         layer for group in layers for layer in group
         if isinstance(layer, LoRALinear) and not layer.merged
@@ -96,14 +107,16 @@ def cross_attention(
 ) -> Tensor:
     """Attention of `query` (N, T, D) onto `features` (B, P, E) -> (N, T, D).
 
-    There is no mask: every image has all of its P tokens. With a cache, keys and values are formed
-    at the first call only.
+    There is no mask: every image has all of its P tokens. With a cache, keys and values, if any,
+    are formed at the first call only, and what counts for the choice of the form is the length that
+    the caption may reach.
     """
-    num_tokens = query.shape[1]
+    num_rows, num_tokens, width = query.shape
+    num_queries = num_rows // len(features) * (num_tokens if cache is None else cache.num_tokens)
     # The rows of one image see the same features: fold them into the token axis.
     query = rearrange(query, "(b g) t d -> b (g t) d", b=len(features))
-    if cache is None and absorbs(
-        query.shape[1:], features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
+    if absorbs(
+        (num_queries, width), features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
     ):
         context = absorbed(query * scale, features, key, value, num_heads, dropout)
     else:

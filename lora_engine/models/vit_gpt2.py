@@ -181,7 +181,7 @@ class GPT2Decoder(nn.Module):
         features = features.to(compute_dtype(features))
         blocks: list[Any] = list(self.layers)
         low_ranks = low_rank_features(
-            features, [block.crossattention.feature_layers for block in blocks]
+            features, [block.crossattention.feature_layers for block in blocks], cache
         )
         for index, block in enumerate(blocks):
             if self.gradient_checkpointing and self.training:
