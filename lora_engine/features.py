@@ -31,13 +31,9 @@ from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.vit import EncoderLayer
 from lora_engine.pretrained import Captioner, fingerprint
 
-# Always as many, filled up where there are fewer: with another number the last bits of the features
-# could differ. On a CPU one by one is as fast: an image's activations stay in the caches.
-_ENCODER_BATCH = {"cpu": 1, "cuda": 64}
 _MEMORY_SHARE = 0.5  # of what is free, for features in memory
-# Batches that are encoded together, so that few of a GPU's encoder batches are part empty, and
-# groups that are begun before one is trained on.
-_GROUPS = {"cpu": (1, 0), "cuda": (4, 1)}
+_GROUP = 4  # batches whose images are encoded together: few encoder batches are then part empty
+_NUM_AHEAD = {"cpu": 0, "cuda": 1}  # groups that are begun before one is trained on
 
 
 @torch.no_grad()
@@ -121,8 +117,9 @@ class FeatureSource:
         self.num_images = num_images
         self.cache = cache
         self.say = say
-        self.encoder_batch_size = _ENCODER_BATCH[device.type]
-        self.group_size, self.num_ahead = _GROUPS[device.type]
+        self.encoder_batch_size = _encoder_batch_size(device, captioner.model.encoder.num_tokens)
+        self.group_size = _GROUP if self.encoder_batch_size > 1 else 1
+        self.num_ahead = _NUM_AHEAD[device.type]
         self.num_encoded = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._said_why = False
@@ -132,6 +129,7 @@ class FeatureSource:
         self.format = FeatureFormat(num_tokens, width, cache_dtype or exact)
         description = {
             "encoder": "" if cache == "off" else _describe_encoder(self.model),
+            "encoder_batch_size": self.encoder_batch_size,  # the last bits depend on it
             "pixels": {**dataclasses.asdict(self.pixels), "version": PIXELS_VERSION},
             "format": dataclasses.asdict(self.format),
             "compute_dtype": str(dtype),
@@ -269,8 +267,7 @@ class FeatureSource:
     def attach(self, batches: Iterable[Batch], images: ImageList) -> Iterator[Batch]:
         """The batches, with features (B, P, D) on the device in place of pixels.
 
-        A GPU encodes some batches together, on a stream of its own, while those before them are
-        trained on.
+        A GPU encodes on a stream of its own, while the batches before are trained on.
         """
         batches = iter(batches)
         started: deque[_Group] = deque()
@@ -449,6 +446,16 @@ class FeatureSource:
             if self._stream is not None:
                 torch.cuda.synchronize(self.device)
         return (time.perf_counter() - begin_s) / len(pixels), shape
+
+
+def _encoder_batch_size(device: torch.device, num_tokens: int) -> int:
+    """Images that are encoded at a time.
+
+    Always as many, filled up where there are fewer: with another number the last bits of the
+    features could differ. A CPU reaches its rate with some 500 rows of image tokens, one image of
+    BLIP's and two of ViT+GPT2's (benchmarks/LOG.md).
+    """
+    return 64 if device.type == "cuda" else min(max(512 // num_tokens, 1), 4)
 
 
 def _describe_encoder(model: CaptionerBody) -> dict[str, Any]:

@@ -1120,6 +1120,8 @@ def elsewhere(uncached, tmp_path_factory) -> Path:
     for name, cache, kill_before in (("one", "ab", 0), ("other", "ab", 0), ("killed", "c", 2)):
         changes = {"output_path": str(folder / name), "cache_dir": str(folder / cache)}
         config = replace(config, cache="disk", **changes)
+        if kill_before:  # not all images are in the first batches that are encoded together
+            config = replace(config, batch_size=1)
         arguments += [str(kill_before), json.dumps(config.as_dict())]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
