@@ -2,23 +2,26 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
+import numpy as np
 import tyro
 
-from lora_engine import cli
-from lora_engine.adapter import load_adapter, read_adapter
+from lora_engine import cli, lora
+from lora_engine.adapter import Adapter, load_adapter, read_adapter
 from lora_engine.captioning import Captioned, caption_images
 from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
-from lora_engine.images import find_images
-from lora_engine.lora import cast_frozen, merge
+from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.merging import check_out, export_merged
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 
 UNREADABLE = 1  # some images have no caption
+
+NUM_DRAWN = 4  # images that a merged model is compared on where none are given
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,16 @@ def caption(args: list[str]) -> int:
     images = find_images(config.images)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
-    captioner, prompt = _load(config)
-    cast_frozen(captioner.model, dtype)
+    adapter = read_adapter(config.adapter) if config.adapter else None
+    captioner = _load(adapter, config.model, config.revision)
+    prompt = config.prompt or ""
+    if adapter is not None:
+        complaint = _foreign_base(captioner, adapter)
+        if complaint:
+            print(f"warning: {complaint}; expect worse captions", file=sys.stderr)
+        lora.merge(captioner.model)
+        prompt = adapter.prompt if config.prompt is None else config.prompt
+    lora.cast_frozen(captioner.model, dtype)
     captioner.model.to(device)
     outcomes = caption_images(
         captioner,
@@ -94,40 +105,6 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: there is no folder {path.parent}; make it first")
 
 
-def _load(config: CaptionConfig) -> tuple[Captioner, str]:
-    """The captioner with its adapter merged, and the prompt."""
-    adapter = read_adapter(config.adapter) if config.adapter else None
-    name = config.model or (adapter.base_model if adapter else None)
-    if name is None:
-        raise ValueError(
-            "no model to caption with: give --adapter, --model, or both (an adapter that does "
-            "not say its base model needs --model)"
-        )
-    revision = config.revision
-    if revision is None and adapter is not None and config.model is None:
-        revision = adapter.config.get("revision")  # of the base model that it names
-    captioner = load_captioner(name, revision=revision)
-    if adapter is None:
-        return captioner, config.prompt or ""
-    base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    expected = FAMILIES[captioner.family].hugging_face_class
-    if base_class not in (None, expected):
-        raise ValueError(
-            f"the adapter in {config.adapter} is for {base_class}, but {name} is {expected}; leave "
-            f"--model out to use the adapter's own base ({adapter.base_model})"
-        )
-    made_for = adapter.provenance.get("base_fingerprint", captioner.fingerprint)
-    if made_for != captioner.fingerprint:
-        print(
-            f"warning: {config.adapter} was trained on a base model with other weights than "
-            f"{name} has; expect worse captions",
-            file=sys.stderr,
-        )
-    load_adapter(captioner.model, adapter)
-    merge(captioner.model)
-    return captioner, adapter.prompt if config.prompt is None else config.prompt
-
-
 def _print_captions(outcomes: Iterable[Captioned], file: TextIO | None) -> int:
     num_failed = 0
     for outcome in outcomes:
@@ -144,7 +121,108 @@ def _print_captions(outcomes: Iterable[Captioned], file: TextIO | None) -> int:
     return UNREADABLE if num_failed else 0
 
 
-VERBS = {"caption": caption}
+@dataclass(frozen=True)
+class MergeConfig:
+    """Flags of `merge`."""
+
+    adapter: str
+    """Adapter folder, such as RUN/adapter."""
+    out: str
+    """New folder for the merged model; nothing is ever overwritten."""
+    model: str | None = None
+    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
+    revision: str | None = None
+    """Revision of a Hub name."""
+    images: tuple[str, ...] = ()
+    """Image files, or folders of images, to compare captions on. Default: four drawn scenes."""
+    force: bool = False
+    """Merge even into a base model with other weights than the adapter was trained on."""
+
+
+def merge(args: list[str]) -> int:
+    """Fold an adapter into its base, as a plain Hugging Face folder -> exit status."""
+    config = cli.parse(
+        MergeConfig, args, prog="python -m lora_engine merge",
+        description="Fold an adapter into its base model, as a folder that needs no PEFT.",
+    )
+    check_out(Path(config.out))
+    images = find_images(config.images)
+    adapter = read_adapter(config.adapter)
+    captioner = _load(adapter, config.model, config.revision)
+    complaint = _foreign_base(captioner, adapter)
+    if complaint and not config.force:
+        raise ValueError(f"{complaint}; give its own with --model, or --force the merge")
+    if complaint:
+        print(f"warning: {complaint}", file=sys.stderr)
+    parity = export_merged(
+        captioner,
+        config.out,
+        pixels=_pixels_to_compare(images, captioner.pixels),
+        prompt=adapter.prompt,
+    )
+    num_merged = sum(1 for _ in lora.lora_layers(captioner.model))
+    print(
+        f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
+        f"loaded back and compared with base and adapter apart: {parity}\n"
+        f"merged model  {config.out}\n"
+        f"to load it    transformers.{FAMILIES[captioner.family].hugging_face_class}"
+        f".from_pretrained({config.out!r})"
+    )
+    if adapter.prompt:
+        print(f"its prompt    {adapter.prompt!r}: the folder does not say so, generation needs it")
+    return 0
+
+
+def _pixels_to_compare(images: Sequence[Path], settings: PixelSettings) -> np.ndarray:
+    if images:
+        return np.stack([load_pixels(image, settings) for image in images])
+    from lora_engine.demo.scenes import draw, scene_at
+
+    scenes = [draw(scene_at(index, seed=0)) for index in range(NUM_DRAWN)]
+    return np.stack([to_pixels(scene, settings) for scene in scenes])
+
+
+# --- a captioner with its adapter -----------------------------------------------------------
+
+
+def _load(adapter: Adapter | None, model: str | None, revision: str | None) -> Captioner:
+    """The captioner that is asked for, or the adapter's own base; with the adapter, not merged.
+
+    Raises ValueError where neither names a model, and for an adapter of another family.
+    """
+    name = model or (adapter.base_model if adapter else None)
+    if name is None:
+        raise ValueError(
+            "no model to load: give --adapter, --model, or both (an adapter that does not say its "
+            "base model needs --model)"
+        )
+    if revision is None and adapter is not None and model is None:
+        revision = adapter.config.get("revision")  # of the base model that it names
+    captioner = load_captioner(name, revision=revision)
+    if adapter is None:
+        return captioner
+    base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    expected = FAMILIES[captioner.family].hugging_face_class
+    if base_class not in (None, expected):
+        raise ValueError(
+            f"the adapter in {adapter.folder} is for {base_class}, but {name} is {expected}; leave "
+            f"--model out to use the adapter's own base ({adapter.base_model})"
+        )
+    load_adapter(captioner.model, adapter)
+    return captioner
+
+
+def _foreign_base(captioner: Captioner, adapter: Adapter) -> str | None:
+    """Says so if the adapter was trained on other weights; not every adapter tells on which."""
+    if adapter.provenance.get("base_fingerprint") in (None, captioner.fingerprint):
+        return None
+    return (
+        f"{adapter.folder} was trained on a base model with other weights than {captioner.name} "
+        f"has (a copy in another number format counts as such)"
+    )
+
+
+VERBS = {"caption": caption, "merge": merge}
 
 
 def run_verb(args: list[str]) -> int:

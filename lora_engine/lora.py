@@ -89,17 +89,24 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update into the weight: W + scaling * B A, formed in fp32 and rounded once.
+        """Put `merged_weight` in the place of the weight, and no update beside it.
 
         The old weight is kept, so that `unmerge` restores its very bits. Merging twice adds once.
         """
         if self.merged:
             return
-        update = self.scaling * (self.lora_B @ self.lora_A)
-        update = update.T if self.weight_is_transposed else update
-        merged = (self.weight.to(update.dtype) + update).to(self.weight.dtype)
+        merged = self.merged_weight()
         self._unmerged_weight = self.weight.detach()
         self.weight = nn.Parameter(merged, requires_grad=False)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scaling * B A in the layout and dtype of W, formed in fp32 and rounded once."""
+        if self.merged:
+            return self.weight
+        update = self.scaling * (self.lora_B @ self.lora_A)
+        update = update.T if self.weight_is_transposed else update
+        return (self.weight.to(update.dtype) + update).to(self.weight.dtype)
 
     def unmerge(self) -> None:
         """Put the weight from before `merge` back, bit for bit."""

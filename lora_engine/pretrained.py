@@ -36,7 +36,7 @@ class Captioner:
     """A loaded captioner: the body, and what turns text and images into its inputs.
 
     `fingerprint` is a SHA-256 over the loaded tensors, whatever files they came from. `name` is
-    the Hub name or the folder that was asked for.
+    the Hub name or the folder that was asked for; `folder` holds its files.
     """
 
     model: CaptionerBody
@@ -44,6 +44,7 @@ class Captioner:
     pixels: PixelSettings
     family: str
     name: str
+    folder: Path
     revision: str | None
     fingerprint: str
 
@@ -83,6 +84,7 @@ def load_captioner(
         pixels=_read_pixel_settings(folder, model),
         family=config.model_type,
         name=str(name_or_path),
+        folder=folder,
         revision=revision,
         fingerprint=fingerprint(model),
     )
@@ -284,6 +286,9 @@ def _class_names(families: list[str]) -> str:
 
 # --- files ----------------------------------------------------------------------------------
 
+# What a checkpoint has beside its weights: configuration, tokenizer, preprocessor, index of shards.
+SMALL_FILES = ("*.json", "*.txt", "*.model")
+
 
 def _find_folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
@@ -302,14 +307,13 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    small = ["*.json", "*.txt", "*.model"]
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=[*small, "*.safetensors"]
+            name, revision=revision, allow_patterns=[*SMALL_FILES, "*.safetensors"]
         )
         if not list(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(
-                name, revision=revision, allow_patterns=[*small, "pytorch_model*.bin"]
+                name, revision=revision, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]
             )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
@@ -323,22 +327,27 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, in fp32: one file or shards, safetensors before .bin."""
+    """Every tensor of a checkpoint, in fp32."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        tensors |= read_weights(path)
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors: one or shards, safetensors before .bin.
+
+    Raises PretrainedError where there are none, or the index of shards is damaged.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if (folder / f"{stem}.{suffix}").exists():
-            paths = [folder / f"{stem}.{suffix}"]
-        elif index.exists():
-            paths = _read_index(index)
-        else:
-            continue
-        tensors: dict[str, Tensor] = {}
-        for path in paths:
-            tensors |= _read_file(path)
-        return {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+            return [folder / f"{stem}.{suffix}"]
+        if index.exists():
+            return _read_index(index)
     raise PretrainedError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -353,7 +362,8 @@ def _read_index(path: Path) -> list[Path]:
         ) from None
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A weight file's tensors, as they are stored. Raises PretrainedError if it is damaged."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

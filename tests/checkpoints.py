@@ -19,6 +19,7 @@ from published import (
     VIT_GPT2_PREPROCESSOR,
     VIT_GPT2_TOKENIZER,
 )
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
@@ -85,6 +86,27 @@ def write_vit_gpt2(
     _write_gpt2_tokenizer(folder, vocabulary, merges)
     _write_json(folder / "preprocessor_config.json", VIT_GPT2_PREPROCESSOR | {"size": IMAGE_SIZE})
     return model
+
+
+def write_one(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
+    """Store a checkpoint's tensors in one file, "safetensors" or "bin"."""
+    if suffix == "safetensors":
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
+    """Store them in two files and an index."""
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = sorted(tensors)
+    shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+    for shard, its_names in shards.items():
+        part = {name: tensors[name] for name in its_names}
+        (save_file if suffix == "safetensors" else torch.save)(part, folder / shard)
+    weight_map = {name: shard for shard, its_names in shards.items() for name in its_names}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 def hugging_face(folder: Path) -> nn.Module:

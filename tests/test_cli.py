@@ -18,7 +18,7 @@ from pictures import json_lines, png_header, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
-from lora_engine import cli, training
+from lora_engine import cli, merging, training
 from lora_engine.adapter import save_adapter
 from lora_engine.annotations import read_annotations
 from lora_engine.captioning import caption_pixels
@@ -327,7 +327,7 @@ def test_several_targets_follow_one_flag(command):
 
 def docstrings(source: Path, name: str) -> dict[str, str]:
     """The text under each field of a dataclass, by the field's name."""
-    body = source.read_text(encoding="utf-8").split(f"class {name}:")[1]
+    body = source.read_text(encoding="utf-8").split(f"class {name}:")[1].split("\n\n\n")[0]
     fields = re.findall(r'^    (\w+):[^\n]*\n    """(.*?)"""', body, re.DOTALL | re.MULTILINE)
     return {field: plain(text) for field, text in fields}
 
@@ -336,6 +336,7 @@ def docstrings(source: Path, name: str) -> dict[str, str]:
     (blip_cc3m.main, ["--help"], "config.py", TrainingConfig),
     (vit_gpt2_cc3m.main, ["-h"], "config.py", TrainingConfig),
     (verbs.run_verb, ["caption", "--help"], "__main__.py", verbs.CaptionConfig),
+    (verbs.run_verb, ["merge", "--help"], "__main__.py", verbs.MergeConfig),
 ])
 def test_help_tells_what_every_flag_means(command, main, args, source, config):
     status, out, err = command(main, *args)
@@ -406,7 +407,7 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("lora_engine", run_name="__main__")
     assert stop.value.code == cli.USAGE_ERROR
-    assert capsys.readouterr().err == "error: there is no verb 'captoin'; known: caption\n"
+    assert capsys.readouterr().err == "error: there is no verb 'captoin'; known: caption, merge\n"
 
 
 def test_an_interruption_is_no_traceback(command, data, blip_folder, monkeypatch):
@@ -627,7 +628,88 @@ def test_help_lists_the_verbs_and_no_verb_is_an_error(command):
     for args, expected in ((["--help"], 0), ([], cli.USAGE_ERROR)):
         status, out, _ = command(verbs.run_verb, *args)
         assert status == expected
-        assert "caption" in out and "VERB --help" in out
+        assert "caption" in out and "merge" in out and "VERB --help" in out
+
+
+# --- python -m lora_engine merge ------------------------------------------------------------
+
+
+def test_a_merged_folder_captions_as_the_adapter_does(
+    command, data, captioner_folder, tmp_path
+):
+    adapter = adapter_folder(captioner_folder, tmp_path / "adapter")
+    status, out, err = command(verbs.run_verb, "merge", "--adapter", adapter, "--out", "merged")
+    assert (status, err) == (0, "")
+    assert f"of {captioner_folder} with {adapter}" in out
+    assert "largest logit difference is " in out and "identical on 4 of 4 images" in out
+    assert "its prompt" not in out and out.count("\n") == 4
+    assert [path.name for path in command.work.iterdir()] == ["merged"]
+    images = [row.image for row in read_annotations(data / "train.json")][:3]
+    _, expected, _ = command(verbs.run_verb, "caption", "--adapter", adapter, *images)
+    _, told, _ = command(verbs.run_verb, "caption", "--model", "merged", *images)
+    assert told == expected
+    assert told != command(verbs.run_verb, "caption", "--model", captioner_folder, *images)[1]
+
+
+def test_a_merged_folder_is_compared_on_the_images_and_the_prompt_given(
+    command, data, blip_folder, tmp_path, monkeypatch
+):
+    adapter = adapter_folder(blip_folder, tmp_path / "adapter", prompt="a picture of")
+    prompts = []
+    compare = merging.compare
+    monkeypatch.setattr(merging, "compare", lambda *args, **settings: (
+        prompts.append(settings["prompt"]) or compare(*args, **settings)
+    ))
+    status, out, _ = command(
+        verbs.run_verb, "merge", "--adapter", adapter, "--out", "merged", "--images",
+        data / "images", read_annotations(data / "train.json")[0].image,
+    )
+    assert status == 0 and "identical on 17 of 17 images" in out
+    assert prompts == ["a picture of"] and "its prompt    'a picture of'" in out
+
+
+def test_another_base_is_refused_and_can_be_forced(
+    command, refused, blip_adapter, blip_folder, tmp_path
+):
+    checkpoints.write_blip(tmp_path / "other", seed=5)
+    given = ["merge", "--adapter", blip_adapter, "--model", tmp_path / "other", "--out", "merged"]
+    refused(verbs.run_verb, *given, words=[
+        f"error: {blip_adapter} was trained on a base model with other weights than "
+        f"{tmp_path / 'other'} has", "--force",
+    ])
+    status, out, err = command(verbs.run_verb, *given, "--force")
+    assert status == 0 and "4 of 4 images" in out
+    assert "warning: " in err and "other weights" in err
+    assert (command.work / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], ["--adapter", "--out"]),
+    (["--adapter", "ADAPTER"], ["--out"]),
+    (["--adapter", "absent", "--out", "merged"], ["absent has no adapter_config.json"]),
+    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "make it first"]),
+    (["--adapter", "ADAPTER", "--out", "ADAPTER"], ["already holds files"]),
+    (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["lies in the base model's folder"]),
+    (["--adapter", "ADAPTER", "--out", "merged", "--images", "absent.png"],
+     ["absent.png: no such file or folder"]),
+    (["--adapter", "ADAPTER", "--out", "merged", "--images", "ADAPTER/adapter_config.json"],
+     ["adapter_config.json: not an image"]),
+    (["--adapter", "ADAPTER", "--out", "merged", "--model", "VIT_GPT2", "--force"],
+     ["does not fit this model", "ViTGPT2Captioner"]),
+    (["--adapter", "ADAPTER", "--out", "merged", "--model", "NARROW", "--force"],
+     ["does not fit this model", "lora_A is (2, 64), expected (2, 32)"]),
+    (["--adapter", "ADAPTER", "--out", "merged", "--forse"], ["did you mean --force"]),
+])
+def test_a_bad_merge_command_is_told_so(
+    refused, blip_adapter, blip_folder, vit_gpt2_folder, tmp_path, args, words
+):
+    places = {"ADAPTER": blip_adapter, "BLIP": blip_folder, "VIT_GPT2": vit_gpt2_folder,
+              "NARROW": tmp_path / "narrow"}
+    if "NARROW" in args:
+        checkpoints.write_blip(tmp_path / "narrow", text={"hidden_size": 32})
+    for name, place in places.items():
+        args = [re.sub(rf"^{name}(?=/|$)", str(place), arg) for arg in args]
+    refused(verbs.run_verb, "merge", *args, words=words)
 
 
 # --- from Python ----------------------------------------------------------------------------

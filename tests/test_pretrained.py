@@ -11,7 +11,13 @@ import checkpoints
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import hugging_face, hugging_face_logits, random_pixels
+from checkpoints import (
+    hugging_face,
+    hugging_face_logits,
+    random_pixels,
+    write_one,
+    write_shards,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -74,25 +80,6 @@ def test_a_loaded_captioner_is_frozen_in_evaluation_mode_and_fp32(captioner):
     for parameter in captioner.model.parameters():
         assert parameter.dtype == torch.float32 and not parameter.requires_grad
         assert parameter.device.type == "cpu"
-
-
-def write_one(folder: Path, tensors: dict[str, torch.Tensor], suffix: str) -> None:
-    if suffix == "safetensors":
-        save_file(tensors, folder / "model.safetensors")
-    else:
-        torch.save(tensors, folder / "pytorch_model.bin")
-
-
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], suffix: str) -> None:
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names = sorted(tensors)
-    shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
-    for shard, its_names in shards.items():
-        part = {name: tensors[name] for name in its_names}
-        (save_file if suffix == "safetensors" else torch.save)(part, folder / shard)
-    weight_map = {name: shard for shard, its_names in shards.items() for name in its_names}
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("write", [write_one, write_shards])
