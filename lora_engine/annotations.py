@@ -38,7 +38,7 @@ def read_annotations(path: str | Path) -> list[Row]:
     or is empty, and for rows that cannot be used: the first MAX_ROWS_SHOWN of them by line, with
     the number of all.
     """
-    document = _read_text(path)
+    document = read_text(path)
     folder = os.path.realpath(os.path.dirname(path))
     rows: list[Row] = []
     images: dict[str, str] = {}  # the captions of an image share one string
@@ -83,7 +83,7 @@ def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[R
     return train, validation
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

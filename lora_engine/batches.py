@@ -7,6 +7,7 @@ Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded f
 W width, P image tokens, D width of the features.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -293,6 +294,15 @@ def load_batches(
         prefetch_factor=4 if num_workers else None,
     )
     return iter(loader)
+
+
+def default_num_workers(device: torch.device, asked: int | None) -> int:
+    """Processes that load images for `device`, where no number is asked for."""
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return 0  # a loading process would only take turns with the threads that compute
+    return min(8, len(os.sched_getaffinity(0)) // 2)
 
 
 class _Once:

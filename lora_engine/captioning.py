@@ -1,26 +1,61 @@
-"""Images -> captions, with a loaded captioner."""
+"""Images -> captions, with a loaded captioner and any adapters beside each other."""
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from lora_engine.adapter import Adapter, load_adapter
 from lora_engine.devices import autocast
 from lora_engine.features import encode_pixels
-from lora_engine.generation import generate
-from lora_engine.images import ImageError, load_pixels
+from lora_engine.generation import Sampling, generate
+from lora_engine.images import ImageError, PixelSettings, load_pixels
+from lora_engine.lora import merge
 from lora_engine.pretrained import Captioner
 
 
+class Caption(NamedTuple):
+    """A caption, and whether it ended by itself: with the end token, not for want of room."""
+
+    text: str
+    ended: bool
+
+
 class Captioned(NamedTuple):
-    """One image's outcome: a caption, or the reason why there is none."""
+    """One image's outcome: a caption by each speaker, or the reason why there is none."""
 
     image: str
-    caption: str | None
+    captions: tuple[Caption, ...] = ()
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who captions: a base model, alone or with one adapter, and the prompt that it continues."""
+
+    captioner: Captioner
+    prompt: str = ""
+
+
+def with_adapter(captioner: Captioner, adapter: Adapter) -> Captioner:
+    """The captioner with an adapter folded into weights of its own; all others are shared.
+
+    Raises AdapterError if it does not fit.
+    """
+    model = captioner.model
+    shared: dict[int, Any] = {id(model.encoder): model.encoder}
+    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
+    load_adapter(model, adapter)
+    merge(model)
+    return dataclasses.replace(captioner, model=model)
 
 
 @torch.no_grad()
@@ -29,10 +64,12 @@ def caption_features(
     features: Tensor,
     *,
     prompt: str = "",
-    num_beams: int = 1,
-    max_new_tokens: int = 30,
-) -> list[str]:
-    """Caption images by their features (B, P, D), without their prompt."""
+    **settings,
+) -> list[Caption]:
+    """Caption images by their features (B, P, D), without their prompt.
+
+    `settings` are those of `generation.generate`: beams, lengths, sampling.
+    """
     model, tokenizer = captioner.model, captioner.tokenizer
     was_training = model.training
     model.eval()
@@ -46,56 +83,87 @@ def caption_features(
             prompt_ids=prompt_ids,
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
+            **settings,
         )
     model.train(was_training)
-    return [tokenizer.decode(row) for row in tokens[:, len(prompt_ids) :].tolist()]
+    new_tokens = tokens[:, len(prompt_ids) :].tolist()
+    return [Caption(tokenizer.decode(row), tokenizer.end_id in row) for row in new_tokens]
 
 
 def caption_pixels(
-    captioner: Captioner,
-    pixels: np.ndarray,
+    speakers: Sequence[Speaker],
+    pixels: Tensor,
     *,
     device: torch.device,
     dtype: torch.dtype,
     **settings,
-) -> list[str]:
-    """Caption uint8 pixels (B, 3, H, W), made by `images.load_pixels`.
+) -> list[tuple[Caption, ...]]:
+    """Each speaker's captions of uint8 pixels (B, 3, H, W), made by `images.load_pixels`.
 
-    `settings` are those of `caption_features`.
+    The speakers share an encoder, which runs once. `settings` are those of `generation.generate`.
     """
+    first = speakers[0].captioner
     with autocast(device, dtype):
-        features = encode_pixels(
-            captioner.model, torch.from_numpy(pixels).to(device), captioner.pixels
-        )
-    return caption_features(captioner, features.to(dtype), **settings)
+        features = encode_pixels(first.model, pixels.to(device, non_blocking=True), first.pixels)
+    features = features.to(dtype)
+    return list(zip(*(
+        caption_features(speaker.captioner, features, prompt=speaker.prompt, **settings)
+        for speaker in speakers
+    )))
 
 
 def caption_images(
-    captioner: Captioner,
+    speakers: Sequence[Speaker],
     images: Sequence[str | Path],
     *,
     batch_size: int = 16,
+    num_workers: int = 0,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
     **settings,
 ) -> Iterator[Captioned]:
     """Caption image files in batches, in order; one that cannot be read yields its reason.
 
-    `settings` are those of `caption_pixels`.
+    With `sampling`, a caption is a function of `seed` and its image's number (by default its place
+    among `images`), whatever else is in the batch. The other settings are those of
+    `caption_pixels`.
     """
-    for begin in range(0, len(images), batch_size):
-        outcomes: list[np.ndarray | ImageError] = []
-        for image in images[begin : begin + batch_size]:
-            try:
-                outcomes.append(load_pixels(image, captioner.pixels))
-            except ImageError as error:
-                outcomes.append(error)
-        pixels = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
-        captions = iter(
-            caption_pixels(captioner, np.stack(pixels), **settings) if pixels else []
-        )
-        for image, outcome in zip(images[begin : begin + batch_size], outcomes):
-            if isinstance(outcome, ImageError):
-                yield Captioned(str(image), None, outcome.reason)
-            else:
-                yield Captioned(str(image), next(captions))
+    numbers = range(len(images)) if numbers is None else numbers
+    loader = DataLoader(
+        _ImageFiles(list(map(str, images)), speakers[0].captioner.pixels),
+        batch_size=batch_size,
+        collate_fn=list,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+    )
+    for batch in loader:
+        usable = [(number, pixels) for number, pixels, _ in batch if pixels is not None]
+        if usable and sampling is not None:
+            seeds = [[seed, numbers[number]] for number, _ in usable]
+            settings["sampling"] = sampling._replace(seeds=seeds)
+        captions: Iterator[tuple[Caption, ...]] = iter(())
+        if usable:
+            stacked = torch.from_numpy(np.stack([pixels for _, pixels in usable]))
+            captions = iter(caption_pixels(speakers, stacked, **settings))
+        for number, pixels, reason in batch:
+            yield Captioned(
+                str(images[number]), () if pixels is None else next(captions), reason
+            )
+
+
+class _ImageFiles(Dataset):
+    """(number, pixels uint8 (3, H, W), None) of an image, or (number, None, reason)."""
+
+    def __init__(self, paths: Sequence[str], settings: PixelSettings) -> None:
+        self.paths = paths
+        self.settings = settings
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[int, np.ndarray | None, str | None]:
+        try:
+            return number, load_pixels(self.paths[number], self.settings), None
+        except ImageError as error:
+            return number, None, error.reason

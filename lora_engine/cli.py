@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from lora_engine.run_folder import RunFolder
 USAGE_ERROR = 2
 STOPPED = 3
 INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+PIPE_CLOSED = 141  # and one whose reader has gone
 
 T = TypeVar("T")
 
@@ -30,6 +32,9 @@ def run(main: Callable[[list[str]], int]) -> int:
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         return main(sys.argv[1:])
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

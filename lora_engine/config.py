@@ -87,7 +87,14 @@ class TrainingConfig:
     log_every: int = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     num_samples: int = 8
-    """Validation images that are captioned at the start and at each validation."""
+    """Validation images whose captions are shown, at the start and at each validation."""
+    eval_captions: int = 200
+    """Validation images that are captioned greedily at the start and at each validation, for the
+    scores (CIDEr-D, BLEU, ROUGE-L); 0 scores none."""
+    best_by: Literal["loss", "cider_d"] = "loss"
+    """What makes an adapter the best one: the lowest validation loss or the highest CIDEr-D."""
+    patience: int | None = None
+    """Stop after so many validations in a row without a new best; default: never."""
     max_bad_share: float = 0.05
     """A larger share of rows with unusable images stops the run."""
     print_config: bool = False
@@ -99,7 +106,7 @@ class TrainingConfig:
             "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "lora_rank": 1, "log_every": 1,
             "max_steps": 1, "eval_every": 1, "max_caption_tokens": 1, "seed": 0, "weight_decay": 0,
             "warmup_steps": 0, "max_grad_norm": 0, "num_samples": 0, "num_workers": 0,
-            "num_threads": 1, "cache_limit_gb": 0,
+            "num_threads": 1, "cache_limit_gb": 0, "eval_captions": 0, "patience": 1,
         }
         for name, lowest in at_least.items():
             value = getattr(self, name)
@@ -115,6 +122,8 @@ class TrainingConfig:
                 raise ValueError(
                     f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1"
                 )
+        if self.best_by == "cider_d" and not self.eval_captions:
+            raise ValueError("--best_by cider_d needs captions to score: --eval_captions is 0")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it must be from 0 to 1")
         if not 0 < self.val_fraction < 1:

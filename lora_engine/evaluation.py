@@ -15,7 +15,7 @@ from lora_engine.loss import caption_loss
 from lora_engine.models import CaptionerBody
 from lora_engine.pretrained import Captioner
 from lora_engine.run_folder import RunFolder, SkippedRows
-from lora_engine.samples import SampleCaptions
+from lora_engine.validation_captions import ValidationCaptions
 
 
 class ValidationLoss(NamedTuple):
@@ -58,14 +58,14 @@ def validation_loss(
 
 @dataclass(kw_only=True)
 class Validation:
-    """A run's validations: the loss, the sample captions, and the best adapter."""
+    """A run's validations: the loss, captions with their scores, and the best adapter."""
 
     captioner: Captioner
     dataset: CaptionedImages
     load: Callable[..., Iterator[Batch]]
     batch_size: int
     keeper: AdapterKeeper
-    samples: SampleCaptions
+    captions: ValidationCaptions
     skipped: SkippedRows
     folder: RunFolder
     journal: Journal
@@ -92,12 +92,16 @@ class Validation:
                 f"{self.captioner.name} cannot be trained like this; try --precision fp32"
             )
         # All that can fail comes before the first word about this validation is written.
-        self.samples.caption(step)
-        self.journal.record("validation", step=step, epoch=epoch, loss=result.loss)
-        is_best = self.keeper.offer(step, result.loss)
+        scores = self.captions.caption(step)
+        values = {} if scores is None else scores.as_dict()
+        self.journal.record("validation", step=step, epoch=epoch, loss=result.loss, **values)
+        is_best = self.keeper.offer(step, result.loss, scores)
+        found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}"
         best = " (best so far)" if is_best and step else ""
-        self.journal.say(f"step {step}: validation loss {result.loss:.4f}{best}")
-        self.samples.write(self.folder, step)
+        self.journal.say(f"step {step}: validation loss {result.loss:.4f}{found}{best}")
+        self.captions.write(self.folder, step)
+        if is_best:
+            self.captions.write_best(self.folder, step)
 
     def _with_progress(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         num_rows = 0

@@ -4,6 +4,7 @@ Axes: B batch, H height, W width. Pixels travel as uint8 (3, H, W), a quarter of
 floats, and are normalised in batches on the device.
 """
 
+import glob
 import io
 import os
 import stat
@@ -284,14 +285,19 @@ def normalize(pixels: torch.Tensor, settings: PixelSettings) -> torch.Tensor:
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Expand folders, recursively and sorted, to their image files; files are kept as given.
 
-    In folders an image is known by its name's ending, and hidden files and folders are left out.
+    In folders an image is known by its name's ending, and hidden files and folders are left out. A
+    path that does not exist may be a pattern, where ** means folders below.
     Raises ValueError for a path that does not exist or cannot be listed, and for a folder without
     images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if not os.path.exists(path):
-            raise ValueError(f"{path}: no such file or folder")
+            matches = sorted(glob.glob(str(path), recursive=True))
+            if not matches:
+                raise ValueError(f"{path}: no such file or folder")
+            found.extend(find_images(matches))
+            continue
         if not path.is_dir():
             found.append(path)
             continue

@@ -3,6 +3,7 @@
     config.json        all settings                     samples.jsonl     captions over time
     environment.json   versions and machine             skipped.jsonl     rows without an image
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
+    captions.jsonl     scored captions, before and best
     adapter/           the best by validation loss      adapter_last/     the last, where not best
 """
 
@@ -12,7 +13,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.samples = path / "samples.jsonl"
+        self.captions = path / "captions.jsonl"
         self.skipped = path / "skipped.jsonl"
         self.adapter = path / "adapter"
         self.last_adapter = path / "adapter_last"
@@ -107,6 +109,12 @@ class RunFolder:
         # A file's name may hold bytes that are not text.
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
+        """Replace one of the folder's .jsonl files."""
+        with replaced_file(path) as new:
+            for line in lines:
+                self.append(new, line)
 
 
 class SkippedRows:

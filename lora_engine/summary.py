@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_engine.journal import duration
+from lora_engine.metrics import Scores
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Sample:
 class TrainingSummary:
     """What a run came to; `str` of it is what people read at the end.
 
-    `losses` are the validation losses (nats per valid target token) by step, 0 among them;
-    `seconds` is the wall-clock time of everything.
+    `losses` are the validation losses (nats per valid target token) by step, 0 among them, `scores`
+    those of captions, if there were any; `best_step` is the best by `best_by`, "loss" or
+    "cider_d". `seconds` is the wall-clock time of everything.
     """
 
     path: Path
     losses: dict[int, float]
+    scores: dict[int, Scores]
+    best_by: str
     best_step: int
     num_skipped_images: int
     samples: tuple[Sample, ...]
@@ -62,17 +66,32 @@ class TrainingSummary:
         ])
 
     def _verdict(self) -> str:
-        first, last = self.losses[0], self.losses[self.last_step]
+        figures = {"validation loss": self.losses}
+        if self.scores:
+            figures["CIDEr-D"] = {step: scores.cider_d for step, scores in self.scores.items()}
+        if self.best_by == "cider_d":
+            figures = dict(reversed(figures.items()))
+        (name, values), *others = figures.items()
         if self.best_step == 0:
             return (
-                f"The validation loss never fell below the {first:.4f} of before training (at the "
-                f"end {last:.4f}), so adapter/ holds the one it started from and adapter_last/ the "
-                f"last. Try another --lr."
+                f"The {name} never became better than the {values[0]:.4f} of before training (at "
+                f"the end {values[self.last_step]:.4f}), so adapter/ holds the one it started from "
+                f"and adapter_last/ the last. Try another --lr."
             )
-        return (
-            f"best validation loss {self.losses[self.best_step]:.4f} at step {self.best_step} of "
-            f"{self.last_step}; before training it was {first:.4f}"
-        )
+        lines = [
+            f"best {name} {values[self.best_step]:.4f} at step {self.best_step} of "
+            f"{self.last_step}; before training it was {values[0]:.4f}"
+        ]
+        lines += [
+            f"{name} {values[self.best_step]:.4f} there, {values[0]:.4f} before training"
+            for name, values in others
+        ]
+        if self.scores:
+            scores = self.scores[self.best_step]
+            lines[-1] += (
+                f" ({scores.num_images} images, {scores.num_references} references)"
+            )
+        return "\n".join(lines)
 
 
 def _interpreter() -> str:

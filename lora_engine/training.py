@@ -25,7 +25,14 @@ from torch import Tensor
 from lora_engine.adapter import load_adapter, read_adapter
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.annotations import Row, hold_out, read_annotations
-from lora_engine.batches import Batch, CaptionedImages, Collate, load_batches, training_places
+from lora_engine.batches import (
+    Batch,
+    CaptionedImages,
+    Collate,
+    default_num_workers,
+    load_batches,
+    training_places,
+)
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
 from lora_engine.devices import autocast, choose_kernels, describe, resolve_device, resolve_dtype
@@ -39,9 +46,9 @@ from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
-from lora_engine.samples import SampleCaptions
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
+from lora_engine.validation_captions import ValidationCaptions
 
 
 def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:
@@ -97,18 +104,21 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             folder, journal, max_share=config.max_bad_share, num_rows=len(train_set)
         )
         keeper = _adapter_keeper(captioner, folder, train_rows, config)
+        load_validation = _loader(val_set, features, captioner, config)
         validation = Validation(
             captioner=captioner,
             dataset=val_set,
-            load=_loader(val_set, features, captioner, config),
+            load=load_validation,
             batch_size=config.batch_size,
             keeper=keeper,
-            samples=SampleCaptions(
+            captions=ValidationCaptions(
                 captioner,
                 val_rows,
-                features,
+                load_validation,
+                num_scored=config.eval_captions,
                 num_samples=config.num_samples,
                 prompt=config.prompt,
+                batch_size=config.batch_size,
             ),
             skipped=skipped,
             folder=folder,
@@ -175,15 +185,20 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 if validate_now:
                     validation.run(step=step, epoch=step / steps_per_epoch)
                     meter.restart()
+                    if config.patience is not None and keeper.num_worse >= config.patience:
+                        journal.say(f"stopped: no better for {config.patience} validations")
+                        break
         finally:
             keeper.keep_last(last_step)
             draw_loss_curve(folder.metrics, folder.loss_curve)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
+            scores=keeper.scores,
+            best_by=keeper.best_by,
             best_step=keeper.best_step,
             num_skipped_images=skipped.num_images,
-            samples=validation.samples.compare(keeper.best_step),
+            samples=validation.captions.compare(keeper.best_step),
             seconds=time.monotonic() - begin_s,
         )
         journal.say(f"\n{summary}")
@@ -333,6 +348,7 @@ def _adapter_keeper(
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
         hugging_face_class=FAMILIES[captioner.family].hugging_face_class,
         revision=captioner.revision,
+        best_by=config.best_by,
         provenance={
             "base_fingerprint": captioner.fingerprint,
             "data_fingerprint": _data_fingerprint(train_rows),
@@ -416,19 +432,11 @@ def _loader(
             prompt_length=len(tokenizer.prompt_ids(config.prompt)),
             pad_id=tokenizer.pad_id,
         ),
-        num_workers=_num_workers(config, features.device),
+        num_workers=default_num_workers(features.device, config.num_workers),
         has_features=partial(features.has, images),
         pin_memory=features.device.type == "cuda",
     )
     return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
-
-
-def _num_workers(config: TrainingConfig, device: torch.device) -> int:
-    if config.num_workers is not None:
-        return config.num_workers
-    if device.type == "cpu":
-        return 0  # a loading process would only take turns with the threads that train
-    return min(8, len(os.sched_getaffinity(0)) // 2)
 
 
 def _opening(

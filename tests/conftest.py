@@ -4,12 +4,15 @@ All tests share the folders: copy one before changing it.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
+from command_lines import plain
 
+from lora_engine import cli, training
 from lora_engine.pretrained import Captioner, load_captioner
 
 # One thread: these models are so small that sharing the work costs several times the work, the
@@ -53,3 +56,42 @@ def captioner(captioner_folder) -> Captioner:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs a command line in an empty working folder -> (status, stdout, stderr)."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+
+    def run(main, *args):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+        capsys.readouterr()
+        try:
+            status = cli.run(main)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    run.work = work
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Asserts that a command line fails with these words, and leaves nothing behind."""
+
+    def check(main, *args, words, status=cli.USAGE_ERROR, allowed=()):
+        result, out, err = command(main, *args)
+        assert result == status
+        told = plain(err)
+        for word in words:
+            assert str(word) in told, f"{word!r} is not in {told!r}"
+        assert out == ""
+        assert sorted(p.name for p in command.work.rglob("*")) == sorted(allowed)
+
+    return check

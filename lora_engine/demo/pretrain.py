@@ -31,7 +31,7 @@ from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
 
 from lora_engine.batches import Batch, Collate, Example
-from lora_engine.captioning import caption_pixels
+from lora_engine.captioning import Speaker, caption_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.files import replaced_file
 from lora_engine.images import normalize, to_pixels
@@ -187,9 +187,13 @@ def mean_loss(captioner: Captioner, batch: Batch) -> Tensor:
 def caption_scenes(captioner: Captioner, drawn: Iterable[Scene]) -> list[str]:
     """What the captioner says of scenes, greedily."""
     pixels = np.stack([to_pixels(draw(scene), captioner.pixels) for scene in drawn])
-    return caption_pixels(
-        captioner, pixels, device=torch.device("cpu"), dtype=torch.float32
+    said = caption_pixels(
+        [Speaker(captioner)],
+        torch.from_numpy(pixels),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
+    return [caption.text for (caption,) in said]
 
 
 # --- weights --------------------------------------------------------------------------------

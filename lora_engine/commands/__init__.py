@@ -1,0 +1,1 @@
+"""What comes after training, a room for each verb of `python -m lora_engine`."""

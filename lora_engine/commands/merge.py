@@ -1,0 +1,80 @@
+"""python -m lora_engine merge: an adapter folded into its base, as a plain Hugging Face folder."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_engine import cli
+from lora_engine.adapter import load_adapter, read_adapter
+from lora_engine.commands.loading import foreign_base, load_base
+from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.lora import lora_layers
+from lora_engine.merging import check_out, export_merged
+from lora_engine.pretrained import FAMILIES
+
+NUM_DRAWN = 4  # images that a merged model is compared on where none are given
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Flags of `merge`."""
+
+    adapter: str
+    """Adapter folder, such as RUN/adapter."""
+    out: str
+    """New folder for the merged model; nothing is ever overwritten."""
+    model: str | None = None
+    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
+    revision: str | None = None
+    """Revision of a Hub name."""
+    images: tuple[str, ...] = ()
+    """Image files, or folders of images, to compare captions on. Default: four drawn scenes."""
+    force: bool = False
+    """Merge even into a base model with other weights than the adapter was trained on."""
+
+
+def merge(args: list[str]) -> int:
+    """Fold an adapter into its base, as a plain Hugging Face folder -> exit status."""
+    config = cli.parse(
+        MergeConfig, args, prog="python -m lora_engine merge",
+        description="Fold an adapter into its base model, as a folder that needs no PEFT.",
+    )
+    check_out(Path(config.out))
+    images = find_images(config.images)
+    adapter = read_adapter(config.adapter)
+    captioner = load_base(config.model, config.revision, [adapter])
+    load_adapter(captioner.model, adapter)
+    complaint = foreign_base(captioner, adapter)
+    if complaint and not config.force:
+        raise ValueError(f"{complaint}; give its own with --model, or --force the merge")
+    if complaint:
+        print(f"warning: {complaint}", file=sys.stderr)
+    parity = export_merged(
+        captioner,
+        config.out,
+        pixels=_pixels_to_compare(images, captioner.pixels),
+        prompt=adapter.prompt,
+    )
+    num_merged = sum(1 for _ in lora_layers(captioner.model))
+    print(
+        f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
+        f"loaded back and compared with base and adapter apart: {parity}\n"
+        f"merged model  {config.out}\n"
+        f"to load it    transformers.{FAMILIES[captioner.family].hugging_face_class}"
+        f".from_pretrained({config.out!r})"
+    )
+    if adapter.prompt:
+        print(f"its prompt    {adapter.prompt!r}: the folder does not say so, generation needs it")
+    return 0
+
+
+def _pixels_to_compare(images: Sequence[Path], settings: PixelSettings) -> np.ndarray:
+    if images:
+        return np.stack([load_pixels(image, settings) for image in images])
+    from lora_engine.demo.scenes import draw, scene_at
+
+    scenes = [draw(scene_at(index, seed=0)) for index in range(NUM_DRAWN)]
+    return np.stack([to_pixels(scene, settings) for scene in scenes])

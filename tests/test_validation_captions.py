@@ -1,0 +1,138 @@
+"""Captions of validation images through a run: scores, what is kept by them, what files hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pictures import json_lines, settings, write_pictures
+
+from lora_engine.adapter import read_adapter
+from lora_engine.annotations import read_annotations
+from lora_engine.metrics import score_captions
+from lora_engine.training import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ten validation images; the first has three captions, the second cannot be read."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder, num_images=12)
+    write_pictures(folder, num_images=10, name="val.json")
+    rows = json.loads((folder / "val.json").read_text())
+    first, second = rows[0]["image"], rows[1]["image"]
+    rows[1:1] = [{"image": first, "text": "a red disc on white"}, {"image": first, "text": "red"}]
+    (folder / second).write_bytes(b"no image")
+    (folder / "val.json").write_text(json.dumps(rows))
+    return folder
+
+
+def lines_of(folder: Path, event: str) -> list[dict]:
+    return [line for line in json_lines(folder / "metrics.jsonl") if line["event"] == event]
+
+
+def test_scores_are_those_of_the_captions_that_the_run_made(captioner_folder, data, tmp_path):
+    summary = train(settings(
+        captioner_folder, data, tmp_path / "run", lr=1e-2, num_samples=100, max_bad_share=0.2,
+    ))
+    references: dict[str, list[str]] = {}
+    for row in read_annotations(data / "val.json"):
+        references.setdefault(row.image, []).append(row.text)
+    samples = json_lines(summary.path / "samples.jsonl")
+    validations = lines_of(summary.path, "validation")
+    assert [line["step"] for line in validations] == [0, 3, 6]
+    for line in validations:
+        shown = [sample for sample in samples if sample["step"] == line["step"]]
+        expected = score_captions(
+            [sample["caption"] for sample in shown],
+            [references[sample["image"]] for sample in shown],
+        ).corpus
+        assert (line["num_images"], line["num_references"]) == (9, 11)
+        for name, value in expected.as_dict().items():
+            assert line[name] == pytest.approx(value, rel=1e-6), name
+    assert validations[0]["bleu_1"] != validations[2]["bleu_1"] > 0
+
+    best = summary.best_step
+    captions = json_lines(summary.path / "captions.jsonl")
+    assert [line["references"] for line in captions] == [
+        references[line["image"]] for line in captions
+    ]
+    said = {(sample["step"], sample["image"]): sample["caption"] for sample in samples}
+    assert [(line["before"], line["after"]) for line in captions] == [
+        (said[0, line["image"]], said[best, line["image"]]) for line in captions
+    ]
+    per_image = score_captions(
+        [line["after"] for line in captions], [line["references"] for line in captions]
+    )
+    assert [line["cider_d_after"] for line in captions] == pytest.approx(
+        per_image.cider_d.tolist(), abs=1e-4
+    )
+
+
+def test_so_many_images_are_scored_as_are_asked_for(blip_folder, data, tmp_path):
+    """Spread over the validation images, and no more of them shown than asked for."""
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", max_steps=1, num_samples=2, eval_captions=5,
+        max_bad_share=0.2,
+    ))
+    assert lines_of(summary.path, "validation")[0]["num_images"] == 5
+    rows = read_annotations(data / "val.json")
+    images = list(dict.fromkeys(row.image for row in rows))
+    captions = json_lines(summary.path / "captions.jsonl")
+    assert [line["image"] for line in captions] == [images[i] for i in (0, 2, 4, 6, 9)]
+    samples = json_lines(summary.path / "samples.jsonl")
+    assert [line["image"] for line in samples] == 2 * [images[0], images[9]]
+
+
+def test_without_scores_captions_are_shown_all_the_same(blip_folder, data, tmp_path):
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", max_steps=1, num_samples=3, eval_captions=0,
+        max_bad_share=0.2,
+    ))
+    for line in lines_of(summary.path, "validation"):
+        assert line.keys() == {"event", "step", "epoch", "loss"}
+    assert len(json_lines(summary.path / "samples.jsonl")) == 6
+    assert not (summary.path / "captions.jsonl").exists()
+    assert "CIDEr-D" not in str(summary)
+
+
+def scripted_scores(monkeypatch, script: list[float]) -> None:
+    """Validations find these values of CIDEr-D, one after the other."""
+    from dataclasses import replace
+
+    from lora_engine import validation_captions
+
+    values = iter(script)
+    real = validation_captions.References.score
+
+    def score(self, *args, **kwargs):
+        scores = real(self, *args, **kwargs)
+        return replace(scores, corpus=replace(scores.corpus, cider_d=next(values)))
+
+    monkeypatch.setattr(validation_captions.References, "score", score)
+
+
+def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    scripted_scores(monkeypatch, [0.5, 0.4, 0.9, 0.9, 0.7])
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", max_steps=4, eval_every=1, best_by="cider_d",
+        max_bad_share=0.2,
+    ))
+    assert summary.best_step == 2
+    assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
+    assert "best CIDEr-D 0.9000 at step 2 of 4; before training it was 0.5000" in str(summary)
+    assert f"validation loss {summary.losses[2]:.4f} there" in str(summary)
+
+
+def test_a_run_that_becomes_no_better_stops_when_patience_ends(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    scripted_scores(monkeypatch, [0.1, 0.2, 0.2, 0.3, 0.1, 0.2, 0.9, 0.9])
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", epochs=3, eval_every=1, best_by="cider_d", patience=2,
+        max_bad_share=0.2,
+    ))
+    assert (summary.best_step, summary.last_step) == (3, 5)
+    assert "stopped: no better for 2 validations" in capsys.readouterr().out
+    assert read_adapter(summary.path / "adapter_last").provenance["step"] == "5"
