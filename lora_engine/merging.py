@@ -67,9 +67,9 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"the largest logit difference is {self.difference:.2g} (allowed: {self.allowed:.2g} "
-            f"for weights in {_name(self.dtype)}), greedy captions are identical on "
-            f"{self.num_identical} of {self.num_images} images"
+            f"largest logit difference {self.difference:.2g} (allowed in {_name(self.dtype)}: "
+            f"{self.allowed:.2g}), greedy captions identical on {self.num_identical} of "
+            f"{self.num_images} images"
         )
 
 
@@ -78,8 +78,9 @@ def export_merged(
 ) -> Parity:
     """Write a captioner and its LoRA layers, not merged, as one plain Hugging Face folder.
 
-    `pixels` (B, 3, height, width), uint8, are the images on which the written folder and
-    `captioner` are compared, behind `prompt`; it stays as it is, but for evaluation mode.
+    `pixels` (B, 3, height, width), uint8, are the images on which the written folder, loaded back,
+    is compared with `captioner`, behind `prompt`. The model of `captioner` is in evaluation mode
+    afterwards, and else as it was.
 
     Raises MergeError where `out` holds anything or lies in the base's folder, where the disk has
     too little space, and where the comparison fails; `out` is then as it was.
@@ -94,9 +95,11 @@ def export_merged(
         if not parity.holds:
             raise MergeError(
                 f"the merged model does not say what {captioner.name} and the adapter say apart: "
-                f"{parity}. Nothing was written. Is every number of the adapter finite, and "
-                f"{_name(dtype)} fine enough for it? A base stored in float32 loses least"
+                f"{parity}. Nothing was written. Either a number of the adapter is not finite, or "
+                f"{_name(dtype)} is too coarse for the merged weights (finest is a base that is "
+                f"stored in float32)"
             )
+        check_out(out)  # this took a while, in which another program may have written there
     return parity
 
 

@@ -200,11 +200,13 @@ def test_unmerge_restores_the_bits(make_base, dtype):
 
 def test_merging_twice_adds_once_and_unmerging_twice_takes_away_once():
     layer = adapted(linear())
-    weight = layer.weight.clone()
+    weight, expected = layer.weight.clone(), layer.merged_weight()
+    assert torch.equal(layer.weight, weight)
     layer.merge()
     merged = layer.weight.clone()
     layer.merge()
     assert torch.equal(layer.weight, merged)
+    assert torch.equal(merged, expected) and torch.equal(layer.merged_weight(), expected)
     layer.unmerge()
     layer.unmerge()
     assert torch.equal(layer.weight, weight)

@@ -292,8 +292,10 @@ def test_the_comparison_says_how_far_logits_and_captions_are_apart(
     assert parity.gap == pytest.approx(float(max(gaps)), rel=1e-4)
     assert parity.allowed == pytest.approx(16 * 2**-10 * float(logits.std(dim=-1).mean()), rel=0.1)
     assert not parity.holds
-    assert f"difference is {parity.difference:.2g} (allowed: {parity.allowed:.2g} " in str(parity)
-    assert "weights in float16), greedy captions are identical on 0 of 6 images" in str(parity)
+    assert str(parity) == (
+        f"largest logit difference {parity.difference:.2g} (allowed in float16: "
+        f"{parity.allowed:.2g}), greedy captions identical on 0 of 6 images"
+    )
 
 
 @pytest.mark.parametrize("changes, holds", [
@@ -317,8 +319,8 @@ def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_
     monkeypatch.setattr(LoRALinear, "merged_weight", lambda layer: layer.weight)
     with pytest.raises(MergeError) as caught:
         export(base, adapter, tmp_path / "merged")
-    for words in ("does not say what", "largest logit difference is", "allowed: ", "0 of 6 images",
-                  "Nothing was written"):
+    for words in ("does not say what", "largest logit difference ", "(allowed in float32: ",
+                  "0 of 6 images", "Nothing was written"):
         assert words in str(caught.value)
     assert_nothing_written(tmp_path, kept={"base"})
 
@@ -326,7 +328,7 @@ def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_
 def test_numbers_too_large_for_the_format_are_not_kept(base, tmp_path):
     write_one(base, {k: v.half() for k, v in stored(base).items()}, "safetensors")
     adapter = write_adapter(base, tmp_path / "adapter", std=300.0)
-    with pytest.raises(MergeError, match="difference is nan .* float16 fine enough"):
+    with pytest.raises(MergeError, match="difference nan .* float16 is too coarse"):
         export(base, adapter, tmp_path / "merged")
     assert_nothing_written(tmp_path, kept={"base", "adapter"})
 
@@ -364,6 +366,19 @@ def test_a_disk_that_fills_up_is_an_error_that_the_command_line_knows(
     with pytest.raises(OSError, match="cannot write .*model.safetensors: .*No space left"):
         export(base, adapter, tmp_path / "merged")
     assert_nothing_written(tmp_path, kept={"base"})
+
+
+def test_what_another_program_wrote_there_meanwhile_stays(base, adapter, tmp_path, monkeypatch):
+    def compared(*arguments, **settings):
+        (tmp_path / "merged").mkdir()
+        (tmp_path / "merged" / "notes.txt").write_text("dear")
+        return compare(*arguments, **settings)
+
+    monkeypatch.setattr(merging, "compare", compared)
+    with pytest.raises(MergeError, match="already holds files"):
+        export(base, adapter, tmp_path / "merged")
+    assert_nothing_written(tmp_path, kept={"base", "merged"})
+    assert_nothing_written(tmp_path / "merged", kept={"notes.txt"})
 
 
 # --- where it may be written ----------------------------------------------------------------

@@ -61,7 +61,7 @@ def merge(args: list[str]) -> int:
     num_merged = sum(1 for _ in lora_layers(captioner.model))
     print(
         f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
-        f"loaded back and compared with base and adapter apart: {parity}\n"
+        f"compared with base and adapter apart: {parity}\n"
         f"merged model  {config.out}\n"
         f"to load it    transformers.{FAMILIES[captioner.family].hugging_face_class}"
         f".from_pretrained({config.out!r})"
