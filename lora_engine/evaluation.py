@@ -1,6 +1,7 @@
 """Validation: the loss of a captioner on rows that it is not trained on."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,6 +99,10 @@ class Validation:
         best = " (best so far)" if is_best and step else ""
         self.journal.say(f"step {step}: validation loss {result.loss:.4f}{best}")
         self.samples.write(self.folder, step)
+        self.journal.track("samples", step=step, rows=[
+            (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
+            for sample in self.samples.compare(step)
+        ])
 
     def _with_progress(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         num_rows = 0

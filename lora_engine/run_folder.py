@@ -4,6 +4,7 @@
     environment.json   versions and machine             skipped.jsonl     rows without an image
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
     adapter/           the best by validation loss      adapter_last/     the last, where not best
+    adapter_hub/       adapter/ as it is pushed, where that differs
 """
 
 import json
@@ -45,6 +46,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.adapter = path / "adapter"
         self.last_adapter = path / "adapter_last"
+        self.hub_adapter = path / "adapter_hub"
 
     def __enter__(self) -> "RunFolder":
         return self
