@@ -102,7 +102,7 @@ def _within(limit_s: float, call: Callable[[], T]) -> T:
     def work() -> None:
         try:
             future.set_result(call())
-        except Exception as error:
+        except BaseException as error:
             future.set_exception(error)
 
     Thread(target=work, daemon=True).start()

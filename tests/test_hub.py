@@ -230,7 +230,7 @@ def test_without_a_network_huggingface_hubs_own_error_is_told(folder):
 
 def test_a_server_that_never_answers_is_left_alone(folder, uploads, monkeypatch):
     never = threading.Event()
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: never.wait())
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: never.wait(20))
     monkeypatch.setattr(hub, "UPLOAD_LIMIT_S", 0.05)
     assert "no answer within 0.05 s; to try again: hf upload" in pushed(folder)
     never.set()

@@ -245,7 +245,7 @@ def test_a_tracker_that_hangs_is_left_behind(tmp_path, fake, monkeypatch, when):
 
     def hang():
         hangs.set()
-        assert goes_on.wait(60)
+        assert goes_on.wait(20)
 
     setattr(fake, when, hang)
     said = record_a_run(tmp_path, "trackio", num_lines=50 if when != "on_finish" else 3)
@@ -261,12 +261,12 @@ def test_a_tracker_that_is_slow_says_how_much_it_lacks(tmp_path, fake, monkeypat
 
     def wait():
         started.set()
-        assert goes_on.wait(60)
+        assert goes_on.wait(20)
 
     fake.on_start = wait
     said: list[str] = []
     tracker = start_tracker("trackio", tmp_path, {})
-    assert started.wait(60)
+    assert started.wait(20)
     for step in range(7):
         tracker.record("train", {"step": step, "loss": 1.0}, say=said.append)
     goes_on.set()
@@ -280,7 +280,7 @@ def test_a_run_whose_tracker_hangs_ends_as_without_it(
 ):
     monkeypatch.setattr(trackers, "CLOSE_S", 0.05)
     goes_on = threading.Event()
-    fake.on_start = lambda: goes_on.wait(60)
+    fake.on_start = lambda: goes_on.wait(20)
     with_it = train(settings(blip_folder, data, tmp_path / "with", track="wandb"))
     without = train(settings(blip_folder, data, tmp_path / "without"))
     goes_on.set()
