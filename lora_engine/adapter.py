@@ -80,6 +80,12 @@ class Adapter:
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path")
 
+    @property
+    def base_on_hub(self) -> str | None:
+        """The base model's name on the Hub; None where it is a folder of one machine."""
+        is_folder = self.base_model is not None and Path(self.base_model).is_absolute()
+        return None if is_folder else self.base_model
+
 
 def save_adapter(
     model: nn.Module,

@@ -1,6 +1,7 @@
 """The settings of a run: every flag of a recipe, its meaning, and what values it takes."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +98,14 @@ class TrainingConfig:
     """Stop after so many validations in a row without a new best; default: never."""
     max_bad_share: float = 0.05
     """A larger share of rows with unusable images stops the run."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics are sent, too: tensorboard and wandb write into the run's folder (wandb is
+    offline without an API key), trackio where it keeps all projects."""
+    push_to_hub: str | None = None
+    """Upload the finished adapter with its model card to this Hugging Face repository, owner/name.
+    A repository that is not there yet is made, and public where your account says nothing else."""
+    licence: str | None = None
+    """Licence of the adapter, for its model card, as the Hub spells it: apache-2.0, mit, other."""
     print_config: bool = False
     """Print all settings as JSON and exit."""
 
@@ -126,6 +135,11 @@ class TrainingConfig:
             raise ValueError("--best_by cider_d needs captions to score: --eval_captions is 0")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share is {self.max_bad_share}; it must be from 0 to 1")
+        if self.licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.licence):
+            raise ValueError(
+                f"--licence is {self.licence!r}; expected an identifier as the Hub spells them, "
+                f"such as apache-2.0, mit, cc-by-4.0 or other"
+            )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
 

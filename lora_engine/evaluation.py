@@ -1,6 +1,7 @@
 """Validation: the loss of a captioner on rows that it is not trained on."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -102,6 +103,10 @@ class Validation:
         self.captions.write(self.folder, step)
         if is_best:
             self.captions.write_best(self.folder, step)
+        self.journal.track("samples", step=step, rows=[
+            (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
+            for sample in self.captions.compare(step)
+        ])
 
     def _with_progress(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         num_rows = 0

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_engine.trackers import Tracker
+
 MAX_NON_FINITE = 3  # steps in a row
 MAX_OVERFLOWS = 20  # steps in a row that fp16 may need to find its loss scale
 
@@ -28,11 +30,19 @@ class Journal:
     """Appends events to metrics.jsonl and shows progress on a stream.
 
     metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
-    everything drawn later is derived from it.
+    everything drawn later is derived from it. A `tracker` is told the same.
     """
 
-    def __init__(self, path: Path, *, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total_steps: int,
+        stream: TextIO | None = None,
+        tracker: Tracker | None = None,
+    ) -> None:
         self.stream = stream or sys.stdout
+        self.tracker = tracker
         self._file = open(path, "a", encoding="utf-8")
         self._total_steps = total_steps
         self._bar = tqdm(
@@ -53,6 +63,8 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self.tracker is not None:
+            self.tracker.close(say=self.say)
         self._bar.close()
         self._file.close()
 
@@ -66,6 +78,12 @@ class Journal:
                 values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
         self._file.write(json.dumps({"event": event, **values}, allow_nan=False) + "\n")
         self._file.flush()
+        self.track(event, **values)
+
+    def track(self, event: str, **values: Any) -> None:
+        """Tell the tracker, if there is one, and nobody else."""
+        if self.tracker is not None:
+            self.tracker.record(event, values, say=self.say)
 
     def say(self, text: str) -> None:
         """A line for people, above the bar if there is one."""

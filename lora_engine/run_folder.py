@@ -5,6 +5,7 @@
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
     captions.jsonl     scored captions, before and best
     adapter/           the best by validation loss      adapter_last/     the last, where not best
+    adapter_hub/       adapter/ as it is pushed, where that differs
 """
 
 import json
@@ -47,6 +48,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.adapter = path / "adapter"
         self.last_adapter = path / "adapter_last"
+        self.hub_adapter = path / "adapter_hub"
 
     def __enter__(self) -> "RunFolder":
         return self

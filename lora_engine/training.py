@@ -38,9 +38,11 @@ from lora_engine.cuda_graphs import CudaGraphs
 from lora_engine.devices import autocast, choose_kernels, describe, resolve_device, resolve_dtype
 from lora_engine.evaluation import Validation
 from lora_engine.features import FeatureSource, ImageList
+from lora_engine.hub import check_repository, push_adapter
 from lora_engine.journal import Journal, Meter
 from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.loss import caption_loss
+from lora_engine.model_card import write_model_card
 from lora_engine.models import CaptionerBody
 from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
@@ -48,6 +50,7 @@ from lora_engine.report import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
+from lora_engine.trackers import check_tracker, start_tracker
 from lora_engine.validation_captions import ValidationCaptions
 
 
@@ -63,6 +66,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     begin_s = time.monotonic()
     config.check()
     RunFolder.check_free(config.output_path)
+    check_tracker(config.track)
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub, say=partial(print, file=sys.stderr))
     train_rows, val_rows = _read_rows(config)
     device = resolve_device(config.device)
     if config.num_threads is not None:
@@ -89,7 +95,11 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
 
     with (
         RunFolder.create(config.output_path, prefix=FAMILIES[captioner.family].name) as folder,
-        Journal(folder.metrics, total_steps=total_steps) as journal,
+        Journal(
+            folder.metrics,
+            total_steps=total_steps,
+            tracker=start_tracker(config.track, folder.path, config.as_dict()),
+        ) as journal,
         _feature_source(
             captioner, train_set, val_set, device=device, dtype=dtype, config=config,
             say=journal.say,
@@ -103,7 +113,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(train_set)
         )
-        keeper = _adapter_keeper(captioner, folder, train_rows, config)
+        keeper = _adapter_keeper(captioner, folder, train_rows, val_rows, config)
         load_validation = _loader(val_set, features, captioner, config)
         validation = Validation(
             captioner=captioner,
@@ -191,6 +201,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         finally:
             keeper.keep_last(last_step)
             draw_loss_curve(folder.metrics, folder.loss_curve)
+            write_model_card(folder)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
@@ -202,6 +213,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             seconds=time.monotonic() - begin_s,
         )
         journal.say(f"\n{summary}")
+        if config.push_to_hub is not None:
+            push_adapter(folder, config.push_to_hub, say=journal.say)
     return summary
 
 
@@ -339,7 +352,11 @@ def cuda_graphs_for(
 
 
 def _adapter_keeper(
-    captioner: Captioner, folder: RunFolder, train_rows: Sequence[Row], config: TrainingConfig
+    captioner: Captioner,
+    folder: RunFolder,
+    train_rows: Sequence[Row],
+    val_rows: Sequence[Row],
+    config: TrainingConfig,
 ) -> AdapterKeeper:
     is_folder = Path(captioner.name).is_dir()
     return AdapterKeeper(
@@ -352,10 +369,16 @@ def _adapter_keeper(
         provenance={
             "base_fingerprint": captioner.fingerprint,
             "data_fingerprint": _data_fingerprint(train_rows),
+            "training_data": _size(train_rows),
+            "validation_data": _size(val_rows),
             "label_convention": "each position predicts the next token; one end token",
             "prompt": config.prompt,
         },
     )
+
+
+def _size(rows: Sequence[Row]) -> str:
+    return f"{len(rows):,} captions of {len({row.image for row in rows}):,} images"
 
 
 def _data_fingerprint(rows: Sequence[Row]) -> str:

@@ -194,9 +194,9 @@ def test_samples_are_what_the_adapted_model_says(trained):
 def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     folder = trained.summary.path
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
-        "adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-        "captions.jsonl", "config.json", "environment.json", "loss_curve.png", "metrics.jsonl",
-        "samples.jsonl",
+        "adapter", "adapter/README.md", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors", "adapter/loss_curve.png", "captions.jsonl",
+        "config.json", "environment.json", "loss_curve.png", "metrics.jsonl", "samples.jsonl",
     ]
     config = json.loads((folder / "config.json").read_text())
     config["lora_targets"] = tuple(config["lora_targets"])
