@@ -46,7 +46,7 @@ from lora_engine.model_card import write_model_card
 from lora_engine.models import CaptionerBody
 from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
-from lora_engine.report import draw_loss_curve
+from lora_engine.loss_curve import draw_loss_curve
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary

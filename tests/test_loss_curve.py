@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from lora_engine import report
-from lora_engine.report import draw_loss_curve, smooth
+from lora_engine import loss_curve
+from lora_engine.loss_curve import draw_loss_curve, smooth
 
 BLUE, ORANGE = (42, 120, 181), (200, 80, 30)
 
@@ -102,7 +102,7 @@ def test_smoothing_is_a_weighted_mean_of_the_values_so_far():
 
 def test_the_title_tells_the_outcome():
     def title(*points):
-        return report._title(report.Losses([p[0] for p in points], [p[1] for p in points]))
+        return loss_curve._title(loss_curve.Series([p[0] for p in points], [p[1] for p in points]))
 
     assert title((0, 4.21), (10, 2.0), (20, 2.5)) == "Validation loss 4.210 → 2.000 at step 10"
     assert title((0, 2.0), (10, 2.5)) == "Validation loss 2.000 at step 0, and never lower after it"
