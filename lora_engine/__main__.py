@@ -10,6 +10,7 @@ VERBS = {  # each a function of its name in commands/, which is imported when it
     "caption": "caption images with a trained adapter",
     "evaluate": "score captions against references, with and without an adapter",
     "merge": "fold an adapter into its base, as a plain Hugging Face folder",
+    "report": "write what a run came to, or several side by side, as one HTML file",
 }
 
 

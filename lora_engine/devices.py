@@ -1,6 +1,8 @@
 """Which device, and which number format the matrix products run in."""
 
 import os
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -74,6 +76,14 @@ def describe(device: torch.device) -> str:
         return f"{device} ({torch.cuda.get_device_name(device)})"
     num_threads = torch.get_num_threads()
     return f"{device} ({num_threads} thread{'s' if num_threads > 1 else ''})"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was taken so far: on a GPU by tensors, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -14,7 +14,7 @@ class Markup:
     source: str
 
 
-def tag(name: str, *content: Markup | str, **attributes: str | int | float) -> Markup:
+def tag(name: str, /, *content: Markup | str, **attributes: str | int | float) -> Markup:
     """An element. Attributes are spelled as Python lets them: `class_`, `aria_label`, `viewBox`."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lora_engine.config import TrainingConfig
 from lora_engine.journal import duration
-from lora_engine.run_record import RunRecord
+from lora_engine.run_record import RunRecord, is_number
 
 NOTHING = "–"
 
@@ -163,15 +163,15 @@ def results(run: RunRecord) -> dict[str, Result]:
         found["Images per second"] = Result(f"{median(speeds):,.1f}", remark, median(speeds), max)
     environment = run.environment
     seconds, memory = environment.get("total_s"), environment.get("peak_memory_bytes")
-    if _is_number(seconds):
+    if is_number(seconds):
         found["Time"] = Result(duration(seconds), "with loading and validating", seconds, min)
-    if _is_number(memory):
+    if is_number(memory):
         on_gpu = text(environment.get("device")).startswith("cuda")
         remark = "of the GPU, at its peak" if on_gpu else "of the process, at its peak"
         found["Memory"] = Result(_bytes(memory), remark, memory, min)
     trainable, frozen = environment.get("num_trainable"), environment.get("num_frozen")
-    if _is_number(trainable) and _is_number(frozen):
-        share = 100 * trainable / max(trainable + frozen, 1)
+    if is_number(trainable) and is_number(frozen):
+        share = 100.0 * trainable / max(trainable + frozen, 1)
         found["Trainable parameters"] = Result(
             count(trainable), f"{share:.2f} % of all; {count(frozen)} are frozen"
         )
@@ -188,13 +188,14 @@ def main_settings(run: RunRecord) -> dict[str, str]:
         return text(config.get(key))
 
     def data(path: str, part: str) -> str:
-        captions, images = (environment.get(f"num_{part}_{kind}") for kind in ("captions", "images"))
+        captions = environment.get(f"num_{part}_captions")
+        images = environment.get(f"num_{part}_images")
         told = given(path) if config.get(path) else "held out of the training data"
         if captions is None:
             return told
         return f"{count(captions)} captions of {count(images)} images: {told}"
 
-    found = {}
+    found: dict[str, str] = {}
     if config:
         num_modules = environment.get("num_adapted_modules")
         modules = "" if num_modules is None else f", {count(num_modules)} modules"
@@ -265,10 +266,6 @@ def text(value: Any) -> str:
 
 def _total(run: RunRecord) -> str:
     return count(run.total_steps or run.last_step)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
 
 
 def _bytes(value: float) -> str:

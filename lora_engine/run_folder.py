@@ -3,7 +3,7 @@
     config.json        all settings                     samples.jsonl     captions over time
     environment.json   versions and machine             skipped.jsonl     rows without an image
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
-    captions.jsonl     scored captions, before and best
+    captions.jsonl     scored captions, before and best  report.html    all of it, for people
     adapter/           the best by validation loss      adapter_last/     the last, where not best
     adapter_hub/       adapter/ as it is pushed, where that differs
 """
@@ -43,6 +43,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.loss_curve = path / "loss_curve.png"
+        self.report = path / "report.html"
         self.samples = path / "samples.jsonl"
         self.captions = path / "captions.jsonl"
         self.skipped = path / "skipped.jsonl"

@@ -1,10 +1,9 @@
 """A run folder's files -> what they say about the run, finished or not."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 # Keys of a validation line
 NOT_SCORES = frozenset((
@@ -67,7 +66,7 @@ class RunRecord:
     def last_step(self) -> int:
         """The last optimizer step that metrics.jsonl tells of."""
         steps = (line.get("step") for line in self.metrics)
-        return max((step for step in steps if _is_number(step)), default=0)
+        return int(max((step for step in steps if is_number(step)), default=0))
 
     @property
     def total_steps(self) -> int | None:
@@ -148,7 +147,7 @@ def series(records: list[dict[str, Any]], event: str, key: str) -> Series:
     found = [
         (record["step"], record[key]) for record in records
         if record["event"] == event
-        and _is_number(record.get("step")) and _is_number(record.get(key))
+        and is_number(record.get("step")) and is_number(record.get(key))
     ]
     return Series([step for step, _ in found], [value for _, value in found])
 
@@ -171,12 +170,12 @@ def epoch_scale(records: list[dict[str, Any]]) -> float | None:
     """Epochs a step, from the last line that has both; None before the first step."""
     for record in reversed(records):
         step, epoch = record.get("step"), record.get("epoch")
-        if _is_number(step) and _is_number(epoch) and step and epoch:
+        if is_number(step) and is_number(epoch) and step and epoch:
             return epoch / step
     return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a number to reckon with: no NaN, and none beyond a float's reach."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
@@ -188,8 +187,8 @@ def _captioned(line: dict[str, Any]) -> CaptionedImage:
         references=tuple(map(str, line["references"])),
         before=line["before"],
         after=line["after"],
-        cider_d_before=before if _is_number(before) else None,
-        cider_d_after=after if _is_number(after) else None,
+        cider_d_before=before if is_number(before) else None,
+        cider_d_after=after if is_number(after) else None,
     )
 
 
@@ -232,5 +231,7 @@ def _no_run(path: Path) -> str:
         return f"{path} is a file, expected the folder of a run"
     near = [path.parent, *sorted(path.iterdir())]
     runs = [str(folder) for folder in near if (folder / "metrics.jsonl").is_file()]
-    advice = f"did you mean {' or '.join(runs[:3])}?" if runs else "name a folder that a recipe made"
+    advice = "name a folder that a recipe made"
+    if runs:
+        advice = f"did you mean {' or '.join(runs[:3])}?"
     return f"{path} holds no run (looked for metrics.jsonl in it); {advice}"

@@ -60,6 +60,7 @@ class TrainingSummary:
             *lines,
             f"adapter     {self.path / 'adapter'}",
             f"loss curve  {self.path / 'loss_curve.png'}",
+            f"report      {self.path / 'report.html'}",
             f"took        {duration(self.seconds)}",
             f"to caption  {_interpreter()} -m lora_engine caption "
             f"--adapter {self.path / 'adapter'} IMAGE_OR_FOLDER ...",

@@ -35,7 +35,14 @@ from lora_engine.batches import (
 )
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
-from lora_engine.devices import autocast, choose_kernels, describe, resolve_device, resolve_dtype
+from lora_engine.devices import (
+    autocast,
+    choose_kernels,
+    describe,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_dtype,
+)
 from lora_engine.evaluation import Validation
 from lora_engine.features import FeatureSource, ImageList
 from lora_engine.hub import check_repository, push_adapter
@@ -47,6 +54,7 @@ from lora_engine.models import CaptionerBody
 from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.loss_curve import draw_loss_curve
+from lora_engine.report import write_report
 from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures, environment
 from lora_engine.schedule import learning_rate
 from lora_engine.summary import TrainingSummary
@@ -106,7 +114,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         ) as features,
     ):
         folder.write_json("config.json", config.as_dict())
-        folder.write_json("environment.json", environment(describe(device), dtype, kernels))
+        known = environment(describe(device), dtype, kernels)
+        known |= _sizes(train_set, val_set, plan)
+        folder.write_json("environment.json", known)
         journal.say(_opening(config, plan, train_set, val_set, device, dtype, kernels))
         journal.say(f"run folder {folder.path}")
         journal.say(features.plan)
@@ -198,10 +208,12 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     if config.patience is not None and keeper.num_worse >= config.patience:
                         journal.say(f"stopped: no better for {config.patience} validations")
                         break
+            known["total_s"] = time.monotonic() - begin_s
+            known["peak_memory_bytes"] = peak_memory_bytes(device)
+            folder.write_json("environment.json", known)
         finally:
             keeper.keep_last(last_step)
-            draw_loss_curve(folder.metrics, folder.loss_curve)
-            write_model_card(folder)
+            _tell(folder, journal.say)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
@@ -216,6 +228,19 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         if config.push_to_hub is not None:
             push_adapter(folder, config.push_to_hub, say=journal.say)
     return summary
+
+
+def _tell(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Draw and write what people read; that it fails neither ends a run nor hides why one ended."""
+    for write in (
+        partial(draw_loss_curve, folder.metrics, folder.loss_curve),
+        partial(write_model_card, folder),
+        partial(write_report, [folder.path], folder.report),
+    ):
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            say(f"warning: {write.func.__name__} failed: {error}")
 
 
 def accumulate_gradients(
@@ -460,6 +485,21 @@ def _loader(
         pin_memory=features.device.type == "cuda",
     )
     return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
+
+
+def _sizes(
+    train_set: CaptionedImages, val_set: CaptionedImages, plan: InjectionPlan
+) -> dict[str, int]:
+    """How much is trained, on how much, for the report."""
+    return {
+        "num_train_captions": len(train_set),
+        "num_train_images": len(train_set.image_paths),
+        "num_val_captions": len(val_set),
+        "num_val_images": len(val_set.image_paths),
+        "num_adapted_modules": len(plan.modules),
+        "num_trainable": plan.num_trainable,
+        "num_frozen": plan.num_frozen,
+    }
 
 
 def _opening(

@@ -1,0 +1,37 @@
+"""python -m lora_engine report: what a run came to, or several side by side, as one HTML file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lora_engine import cli
+from lora_engine.commands.loading import check_writable
+from lora_engine.report import write_report
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Flags of `report`."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, finished or not."""
+    out: str | None = None
+    """File to write. Default: report.html in the folder of a single run, here for several."""
+
+
+def report(args: list[str]) -> int:
+    """Write a run's report, or that of several side by side -> exit status."""
+    config = cli.parse(
+        ReportConfig, args, prog="python -m lora_engine report",
+        description="Write what a run came to, or several side by side, as one HTML file.",
+    )
+    if not config.runs:
+        raise ValueError("no runs to report on: name their folders, such as runs/blip-001")
+    check_writable("--out", config.out)
+    folder = Path(config.runs[0] if len(config.runs) == 1 else ".")
+    out = Path(config.out) if config.out else folder / "report.html"
+    write_report(config.runs, out)
+    print(f"report  {out}")
+    return 0
