@@ -551,7 +551,7 @@ def plan_of(captioner, cache_dir, monkeypatch, *, encode_s=0.035, rate=1e9, **ch
 def test_the_plan_says_where_features_are_kept(captioner, tmp_path, images, monkeypatch, cache):
     fill(captioner, tmp_path / "cache", images[:3])
     assert plan_of(captioner, tmp_path / "cache", monkeypatch, cache=cache) == (
-        "features of 8 images, 0 MB as fp32 (encoding one takes 35 ms): " + PLANS[cache]
+        "features of 8 images, 0.0348 MB as fp32 (encoding one takes 35 ms): " + PLANS[cache]
     )
 
 

@@ -196,7 +196,8 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
         "adapter", "adapter/README.md", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "adapter/loss_curve.png", "captions.jsonl",
-        "config.json", "environment.json", "loss_curve.png", "metrics.jsonl", "samples.jsonl",
+        "config.json", "environment.json", "loss_curve.png", "metrics.jsonl", "report.html",
+        "samples.jsonl",
     ]
     config = json.loads((folder / "config.json").read_text())
     config["lora_targets"] = tuple(config["lora_targets"])
@@ -861,8 +862,9 @@ def test_an_interrupted_run_keeps_its_last_adapter_and_draws_its_curve(
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter", "adapter_last", "captions.jsonl", "config.json", "environment.json",
-        "metrics.jsonl",
+        "metrics.jsonl", "report.html",
     ]
+    assert "This run is not finished" in (folder / "report.html").read_text(encoding="utf-8")
     assert drawn == [(folder / "metrics.jsonl", folder / "loss_curve.png")]
     assert json_lines(folder / "metrics.jsonl")[-1]["step"] == 6
     assert read_adapter(folder / "adapter_last").provenance["step"] == "6"  # not the broken 7th
