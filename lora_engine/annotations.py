@@ -84,6 +84,7 @@ def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[R
 
 
 def read_text(path: str | Path) -> str:
+    """An annotation file's text; raises AnnotationError where there is none in UTF-8."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

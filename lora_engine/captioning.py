@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_engine.adapter import Adapter, load_adapter
 from lora_engine.devices import autocast
 from lora_engine.features import encode_pixels
-from lora_engine.generation import Sampling, generate
+from lora_engine.generation import generate
 from lora_engine.images import ImageError, PixelSettings, load_pixels
 from lora_engine.lora import merge
 from lora_engine.pretrained import Captioner
@@ -118,16 +118,13 @@ def caption_images(
     *,
     batch_size: int = 16,
     num_workers: int = 0,
-    sampling: Sampling | None = None,
-    seed: int = 0,
     numbers: Sequence[int] | None = None,
     **settings,
 ) -> Iterator[Captioned]:
     """Caption image files in batches, in order; one that cannot be read yields its reason.
 
-    With `sampling`, a caption is a function of `seed` and its image's number (by default its place
-    among `images`), whatever else is in the batch. The other settings are those of
-    `caption_pixels`.
+    `numbers` are the images' numbers for sampling, by default their places among `images`.
+    `settings` are those of `caption_pixels`.
     """
     numbers = range(len(images)) if numbers is None else numbers
     loader = DataLoader(
@@ -138,22 +135,21 @@ def caption_images(
         prefetch_factor=4 if num_workers else None,
     )
     for batch in loader:
-        usable = [(number, pixels) for number, pixels, _ in batch if pixels is not None]
-        if usable and sampling is not None:
-            seeds = [[seed, numbers[number]] for number, _ in usable]
-            settings["sampling"] = sampling._replace(seeds=seeds)
+        usable = [(place, pixels) for place, pixels, _ in batch if pixels is not None]
         captions: Iterator[tuple[Caption, ...]] = iter(())
         if usable:
-            stacked = torch.from_numpy(np.stack([pixels for _, pixels in usable]))
-            captions = iter(caption_pixels(speakers, stacked, **settings))
-        for number, pixels, reason in batch:
-            yield Captioned(
-                str(images[number]), () if pixels is None else next(captions), reason
-            )
+            captions = iter(caption_pixels(
+                speakers,
+                torch.from_numpy(np.stack([pixels for _, pixels in usable])),
+                numbers=[numbers[place] for place, _ in usable],
+                **settings,
+            ))
+        for place, pixels, reason in batch:
+            yield Captioned(str(images[place]), () if pixels is None else next(captions), reason)
 
 
 class _ImageFiles(Dataset):
-    """(number, pixels uint8 (3, H, W), None) of an image, or (number, None, reason)."""
+    """(place, pixels uint8 (3, H, W), None) of an image, or (place, None, reason)."""
 
     def __init__(self, paths: Sequence[str], settings: PixelSettings) -> None:
         self.paths = paths
@@ -162,8 +158,8 @@ class _ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> tuple[int, np.ndarray | None, str | None]:
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None, str | None]:
         try:
-            return number, load_pixels(self.paths[number], self.settings), None
+            return place, load_pixels(self.paths[place], self.settings), None
         except ImageError as error:
-            return number, None, error.reason
+            return place, None, error.reason

@@ -26,13 +26,13 @@ class Sampling(NamedTuple):
     """How to draw tokens instead of taking the most probable one.
 
     Logits are divided by `temperature`; then the fewest tokens whose probabilities reach `top_p`
-    are drawn from (Holtzman et al., arXiv:1904.09751). A caption is a function of its image's seed:
-    the others in the batch change nothing.
+    are drawn from (Holtzman et al., arXiv:1904.09751). A caption is a function of `seed` and of its
+    image's number: the others in the batch change nothing.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
-    seeds: Sequence[Sequence[int]] = ()  # one an image
+    seed: int = 0
 
 
 @torch.no_grad()
@@ -48,12 +48,14 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     sampling: Sampling | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Caption each image of `features` (B, P, D) -> token ids (B, T), prompt first.
 
     Rows that ended earlier are filled with `pad_id`. `prompt_ids` begin with the start token. No
     caption ends before `min_new_tokens`. A beam's score is its log-probability divided by (number
-    of new tokens) ** `length_penalty`. The model should be in evaluation mode.
+    of new tokens) ** `length_penalty`. `numbers` are the images' numbers for `sampling`, by default
+    0 to B - 1. The model should be in evaluation mode.
 
     Raises ValueError for lengths and beams below 1, if prompt and new tokens outgrow the decoder's
     positions, and for sampling together with beams.
@@ -74,7 +76,9 @@ def generate(
     prompt = torch.tensor([prompt_ids], device=features.device).expand(len(features), -1)
     next_logits = _NextLogits(model, longest, len(prompt_ids) + min_new_tokens, end_id)
     if num_beams == 1:
-        choose = _argmax if sampling is None else _Sampler(sampling, max_new_tokens)
+        choose = _argmax
+        if sampling is not None:
+            choose = _Sampler(sampling, numbers or range(len(features)), max_new_tokens)
         return _one_by_one(next_logits, features, prompt, choose, end_id, pad_id, max_new_tokens)
     return _beam_search(
         next_logits, features, prompt, end_id, pad_id, max_new_tokens, num_beams, length_penalty
@@ -82,20 +86,22 @@ def generate(
 
 
 class _NextLogits:
-    """(N, T new tokens) -> fp32 logits (N, V) of the token after the last one."""
+    """(N, T new tokens) -> fp32 logits (N, V) of the token after the last, or their log_softmax."""
 
-    def __init__(
-        self, model: CaptionerBody, longest: int, first_end: int, end_id: int
-    ) -> None:
+    def __init__(self, model: CaptionerBody, longest: int, first_end: int, end_id: int) -> None:
         self.model = model
         self.cache = KeyValueCache(longest)
         self.first_end = first_end  # tokens before an end token may come
         self.end_id = end_id
 
-    def __call__(self, new_tokens: Tensor, features: Tensor) -> Tensor:
+    def __call__(
+        self, new_tokens: Tensor, features: Tensor, *, log_softmax: bool = False
+    ) -> Tensor:
         hidden = self.model.decode(new_tokens, features, self.cache)
         logits = self.model.head(hidden[:, -1]).float()
-        if self.cache.length < self.first_end:
+        if log_softmax:
+            logits = F.log_softmax(logits, dim=-1)
+        if self.cache.length < self.first_end:  # in beams the others gain nothing by it
             logits[:, self.end_id] = -math.inf
         return logits
 
@@ -107,13 +113,13 @@ def _argmax(logits: Tensor, images: Tensor, num_new: int) -> Tensor:
 class _Sampler:
     """Draws the next tokens of captions: logits (N, V) of `images` (N,) -> token ids (N,)."""
 
-    def __init__(self, sampling: Sampling, max_new_tokens: int) -> None:
+    def __init__(self, sampling: Sampling, numbers: Sequence[int], max_new_tokens: int) -> None:
         self.temperature = sampling.temperature
         self.top_p = sampling.top_p
-        # All of a caption's chances at once: they depend on nothing but its seed.
+        # (B, new tokens): all chances at once.
         self.chances = torch.tensor(np.stack([
-            np.random.default_rng(seed).random(max_new_tokens, dtype=np.float32)
-            for seed in sampling.seeds
+            np.random.default_rng([sampling.seed, number]).random(max_new_tokens, dtype=np.float32)
+            for number in numbers
         ]))
 
     def __call__(self, logits: Tensor, images: Tensor, num_new: int) -> Tensor:
@@ -186,7 +192,7 @@ def _beam_search(
     new_tokens = prompt.repeat_interleave(num_beams, dim=0)
     for num_new in range(1, max_new + 1):
         position = prompt_length + num_new - 1
-        log_probs = F.log_softmax(next_logits(new_tokens, features), dim=-1)
+        log_probs = next_logits(new_tokens, features, log_softmax=True)
         scores = running_scores[:, :, None] + log_probs.unflatten(0, (-1, num_beams))
         vocab_size = scores.shape[-1]
         scores, chosen = scores.flatten(1).topk(2 * num_beams)  # (B, 2 G)

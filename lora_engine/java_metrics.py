@@ -6,8 +6,10 @@ fetches Stanford's models when it is first used.
 
 import shutil
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
+JAVA_SCORES = ("meteor", "spice")
 INSTALL = "pip install 'lora_engine[coco]'"
 
 
@@ -22,16 +24,15 @@ def check_java() -> None:
         )
 
 
-def java_scores(
-    captions: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
-    """METEOR and SPICE, both between 0 and 1, of `captions[i]` against the texts `references[i]`.
+def java_score(
+    name: str, captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> float:
+    """METEOR or SPICE, between 0 and 1, of `captions[i]` against the texts `references[i]`.
 
-    Raises ValueError as `check_java` does, and where one of the programs fails.
+    `name` is one of JAVA_SCORES. Raises ValueError as `check_java` does, and where the program
+    fails.
     """
     check_java()
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.spice.spice import Spice
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def cut(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
@@ -39,15 +40,10 @@ def java_scores(
             image: [{"caption": text} for text in of_image] for image, of_image in enumerate(texts)
         })
 
-    scores: dict[str, float] = {}
-    for name, program in (("meteor", Meteor), ("spice", Spice)):
-        try:
-            score, _ = program().compute_score(
-                cut(references), cut([[caption] for caption in captions])
-            )
-        except Exception as error:  # a program that ended, its output cut short, no network
-            raise ValueError(
-                f"{name.upper()} failed: {' '.join(str(error).split()) or type(error).__name__}"
-            ) from error
-        scores[name] = float(score)
-    return scores
+    try:
+        program = getattr(import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())()
+        score, _ = program.compute_score(cut(references), cut([[text] for text in captions]))
+    except Exception as error:  # a program that ended, its output cut short, no network
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name.upper()} failed: {reason}") from error
+    return float(score)

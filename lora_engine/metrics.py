@@ -17,6 +17,19 @@ import numpy as np
 from lora_engine.caption_tokens import tokenize
 
 MAX_NGRAM = 4
+# The scores of `Scores` as people write them, those that most look at first.
+SCORE_NAMES = {
+    "cider_d": "CIDEr-D",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "ended": "ended by themselves, share",
+    "distinct": "distinct captions, share",
+    "repetition": "repeated 3-grams, share",
+    "mean_length": "mean length, tokens",
+}
 BOOTSTRAPPED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 
 _ROUGE_BETA = 1.2
@@ -75,16 +88,6 @@ class CaptionScores:
 class Interval(NamedTuple):
     low: float
     high: float
-
-
-def score_captions(
-    captions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    ended: Sequence[bool] | None = None,
-) -> CaptionScores:
-    """Score `captions[i]` against the texts `references[i]`, once; see `References`."""
-    return References(references).score(captions, ended=ended)
 
 
 class References:
@@ -305,10 +308,9 @@ def bootstrap_intervals(
     *,
     baseline: CaptionScores | None = None,
     num_resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Percentile intervals of the scores in BOOTSTRAPPED over resampled images, by name.
+    """95 % percentile intervals of the scores in BOOTSTRAPPED over resampled images, by name.
 
     With a `baseline`, other captions of the same images, the intervals are those of the difference
     `scores` minus `baseline`, both on the same resamples. CIDEr-D keeps the document frequencies of
@@ -322,8 +324,7 @@ def bootstrap_intervals(
                 f"{baseline.corpus.num_images:,}; score both on the same images"
             )
         resampled -= _resampled(baseline, num_resamples, seed)
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(resampled, [tail, 100 - tail], axis=0).tolist()
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0).tolist()
     return dict(zip(BOOTSTRAPPED, map(Interval, low, high)))
 
 

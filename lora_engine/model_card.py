@@ -7,14 +7,15 @@ made to be handed on. Format: https://huggingface.co/docs/hub/model-cards.
 import json
 import shlex
 import shutil
-from pathlib import Path
 from typing import Any
 
 from lora_engine.adapter import Adapter, read_adapter
 from lora_engine.files import replaced_file
 from lora_engine.markdown import escaped, table
+from lora_engine.metrics import SCORE_NAMES
 from lora_engine.pretrained import FAMILIES
 from lora_engine.run_folder import RunFolder
+from lora_engine.run_record import NOT_SCORES, read_records
 from lora_engine.version import __version__
 
 CARD_FILE = "README.md"
@@ -87,7 +88,7 @@ def model_card(folder: RunFolder) -> str:
         f"# {escaped(name or f'LoRA adapter of {of}')}",
         f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) that captions "
         f"images, in PEFT's format, trained with lora_engine {__version__}.",
-        _origin(adapter),
+        _origin(adapter, environment),
         "## Scores",
         _scores(folder, adapter),
         curve,
@@ -117,7 +118,7 @@ def _front_matter(base: str | None, licence: str | None) -> str:
     return "\n".join(["---", *lines, "tags:", "- lora", "- image-captioning", "---"])
 
 
-def _origin(adapter: Adapter) -> str:
+def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
     provenance, base = adapter.provenance, adapter.base_on_hub
     revision = adapter.config["revision"]
     at = f", revision {escaped(revision)}" if revision else ""
@@ -126,16 +127,21 @@ def _origin(adapter: Adapter) -> str:
     return table(["", ""], [
         ["base model", f"{named} (`{kind}`)"],
         ["fingerprint of its weights", f"`{provenance['base_fingerprint']}`"],
-        ["training data", provenance["training_data"]],
+        ["training data", _size(environment, "train")],
         ["its fingerprint", f"`{provenance['data_fingerprint']}`"],
-        ["validation data", provenance["validation_data"]],
+        ["validation data", _size(environment, "val")],
         *([["prompt", escaped(adapter.prompt)]] if adapter.prompt else []),
     ])
 
 
+def _size(environment: dict[str, Any], part: str) -> str:
+    captions, images = (environment[f"num_{part}_{kind}"] for kind in ("captions", "images"))
+    return f"{captions:,} captions of {images:,} images"
+
+
 def _scores(folder: RunFolder, adapter: Adapter) -> str:
     """The loss and every score that the validations gave, before training and of the adapter."""
-    records = _json_lines(folder.metrics)
+    records = read_records(folder.metrics)
     validations = {r["step"]: r for r in records if r["event"] == "validation"}
     best_step = int(adapter.provenance["step"])
     first, best = validations[0], validations[best_step]
@@ -143,7 +149,7 @@ def _scores(folder: RunFolder, adapter: Adapter) -> str:
     rows = [
         [_score_name(name), _score(first.get(name)), _score(value)]
         for name, value in best.items()
-        if name not in ("step", "epoch") and isinstance(value, (int, float))
+        if (name == "loss" or name not in NOT_SCORES) and isinstance(value, (int, float))
     ]
     of = f"step {best_step:,} of {last_step:,}, epoch {best['epoch']:.3g}"
     scores = table(["validation", "before training", f"this adapter ({of})"], rows)
@@ -153,7 +159,7 @@ def _scores(folder: RunFolder, adapter: Adapter) -> str:
 
 
 def _score_name(name: str) -> str:
-    return "loss (nats per token)" if name == "loss" else f"`{name}`"
+    return "loss (nats per token)" if name == "loss" else SCORE_NAMES.get(name, f"`{name}`")
 
 
 def _score(value: float | None) -> str:
@@ -161,7 +167,7 @@ def _score(value: float | None) -> str:
 
 
 def _samples(folder: RunFolder, adapter: Adapter) -> str:
-    lines = _json_lines(folder.samples) if folder.samples.exists() else []
+    lines = read_records(folder.samples) if folder.samples.exists() else []
     best_step = int(adapter.provenance["step"])
     before = {line["image"]: line["caption"] for line in lines if line["step"] == 0}
     rows = [
@@ -234,9 +240,3 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
 
 def _others(pattern: dict[str, Any]) -> str:
     return ", others in adapter_config.json" if pattern else ""
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines: a caption may hold a line separator that is none of JSON lines'.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]

@@ -6,6 +6,7 @@ and a "file_name", and "annotations", each with an "image_id" and a "caption".
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_references(
 def _coco_document(path: str | Path) -> Mapping[str, Any] | None:
     """The file's object if it is one of COCO's; what is wrong with others is said elsewhere."""
     text = read_text(path)
-    if not text.lstrip().startswith("{"):
+    if not re.match(r"\s*{", text):
         return None
     try:
         value = json.loads(text)

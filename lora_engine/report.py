@@ -130,7 +130,7 @@ def _section(title: str, *content: Markup) -> Markup:
 
 def _tiles(run: RunRecord) -> Markup:
     """The figures that most people look for; of many scores the first two."""
-    lesser = {run_facts.score(key).name for key in run_facts.score_keys([run])[2:]}
+    lesser = {run_facts.score_name(key) for key in run_facts.score_keys([run])[2:]}
     return tag("dl", *(
         tag(
             "div",
@@ -153,7 +153,7 @@ def _scores(run: RunRecord) -> list[Markup]:
     if losses.steps[-1] != best_step:
         columns[f"Last, step {losses.steps[-1]:,}"] = losses.steps[-1]
     rows = {
-        "Validation loss" if key == "loss" else run_facts.score(key).name: [
+        "Validation loss" if key == "loss" else run_facts.score_name(key): [
             run_facts.figure(run_facts.score_at(run, key, step)) for step in columns.values()
         ]
         for key in ["loss", *keys]
@@ -264,7 +264,7 @@ def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
     chart = line_chart(lines, title="Loss over optimizer steps", width=720, height=320)
     small = []
     for key in run_facts.score_keys(runs):
-        title = run_facts.score(key).name
+        title = run_facts.score_name(key)
         small += _small_chart(title, [run.validation(key) for run in runs], names, has_dots=True)
     for key, (title, factor) in TRAINING_CURVES.items():
         found = [run.training(key) for run in runs]

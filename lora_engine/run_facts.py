@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lora_engine.config import TrainingConfig
 from lora_engine.journal import duration
+from lora_engine.metrics import SCORE_NAMES
 from lora_engine.run_record import RunRecord, is_number
 
 NOTHING = "–"
@@ -23,24 +24,9 @@ ABOUT_THE_RUN = frozenset((
 Better = Callable[[Iterable[float]], float] | None  # max, min, or neither
 
 
-class Score(NamedTuple):
-    """What people call a score of validation lines, and which values of it are better."""
-
-    name: str
-    better: Better = None
-
-
-SCORES = {
-    "cider_d": Score("CIDEr-D", max),
-    "bleu_4": Score("BLEU-4", max),
-    "rouge_l": Score("ROUGE-L", max),
-    "bleu_1": Score("BLEU-1", max),
-    "bleu_2": Score("BLEU-2", max),
-    "bleu_3": Score("BLEU-3", max),
-    "distinct": Score("distinct captions, share", max),
-    "repetition": Score("repeated 3-grams, share", min),
-    "ended": Score("ended by themselves, share", max),
-    "mean_length": Score("mean length, tokens"),
+# Which values of a score are better; of those that are not here, neither.
+BETTER: dict[str, Better] = dict.fromkeys(SCORE_NAMES, max) | {
+    "repetition": min, "mean_length": None,
 }
 
 
@@ -53,14 +39,16 @@ class Result(NamedTuple):
     better: Better = None
 
 
-def score(key: str) -> Score:
-    return SCORES.get(key, Score(key))
+def score_name(key: str) -> str:
+    return SCORE_NAMES.get(key, key)
 
 
 def score_keys(runs: Sequence[RunRecord]) -> list[str]:
-    """The scores that any of the runs has, in the order of SCORES and then in their own."""
+    """The scores that any of the runs has, in the order of SCORE_NAMES and then in their own."""
     found = dict.fromkeys(key for run in runs for key in run.scores)
-    return [key for key in SCORES if key in found] + [key for key in found if key not in SCORES]
+    return [key for key in SCORE_NAMES if key in found] + [
+        key for key in found if key not in SCORE_NAMES
+    ]
 
 
 def score_at(run: RunRecord, key: str, step: int) -> float | None:
@@ -106,7 +94,7 @@ def headline(run: RunRecord) -> str:
         before, after = (score_at(run, key, at) for at in (first_step, step))
         if before is not None and after is not None:
             change = "rose" if after > before else "fell" if after < before else "went"
-            told += f"; {score(key).name} {change} from {figure(before)} to {figure(after)}"
+            told += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
     return told + "."
 
 
@@ -154,8 +142,8 @@ def results(run: RunRecord) -> dict[str, Result]:
         found["Validation loss"] = Result(figure(best), remark, best, min)
         for key in score_keys([run]):
             before, after = (score_at(run, key, at) for at in (losses.steps[0], step))
-            found[score(key).name] = Result(
-                figure(after), f"{figure(before)} before", after, score(key).better
+            found[score_name(key)] = Result(
+                figure(after), f"{figure(before)} before", after, BETTER.get(key)
             )
     speeds, waits = (run.training(key).values for key in ("images_per_s", "data_wait_share"))
     if speeds:

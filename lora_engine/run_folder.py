@@ -116,8 +116,8 @@ class RunFolder:
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Replace one of the folder's .jsonl files."""
         with replaced_file(path) as new:
-            for line in lines:
-                self.append(new, line)
+            with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 class SkippedRows:

@@ -89,9 +89,7 @@ class TrainingSummary:
         ]
         if self.scores:
             scores = self.scores[self.best_step]
-            lines[-1] += (
-                f" ({scores.num_images} images, {scores.num_references} references)"
-            )
+            lines[-1] += f" ({scores.num_images} images, {scores.num_references} references)"
         return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import checkpoints
 import pytest
 import torch
 from command_lines import plain
+from pictures import write_pictures
 
 from lora_engine import cli, training
 from lora_engine.pretrained import Captioner, load_captioner
@@ -38,6 +39,15 @@ def blip_folder(tmp_path_factory) -> Path:
 def vit_gpt2_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vit_gpt2")
     checkpoints.write_vit_gpt2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """train.json of twelve pictures, val.json of four."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder, num_images=12)
+    write_pictures(folder, num_images=4, name="val.json")
     return folder
 
 

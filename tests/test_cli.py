@@ -1,9 +1,11 @@
 """Command lines: what they do, and what bad input gets: a message, a status, and nothing else."""
 
 import dataclasses
+import inspect
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,18 +22,11 @@ from lora_engine.annotations import read_annotations
 from lora_engine.commands.caption import CaptionConfig
 from lora_engine.commands.evaluate import EvaluateConfig
 from lora_engine.commands.merge import MergeConfig
+from lora_engine.commands.report import ReportConfig
 from lora_engine.config import TrainingConfig
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
 RECIPES = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_pictures(folder, num_images=12)
-    write_pictures(folder, num_images=4, name="val.json")
-    return folder
 
 
 def flags(folder: Path | None, data: Path, **changes) -> list[str]:
@@ -276,28 +271,32 @@ def test_several_targets_follow_one_flag(command):
     assert (config["lora_targets"], config["lora_rank"]) == (["query", "re:.*value"], 4)
 
 
-def docstrings(source: Path, name: str) -> dict[str, str]:
-    """The text under each field of a dataclass, by the field's name."""
-    body = source.read_text(encoding="utf-8").split(f"class {name}:")[1].split("\n\n\n")[0]
-    fields = re.findall(r'^    (\w+):[^\n]*\n    """(.*?)"""', body, re.DOTALL | re.MULTILINE)
-    return {field: plain(text) for field, text in fields}
+def docstrings(config: type) -> dict[str, str]:
+    """The text under each field of a dataclass and of those that it extends, by field."""
+    found: dict[str, str] = {}
+    for part in config.__mro__[:-1]:
+        body = inspect.getsource(part)
+        fields = re.findall(r'^    (\w+):[^\n]*\n    """(.*?)"""', body, re.DOTALL | re.MULTILINE)
+        found |= {field: plain(text) for field, text in fields}
+    return found
 
 
-@pytest.mark.parametrize("main, args, source, config", [
-    (blip_cc3m.main, ["--help"], "config.py", TrainingConfig),
-    (vit_gpt2_cc3m.main, ["-h"], "config.py", TrainingConfig),
-    (verbs.run_verb, ["caption", "--help"], "commands/caption.py", CaptionConfig),
-    (verbs.run_verb, ["evaluate", "--help"], "commands/evaluate.py", EvaluateConfig),
-    (verbs.run_verb, ["merge", "--help"], "commands/merge.py", MergeConfig),
+@pytest.mark.parametrize("main, args, config", [
+    (blip_cc3m.main, ["--help"], TrainingConfig),
+    (vit_gpt2_cc3m.main, ["-h"], TrainingConfig),
+    (verbs.run_verb, ["caption", "--help"], CaptionConfig),
+    (verbs.run_verb, ["evaluate", "--help"], EvaluateConfig),
+    (verbs.run_verb, ["merge", "--help"], MergeConfig),
+    (verbs.run_verb, ["report", "--help"], ReportConfig),
 ])
-def test_help_tells_what_every_flag_means(command, main, args, source, config):
+def test_help_tells_what_every_flag_means(command, main, args, config):
     status, out, err = command(main, *args)
     assert status == 0 and err == ""
     told = plain(out)
-    meanings = docstrings(Path(lora_engine.__file__).parent / source, config.__name__)
+    meanings = docstrings(config)
     assert meanings.keys() == {field.name for field in dataclasses.fields(config)}
     for name, meaning in meanings.items():
-        assert meaning in told and (name == "images" or f"--{name}" in told), name
+        assert meaning in told and (name in ("images", "runs") or f"--{name}" in told), name
     if config is TrainingConfig:
         assert "--no_compile" in told and "The published run" in told
 
@@ -376,6 +375,19 @@ def test_an_interruption_is_no_traceback(command, data, blip_folder, monkeypatch
     status, _, err = command(blip_cc3m.main, *flags(blip_folder, data))
     assert status == 130 and err == "what the run had reached is in run\ninterrupted\n"
     assert (Path("run") / "adapter").is_dir() and (Path("run") / "adapter_last").is_dir()
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As with `| head`."""
+    program = "from lora_engine import cli; cli.run(lambda args: print('x' * 10**6) or 0)"
+    code = f"import sys; {program.replace('cli.run', 'sys.exit(cli.run')})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.PIPE_CLOSED
 
 
 # --- from Python ----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """python -m lora_engine VERB: what each does, and what bad input gets."""
 
+import io
 import json
 import re
 import shutil
@@ -8,26 +9,20 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from pictures import json_lines, png_header, write_pictures
+from pictures import json_lines, png_header
 
 import lora_engine
 from lora_engine import __main__ as verbs
-from lora_engine import cli, merging
+from lora_engine import cli, java_metrics, merging
 from lora_engine.adapter import save_adapter
 from lora_engine.annotations import read_annotations
 from lora_engine.captioning import Caption, Speaker, caption_pixels
+from lora_engine.commands import evaluate as evaluate_room
 from lora_engine.commands import loading
 from lora_engine.images import open_image, to_pixels
 from lora_engine.lora import inject, lora_parameters
+from lora_engine.metrics import References
 from lora_engine.pretrained import load_captioner
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_pictures(folder, num_images=12)
-    write_pictures(folder, num_images=4, name="val.json")
-    return folder
 
 
 # --- python -m lora_engine caption ----------------------------------------------------------
@@ -235,6 +230,228 @@ def test_help_lists_the_verbs_and_no_verb_is_an_error(command):
         status, out, _ = command(verbs.run_verb, *args)
         assert status == expected
         assert "caption" in out and "merge" in out and "VERB --help" in out
+
+
+# --- where captions go, and from where images come ------------------------------------------
+
+
+def images_of(data: Path, count: int) -> list[str]:
+    return [row.image for row in read_annotations(data / "train.json")][:count]
+
+
+def test_images_come_from_patterns_and_from_a_list_on_stdin(
+    command, data, blip_folder, monkeypatch
+):
+    one, two = images_of(data, 2)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{two}\n\n"))
+    status, out, _ = command(verbs.run_verb, "caption", "--model", blip_folder, "-", one)
+    assert status == 0
+    assert [line.split("\t")[0] for line in out.splitlines()] == [two, one]
+    pattern = str(Path(one).parent / "**" / "train_0[01].png")
+    status, out, _ = command(verbs.run_verb, "caption", "--model", blip_folder, pattern)
+    assert [line.split("\t")[0] for line in out.splitlines()] == [one, two]
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
+def test_what_a_file_holds_already_is_not_captioned_again(command, data, blip_folder, name):
+    """Nor is a line lost or doubled where the last one was cut short."""
+    images = images_of(data, 4)
+    given = ["caption", "--model", blip_folder, "--out", name]
+    assert command(verbs.run_verb, *given, *images)[0] == 0
+    whole = Path(name).read_bytes()
+    kept = whole.splitlines(keepends=True)[: 2 + name.endswith("csv")]
+    Path(name).write_bytes(b"".join(kept) + whole.splitlines()[-1][:20])
+    status, out, err = command(verbs.run_verb, *given, *images)
+    assert status == 0 and "2 of 4 images have a caption already" in err
+    assert [line.split("\t")[0] for line in out.splitlines()] == images[2:]
+    assert Path(name).read_bytes() == whole
+    status, out, err = command(verbs.run_verb, *given, *images)
+    assert (status, out) == (0, "") and "4 of 4" in err
+    status, out, _ = command(verbs.run_verb, *given, *images[:1], "--overwrite")
+    assert out.count("\n") == 1
+    assert Path(name).read_bytes() == b"".join(kept[: 1 + name.endswith("csv")])
+
+
+def test_a_file_of_something_else_is_refused_and_kept(refused, data, blip_folder, tmp_path):
+    for name in ("notes.jsonl", "notes.csv"):
+        notes = tmp_path / name
+        notes.write_text("my notes\nof today\n")
+        refused(
+            verbs.run_verb, "caption", "--model", blip_folder, *images_of(data, 1), "--out", notes,
+            words=[f"--out {notes} holds something else", "--overwrite"],
+        )
+        assert notes.read_text() == "my notes\nof today\n"
+
+
+def test_a_failure_before_the_first_caption_changes_no_file(refused, data, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    out.write_text('{"image": "a.png", "caption": "a"}\n')
+    for more in ([], ["--overwrite"]):
+        refused(
+            verbs.run_verb, "caption", "--model", "./absent", *images_of(data, 1), "--out", out,
+            *more, words=["no model folder at './absent'"],
+        )
+    assert out.read_text() == '{"image": "a.png", "caption": "a"}\n'
+    refused(
+        verbs.run_verb, "caption", "--model", "./absent", *images_of(data, 1), "--out", "new.csv",
+        words=["no model folder"],
+    )
+
+
+def test_captions_lie_beside_their_images(command, refused, data, blip_folder, tmp_path):
+    for image in images_of(data, 2):
+        shutil.copy(image, tmp_path)
+    images = sorted(tmp_path.glob("*.png"))
+    images[0].with_suffix(".txt").write_text("mine\n")
+    given = ["caption", "--model", blip_folder, "--txt", *images]
+    status, out, _ = command(verbs.run_verb, *given)
+    assert status == 0 and out.count("\n") == 1
+    assert images[0].with_suffix(".txt").read_text() == "mine\n"
+    said = images[1].with_suffix(".txt").read_text()
+    assert " ".join(said.split()) == say(blip_folder, images[1])
+    command(verbs.run_verb, *given, "--overwrite")
+    assert images[0].with_suffix(".txt").read_text() != "mine\n"
+    shutil.copy(images[0], images[0].with_suffix(".jpg"))
+    refused(
+        verbs.run_verb, *given, images[0].with_suffix(".jpg"),
+        words=["--txt would write the captions of", "into one file"],
+    )
+
+
+def test_several_adapters_caption_side_by_side(command, data, blip_folder, tmp_path):
+    one = adapter_folder(blip_folder, tmp_path / "one")
+    two = adapter_folder(blip_folder, tmp_path / "two", prompt="a picture of")
+    image, = images_of(data, 1)
+    status, out, _ = command(
+        verbs.run_verb, "caption", "--adapter", one, "--adapter", two, image, "--out", "both.jsonl"
+    )
+    said = [say(blip_folder, image, one), say(blip_folder, image, two, prompt="a picture of")]
+    assert status == 0 and said[0] != said[1]
+    assert out == f"{image}\t{one}\t{said[0]}\n{image}\t{two}\t{said[1]}\n"
+    lines = json_lines(Path("both.jsonl"))
+    assert [(line["image"], line["adapter"]) for line in lines] == [
+        (image, str(one)), (image, str(two))
+    ]
+
+
+def test_drawn_words_depend_on_the_seed_and_the_image_alone(command, data, blip_folder):
+    images = images_of(data, 4)
+    given = ["caption", "--model", blip_folder, "--temperature", "1.5", "--top_p", "0.9"]
+
+    def drawn(*more):
+        return command(verbs.run_verb, *given, *more)[1].splitlines()
+
+    first = drawn(*images, "--seed", "3")
+    assert first == drawn(*images, "--seed", "3", "--batch_size", "3")
+    assert first != drawn(*images, "--seed", "4")
+    drawn(*images, "--seed", "3", "--out", "captions.jsonl")
+    lines = Path("captions.jsonl").read_text().splitlines(keepends=True)
+    Path("captions.jsonl").write_text("".join(lines[:2]))
+    assert drawn(*images, "--seed", "3", "--out", "captions.jsonl") == first[2:]
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--temperature", "0"], ["--temperature is 0", "above 0"]),
+    (["--top_p", "0.5"], ["--top_p is for drawing words"]),
+    (["--temperature", "1", "--top_p", "0"], ["--top_p is 0"]),
+    (["--temperature", "1", "--num_beams", "2"], ["give one of them"]),
+    (["--min_new_tokens", "40"], ["--min_new_tokens is 40", "(30)"]),
+    (["--num_workers", "-1"], ["--num_workers is -1"]),
+    (["--device", "tpu"], ["--device 'tpu'"]),
+    (["--txt", "--adapter", "a", "--adapter", "b"], ["several --adapter"]),
+])
+def test_settings_that_do_not_fit_together_are_told(refused, args, words):
+    refused(verbs.run_verb, "caption", "--model", "m", "x.png", *args, words=words)
+
+
+# --- python -m lora_engine evaluate ---------------------------------------------------------
+
+
+def test_base_and_adapter_are_scored_side_by_side(command, data, blip_folder, tmp_path):
+    adapter = adapter_folder(blip_folder, tmp_path / "adapter")
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--adapter", adapter, "--data", data / "train.json",
+        "--out", "each.jsonl", "--coco_out", "coco.json",
+    )
+    assert (status, err) == (0, "")
+    rows = read_annotations(data / "train.json")
+    lines = json_lines(Path("each.jsonl"))
+    assert [(x["image"], x["references"]) for x in lines] == [(r.image, [r.text]) for r in rows]
+    for name, given in (("base", None), ("adapter", adapter)):
+        said = [line[name]["caption"] for line in lines]
+        assert " ".join(said[3].split()) == say(blip_folder, rows[3].image, given)
+        scores = References([line["references"] for line in lines]).score(said)
+        assert [line[name]["cider_d"] for line in lines] == scores.cider_d.tolist()
+        assert f"{scores.corpus.bleu_1:.3f} [" in out
+    assert "12 images of" in out and "12 references" in out and "greedy" in out
+    assert [line.split()[0] for line in out.splitlines()[4:10]] == [
+        "CIDEr-D", "BLEU-4", "ROUGE-L", "BLEU-1", "BLEU-2", "BLEU-3",
+    ]
+    coco = json.loads(Path("coco.json").read_text())
+    assert coco[3] == {"image_id": "images/train_03.png", "caption": lines[3]["adapter"]["caption"]}
+
+
+def test_coco_annotations_are_read_and_bad_images_counted(
+    command, data, blip_folder, tmp_path
+):
+    for number, image in enumerate(images_of(data, 2)):
+        shutil.copy(image, tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"none")
+    document = {
+        "images": [{"id": 10 + n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [
+            {"image_id": 10 + n % 3, "caption": f" caption {n} of it "} for n in range(6)
+        ],
+    }
+    (data / "coco.json").write_text(json.dumps(document))
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--model", blip_folder, "--data", data / "coco.json",
+        "--image_folder", tmp_path, "--coco_out", "out.json", "--out", "each.jsonl",
+    )
+    assert status == 1
+    assert "skipped" in err and "2.png" in err and "1 images could not be read" in err
+    assert "2 images of" in out and "4 references" in out and "difference" not in out
+    assert [line["image_id"] for line in json.loads(Path("out.json").read_text())] == [10, 11]
+    assert json_lines(Path("each.jsonl"))[0]["references"] == ["caption 0 of it", "caption 3 of it"]
+
+
+def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch):
+    given = ["evaluate", "--model", blip_folder, "--data", data / "val.json", "--meteor_spice"]
+    monkeypatch.setattr(java_metrics, "find_spec", lambda name: None)
+    refused(verbs.run_verb, *given, words=["need the package pycocoevalcap", "lora_engine[coco]"])
+    monkeypatch.setattr(java_metrics, "find_spec", lambda name: name)
+    monkeypatch.setattr(java_metrics.shutil, "which", lambda name: None)
+    refused(verbs.run_verb, *given, words=["there is no `java` here"])
+
+
+def test_a_java_program_that_fails_costs_a_warning(command, data, blip_folder, monkeypatch):
+    def score(name, captions, references):
+        if name == "spice":
+            raise ValueError("SPICE failed: no network")
+        return len(captions) / len(references) / 2
+
+    monkeypatch.setattr(evaluate_room, "check_java", lambda: None)
+    monkeypatch.setattr(evaluate_room, "java_score", score)
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--model", blip_folder, "--data", data / "val.json",
+        "--meteor_spice",
+    )
+    assert status == 0 and "METEOR: base 0.500" in out and "CIDEr-D" in out
+    assert err == "warning: SPICE failed: no network\n"
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], ["--data"]),
+    (["--data", "absent.json"], ["absent.json: no such file"]),
+    (["--data", "VAL", "--image_folder", "."], ["an image folder is for COCO's format"]),
+    (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "make it first"]),
+    (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
+    (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
+    (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
+])
+def test_a_bad_evaluate_command_is_told_so(refused, data, blip_folder, args, words):
+    args = [str(data / "val.json") if arg == "VAL" else arg for arg in args]
+    refused(verbs.run_verb, "evaluate", "--model", blip_folder, *args, words=words)
 
 
 # --- python -m lora_engine merge ------------------------------------------------------------

@@ -32,7 +32,7 @@ from PIL import Image
 from pictures import caption_of, json_lines, settings
 from torch import Tensor
 
-from lora_engine import batches, cli, feature_store, features, training
+from lora_engine import batches, cli, feature_store, features, preparation, training
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import Row
 from lora_engine.batches import Batch, Place
@@ -115,9 +115,9 @@ class Loader:
     ) -> None:
         rows = [Row(caption_of(n), image) for n, image in enumerate(images)]
         config = TrainingConfig(model="", num_workers=num_workers)
-        dataset = training._dataset(rows, captioner, config, substitute=False)
+        dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
         self.images = images
-        self.load = training._loader(dataset, source, captioner, config)
+        self.load = preparation.loader(dataset, source, captioner, config)
 
     def batches(self, *, size: int = 3) -> Iterator[Batch]:
         places = [Place(0, row, row) for row in range(len(self.images))]
@@ -840,7 +840,7 @@ def run(config: TrainingConfig, **changes) -> Run:
         return read_image_file(path)
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-        patch.setattr(training, "FeatureSource", open_and_remember)
+        patch.setattr(preparation, "FeatureSource", open_and_remember)
         patch.setattr(batches, "read_image_file", read_and_write_down)
         summary = train(config)
     return Run(summary, sources[0], log.read_text().splitlines(), said.getvalue())

@@ -7,7 +7,9 @@ import torch
 from checkpoints import MAX_POSITIONS, hugging_face, random_pixels
 from torch import Tensor
 
-from lora_engine.generation import generate
+from lora_engine.generation import Sampling, _Sampler, generate
+from lora_engine.lora import inject
+from lora_engine.models import cross_attention
 from lora_engine.pretrained import load_captioner
 
 NUM_IMAGES = 8
@@ -128,6 +130,66 @@ def test_a_batch_gives_each_image_the_caption_it_gets_alone(pair, num_beams):
         rest = together[index].tolist()[len(alone):]
         assert together[index].tolist()[: len(alone)] == alone
         assert rest == [pair.pad_id] * len(rest)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("form", ["absorbed", "projected"])
+def test_captions_that_have_ended_leave_the_batch(pair, monkeypatch, num_beams, form):
+    """In both forms of cross-attention: with keys and values that are kept, and with none."""
+    monkeypatch.setattr(cross_attention, "absorbs", lambda *_, **__: form == "absorbed")
+    sizes = []
+    decode = pair.model.decode
+    monkeypatch.setattr(
+        pair.model, "decode",
+        lambda ids, features, cache: sizes.append((len(ids), len(features)))
+        or decode(ids, features, cache),
+    )
+    pair.raised.amount = 1.0
+    tokens = ours(pair, num_beams=num_beams, max_new_tokens=12)
+    assert torch.equal(tokens, hugging_faces(pair, max_new_tokens=12, num_beams=num_beams))
+    assert all(rows == num_beams * images for rows, images in sizes)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_no_caption_ends_before_min_new_tokens(pair, num_beams):
+    pair.raised.amount = 3.0
+    settings = {"num_beams": num_beams, "max_new_tokens": 12, "min_new_tokens": 5}
+    tokens = ours(pair, PROMPT, **settings)
+    assert torch.equal(tokens, hugging_faces(pair, PROMPT, **settings))
+    assert min(new_lengths(pair, tokens, PROMPT)) == 6  # the end token among them
+    assert min(new_lengths(pair, ours(pair, PROMPT, max_new_tokens=12), PROMPT)) < 6
+
+
+def test_an_adapters_part_of_the_features_is_formed_once(pair, monkeypatch):
+    inject(pair.model, ["attention"], rank=2)
+    pair.model.eval()
+    calls = []
+    real = cross_attention._low_rank_features
+    monkeypatch.setattr(
+        cross_attention, "_low_rank_features", lambda *args: calls.append(1) or real(*args)
+    )
+    pair.raised.amount = -100.0
+    ours(pair, max_new_tokens=6)
+    assert len(calls) == 1
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+    count = 20_000
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        sampler = _Sampler(Sampling(temperature, top_p, seed=1), range(count), 1)
+        drawn = sampler(logits.expand(count, -1), torch.arange(count), 0)
+        probs = (logits / temperature).softmax(dim=-1)
+        # The first two reach 0.87, the first one 0.64.
+        probs = probs * torch.tensor([1.0, 1, 0, 0, 0]) if top_p < 1 else probs
+        shares = torch.bincount(drawn, minlength=5) / count
+        torch.testing.assert_close(shares, probs / probs.sum(), atol=0.015, rtol=0)
+
+
+def test_sampling_goes_with_one_beam_only(pair):
+    with pytest.raises(ValueError, match="sampling together with num_beams=2"):
+        ours(pair, num_beams=2, sampling=Sampling())
 
 
 def test_end_and_pad_ids_need_not_be_the_checkpoints(pair):

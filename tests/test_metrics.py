@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from lora_engine.caption_tokens import tokenize
-from lora_engine.metrics import (
-    BOOTSTRAPPED,
-    References,
-    bootstrap_intervals,
-    score_captions,
-)
+from lora_engine.metrics import BOOTSTRAPPED, References, bootstrap_intervals
 
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 
@@ -48,6 +43,10 @@ REFERENCES = [
     ["a red bus stops at a red light", "a bus at the light"],
     ["a cat a cat a cat", "cats"],
 ]
+
+
+def score_captions(captions, references):
+    return References(references).score(captions)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -92,7 +91,7 @@ def test_references_serve_many_scorings():
 def test_what_shows_trouble_early():
     captions = ["a cat on a mat", "a cat on a mat", "cat cat cat cat cat", "A dog."]
     references = [["a cat sits"], ["a cat"], ["the cat"], ["one big dog"]]
-    scores = score_captions(captions, references, ended=[True, True, False, True]).corpus
+    scores = References(references).score(captions, ended=[True, True, False, True]).corpus
     assert scores.ended == 0.75
     assert scores.distinct == 0.75
     assert scores.repetition == pytest.approx((2 / 3) / 4)  # one of three 3-grams is new
@@ -188,4 +187,4 @@ def test_what_cannot_be_scored_is_told(captions, references, message):
 
 def test_there_is_one_end_for_each_caption():
     with pytest.raises(ValueError, match="received 1 values of `ended` for 2 images"):
-        score_captions(["a", "b"], [["a"], ["b"]], ended=[True])
+        References([["a"], ["b"]]).score(["a", "b"], ended=[True])

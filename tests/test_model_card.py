@@ -250,15 +250,15 @@ def test_every_score_is_there_before_training_and_at_the_adapters_step(changed):
         {"event": "train", "step": 5, "loss": 4.5},
         # The best, but saving it failed: the adapter that is there is that of step 10.
         validation(5, loss=3.75, bleu_4=0.5, cider_d=0.75, rouge_l=0.625),
-        validation(10, loss=4.0, bleu_4=0.375, cider_d=1.0, rouge_l=0.25),
+        validation(10, loss=4.0, bleu_4=0.375, cider_d=1.0, rouge_l=0.25, num_images=9),
         {"event": "train", "step": 12, "loss": 4.5},
     ])
     scores = next(rows for rows in tables(card) if rows[0][0] == "validation")
     assert scores[0][1:] == ["before training", "this adapter (step 10 of 12, epoch 2)"]
     assert [[cell.replace("<code>", "").replace("</code>", "") for cell in row]
             for row in scores[1:]] == [
-        ["loss (nats per token)", "5.0000", "4.0000"], ["bleu_4", "0.1250", "0.3750"],
-        ["cider_d", "", "1.0000"], ["rouge_l", "", "0.2500"],
+        ["loss (nats per token)", "5.0000", "4.0000"], ["BLEU-4", "0.1250", "0.3750"],
+        ["CIDEr-D", "", "1.0000"], ["ROUGE-L", "", "0.2500"],
     ]
 
 

@@ -185,7 +185,7 @@ def test_a_missing_package_is_an_error_at_the_start_that_says_what_to_install(
 ):
     module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(training, "_read_rows", lambda config: pytest.fail("read too early"))
+    monkeypatch.setattr(training, "read_rows", lambda config: pytest.fail("read too early"))
     with pytest.raises(ValueError) as refused:
         train(settings(tmp_path, tmp_path, tmp_path / "run", track=name))
     assert str(refused.value).startswith(f"--track {name} needs the package {name} (")

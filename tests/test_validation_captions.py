@@ -1,6 +1,7 @@
 """Captions of validation images through a run: scores, what is kept by them, what files hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from pictures import json_lines, settings, write_pictures
 
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import read_annotations
-from lora_engine.metrics import score_captions
+from lora_engine.metrics import References
 from lora_engine.training import train
 
 
@@ -42,9 +43,8 @@ def test_scores_are_those_of_the_captions_that_the_run_made(captioner_folder, da
     assert [line["step"] for line in validations] == [0, 3, 6]
     for line in validations:
         shown = [sample for sample in samples if sample["step"] == line["step"]]
-        expected = score_captions(
-            [sample["caption"] for sample in shown],
-            [references[sample["image"]] for sample in shown],
+        expected = References([references[sample["image"]] for sample in shown]).score(
+            [sample["caption"] for sample in shown]
         ).corpus
         assert (line["num_images"], line["num_references"]) == (9, 11)
         for name, value in expected.as_dict().items():
@@ -60,8 +60,8 @@ def test_scores_are_those_of_the_captions_that_the_run_made(captioner_folder, da
     assert [(line["before"], line["after"]) for line in captions] == [
         (said[0, line["image"]], said[best, line["image"]]) for line in captions
     ]
-    per_image = score_captions(
-        [line["after"] for line in captions], [line["references"] for line in captions]
+    per_image = References([line["references"] for line in captions]).score(
+        [line["after"] for line in captions]
     )
     assert [line["cider_d_after"] for line in captions] == pytest.approx(
         per_image.cider_d.tolist(), abs=1e-4
@@ -97,18 +97,14 @@ def test_without_scores_captions_are_shown_all_the_same(blip_folder, data, tmp_p
 
 def scripted_scores(monkeypatch, script: list[float]) -> None:
     """Validations find these values of CIDEr-D, one after the other."""
-    from dataclasses import replace
-
-    from lora_engine import validation_captions
-
     values = iter(script)
-    real = validation_captions.References.score
+    real = References.score
 
     def score(self, *args, **kwargs):
         scores = real(self, *args, **kwargs)
         return replace(scores, corpus=replace(scores.corpus, cider_d=next(values)))
 
-    monkeypatch.setattr(validation_captions.References, "score", score)
+    monkeypatch.setattr(References, "score", score)
 
 
 def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(

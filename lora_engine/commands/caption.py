@@ -7,31 +7,30 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, TextIO
 
 import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.adapter import read_adapter
-from lora_engine.batches import default_num_workers
-from lora_engine.captioning import Captioned, Speaker, caption_images
+from lora_engine.captioning import Captioned, Speaker
 from lora_engine.commands.loading import (
-    check_at_least_1,
+    CaptioningConfig,
     check_writable,
     load_base,
-    place,
     speaker_of,
 )
-from lora_engine.devices import resolve_device, resolve_dtype
+from lora_engine.files import replaced_file
 from lora_engine.generation import Sampling
 from lora_engine.images import find_images
+from lora_engine.run_record import read_records
 
 UNREADABLE = 1  # exit status: some images have no caption
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(CaptioningConfig):
     """Flags of `caption`."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -40,10 +39,6 @@ class CaptionConfig:
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapter folder, such as RUN/adapter; without one the base model captions. Given several
     times, all adapters caption, side by side."""
-    model: str | None = None
-    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
-    revision: str | None = None
-    """Revision of a Hub name."""
     out: str | None = None
     """Write the captions to this file, too: {"image", "caption"} JSON lines, or CSV where it ends
     in .csv. Images that it holds already are not captioned again."""
@@ -52,10 +47,6 @@ class CaptionConfig:
     again."""
     overwrite: bool = False
     """Caption anew what --out and --txt hold already."""
-    num_beams: int = 1
-    """Beams of the search; 1 is greedy."""
-    max_new_tokens: int = 30
-    """Longest caption, in tokens."""
     min_new_tokens: int = 0
     """Shortest caption, in tokens."""
     temperature: float | None = None
@@ -64,20 +55,9 @@ class CaptionConfig:
     """Draw from the fewest words whose probabilities add up to this much."""
     seed: int = 0
     """Seed of what is drawn."""
-    batch_size: int = 16
-    """Images at a time."""
-    prompt: str | None = None
-    """Words to continue. Default: the prompt that the adapter was trained with."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Format of matrix products; auto: bf16 (else fp16) on CUDA, else fp32."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
-    num_workers: int | None = None
-    """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
-    """
 
     def check(self) -> None:
-        check_at_least_1(self, "num_beams", "max_new_tokens", "batch_size")
+        super().check()
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
                 f"--min_new_tokens is {self.min_new_tokens}; it must be from 0 to --max_new_tokens "
@@ -93,8 +73,6 @@ class CaptionConfig:
             raise ValueError("--temperature draws words, --num_beams searches: give one of them")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must be 0 or more")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"--num_workers is {self.num_workers}; it must be 0 or more")
         if not self.images:
             raise ValueError("no images to caption: name image files, or folders of images")
         if self.txt and len(self.adapter) > 1:
@@ -110,38 +88,28 @@ def caption(args: list[str]) -> int:
     )
     config.check()
     images = find_images(_listed(config.images))
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.precision, device)
-    with ExitStack() as stack:
-        writers, left = _open_writers(config, images, stack)
-        if len(left) < len(images):
-            print(
-                f"{len(images) - len(left)} of {len(images)} images have a caption already "
-                f"(--overwrite makes new ones)",
-                file=sys.stderr,
-            )
-        if not left:
-            return 0
-        speakers = _speakers(config)
-        place(speakers, device, dtype)
-        sampling = None
-        if config.temperature is not None:
-            sampling = Sampling(config.temperature, config.top_p)
-        outcomes = caption_images(
-            speakers,
-            [images[number] for number in left],
-            batch_size=config.batch_size,
-            num_workers=default_num_workers(device, config.num_workers),
-            device=device,
-            dtype=dtype,
-            num_beams=config.num_beams,
-            max_new_tokens=config.max_new_tokens,
-            min_new_tokens=config.min_new_tokens,
-            sampling=sampling,
-            seed=config.seed,
-            numbers=left,
+    left = _without_caption(config, images)
+    if len(left) < len(images):
+        print(
+            f"{len(images) - len(left)} of {len(images)} images have a caption already "
+            f"(--overwrite makes new ones)",
+            file=sys.stderr,
         )
-        num_failed = 0
+    if not left:
+        return 0
+    outcomes = config.caption(
+        _speakers(config),
+        [images[number] for number in left],
+        min_new_tokens=config.min_new_tokens,
+        sampling=None if config.temperature is None else Sampling(
+            config.temperature, config.top_p, config.seed
+        ),
+        numbers=left,
+    )
+    num_failed = 0
+    # Files are opened when everything is loaded: what fails before that changes none.
+    with ExitStack() as stack:
+        writers = _open_writers(config, stack)
         for outcome in tqdm(
             outcomes, total=len(left), unit="image", disable=not sys.stderr.isatty()
         ):
@@ -177,39 +145,45 @@ def _speakers(config: CaptionConfig) -> list[Speaker]:
 Writer = Callable[[Captioned], None]
 
 
-def _open_writers(
-    config: CaptionConfig, images: Sequence[Path], stack: ExitStack
-) -> tuple[list[Writer], list[int]]:
-    """What writes an outcome wherever it shall go, and the numbers of the images that lack one."""
-    names = list(config.adapter) if len(config.adapter) > 1 else []
-    writers: list[Writer] = [lambda outcome: _print(outcome, names)]
-    left = set()
+def _without_caption(config: CaptionConfig, images: Sequence[Path]) -> list[int]:
+    """The numbers of the images whose caption --out or --txt lacks; without them all."""
     if config.txt:
         _check_no_name_twice(images)
-        left |= {
-            number for number, image in enumerate(images)
-            if config.overwrite or not image.with_suffix(".txt").exists()
-        }
+    if config.overwrite or not (config.txt or config.out):
+        return list(range(len(images)))
+    done = _done(config.out)
+    return [
+        number for number, image in enumerate(images)
+        if config.out and str(image) not in done
+        or config.txt and not image.with_suffix(".txt").exists()
+    ]
+
+
+def _open_writers(config: CaptionConfig, stack: ExitStack) -> list[Writer]:
+    """What writes an outcome, everywhere that it shall go."""
+    names = list(config.adapter) if len(config.adapter) > 1 else []
+    writers: list[Writer] = [lambda outcome: _print(outcome, names)]
+    if config.txt:
         writers.append(_write_beside)
     if config.out is not None:
+        done = set() if config.overwrite else _done(config.out)
         path = Path(config.out)
-        is_csv = path.suffix.lower() == ".csv"
-        done = set() if config.overwrite else _done(path, is_csv)
-        left |= {number for number, image in enumerate(images) if str(image) not in done}
-        file = stack.enter_context(open(
-            path, "w" if config.overwrite else "a", encoding="utf-8", errors="backslashreplace",
-            newline="",
-        ))
-        columns = ["image", *(["adapter"] if names else []), "caption"]
+        if config.overwrite:
+            path = stack.enter_context(replaced_file(path))
+        else:
+            _remove_cut_line(path)
+        file = stack.enter_context(
+            open(path, "a", encoding="utf-8", errors="backslashreplace", newline="")
+        )
+        is_csv = _is_csv(config.out)
         if is_csv and file.tell() == 0:
+            columns = ["image", *(["adapter"] if names else []), "caption"]
             csv.writer(file).writerow(columns)
         write = _write_csv if is_csv else _write_json
         writers.append(
             lambda outcome: None if outcome.image in done else write(outcome, names, file)
         )
-    if not (config.txt or config.out):
-        left = set(range(len(images)))
-    return writers, sorted(left)
+    return writers
 
 
 def _said(outcome: Captioned, names: Sequence[str]) -> list[dict[str, str]]:
@@ -236,13 +210,15 @@ def _write_json(outcome: Captioned, names: Sequence[str], file: TextIO) -> None:
 
 
 def _write_csv(outcome: Captioned, names: Sequence[str], file: TextIO) -> None:
-    csv.writer(file).writerows(line.values() for line in _said(outcome, names))
+    for line in _said(outcome, names):
+        # On one line of the file, so that a line is an image.
+        csv.writer(file).writerow(" ".join(cell.split()) for cell in line.values())
     file.flush()
 
 
 def _write_beside(outcome: Captioned) -> None:
-    path = Path(outcome.image).with_suffix(".txt")
-    path.write_text(outcome.captions[0].text + "\n", encoding="utf-8")
+    with replaced_file(Path(outcome.image).with_suffix(".txt")) as new:
+        new.write_text(outcome.captions[0].text + "\n", encoding="utf-8")
 
 
 def _check_no_name_twice(images: Sequence[Path]) -> None:
@@ -255,29 +231,33 @@ def _check_no_name_twice(images: Sequence[Path]) -> None:
             )
 
 
-def _done(path: Path, is_csv: bool) -> set[str]:
-    """The images that a file of captions names; a last line that was cut short is removed.
+def _is_csv(out: str) -> bool:
+    return out.lower().endswith(".csv")
+
+
+def _done(out: str | None) -> set[str]:
+    """The images that a file of captions names, but for a last line that was cut short.
 
     Raises ValueError if it is another kind of file.
     """
-    if not path.exists():
+    if out is None or not Path(out).exists():
         return set()
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
     try:
-        lines = whole.decode("utf-8").splitlines()
-        if is_csv:
-            rows = list(csv.DictReader(lines))
-        else:
-            rows = [json.loads(line) for line in lines]
-        done = {row["image"] for row in rows if row["caption"] is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        kind = "CSV with the columns image and caption" if is_csv else "JSON lines of captions"
+        if not _is_csv(out):
+            return {line["image"] for line in read_records(out, image=str, caption=str)}
+        whole = Path(out).read_text(encoding="utf-8").rpartition("\n")[0]
+        return {row["image"] for row in csv.DictReader(whole.split("\n"))}
+    except (ValueError, KeyError) as error:
+        kind = "CSV with a column image" if _is_csv(out) else "JSON lines of captions"
         raise ValueError(
-            f"--out {path} holds something else than {kind} ({error}); name another file, or "
+            f"--out {out} holds something else than {kind} ({error}); name another file, or "
             f"--overwrite it"
         ) from None
-    if len(whole) < len(data):
+
+
+def _remove_cut_line(path: Path) -> None:
+    """A line without an end would run into what is written behind it."""
+    if path.exists():
+        data = path.read_bytes()
         with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    return done
+            file.truncate(data.rfind(b"\n") + 1)

@@ -4,54 +4,42 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.adapter import read_adapter
-from lora_engine.batches import default_num_workers
-from lora_engine.captioning import Caption, Speaker, caption_images
+from lora_engine.captioning import Caption, Speaker
 from lora_engine.commands.loading import (
-    check_at_least_1,
+    CaptioningConfig,
     check_writable,
     load_base,
-    place,
     speaker_of,
 )
-from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
-from lora_engine.java_metrics import check_java, java_scores
-from lora_engine.metrics import CaptionScores, References, bootstrap_intervals
+from lora_engine.java_metrics import JAVA_SCORES, check_java, java_score
+from lora_engine.metrics import (
+    BOOTSTRAPPED,
+    SCORE_NAMES,
+    CaptionScores,
+    References,
+    bootstrap_intervals,
+)
 from lora_engine.references import Referenced, read_references
 
 UNREADABLE = 1  # exit status: some images could not be scored
 BASE, ADAPTER = "base", "adapter"
 
-# Names of scores, and how people write them.
-COMPARED = {
-    "cider_d": "CIDEr-D", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L",
-}
-SHOWN = {
-    "ended": "ended by themselves", "distinct": "distinct captions",
-    "repetition": "repeated 3-grams", "mean_length": "mean length, tokens",
-}
-
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(CaptioningConfig):
     """Flags of `evaluate`."""
 
     data: str
     """Annotations with the references: a JSON list of {"text", "image"}, or COCO's captions."""
     adapter: str | None = None
     """Adapter folder, such as RUN/adapter; it and its base are scored side by side."""
-    model: str | None = None
-    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
-    revision: str | None = None
-    """Revision of a Hub name."""
     image_folder: str | None = None
     """Where the images of a COCO file are. Default: beside the file."""
     out: str | None = None
@@ -60,21 +48,6 @@ class EvaluateConfig:
     """Write the captions (the adapter's, if there is one) in COCO's results format to this file."""
     meteor_spice: bool = False
     """Score METEOR and SPICE, too; needs Java and the coco extra."""
-    num_beams: int = 1
-    """Beams of the search; 1 is greedy."""
-    max_new_tokens: int = 30
-    """Longest caption, in tokens."""
-    batch_size: int = 16
-    """Images at a time."""
-    prompt: str | None = None
-    """Words to continue. Default: the prompt that the adapter was trained with."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Format of matrix products; auto: bf16 (else fp16) on CUDA, else fp32."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
-    num_workers: int | None = None
-    """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
-    """
 
 
 def evaluate(args: list[str]) -> int:
@@ -83,36 +56,26 @@ def evaluate(args: list[str]) -> int:
         EvaluateConfig, args, prog="python -m lora_engine evaluate",
         description="Score the captions of a base model, and of an adapter on it, side by side.",
     )
-    check_at_least_1(config, "num_beams", "max_new_tokens", "batch_size")
+    config.check()
     check_writable("--out", config.out)
     check_writable("--coco_out", config.coco_out)
     if config.meteor_spice:
         check_java()
     data = read_references(config.data, image_folder=config.image_folder)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.precision, device)
-    speakers = _speakers(config)
-    place(list(speakers.values()), device, dtype)
-    scored, captions = _caption(config, data, speakers, device, dtype)
+    scored, captions = _caption(config, data, _speakers(config))
     if not scored:
         raise ValueError(f"{config.data}: not one image could be read")
-
-    references = References([image.references for image in scored])
+    texts = [image.references for image in scored]
+    references = References(texts)
     results = {
         name: references.score(
             [caption.text for caption in said], ended=[caption.ended for caption in said]
         )
         for name, said in captions.items()
     }
-    extra = {}
+    print(_table(config, results))
     if config.meteor_spice:
-        extra = {
-            name: java_scores(
-                [caption.text for caption in said], [image.references for image in scored]
-            )
-            for name, said in captions.items()
-        }
-    print(_table(config, results, extra))
+        _print_java_scores(captions, texts)
     if config.out is not None:
         with replaced_file(config.out) as new:
             with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -142,23 +105,10 @@ def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
 
 
 def _caption(
-    config: EvaluateConfig,
-    data: Sequence[Referenced],
-    speakers: dict[str, Speaker],
-    device: torch.device,
-    dtype: torch.dtype,
+    config: EvaluateConfig, data: Sequence[Referenced], speakers: dict[str, Speaker]
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
     """The images that could be read, and what each speaker says of them."""
-    outcomes = caption_images(
-        list(speakers.values()),
-        [image.image for image in data],
-        batch_size=config.batch_size,
-        num_workers=default_num_workers(device, config.num_workers),
-        device=device,
-        dtype=dtype,
-        num_beams=config.num_beams,
-        max_new_tokens=config.max_new_tokens,
-    )
+    outcomes = config.caption(list(speakers.values()), [image.image for image in data])
     scored: list[Referenced] = []
     captions: dict[str, list[Caption]] = {name: [] for name in speakers}
     progress = tqdm(outcomes, total=len(data), unit="image", disable=not sys.stderr.isatty())
@@ -174,33 +124,30 @@ def _caption(
     return scored, captions
 
 
-def _table(
-    config: EvaluateConfig,
-    results: dict[str, CaptionScores],
-    extra: dict[str, dict[str, float]],
-) -> str:
-    first = next(iter(results.values())).corpus
+def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
+    first = results[BASE].corpus
     search = "greedy" if config.num_beams == 1 else f"{config.num_beams} beams"
-    rows = [["", *results, *(["difference"] if len(results) > 1 else [])]]
-    intervals = {name: bootstrap_intervals(scores) for name, scores in results.items()}
-    if len(results) > 1:
+    columns = {
+        name: {
+            score: f"{getattr(scores.corpus, score):.3f} [{low:.3f}, {high:.3f}]"
+            for score, (low, high) in bootstrap_intervals(scores).items()
+        }
+        for name, scores in results.items()
+    }
+    if ADAPTER in results:
+        after = results[ADAPTER].corpus
         differences = bootstrap_intervals(results[ADAPTER], baseline=results[BASE])
-    for name, title in COMPARED.items():
-        values = [getattr(scores.corpus, name) for scores in results.values()]
-        row = [title] + [
-            f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            for value, (low, high) in zip(values, (found[name] for found in intervals.values()))
-        ]
-        if len(values) > 1:
-            low, high = differences[name]
-            row.append(f"{values[1] - values[0]:+.3f} [{low:+.3f}, {high:+.3f}]")
-        rows.append(row)
-    for name in sorted({name for scores in extra.values() for name in scores}):
-        rows.append([name.upper()] + [f"{scores[name]:.3f}" for scores in extra.values()])
-    for name, title in SHOWN.items():
-        rows.append([title] + [
-            f"{getattr(scores.corpus, name):.3g}" for scores in results.values()
-        ])
+        columns["difference"] = {
+            score: f"{getattr(after, score) - getattr(first, score):+.3f} [{low:+.3f}, {high:+.3f}]"
+            for score, (low, high) in differences.items()
+        }
+    rows = [["", *columns]]
+    for score, title in SCORE_NAMES.items():
+        if score in BOOTSTRAPPED:
+            rows.append([title, *(column[score] for column in columns.values())])
+        else:
+            values = (getattr(scores.corpus, score) for scores in results.values())
+            rows.append([title, *(f"{value:.3g}" for value in values)])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join([
         f"{first.num_images:,} images of {config.data}, {first.num_references:,} references "
@@ -210,6 +157,23 @@ def _table(
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
           for row in rows),
     ])
+
+
+def _print_java_scores(
+    captions: dict[str, list[Caption]], references: Sequence[Sequence[str]]
+) -> None:
+    """One that fails costs a warning, and not what else was found."""
+    for score in JAVA_SCORES:
+        try:
+            values = {
+                name: java_score(score, [caption.text for caption in said], references)
+                for name, said in captions.items()
+            }
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        else:
+            told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            print(f"{score.upper()}: {told}")
 
 
 def _lines(

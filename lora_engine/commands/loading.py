@@ -1,15 +1,72 @@
-"""What verbs share: a base model and the adapters that are asked for, ready to caption."""
+"""What verbs share: a base model with the adapters that are asked for, and how they caption."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from lora_engine.adapter import Adapter
-from lora_engine.captioning import Speaker, with_adapter
+from lora_engine.batches import default_num_workers
+from lora_engine.captioning import Captioned, Speaker, caption_images, with_adapter
+from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.lora import cast_frozen
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningConfig:
+    """The flags of every verb that captions."""
+
+    model: str | None = None
+    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
+    revision: str | None = None
+    """Revision of a Hub name."""
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    max_new_tokens: int = 30
+    """Longest caption, in tokens."""
+    batch_size: int = 16
+    """Images at a time."""
+    prompt: str | None = None
+    """Words to continue. Default: the prompt that the adapter was trained with."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Format of matrix products; auto: bf16 (else fp16) on CUDA, else fp32."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
+    num_workers: int | None = None
+    """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
+    """
+
+    def check(self) -> None:
+        """Raises ValueError that names the flag of the first value out of range."""
+        at_least = {"num_beams": 1, "max_new_tokens": 1, "batch_size": 1, "num_workers": 0}
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"--{name} is {value}; it must be {lowest} or more")
+        resolve_device(self.device)
+
+    def caption(
+        self, speakers: Sequence[Speaker], images: Sequence[str | Path], **settings
+    ) -> Iterator[Captioned]:
+        """Caption images as the flags say; `settings` are further ones of `caption_images`."""
+        device = resolve_device(self.device)
+        dtype = resolve_dtype(self.precision, device)
+        for speaker in speakers:
+            cast_frozen(speaker.captioner.model, dtype)
+            speaker.captioner.model.to(device)
+        return caption_images(
+            speakers,
+            images,
+            batch_size=self.batch_size,
+            num_workers=default_num_workers(device, self.num_workers),
+            device=device,
+            dtype=dtype,
+            num_beams=self.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            **settings,
+        )
 
 
 def load_base(
@@ -67,20 +124,6 @@ def speaker_of(captioner: Captioner, adapter: Adapter, prompt: str | None) -> Sp
     return Speaker(
         with_adapter(captioner, adapter), adapter.prompt if prompt is None else prompt
     )
-
-
-def place(speakers: Sequence[Speaker], device: torch.device, dtype: torch.dtype) -> None:
-    for speaker in speakers:
-        cast_frozen(speaker.captioner.model, dtype)
-        speaker.captioner.model.to(device)
-        speaker.captioner.model.eval()
-
-
-def check_at_least_1(config: object, *names: str) -> None:
-    """Raises ValueError naming the first of these flags that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} is {getattr(config, name)}; it must be 1 or more")
 
 
 def check_writable(flag: str, path: str | None) -> None:
