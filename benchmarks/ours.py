@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import wait_for
 from benchmarks.rows import Rows
-from lora_engine import training
+from lora_engine import preparation, training
 from lora_engine.batches import Batch, Collate, Example, Identified, epoch_batches
 from lora_engine.config import TrainingConfig
 from lora_engine.features import FeatureSource, ImageList
@@ -67,12 +67,12 @@ class Ours:
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
         )
         config = TrainingConfig(model=str(folder), compile=compile)
-        self.model = training.place_model(model, device, dtype, config)
+        self.model = preparation.place_model(model, device, dtype, config)
         self.matrices = FlatMatrices((layer for _, layer in lora_layers(self.model)), dtype)
         self.optimizer = build_optimizer(self.matrices, lr=lr, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.graphs = training.cuda_graphs_for(
-            self.matrices, self.optimizer, device, config, say=print
+            self.matrices, self.optimizer, config, say=print
         )
         self.num_steps = 0
         self.collate = Collate(

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_engine import files
@@ -28,10 +26,21 @@ from lora_engine.lora import (
     lora_parameters,
     select,
 )
+from lora_engine.tensor_files import (
+    Described,
+    TensorFileError,
+    read_limited,
+    read_tensors,
+    tensor_bytes,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_WEIGHTS_BYTES = 8 * 2**30
+
+_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))  # as safetensors spells them
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 
 # What PEFT can do and this engine cannot: a file that asks for it must not load as plain LoRA.
@@ -87,19 +96,30 @@ class Adapter:
         return None if is_folder else self.base_model
 
 
-def save_adapter(
+def save_adapter(model: nn.Module, folder: str | Path, **settings: Any) -> None:
+    """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
+
+    `settings` are those of `adapter_files`. An adapter that was there is replaced only when the
+    new one is complete.
+    """
+    contents = adapter_files(model, **settings)
+    with files.replaced_folder(folder) as new:
+        for name, data in contents.items():
+            (new / name).write_bytes(data)
+
+
+def adapter_files(
     model: nn.Module,
-    folder: str | Path,
     *,
     base_model: str | None,
     hugging_face_class: str | None = None,
     revision: str | None = None,
     provenance: Mapping[str, str] | None = None,
-) -> None:
-    """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
+) -> dict[str, bytes]:
+    """What the files of a PEFT adapter folder hold, by their names.
 
     `base_model` is what PEFT users will load it onto; `hugging_face_class` that model's class
-    in transformers. An adapter that was there is replaced only when the new one is complete.
+    in transformers. Raises AdapterError for a model without LoRA layers.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -111,11 +131,10 @@ def save_adapter(
         f"base_model.model.{name}.weight": matrix.detach().float().cpu().contiguous()
         for name, matrix in lora_parameters(model).items()
     }
-    metadata = {"format": "pt", **(provenance or {})}
-    with files.replaced_folder(folder) as new:
-        # Not save_file: its files are readable by their owner alone, whatever the umask.
-        (new / WEIGHTS_FILE).write_bytes(save(tensors, metadata=metadata))
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {
+        WEIGHTS_FILE: tensor_bytes(tensors, provenance or {}),
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+    }
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -128,21 +147,27 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = _read_config(folder)
     path = folder / WEIGHTS_FILE
     matrices: dict[str, Tensor] = {}
+
+    def refuse(key: str, described: Described) -> str | None:
+        if _match(key) is None:
+            return (
+                "is not a LoRA matrix; expected base_model.model.<path>.lora_A.weight or "
+                ".lora_B.weight"
+            )
+        if len(described.shape) != 2 or described.dtype not in _DTYPES:
+            return f"is {described}; expected a floating-point matrix"
+        return None
+
     try:
-        with safe_open(path, framework="pt") as file:
-            provenance = dict(file.metadata() or {})
-            for key in file.keys():
-                match = _KEY.fullmatch(key.replace("_orig_mod.", ""))  # written after compiling
-                if match is None:
-                    raise AdapterError(
-                        f"{path}: {key} is not a LoRA matrix; expected "
-                        f"base_model.model.<path>.lora_A.weight or .lora_B.weight"
-                    )
-                matrices[f"{match[1]}.{match[2]}"] = file.get_tensor(key)
+        tensors, provenance = read_tensors(path, refuse=refuse, max_bytes=MAX_WEIGHTS_BYTES)
     except FileNotFoundError:
         raise AdapterError(f"{folder} has no {WEIGHTS_FILE}; is it an adapter folder?") from None
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"cannot read {path}: {error}") from None
+    except TensorFileError as error:
+        raise AdapterError(str(error)) from None
+    for key, tensor in tensors.items():
+        match = _match(key)
+        assert match is not None
+        matrices[f"{match[1]}.{match[2]}"] = tensor
     for name, matrix in matrices.items():
         _check_matrix(path, name, matrix, matrices)
     if not matrices:
@@ -269,15 +294,19 @@ def _peft_config(
     }
 
 
+def _match(key: str) -> re.Match | None:
+    return _KEY.fullmatch(key.replace("_orig_mod.", ""))  # written after compiling
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_limited(path, MAX_CONFIG_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         raise AdapterError(
             f"{folder} has no {CONFIG_FILE}; expected an adapter folder such as RUN/adapter"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type \"LORA\"")
@@ -310,11 +339,6 @@ def _check_matrix(
     other = name[:-1] + ("B" if name.endswith("A") else "A")
     if other not in matrices:
         raise AdapterError(f"{path}: {name} stands without {other}")
-    if matrix.dim() != 2 or not matrix.is_floating_point():
-        raise AdapterError(
-            f"{path}: {name} is {matrix.dtype} of shape {tuple(matrix.shape)}; "
-            f"expected a floating-point matrix"
-        )
     if name.endswith("A") and matrix.shape[0] != matrices[other].shape[-1]:
         raise AdapterError(
             f"{path}: {name} has rank {matrix.shape[0]}, {other} {matrices[other].shape[-1]}"

@@ -1,9 +1,11 @@
 """Which adapters of a run are kept: the best by its validations, and the last."""
 
-from pathlib import Path
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from lora_engine.adapter import save_adapter
+from lora_engine.adapter import adapter_files, save_adapter
 from lora_engine.metrics import Scores
 from lora_engine.models import CaptionerBody
 from lora_engine.run_folder import RunFolder
@@ -47,7 +49,7 @@ class AdapterKeeper:
         self.num_worse = 0 if is_best else self.num_worse + 1
         if is_best:
             self.best_step = step
-            self._save(self.folder.adapter, step)
+            save_adapter(self.model, self.folder.adapter, **self._described(step))
         return is_best
 
     def _worth(self, step: int) -> float:
@@ -58,9 +60,30 @@ class AdapterKeeper:
     def keep_last(self, step: int) -> None:
         """Keep the adapter as it is after `step` too, where it is not the best."""
         if step != self.best_step:
-            self._save(self.folder.last_adapter, step)
+            save_adapter(self.model, self.folder.last_adapter, **self._described(step))
+        else:  # there may be one of a run that went on from there
+            shutil.rmtree(self.folder.last_adapter, ignore_errors=True)
 
-    def _save(self, path: Path, step: int) -> None:
+    def files(self, step: int) -> dict[str, bytes]:
+        """What the files of the adapter as it is after `step` hold, by their names."""
+        return adapter_files(self.model, **self._described(step))
+
+    def _described(self, step: int) -> dict[str, Any]:
         loss = f"{self.losses[step]:.7g}" if step in self.losses else ""
         provenance = {**self.provenance, "step": str(step), "validation_loss": loss}
-        save_adapter(self.model, path, provenance=provenance, **self.settings)
+        return {**self.settings, "provenance": provenance}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "scores": {step: asdict(scores) for step, scores in self.scores.items()},
+            "best_step": self.best_step,
+            "num_worse": self.num_worse,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict`, whose steps JSON may have made strings."""
+        self.losses = {int(step): loss for step, loss in state["losses"].items()}
+        self.scores = {int(step): Scores(**values) for step, values in state["scores"].items()}
+        self.best_step = state["best_step"]
+        self.num_worse = state["num_worse"]

@@ -7,8 +7,15 @@ Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded f
 W width, P image tokens, D width of the features.
 """
 
+import atexit
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +27,16 @@ from torch.utils.data import DataLoader, Dataset
 from lora_engine.captions import IGNORED, TokenizedCaptions, collate_captions
 from lora_engine.image_identity import FileStamp, content_digest, stamp
 from lora_engine.images import ImageError, PixelSettings, load_pixels, read_image_file
+from lora_engine.stopping import ignore_signals
 
 MAX_SUBSTITUTES = 20
 
+_PATIENCE_S = 2  # between two looks whether the processes that load images are alive
 _WINDOW = 64  # batches sorted by length together: little padding, and an order still random
+
+
+class LoadingStopped(RuntimeError):
+    """Images that are loaded no more: a worker has died, or does not answer."""
 
 
 class Place(NamedTuple):
@@ -118,14 +131,23 @@ def epoch_batches(
 
 
 def training_places(
-    lengths: np.ndarray, *, batch_size: int, seed: int, num_epochs: int
+    lengths: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int,
+    first_epoch: int = 0,
+    num_done: int = 0,
 ) -> Iterator[list[Place]]:
-    """All batches of a run, one epoch after the other."""
-    for epoch in range(num_epochs):
-        position = 0
-        for rows in epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch):
+    """All batches of a run, one epoch after the other; of the first epoch those behind `num_done`.
+    """
+    for epoch in range(first_epoch, num_epochs):
+        batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        position = sum(map(len, batches[:num_done]))
+        for rows in batches[num_done:]:
             yield [Place(epoch, position + i, int(row)) for i, row in enumerate(rows)]
             position += len(rows)
+        num_done = 0
 
 
 def validation_places(lengths: np.ndarray, *, batch_size: int) -> list[list[Place]]:
@@ -164,6 +186,10 @@ class CaptionedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.image_of_row)
+
+    def paths_of(self, batches: Iterable[Batch]) -> list[str]:
+        """The images of all rows of some batches."""
+        return [self.image_paths[image] for batch in batches for image in batch.images]
 
     def __getitem__(self, place: Place) -> Example:
         row = place.row
@@ -272,11 +298,13 @@ def load_batches(
     num_workers: int,
     has_features: Callable[[int], bool] = lambda image: False,
     pin_memory: bool = False,
+    timeout_s: float = 0,
 ) -> Iterator[Batch]:
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
     An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
-    lets the copy to a GPU run beside the computation.
+    lets the copy to a GPU run beside the computation. Raises LoadingStopped for a worker that died,
+    or that has not answered for `timeout_s` (0: for ever). The end of the iterator is the workers'.
     """
     asked = (
         [
@@ -292,8 +320,61 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_begin_worker,
+        timeout=_PATIENCE_S if num_workers else 0,
     )
-    return iter(loader)
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    end = partial(_kill, workers)
+    atexit.register(end)  # where nobody exhausts this iterator or lets go of it
+    if workers and threading.current_thread() is threading.main_thread():
+        # DataLoader would raise for a dead worker wherever this process is, be it half through a
+        # step. It also notices one when it is asked for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        if workers:
+            yield from _watched(batches, timeout_s)
+        else:
+            yield from batches
+    finally:
+        del batches  # which tells its workers to end, and waits for some seconds
+        end()
+        atexit.unregister(end)
+
+
+def _begin_worker(number: int) -> None:
+    ignore_signals()
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _watched(batches: Iterator[Batch], timeout_s: float) -> Iterator[Batch]:
+    """The same batches; raises LoadingStopped where a worker is dead, or late by `timeout_s`."""
+    begin_s = time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # DataLoader's word for both; it may be asked again
+            reason = str(error).splitlines()[0]
+            if "timed out" not in reason:
+                raise LoadingStopped(
+                    f"a process that loads images has died ({reason}). Often memory ran out: try "
+                    f"fewer --num_workers"
+                ) from error
+            if timeout_s and time.monotonic() - begin_s > timeout_s:
+                raise LoadingStopped(
+                    f"no process that loads images has answered for {timeout_s:g} s "
+                    f"(--worker_timeout): does the disk with the images still answer?"
+                ) from error
+            continue
+        yield batch
+        begin_s = time.monotonic()
 
 
 def default_num_workers(device: torch.device, asked: int | None) -> int:

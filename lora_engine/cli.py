@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any, TypeVar
 
 import tyro
 
-from lora_engine.config import TrainingConfig
+from lora_engine.batches import LoadingStopped
+from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.journal import TrainingStopped
 from lora_engine.run_folder import RunFolder
+from lora_engine.stopping import Interrupted
 
 USAGE_ERROR = 2
 STOPPED = 3
 INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+TERMINATED = 143  # and one that SIGTERM did
 PIPE_CLOSED = 141  # and one whose reader has gone
 
 T = TypeVar("T")
@@ -30,17 +34,22 @@ def run(main: Callable[[list[str]], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
+    # By way of an exception, so that loading processes end and temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         return main(sys.argv[1:])
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error("error:", error)
         return USAGE_ERROR
-    except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+    except (TrainingStopped, LoadingStopped) as error:
+        _print_error("stopped:", error)
         return STOPPED
+    except Interrupted as error:
+        _print_error("stopped by", error)
+        return error.status
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
@@ -53,6 +62,11 @@ def run(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _print_error(kind: str, error: Exception) -> None:
+    notes = getattr(error, "__notes__", [])
+    print("\n".join([f"{kind} {error}", *notes]), file=sys.stderr)
 
 
 def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:
@@ -84,7 +98,12 @@ def run_recipe(
     published: TrainingConfig,
     demo: TrainingConfig,
 ) -> int:
-    """Train as a recipe says and the flags change it; without data paths, the embedded demo."""
+    """Train as a recipe says and the flags change it; without data paths, the embedded demo.
+
+    With --resume, what no flag says is as in the run that goes on.
+    """
+    args = _with_newest(args)
+
     def parse_onto(defaults: TrainingConfig) -> TrainingConfig:
         return parse(
             TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
@@ -92,6 +111,10 @@ def run_recipe(
         )
 
     config = parse_onto(published)
+    if config.resume is not None and config.output_path is not None:
+        before = Path(config.output_path, "config.json")
+        if before.exists():
+            config = parse_onto(_settings(before))
     is_demo = config.train_data_path is None
     if is_demo:
         if config.val_data_path is not None:
@@ -102,12 +125,32 @@ def run_recipe(
         return 0
     config.check()
     if is_demo:
-        RunFolder.check_free(config.output_path)
+        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
         config = _with_scenes(config)
     from lora_engine.training import train
 
     train(config, family=family)
     return 0
+
+
+def _with_newest(args: Sequence[str]) -> list[str]:
+    """A bare --resume means the newest checkpoint; tyro wants flags to have values, or never."""
+    followers = [*args[1:], "--"]
+    return [
+        f"--resume={NEWEST}" if arg == "--resume" and follower.startswith("--") else arg
+        for arg, follower in zip(args, followers)
+    ]
+
+
+def _settings(path: Path) -> TrainingConfig:
+    """Those of a run's config.json; raises ValueError where they cannot be read."""
+    try:
+        return TrainingConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run ({error}); give all flags anew and remove "
+            f"it"
+        ) from None
 
 
 def _with_scenes(config: TrainingConfig) -> TrainingConfig:

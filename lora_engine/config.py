@@ -2,8 +2,22 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+NEWEST = "newest"  # what a bare --resume means
+
+# A run that goes on may have other ones: where files lie and what is told, ...
+_MAY_CHANGE = frozenset((
+    "model", "train_data_path", "val_data_path", "output_path", "num_workers", "cache",
+    "cache_dir", "cache_limit_gb", "log_every", "patience", "save_every", "keep_last",
+    "max_bad_share", "worker_timeout", "track", "push_to_hub", "licence",
+))
+# ... its length, ...
+_MAY_GROW = ("epochs", "max_steps")
+# ... and what concerns the last bits alone.
+_MAY_ROUND = ("device", "num_threads", "compile", "cuda_graphs", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -96,8 +110,18 @@ class TrainingConfig:
     """What makes an adapter the best one: the lowest validation loss or the highest CIDEr-D."""
     patience: int | None = None
     """Stop after so many validations in a row without a new best; default: never."""
+    save_every: str = "10min"
+    """Write a checkpoint every so many optimizer steps (500), or so often (10min, 90s, 2h); also at
+    the end, and when the run is asked to stop."""
+    keep_last: int = 2
+    """Checkpoints that are kept, besides the best one."""
+    resume: str | None = None
+    """Go on with the run in --output_path, from its newest checkpoint or from the one given here;
+    where there is no run yet, begin it. Settings are those of the run: give none, or the same."""
     max_bad_share: float = 0.05
     """A larger share of rows with unusable images stops the run."""
+    worker_timeout: float = 300.0
+    """Seconds after which a process that loads images and does not answer ends the run."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics are sent, too: tensorboard and wandb write into the run's folder (wandb is
     offline without an API key), trackio where it keeps all projects."""
@@ -116,6 +140,7 @@ class TrainingConfig:
             "max_steps": 1, "eval_every": 1, "max_caption_tokens": 1, "seed": 0, "weight_decay": 0,
             "warmup_steps": 0, "max_grad_norm": 0, "num_samples": 0, "num_workers": 0,
             "num_threads": 1, "cache_limit_gb": 0, "eval_captions": 0, "patience": 1,
+            "keep_last": 1, "worker_timeout": 1,
         }
         for name, lowest in at_least.items():
             value = getattr(self, name)
@@ -142,9 +167,66 @@ class TrainingConfig:
             )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
+        if self.resume is not None and self.output_path is None:
+            raise ValueError("--resume needs the --output_path of the run to go on with")
+        self.save_interval()
 
     def as_dict(self) -> dict:
-        """Plain values for config.json, without what only concerns the command line."""
+        """Plain values for config.json, without what only concerns one command line."""
         values = dataclasses.asdict(self)
-        del values["print_config"]
+        del values["print_config"], values["resume"]
         return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainingConfig":
+        """The settings that `as_dict` gave, as JSON has them. Raises TypeError for others."""
+        return cls(**{**values, "lora_targets": tuple(values["lora_targets"])})
+
+    def save_interval(self) -> tuple[float, float]:
+        """--save_every as (steps, seconds), one of which is infinite."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)?", self.save_every)
+        value = float(match[1]) if match else 0.0
+        if match is None or value <= 0 or match[2] is None and value != int(value):
+            raise ValueError(
+                f"--save_every is {self.save_every!r}; expected steps, such as 500, or a time, "
+                f"such as 10min, 90s or 2h"
+            )
+        if match[2] is None:
+            return value, float("inf")
+        return float("inf"), value * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
+def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list[str]:
+    """What differs from the settings `before` of a run that goes on, and may, in words.
+
+    What files hold is not looked at here. Raises ValueError that names each setting that would make
+    it another run.
+    """
+    now = config.as_dict()
+    now["lora_targets"] = list(now["lora_targets"])  # as JSON has it
+    differing = [
+        name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
+    ]
+    refused = [
+        f"--{name} {_shown(now[name])} (the run has {_shown(before.get(name))})"
+        for name in differing
+        if name not in _MAY_ROUND
+        and not (name in _MAY_GROW and _grows(before.get(name), now[name]))
+    ]
+    if refused:
+        raise ValueError(
+            f"cannot go on with the run in {config.output_path} with another "
+            f"{', '.join(refused)}; give the same, or begin another run in another --output_path"
+        )
+    return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
+
+
+def _grows(before: int | None, now: int | None) -> bool:
+    """None is no limit."""
+    return before is not None and (now is None or now > before)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)

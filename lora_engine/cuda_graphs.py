@@ -51,6 +51,11 @@ class CudaGraphs:
         graph.replay()
         return output.clone()  # the next replay writes to the same place
 
+    def clear(self) -> None:
+        """Give up all graphs, and with them their memory."""
+        self._recorded.clear()
+        self._pool = None
+
     def _record(
         self, key: tuple, function: Callable[..., Tensor], inputs: Sequence[Tensor]
     ) -> bool:

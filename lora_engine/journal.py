@@ -2,17 +2,19 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_engine.schedule import Schedule
 from lora_engine.trackers import Tracker
 
 MAX_NON_FINITE = 3  # steps in a row
@@ -38,14 +40,17 @@ class Journal:
         path: Path,
         *,
         total_steps: int,
+        first_step: int = 0,
         stream: TextIO | None = None,
         tracker: Tracker | None = None,
     ) -> None:
         self.stream = stream or sys.stdout
         self.tracker = tracker
-        self._file = open(path, "a", encoding="utf-8")
+        self._path = path
+        self._file = open(path, "ab")
         self._total_steps = total_steps
         self._bar = tqdm(
+            initial=first_step,
             total=total_steps,
             unit="step",
             dynamic_ncols=True,
@@ -71,13 +76,14 @@ class Journal:
     def record(self, event: str, **values: Any) -> None:
         """Write one line of metrics.jsonl; floats in as many digits as carry meaning.
 
-        What is not finite becomes null: JSON has no word for it.
+        What is not finite becomes null: JSON has no word for it. Raises OSError where the disk does
+        not take the line, of which nothing is left then.
         """
         for name, value in values.items():
             if isinstance(value, float):
                 values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
-        self._file.write(json.dumps({"event": event, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"event": event, **values}, allow_nan=False) + "\n"
+        append_line(self._file, line.encode())
         self.track(event, **values)
 
     def track(self, event: str, **values: Any) -> None:
@@ -125,6 +131,17 @@ class Journal:
                   flush=True)
 
 
+def append_line(file: BinaryIO, line: bytes) -> None:
+    """Write a line at the end of a file, all of it or nothing. Raises OSError."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        os.truncate(file.fileno(), end)  # else half a line, to which the next one would be glued
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
 class Meter:
     """Losses and speed between two log lines.
 
@@ -132,13 +149,10 @@ class Meter:
     the processor wait for the GPU in every step.
     """
 
-    def __init__(
-        self, journal: Journal, *, total_steps: int, steps_per_epoch: int, has_grad_scaler: bool
-    ) -> None:
+    def __init__(self, journal: Journal, schedule: Schedule, *, has_grad_scaler: bool) -> None:
         self.journal = journal
+        self.schedule = schedule
         self.has_grad_scaler = has_grad_scaler
-        self.total_steps = total_steps
-        self.steps_per_epoch = steps_per_epoch
         self.num_non_finite = 0  # in a row
         self.num_overflows = 0  # in a row
         self.stop_reason: str | None = None
@@ -148,36 +162,59 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new interval; what came between, a validation, does not count."""
-        self.pending: list[tuple[int, Tensor, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, Tensor, Sequence[str]]] = []
         self.finite: list[tuple[float, float]] = []  # (loss, gradient norm)
         self.num_images = 0
         self.waited_s = 0.0
+        self.interval_s = 0.0  # of this interval, before `begin`
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to count time, in an interval that may have begun in an earlier process."""
         self.begin_s = self.read_s = time.perf_counter()
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time that it takes to get each is counted as waiting.
-
-        Raises TrainingStopped if a process that loads images has died.
-        """
+        """The same batches; the time that it takes to get each is counted as waiting."""
         while True:
             begin_s = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # DataLoader's word for a killed worker
-                raise TrainingStopped(
-                    f"loading images failed: {error}. Often memory ran out: try fewer --num_workers"
-                ) from error
             self.waited_s += time.perf_counter() - begin_s
             yield batch
 
     def add(
-        self, step: int, loss: Tensor, grad_norm: Tensor, rate: float, num_images: int
+        self, step: int, loss: Tensor, grad_norm: Tensor, rate: float, images: Sequence[str]
     ) -> None:
-        self.pending.append((step, loss, grad_norm))
+        """Remember a step; `images` are the paths of its rows' images."""
+        self.pending.append((step, loss, grad_norm, images))
         self.rate = rate
-        self.num_images += num_images
+        self.num_images += len(images)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the interval so far has come to, so that a run that goes on logs the same means."""
+        self.read()
+        return {
+            "finite": self.finite,
+            "num_non_finite": self.num_non_finite,
+            "num_overflows": self.num_overflows,
+            "rate": self.rate,
+            "num_images": self.num_images,
+            "waited_s": self.waited_s,
+            "interval_s": self._interval_s(),
+            "training_s": self.training_s,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.finite = [(loss, norm) for loss, norm in state["finite"]]
+        self.num_non_finite = state["num_non_finite"]
+        self.num_overflows = state["num_overflows"]
+        self.rate = state["rate"]
+        self.num_images = state["num_images"]
+        self.waited_s = state["waited_s"]
+        self.training_s = state["training_s"]
+        self.interval_s = state["interval_s"]
 
     @property
     def is_overdue(self) -> bool:
@@ -189,22 +226,21 @@ class Meter:
 
         Raises TrainingStopped after MAX_NON_FINITE steps in a row that were not finite.
         """
-        self._read()
+        if self.pending:
+            self._read()
         self._stop_if_needed()
 
-    def settle(self) -> None:
-        """`read`, and write a line of metrics.jsonl over the interval that ends here."""
-        if not self.pending:
-            return
-        step = self.pending[-1][0]
-        self._read()
-        interval_s = time.perf_counter() - self.begin_s
+    def settle(self, step: int) -> None:
+        """`read`, and write a line of metrics.jsonl over the interval that ends with `step`."""
+        if self.pending:
+            self._read()
+        interval_s = self._interval_s()
         self.training_s += interval_s
         if self.finite:
             self.journal.record(
                 "train",
                 step=step,
-                epoch=step / self.steps_per_epoch,
+                epoch=step / self.schedule.steps_per_epoch,
                 loss=self._mean_loss(),
                 learning_rate=self.rate,
                 grad_norm=self.finite[-1][1],
@@ -215,40 +251,46 @@ class Meter:
         self._stop_if_needed()
 
     def _read(self) -> None:
-        losses = torch.stack([loss for _, loss, _ in self.pending]).tolist()
-        norms = torch.stack([norm for _, _, norm in self.pending]).float().tolist()
-        for (step, _, _), loss, norm in zip(self.pending, losses, norms):
+        losses = torch.stack([loss for _, loss, _, _ in self.pending]).tolist()
+        norms = torch.stack([norm for _, _, norm, _ in self.pending]).float().tolist()
+        for (step, _, _, images), loss, norm in zip(self.pending, losses, norms):
             if math.isfinite(loss) and math.isfinite(norm):
                 self.finite.append((loss, norm))
                 self.num_non_finite = self.num_overflows = 0
             else:
-                self._count_non_finite(step, loss)
+                self._count_non_finite(step, loss, images)
         self.pending = []
         self.read_s = time.perf_counter()
-        interval_s = self.read_s - self.begin_s
+        interval_s = self._interval_s()
         self.journal.progress(
             step=step,
             loss=self._mean_loss(),
             learning_rate=self.rate,
             images_per_s=self.num_images / interval_s,
             data_wait_share=self.waited_s / interval_s,
-            remaining_s=(self.training_s + interval_s) / step * (self.total_steps - step),
+            remaining_s=(self.training_s + interval_s) / step * (self.schedule.total_steps - step),
         )
+
+    def _interval_s(self) -> float:
+        return self.interval_s + time.perf_counter() - self.begin_s
 
     def _mean_loss(self) -> float:
         if not self.finite:
             return math.nan
         return sum(loss for loss, _ in self.finite) / len(self.finite)
 
-    def _count_non_finite(self, step: int, loss: float) -> None:
+    def _count_non_finite(self, step: int, loss: float, images: Sequence[str]) -> None:
         # fp16: overflowing gradients of a finite loss are the scaler's way to find its scale. It
         # halves from 65536, so that after 17 of them the scale is not to blame.
         by_scaler = self.has_grad_scaler and math.isfinite(loss)
         self.num_overflows += by_scaler
         by_scaler = by_scaler and self.num_overflows <= MAX_OVERFLOWS
-        self.journal.record("skipped_step", step=step, by_grad_scaler=by_scaler)
         if by_scaler:
+            self.journal.record("skipped_step", step=step, by_grad_scaler=True)
             return
+        self.journal.record(
+            "skipped_step", step=step, by_grad_scaler=False, images=list(images)
+        )
         self.num_non_finite += 1
         what = "gradient" if math.isfinite(loss) else "loss"
         self.journal.say(f"step {step}: the {what} is not finite; the step changed nothing")
@@ -256,12 +298,18 @@ class Meter:
             self.stop_reason = (
                 f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, up to step "
                 f"{step}. These steps changed nothing: the adapter holds what the others learnt. "
-                f"Try a lower --lr, or --precision bf16 or fp32"
+                f"Try a lower --lr, or --precision bf16 or fp32. Images of the last: "
+                f"{_listed(images)}"
             )
 
     def _stop_if_needed(self) -> None:
         if self.stop_reason is not None:
             raise TrainingStopped(self.stop_reason)
+
+
+def _listed(images: Sequence[str]) -> str:
+    more = f" and {len(images) - 8} more (metrics.jsonl has all)" if len(images) > 8 else ""
+    return ", ".join(images[:8]) + more
 
 
 def duration(seconds: float) -> str:

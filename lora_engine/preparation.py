@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +21,117 @@ from lora_engine.batches import (
     default_num_workers,
     load_batches,
 )
-from lora_engine.config import TrainingConfig
-from lora_engine.devices import autocast, describe
+from lora_engine.checkpoint import (
+    Checkpoint,
+    check_fingerprints,
+    checkpoint_bytes,
+    checkpoint_to_resume,
+)
+from lora_engine.config import TrainingConfig, changes_on_resume
+from lora_engine.devices import (
+    autocast,
+    choose_kernels,
+    describe,
+    resolve_device,
+    resolve_dtype,
+)
 from lora_engine.features import FeatureSource, ImageList
-from lora_engine.lora import InjectionPlan, cast_frozen, inject
+from lora_engine.files import check_space
+from lora_engine.hub import check_repository
+from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.models import CaptionerBody
-from lora_engine.pretrained import FAMILIES, Captioner
+from lora_engine.optim import FlatMatrices, build_optimizer
+from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.run_folder import RunFolder, allowed_failures
+from lora_engine.trackers import check_tracker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of, before it has a folder: the model in its place, and its data.
+
+    `checkpoint` is what it goes on from, `changes` say which settings are others than then.
+    """
+
+    config: TrainingConfig
+    checkpoint: Checkpoint | None
+    changes: list[str]
+    train_rows: list[Row]
+    val_rows: list[Row]
+    device: torch.device
+    dtype: torch.dtype
+    kernels: str
+    captioner: Captioner
+    fingerprints: dict[str, str]
+    plan: InjectionPlan
+    train_set: CaptionedImages
+    val_set: CaptionedImages
+    matrices: FlatMatrices
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+
+    @property
+    def first_step(self) -> int:
+        """The step after which it goes on; 0 for a run that begins."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
+    """Read and check all that a run needs, the cheapest first; nothing is written yet."""
+    config.check()
+    checkpoint = checkpoint_to_resume(config, say=_warn)
+    changes: list[str] = []
+    if checkpoint is None:
+        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
+    else:
+        changes = changes_on_resume(checkpoint.settings, config)
+    check_tracker(config.track)
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub, say=_warn)
+    train_rows, val_rows = read_rows(config)
+    device = resolve_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    dtype = resolve_dtype(config.precision, device)
+    kernels = choose_kernels(device, dtype)
+
+    captioner = load_captioner(config.model, family=family, revision=config.revision)
+    fingerprints = {
+        "base": captioner.fingerprint,
+        "training_data": data_fingerprint(train_rows),
+        "validation_data": data_fingerprint(val_rows),
+    }
+    if checkpoint is not None:
+        check_fingerprints(checkpoint, fingerprints, config)
+    torch.manual_seed(config.seed)
+    plan = add_lora(captioner.model, config, checkpoint)
+    check_room(config, plan)
+    train_set = captioned_images(train_rows, captioner, config, substitute=True)
+    val_set = captioned_images(val_rows, captioner, config, substitute=False)
+    model = place_model(captioner.model, device, dtype, config)
+    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
+    return Prepared(
+        config=config,
+        checkpoint=checkpoint,
+        changes=changes,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        captioner=captioner,
+        fingerprints=fingerprints,
+        plan=plan,
+        train_set=train_set,
+        val_set=val_set,
+        matrices=matrices,
+        optimizer=build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
@@ -54,7 +159,12 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
         )
 
 
-def add_lora(model: CaptionerBody, config: TrainingConfig) -> InjectionPlan:
+def add_lora(
+    model: CaptionerBody, config: TrainingConfig, checkpoint: Checkpoint | None = None
+) -> InjectionPlan:
+    """Inject new adapters, or those of the checkpoint that the run goes on from."""
+    if checkpoint is not None:
+        return load_adapter(model, checkpoint.adapter, dropout=config.lora_dropout)
     if config.init_adapter is None:
         return inject(
             model,
@@ -128,20 +238,40 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
     model.zero_grad(set_to_none=True)
 
 
-def feature_source(
-    captioner: Captioner,
-    *datasets: CaptionedImages,
-    device: torch.device,
-    dtype: torch.dtype,
-    config: TrainingConfig,
-    say: Callable[[str], None],
-) -> FeatureSource:
+def check_room(config: TrainingConfig, plan: InjectionPlan) -> None:
+    """Raises ValueError where the disk has no room for what the run will keep."""
+    num_kept = config.keep_last + 2  # the best, and one that is being written
+    try:
+        check_space(
+            Path(config.output_path or "runs"),
+            needed=num_kept * checkpoint_bytes(plan.num_trainable),
+        )
+    except OSError as error:
+        raise ValueError(f"no room for {num_kept} checkpoints: {error}") from None
+
+
+def run_folder(parts: Prepared) -> RunFolder:
+    """The folder of a run that begins, or goes on."""
+    checkpoint, config = parts.checkpoint, parts.config
+    if checkpoint is None or config.output_path is None:
+        return RunFolder.create(
+            config.output_path,
+            prefix=FAMILIES[parts.captioner.family].name,
+            take_up=config.resume is not None,
+        )
+    is_validated = str(checkpoint.step) in checkpoint.state["validations"]["losses"]
+    return RunFolder.reopen(config.output_path, step=checkpoint.step, is_validated=is_validated)
+
+
+def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
+    config = parts.config
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
     return FeatureSource(
-        captioner,
-        device=device,
-        dtype=dtype,
-        num_images=len({path for dataset in datasets for path in dataset.image_paths}),
+        parts.captioner,
+        device=parts.device,
+        dtype=parts.dtype,
+        num_images=len(paths),
         cache=config.cache,
         cache_dir=Path(config.cache_dir or Path(user_cache, "lora_engine")),
         cache_dtype=config.cache_dtype,
@@ -168,13 +298,13 @@ def loader(
         num_workers=default_num_workers(features.device, config.num_workers),
         has_features=partial(features.has, images),
         pin_memory=features.device.type == "cuda",
+        timeout_s=config.worker_timeout,
     )
     return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
 
 
-def adapter_keeper(
-    captioner: Captioner, folder: RunFolder, train_rows: Sequence[Row], config: TrainingConfig
-) -> AdapterKeeper:
+def adapter_keeper(parts: Prepared, folder: RunFolder) -> AdapterKeeper:
+    captioner = parts.captioner
     is_folder = Path(captioner.name).is_dir()
     return AdapterKeeper(
         captioner.model,
@@ -182,17 +312,17 @@ def adapter_keeper(
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
         hugging_face_class=FAMILIES[captioner.family].hugging_face_class,
         revision=captioner.revision,
-        best_by=config.best_by,
+        best_by=parts.config.best_by,
         provenance={
             "base_fingerprint": captioner.fingerprint,
-            "data_fingerprint": _data_fingerprint(train_rows),
+            "data_fingerprint": parts.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
-            "prompt": config.prompt,
+            "prompt": parts.config.prompt,
         },
     )
 
 
-def _data_fingerprint(rows: Sequence[Row]) -> str:
+def data_fingerprint(rows: Sequence[Row]) -> str:
     """SHA-256 over captions and image names, not over where the images lie."""
     digest = hashlib.sha256()
     for row in rows:
@@ -200,36 +330,27 @@ def _data_fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def sizes(
-    train_set: CaptionedImages, val_set: CaptionedImages, plan: InjectionPlan
-) -> dict[str, int]:
+def sizes(parts: Prepared) -> dict[str, int]:
     """How much is trained, on how much, for the report."""
     return {
-        "num_train_captions": len(train_set),
-        "num_train_images": len(train_set.image_paths),
-        "num_val_captions": len(val_set),
-        "num_val_images": len(val_set.image_paths),
-        "num_adapted_modules": len(plan.modules),
-        "num_trainable": plan.num_trainable,
-        "num_frozen": plan.num_frozen,
+        "num_train_captions": len(parts.train_set),
+        "num_train_images": len(parts.train_set.image_paths),
+        "num_val_captions": len(parts.val_set),
+        "num_val_images": len(parts.val_set.image_paths),
+        "num_adapted_modules": len(parts.plan.modules),
+        "num_trainable": parts.plan.num_trainable,
+        "num_frozen": parts.plan.num_frozen,
     }
 
 
-def opening(
-    config: TrainingConfig,
-    plan: InjectionPlan,
-    train_set: CaptionedImages,
-    val_set: CaptionedImages,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: str,
-) -> str:
+def opening(parts: Prepared) -> str:
+    config, train_set, val_set = parts.config, parts.train_set, parts.val_set
     cut = train_set.captions.num_truncated
     truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
     return "\n".join([
-        f"model {config.model} on {describe(device)}, {str(dtype).removeprefix('torch.')}: "
-        f"{kernels}",
+        f"model {config.model} on {describe(parts.device)}, "
+        f"{str(parts.dtype).removeprefix('torch.')}: {parts.kernels}",
         f"data {len(train_set):,} training captions of {len(train_set.image_paths):,} images, "
         f"{len(val_set):,} validation captions of {len(val_set.image_paths):,}{truncated}",
-        plan.folded(),
+        parts.plan.folded(),
     ])

@@ -5,6 +5,7 @@
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
     captions.jsonl     scored captions, before and best  report.html    all of it, for people
     adapter/           the best by validation loss      adapter_last/     the last, where not best
+    checkpoints/       what a run goes on from          .lock             while a run is under way
     adapter_hub/       adapter/ as it is pushed, where that differs
 """
 
@@ -14,22 +15,24 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from lora_engine.batches import Batch, Skipped
-from lora_engine.files import replaced_file
-from lora_engine.journal import Journal, TrainingStopped
+from lora_engine.batches import Batch, CaptionedImages, Skipped
+from lora_engine.checkpoint import CHECKPOINTS_FOLDER, set_aside_after
+from lora_engine.files import clear_leftovers, replaced_file
+from lora_engine.journal import Journal, TrainingStopped, append_line
 from lora_engine.version import __version__
 
 
 ADVICE = "Repair or remove them, or raise --max_bad_share"
+_OF_A_STEP = ("train", "skipped_step")  # what is logged before its validation
 MAX_SHOWN = 10  # skipped images named on the console
 
 
@@ -50,6 +53,8 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.last_adapter = path / "adapter_last"
         self.hub_adapter = path / "adapter_hub"
+        self.checkpoints = path / CHECKPOINTS_FOLDER
+        self._lock = _Lock(path / ".lock")
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -60,6 +65,7 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
             print(f"what the run had reached is in {self.path}", file=sys.stderr)
@@ -67,30 +73,40 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     @classmethod
-    def check_free(cls, output_path: str | None) -> None:
-        """Raises ValueError if a run could not be created at `output_path`."""
+    def check_free(cls, output_path: str | None, *, take_up: bool = False) -> None:
+        """Raises ValueError if a run could not be created at `output_path`.
+
+        With `take_up` it may be where a run has ended before its first step.
+        """
         if output_path is None:
             return
         path = Path(output_path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_path {path} is a file; name a new folder")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(path.iterdir()) and not (take_up and _has_no_step(path)):
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
             init = path / "adapter"
             advice = f", or start from its adapter with --init_adapter {init}"
+            resume = "go on with it by --resume, " if (path / "checkpoints").is_dir() else ""
             raise ValueError(
-                f"--output_path {path} already holds {what}, which is never overwritten; choose "
-                f"another folder, or delete it to start again{advice if init.is_dir() else ''}"
+                f"--output_path {path} already holds {what}, which is never overwritten; {resume}"
+                f"choose another folder, or delete it to start again"
+                f"{advice if init.is_dir() else ''}"
             )
 
     @classmethod
-    def create(cls, output_path: str | None, *, prefix: str) -> "RunFolder":
+    def create(
+        cls, output_path: str | None, *, prefix: str, take_up: bool = False
+    ) -> "RunFolder":
         """Make the folder; without a path the next free runs/<prefix>-001, -002, ..."""
-        cls.check_free(output_path)
+        cls.check_free(output_path, take_up=take_up)
         if output_path is not None:
             path = Path(output_path)
             path.mkdir(parents=True, exist_ok=True)
-            return cls(path)
+            folder = cls(path)._locked()
+            for lines in (folder.metrics, folder.samples):
+                keep_lines(lines, lambda line: False)
+            return folder
         parent = Path("runs")
         parent.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", p.name) for p in parent.iterdir()]
@@ -99,25 +115,113 @@ class RunFolder:
             path = parent / f"{prefix}-{number:03d}"
             try:
                 path.mkdir()  # another run may take the same number at the same moment
-                return cls(path)
+                return cls(path)._locked()
             except FileExistsError:
                 number += 1
+
+    @classmethod
+    def reopen(cls, output_path: str, *, step: int, is_validated: bool) -> "RunFolder":
+        """The folder of a run that goes on after `step`, brought back to where it was then.
+
+        What was logged after `step` is dropped, as it will come again; of `step` itself the
+        validation too, if it is still to be done. Raises ValueError if another process trains in
+        the folder.
+        """
+        folder = cls(Path(output_path))._locked()
+        clear_leftovers(folder.path)
+        clear_leftovers(folder.checkpoints)
+        set_aside = set_aside_after(folder.checkpoints, step)
+        for path in set_aside:
+            print(f"kept apart, as it is not part of the run any more: {path}", file=sys.stderr)
+        for path in (folder.metrics, folder.samples):
+            keep_lines(path, lambda line: (
+                line["step"] < step
+                or line["step"] == step and (is_validated or line.get("event") in _OF_A_STEP)
+            ))
+        keep_lines(folder.skipped, lambda line: "image" in line)
+        return folder
+
+    def _locked(self) -> "RunFolder":
+        self._lock.take()
+        return self
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         with replaced_file(self.path / name) as new:
             new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def append(self, path: Path, line: dict[str, Any]) -> None:
-        """Add a JSON line to one of the folder's .jsonl files."""
+        """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
         # A file's name may hold bytes that are not text.
-        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        with open(path, "ab") as file:
+            append_line(file, text.encode("utf-8", errors="backslashreplace"))
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Replace one of the folder's .jsonl files."""
         with replaced_file(path) as new:
             with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _has_no_step(path: Path) -> bool:
+    """Whether a folder is that of a run which ended before its first step; nothing is lost there.
+    """
+    if not (path / "config.json").exists():
+        return False
+    try:
+        lines = (path / "metrics.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return True
+    return not any(b'"event": "train"' in line for line in lines)
+
+
+def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines of a .jsonl file, and those that are none, such as a last one cut short.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            if line.endswith(b"\n") and is_kept(json.loads(line)):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # not JSON, or not a line of ours
+            continue
+    if len(kept) < len(lines):
+        with replaced_file(path) as new:
+            new.write_bytes(b"".join(kept))
+
+
+class _Lock:
+    """Held by one process at a time, until it ends, killed or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def take(self) -> None:
+        """Raises ValueError if another process holds it."""
+        try:
+            import fcntl
+        except ImportError:  # Windows: two runs in a folder are on their own
+            return
+        self._file = open(self.path, "wb")
+        try:
+            # Not flock, whose lock loading processes would inherit: they may outlive a killed run.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"another process is training in {self.path.parent}; wait for it, or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        if self._file is not None:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
 
 
 class SkippedRows:
@@ -137,6 +241,15 @@ class SkippedRows:
     @property
     def num_images(self) -> int:
         return len(self.seen)
+
+    def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
+        """Know again what a run knew that goes on: the rows tried, and skipped.jsonl."""
+        if self.folder.skipped.exists():
+            lines = self.folder.skipped.read_text(encoding="utf-8").splitlines()
+            self.seen = {json.loads(line)["image"] for line in lines}
+        self.tried[list(tried)] = True
+        failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
+        self.failed = self.tried & np.isin(dataset.image_of_row, failed)
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""

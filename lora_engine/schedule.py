@@ -1,4 +1,9 @@
-"""The learning-rate curve."""
+"""How long a run is, what happens at which of its steps, and the learning-rate curve."""
+
+import math
+from dataclasses import dataclass
+
+from lora_engine.config import TrainingConfig
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -10,3 +15,52 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     if step <= warmup_steps:
         return peak * step / warmup_steps
     return peak * (total_steps - step + 1) / max(total_steps - warmup_steps, 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run over `num_rows` captions, as `config` says; the first step is 1."""
+
+    config: TrainingConfig
+    num_rows: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / self.config.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.config.grad_accum_steps)
+
+    @property
+    def total_steps(self) -> int:
+        total = self.config.epochs * self.steps_per_epoch
+        return total if self.config.max_steps is None else min(total, self.config.max_steps)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epochs, micro-steps of the epoch after them) that are done after `step` steps."""
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        return epoch, steps * self.config.grad_accum_steps
+
+    def num_micro_steps(self, step: int) -> int:
+        """An epoch's last step takes the micro-batches that are left."""
+        _, num_done = self.position(step - 1)
+        return min(self.config.grad_accum_steps, self.batches_per_epoch - num_done)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self.config.lr,
+            warmup_steps=self.config.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+    def is_validated(self, step: int) -> bool:
+        """Whether there is a validation after `step` steps: before the first step and after the
+        last, too."""
+        return step % (self.config.eval_every or self.steps_per_epoch) == 0 or (
+            step == self.total_steps
+        )
+
+    def is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or self.is_validated(step)

@@ -8,8 +8,6 @@ A step is an optimizer step of `grad_accum_steps` micro-steps. Its loss is the s
 target tokens divided by their number, across micro-steps: 4 x 16 rows are exactly 1 x 64.
 """
 
-import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,118 +17,85 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.batches import Batch, training_places
+from lora_engine.batches import Batch, LoadingStopped, training_places
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
-from lora_engine.devices import (
-    autocast,
-    choose_kernels,
-    describe,
-    peak_memory_bytes,
-    resolve_device,
-    resolve_dtype,
-)
+from lora_engine.devices import autocast, describe, peak_memory_bytes
 from lora_engine.evaluation import Validation
-from lora_engine.hub import check_repository, push_adapter
-from lora_engine.journal import Journal, Meter
-from lora_engine.lora import lora_layers
+from lora_engine.features import FeatureSource
+from lora_engine.hub import push_adapter
+from lora_engine.journal import Journal, Meter, TrainingStopped
 from lora_engine.loss import caption_loss
 from lora_engine.loss_curve import draw_loss_curve
+from lora_engine.micro_batches import FittingBatches
 from lora_engine.model_card import write_model_card
 from lora_engine.models import CaptionerBody
-from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.optim import FlatMatrices, optimizer_step
 from lora_engine.preparation import (
+    Prepared,
     adapter_keeper,
-    add_lora,
-    captioned_images,
     feature_source,
     loader,
     opening,
-    place_model,
-    read_rows,
+    prepare,
+    run_folder,
     sizes,
 )
-from lora_engine.pretrained import FAMILIES, load_captioner
 from lora_engine.report import write_report
 from lora_engine.run_folder import RunFolder, SkippedRows, environment
-from lora_engine.schedule import learning_rate
+from lora_engine.run_state import RunState
+from lora_engine.schedule import Schedule
+from lora_engine.stopping import Interrupted, StopSignal, signals_held
 from lora_engine.summary import TrainingSummary
-from lora_engine.trackers import check_tracker, start_tracker
+from lora_engine.trackers import start_tracker
 from lora_engine.validation_captions import ValidationCaptions
 
 
 def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:
-    """Train an adapter as `config` says and leave it in a new run folder.
+    """Train an adapter as `config` says and leave it in a run folder: a new one, or with
+    `config.resume` that of the run which goes on.
 
     `family`, a key of `pretrained.FAMILIES`, refuses models of another kind.
 
     Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
-    TrainingStopped when a run under way cannot go on. Before the first validation is through, a
-    failure leaves no folder behind.
+    TrainingStopped or LoadingStopped when a run under way cannot go on; Interrupted after SIGINT or
+    SIGTERM, when all is in a checkpoint. Before the first validation is through, a failure leaves
+    no folder behind.
     """
     begin_s = time.monotonic()
-    config.check()
-    RunFolder.check_free(config.output_path)
-    check_tracker(config.track)
-    if config.push_to_hub is not None:
-        check_repository(config.push_to_hub, say=partial(print, file=sys.stderr))
-    train_rows, val_rows = read_rows(config)
-    device = resolve_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    dtype = resolve_dtype(config.precision, device)
-    kernels = choose_kernels(device, dtype)
-
-    captioner = load_captioner(config.model, family=family, revision=config.revision)
-    torch.manual_seed(config.seed)
-    plan = add_lora(captioner.model, config)
-    train_set = captioned_images(train_rows, captioner, config, substitute=True)
-    val_set = captioned_images(val_rows, captioner, config, substitute=False)
-    model = place_model(captioner.model, device, dtype, config)
-    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
-    optimizer = build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    batches_per_epoch = math.ceil(len(train_set) / config.batch_size)
-    steps_per_epoch = math.ceil(batches_per_epoch / config.grad_accum_steps)
-    total_steps = config.epochs * steps_per_epoch
-    if config.max_steps is not None:
-        total_steps = min(total_steps, config.max_steps)
-    eval_every = config.eval_every or steps_per_epoch
-
+    parts = prepare(config, family)
+    schedule = Schedule(config, len(parts.train_set))
     with (
-        RunFolder.create(config.output_path, prefix=FAMILIES[captioner.family].name) as folder,
+        run_folder(parts) as folder,
+        signals_held() as stop,
         Journal(
             folder.metrics,
-            total_steps=total_steps,
+            first_step=parts.first_step,
+            total_steps=schedule.total_steps,
             tracker=start_tracker(config.track, folder.path, config.as_dict()),
         ) as journal,
-        feature_source(
-            captioner, train_set, val_set, device=device, dtype=dtype, config=config,
-            say=journal.say,
-        ) as features,
+        feature_source(parts, say=journal.say) as features,
     ):
         folder.write_json("config.json", config.as_dict())
-        known = environment(describe(device), dtype, kernels)
-        known |= sizes(train_set, val_set, plan)
+        known = environment(describe(parts.device), parts.dtype, parts.kernels) | sizes(parts)
         folder.write_json("environment.json", known)
-        journal.say(opening(config, plan, train_set, val_set, device, dtype, kernels))
+        journal.say(opening(parts))
         journal.say(f"run folder {folder.path}")
         journal.say(features.plan)
+        keeper = adapter_keeper(parts, folder)
         skipped = SkippedRows(
-            folder, journal, max_share=config.max_bad_share, num_rows=len(train_set)
+            folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
-        keeper = adapter_keeper(captioner, folder, train_rows, config)
-        load_validation = loader(val_set, features, captioner, config)
+        load_validation = stop.checked(loader(parts.val_set, features, parts.captioner, config))
         validation = Validation(
-            captioner=captioner,
-            dataset=val_set,
+            captioner=parts.captioner,
+            dataset=parts.val_set,
             load=load_validation,
             batch_size=config.batch_size,
             keeper=keeper,
             captions=ValidationCaptions(
-                captioner,
-                val_rows,
+                parts.captioner,
+                parts.val_rows,
                 load_validation,
                 num_scored=config.eval_captions,
                 num_samples=config.num_samples,
@@ -140,76 +105,38 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             skipped=skipped,
             folder=folder,
             journal=journal,
-            device=device,
-            dtype=dtype,
+            device=parts.device,
+            dtype=parts.dtype,
         )
-        validation.run(step=0, epoch=0.0)
-        places = training_places(
-            train_set.captions.lengths,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            num_epochs=config.epochs,
+        state = RunState(
+            parts=parts,
+            schedule=schedule,
+            folder=folder,
+            fitting=FittingBatches(say=journal.say),
+            keeper=keeper,
+            captions=validation.captions,
+            skipped=skipped,
+            meter=Meter(journal, schedule, has_grad_scaler=parts.scaler.is_enabled()),
+            begin_s=begin_s,
+            say=journal.say,
         )
-        meter = Meter(
-            journal,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            has_grad_scaler=scaler.is_enabled(),
-        )
-        load = loader(train_set, features, captioner, config)
-        micro_batches = load(places, waiting=meter.waiting)
-        graphs = cuda_graphs_for(matrices, optimizer, device, config, journal.say)
-        last_step = 0
+        if parts.checkpoint is not None:
+            state.restore(parts.checkpoint)
         try:
-            for step in range(1, total_steps + 1):
-                # An epoch's last step takes the micro-batches that are left.
-                num_done = (step - 1) % steps_per_epoch * config.grad_accum_steps
-                count = min(config.grad_accum_steps, batches_per_epoch - num_done)
-                batches = list(islice(micro_batches, count))
-                skipped.add(batches)
-                loss = accumulate_gradients(
-                    model,
-                    batches,
-                    device=device,
-                    dtype=dtype,
-                    scaler=scaler,
-                    label_smoothing=config.label_smoothing,
-                    seed=(config.seed, step),
-                    graphs=graphs,
-                )
-                rate = learning_rate(
-                    step,
-                    peak=config.lr,
-                    warmup_steps=config.warmup_steps,
-                    total_steps=total_steps,
-                )
-                grad_norm = optimizer_step(
-                    optimizer,
-                    scaler,
-                    matrices,
-                    loss,
-                    lr=rate,
-                    max_grad_norm=config.max_grad_norm,
-                    graphs=graphs,
-                )
-                last_step = step
-                meter.add(step, loss, grad_norm, rate, sum(len(b.rows) for b in batches))
-                validate_now = step % eval_every == 0 or step == total_steps
-                if step % config.log_every == 0 or validate_now:
-                    meter.settle()
-                elif meter.is_overdue:
-                    meter.read()
-                if validate_now:
-                    validation.run(step=step, epoch=step / steps_per_epoch)
-                    meter.restart()
-                    if config.patience is not None and keeper.num_worse >= config.patience:
-                        journal.say(f"stopped: no better for {config.patience} validations")
-                        break
-            known["total_s"] = time.monotonic() - begin_s
-            known["peak_memory_bytes"] = peak_memory_bytes(device)
+            take_steps(parts, schedule, features, validation, state, stop)
+            known["total_s"] = state.seconds
+            known["peak_memory_bytes"] = peak_memory_bytes(parts.device)
             folder.write_json("environment.json", known)
+        except (Interrupted, LoadingStopped) as error:
+            state.save()
+            error.add_note(state.how_to_go_on())
+            raise
+        except OSError as error:
+            raise TrainingStopped(
+                f"{error}. What was there before is whole. {state.how_to_go_on()}"
+            ) from error
         finally:
-            keeper.keep_last(last_step)
+            keeper.keep_last(state.step)
             _tell(folder, journal.say)
         summary = TrainingSummary(
             path=folder.path,
@@ -219,12 +146,82 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             best_step=keeper.best_step,
             num_skipped_images=skipped.num_images,
             samples=validation.captions.compare(keeper.best_step),
-            seconds=time.monotonic() - begin_s,
+            seconds=state.seconds,
         )
         journal.say(f"\n{summary}")
         if config.push_to_hub is not None:
             push_adapter(folder, config.push_to_hub, say=journal.say)
     return summary
+
+
+def take_steps(
+    parts: Prepared,
+    schedule: Schedule,
+    features: FeatureSource,
+    validation: Validation,
+    state: RunState,
+    stop: StopSignal,
+) -> None:
+    """The steps of a run from where its state is, with their validations and checkpoints."""
+    config, meter, keeper = parts.config, state.meter, validation.keeper
+    if schedule.is_validated(state.step) and state.step not in keeper.losses:
+        validation.run(step=state.step, epoch=state.step / schedule.steps_per_epoch)
+    state.save()
+    epoch, num_done = schedule.position(state.step)
+    places = training_places(
+        parts.train_set.captions.lengths,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_epochs=config.epochs,
+        first_epoch=epoch,
+        num_done=num_done,
+    )
+    load = loader(parts.train_set, features, parts.captioner, config)
+    micro_batches = load(places, waiting=meter.waiting)
+    graphs = cuda_graphs_for(parts.matrices, parts.optimizer, config, state.say)
+    meter.begin()
+    for step in range(state.step + 1, schedule.total_steps + 1):
+        stop.check()
+        if config.patience is not None and keeper.num_worse >= config.patience:
+            state.say(f"stopped: no better for {config.patience} validations")
+            break
+        batches = list(islice(micro_batches, schedule.num_micro_steps(step)))
+        validation.skipped.add(batches)
+        loss = state.fitting.run(
+            partial(
+                accumulate_gradients,
+                parts.captioner.model,
+                device=parts.device,
+                dtype=parts.dtype,
+                scaler=parts.scaler,
+                label_smoothing=config.label_smoothing,
+                seed=(config.seed, step),
+                graphs=graphs,
+            ),
+            batches,
+            clear=partial(clear_gradients, parts.matrices, graphs),
+        )
+        rate = schedule.learning_rate(step)
+        grad_norm = optimizer_step(
+            parts.optimizer,
+            parts.scaler,
+            parts.matrices,
+            loss,
+            lr=rate,
+            max_grad_norm=config.max_grad_norm,
+            graphs=graphs,
+        )
+        state.step = step
+        meter.add(step, loss, grad_norm, rate, parts.train_set.paths_of(batches))
+        if schedule.is_logged(step):
+            meter.settle(step)
+        elif meter.is_overdue:
+            meter.read()
+        if schedule.is_validated(step):
+            validation.run(step=step, epoch=step / schedule.steps_per_epoch)
+            meter.restart()
+        state.save_if_due()
+    state.save()
 
 
 def _tell(folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -280,14 +277,22 @@ def accumulate_gradients(
     return total * weight
 
 
+def clear_gradients(matrices: FlatMatrices, graphs: CudaGraphs | None) -> None:
+    """Undo what a step that found no memory has begun."""
+    matrices.gradient.zero_()
+    if graphs is not None:
+        graphs.clear()
+    if matrices.gradient.is_cuda:
+        torch.cuda.empty_cache()
+
+
 def cuda_graphs_for(
     matrices: FlatMatrices,
     optimizer: torch.optim.AdamW,
-    device: torch.device,
     config: TrainingConfig,
     say: Callable[[str], None],
 ) -> CudaGraphs | None:
-    if device.type != "cuda" or not config.cuda_graphs:
+    if not matrices.values.is_cuda or not config.cuda_graphs:
         return None
     if config.gradient_checkpointing:
         say("no CUDA graphs with --gradient_checkpointing, which draws its dropout twice")

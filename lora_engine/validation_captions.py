@@ -1,6 +1,7 @@
 """Greedy captions of fixed validation images, followed through a run, and their scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,10 @@ class ValidationCaptions:
                 )
                 captions |= dict(zip(batch.rows, found))
         self.captions[step] = captions
+        return self._score(step)
+
+    def _score(self, step: int) -> Scores | None:
+        captions = self.captions[step]
         if not self.is_scored or not captions:
             return None
         self.scores[step] = self._references(list(captions)).score(
@@ -77,6 +82,18 @@ class ValidationCaptions:
             ended=[caption.ended for caption in captions.values()],
         )
         return self.scores[step].corpus
+
+    def state_dict(self, best_step: int) -> dict[str, Any]:
+        """The captions that are needed later on: before training, and of the best step."""
+        return {
+            str(step): [[row, *caption] for row, caption in self.captions[step].items()]
+            for step in dict.fromkeys((0, best_step))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for step, captions in state.items():
+            self.captions[int(step)] = {row: Caption(*rest) for row, *rest in captions}
+            self._score(int(step))
 
     def _places(self) -> list[list[Place]]:
         places = [Place(0, position, row) for position, row in enumerate(self.wanted)]

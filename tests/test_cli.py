@@ -17,7 +17,7 @@ from pictures import json_lines, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
-from lora_engine import cli, training
+from lora_engine import cli, preparation, training
 from lora_engine.annotations import read_annotations
 from lora_engine.commands.caption import CaptionConfig
 from lora_engine.commands.evaluate import EvaluateConfig
@@ -181,7 +181,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
 ):
     (command.work / "run" / "adapter").mkdir(parents=True)
     (command.work / "run" / "metrics.jsonl").write_text("{}")
-    monkeypatch.setattr(training, "load_captioner", None)
+    monkeypatch.setattr(preparation, "load_captioner", None)
     refused(
         blip_cc3m.main, *flags(blip_folder, data),
         words=["--output_path run already holds a run", "--init_adapter"],
@@ -229,7 +229,9 @@ def test_the_defaults_are_the_published_runs(command, data, recipe, batch_size):
         blip_cc3m: "Salesforce/blip-image-captioning-base",
         vit_gpt2_cc3m: "nlpconnect/vit-gpt2-image-captioning",
     }[recipe]
-    assert config.keys() == {f.name for f in dataclasses.fields(TrainingConfig)} - {"print_config"}
+    assert config.keys() == {f.name for f in dataclasses.fields(TrainingConfig)} - {
+        "print_config", "resume"
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

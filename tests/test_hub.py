@@ -13,7 +13,7 @@ from checkpoints import hugging_face
 from peft import PeftModel
 from pictures import settings, write_pictures
 
-from lora_engine import hub, training
+from lora_engine import hub, preparation, training
 from lora_engine.adapter import CONFIG_FILE, read_adapter
 from lora_engine.hub import check_repository, push_adapter
 from lora_engine.run_folder import RunFolder
@@ -96,7 +96,7 @@ def give_hub_base(folder: RunFolder) -> None:
 def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_read(
     config, name, monkeypatch
 ):
-    monkeypatch.setattr(training, "read_rows", lambda config: pytest.fail("read too early"))
+    monkeypatch.setattr(preparation, "read_rows", lambda config: pytest.fail("read too early"))
     with pytest.raises(ValueError, match="--push_to_hub is .*expected owner/name") as refused:
         train(settings(Path(config.model), Path(), Path(config.output_path), push_to_hub=name))
     assert "\n" not in str(refused.value)

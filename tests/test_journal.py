@@ -9,7 +9,9 @@ import torch
 from pictures import json_lines
 
 from lora_engine import journal as module
+from lora_engine.config import TrainingConfig
 from lora_engine.journal import Journal, Meter, TrainingStopped, duration
+from lora_engine.schedule import Schedule
 
 
 class Terminal(io.StringIO):
@@ -78,9 +80,8 @@ def test_each_event_is_a_whole_line_at_once_with_seven_digits(tmp_path):
 
 
 def meter_of(journal, **settings):
-    return Meter(journal, **{
-        "total_steps": 100, "steps_per_epoch": 10, "has_grad_scaler": False
-    } | settings)
+    schedule = Schedule(TrainingConfig(model="", epochs=10, batch_size=1), num_rows=10)
+    return Meter(journal, schedule, **{"has_grad_scaler": False} | settings)
 
 
 def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
@@ -97,14 +98,14 @@ def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
         for step in (1, 2):
             assert next(batches) is next(batches) is None
             clock[0] += 3.0
-            meter.add(step, torch.tensor(2.0 + step), torch.tensor(0.5), 1e-3, 20)
-        meter.settle()
+            meter.add(step, torch.tensor(2.0 + step), torch.tensor(0.5), 1e-3, ["a"] * 20)
+        meter.settle(2)
         clock[0] += 1000.0  # a validation
         meter.restart()
         clock[0] += 4.0
-        meter.add(3, torch.tensor(1.0), torch.tensor(0.25), 1e-4, 20)
-        meter.settle()
-        meter.settle()  # nothing new: nothing written
+        meter.add(3, torch.tensor(1.0), torch.tensor(0.25), 1e-4, ["a"] * 20)
+        meter.settle(3)
+        meter.settle(3)  # nothing new: nothing written
     assert json_lines(path) == [
         {"event": "train", "step": 2, "epoch": 0.2, "loss": 3.5, "learning_rate": 1e-3,
          "grad_norm": 0.5, "images_per_s": 4.0, "data_wait_share": 0.4},
@@ -115,8 +116,8 @@ def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
 
 def settle(meter, points, first_step=1):
     for step, (loss, norm) in enumerate(points, start=first_step):
-        meter.add(step, torch.tensor(loss), torch.tensor(norm), 1e-3, 1)
-    meter.settle()
+        meter.add(step, torch.tensor(loss), torch.tensor(norm), 1e-3, [f"{step}.png"])
+    meter.settle(step)
 
 
 GOOD, BAD_LOSS, BAD_GRADIENT = (1.0, 1.0), (math.nan, math.nan), (1.0, math.inf)

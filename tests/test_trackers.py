@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine import trackers, training
+from lora_engine import preparation, trackers
 from lora_engine.journal import Journal
 from lora_engine.trackers import check_tracker, start_tracker
 from lora_engine.training import train
@@ -185,7 +185,7 @@ def test_a_missing_package_is_an_error_at_the_start_that_says_what_to_install(
 ):
     module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(training, "read_rows", lambda config: pytest.fail("read too early"))
+    monkeypatch.setattr(preparation, "read_rows", lambda config: pytest.fail("read too early"))
     with pytest.raises(ValueError) as refused:
         train(settings(tmp_path, tmp_path, tmp_path / "run", track=name))
     assert str(refused.value).startswith(f"--track {name} needs the package {name} (")

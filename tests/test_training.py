@@ -18,7 +18,7 @@ from PIL import Image
 from pictures import json_lines, png_header, settings, write_pictures
 from torch import Tensor
 
-from lora_engine import adapter_keeper, evaluation, training
+from lora_engine import adapter_keeper, evaluation, preparation, training
 from lora_engine.adapter import AdapterError, read_adapter
 from lora_engine.annotations import hold_out, read_annotations
 from lora_engine.batches import Batch, Collate, Example
@@ -84,7 +84,7 @@ def run(config: training.TrainingConfig) -> Trained:
 
     messages = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(messages):
-        patch.setattr(training, "load_captioner", load)
+        patch.setattr(preparation, "load_captioner", load)
         summary = train(config)
     return Trained(config, summary, seen["captioner"], seen["before"], messages.getvalue())
 
@@ -193,7 +193,10 @@ def test_samples_are_what_the_adapted_model_says(trained):
 
 def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     folder = trained.summary.path
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
+    files = [p.relative_to(folder) for p in folder.rglob("*")]
+    kept = {p.parts[1] for p in files if p.parts[0] == "checkpoints" and len(p.parts) > 1}
+    assert kept == {"step-00000000", "step-00000010"}
+    assert sorted(p.as_posix() for p in files if p.parts[0] != "checkpoints") == [
         "adapter", "adapter/README.md", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "adapter/loss_curve.png", "captions.jsonl",
         "config.json", "environment.json", "loss_curve.png", "metrics.jsonl", "report.html",
@@ -455,7 +458,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     captioner.model.train()
     loss, gradients = loss_and_gradients(captioner, batches)
     config = training.TrainingConfig(model="", compile=True)
-    training.place_model(captioner.model, CPU, torch.float32, config)
+    preparation.place_model(captioner.model, CPU, torch.float32, config)
     assert all(layer._compiled_call_impl for layer in captioner.model.decoder.layers)
     compiled_loss, compiled = loss_and_gradients(captioner, batches)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
@@ -741,17 +744,18 @@ def test_loss_and_label_smoothing_equal_torchs_in_fp64(captioner_folder, smoothi
 def test_every_setting_reaches_the_step(blip_folder, data, tmp_path, monkeypatch):
     seen = []
 
-    def spy(name):
-        real = getattr(training, name)
+    def spy(name, room=training):
+        real = getattr(room, name)
 
         def call(*args, **kwargs):
             seen.append((name, kwargs))
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(training, name, call)
+        monkeypatch.setattr(room, name, call)
 
-    for name in ("build_optimizer", "accumulate_gradients", "optimizer_step"):
-        spy(name)
+    spy("build_optimizer", preparation)
+    spy("accumulate_gradients")
+    spy("optimizer_step")
     config = settings(
         blip_folder, data, tmp_path / "run", num_samples=0, max_steps=2, seed=7,
         weight_decay=0.3, label_smoothing=0.2, max_grad_norm=0.4, lora_dropout=0.25,
@@ -861,8 +865,8 @@ def test_an_interrupted_run_keeps_its_last_adapter_and_draws_its_curve(
     train_up_to_6(monkeypatch, settings(blip_folder, data, tmp_path / "run", num_samples=0))
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter", "adapter_last", "captions.jsonl", "config.json", "environment.json",
-        "metrics.jsonl", "report.html",
+        "adapter", "adapter_last", "captions.jsonl", "checkpoints", "config.json",
+        "environment.json", "metrics.jsonl", "report.html",
     ]
     assert "This run is not finished" in (folder / "report.html").read_text(encoding="utf-8")
     assert drawn == [(folder / "metrics.jsonl", folder / "loss_curve.png")]

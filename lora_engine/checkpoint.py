@@ -1,0 +1,301 @@
+"""A run's state at a step, on disk whole or not at all, and what a run goes on from.
+
+    checkpoints/step-00000100/
+        adapter_model.safetensors, adapter_config.json    PEFT's format: it captions as it is
+        optimizer.safetensors                             AdamW's moments
+        state.json                                        position, settings, fingerprints, history
+        manifest.json                                     size and SHA-256 of each of these
+
+Nothing random is kept: the order of the data, dropout and substitutes are functions of the
+position, so that a run that goes on is bit for bit the one that was never stopped.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from lora_engine.config import NEWEST, TrainingConfig
+from lora_engine.files import replaced_folder, write_synced
+from lora_engine.optim import FlatMatrices
+from lora_engine.tensor_files import Described, read_limited, read_tensors, tensor_bytes
+
+CHECKPOINTS_FOLDER = "checkpoints"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+_FILES = frozenset((WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE))
+_NAME = re.compile(r"step-(\d{8,})")
+_MAX_JSON_BYTES = 256 * 2**20
+_SPARE_BYTES = 32 * 2**20  # for what is small beside adapters: metrics, samples, report
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or is not this run's."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, read and found whole: the adapter, AdamW's moments, and all else as JSON."""
+
+    path: Path
+    adapter: Adapter
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.state["settings"]
+
+
+def write_checkpoint(
+    path: Path,
+    *,
+    adapter_files: Mapping[str, bytes],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; at any moment there is all of it, all of the one before, or none.
+
+    `adapter_files` are those of `adapter.adapter_files`. Raises OSError, with nothing left behind.
+    """
+    moments = {name: value.cpu() for name, value in moments_of(optimizer).items()}
+    contents = {
+        **adapter_files,
+        OPTIMIZER_FILE: tensor_bytes(moments, {}),
+        STATE_FILE: _json({"format": FORMAT, **state}),
+    }
+    manifest = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
+    with replaced_folder(path) as new:
+        for name, data in contents.items():
+            write_synced(new / name, data)
+        write_synced(new / MANIFEST_FILE, _json(manifest))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; raises CheckpointError, which names the file, if it is not whole."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
+    try:
+        manifest = _object(path / MANIFEST_FILE)
+        if manifest.keys() != _FILES:
+            raise CheckpointError(
+                f"{path / MANIFEST_FILE} names {', '.join(sorted(manifest))}; expected "
+                f"{', '.join(sorted(_FILES))}"
+            )
+        for name in sorted(_FILES):
+            _check_file(path / name, manifest[name])
+        state = _object(path / STATE_FILE)
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {state.get('format')!r}; this version reads {FORMAT}"
+            )
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
+            raise CheckpointError(f"{path / STATE_FILE} has no step, or no settings")
+        size = manifest[OPTIMIZER_FILE]["bytes"]
+        moments, _ = read_tensors(
+            path / OPTIMIZER_FILE, refuse=_refuse_moment, max_bytes=size
+        )
+        return Checkpoint(path, read_adapter(path), moments, state)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} has no {Path(error.filename).name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:  # an adapter's or a tensor file's
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def find_checkpoint(
+    folder: Path, named: Path | None = None, *, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or the named one; None where there is none.
+
+    Damaged ones are passed over with a word. Raises CheckpointError where the named one is damaged,
+    and where there are some but all of them are.
+    """
+    if named is not None:
+        return read_checkpoint(named)
+    paths = checkpoint_paths(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            say(f"warning: passed over a checkpoint: {error}")
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be used")
+    return None
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first, whole or not."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step)
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, so that none is taken for the newest later on.
+
+    They are damaged ones, or those of a run that is taken up again at an earlier step.
+    """
+    moved = []
+    for path in checkpoint_paths(folder):
+        if _step(path) > step:
+            aside = path.with_name(f"{path.name}.set_aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
+    """Keep the last `keep_last`, the newest of which must be known to be whole, and the best."""
+    for path in checkpoint_paths(folder)[:-keep_last]:
+        if _step(path) != best_step:
+            shutil.rmtree(path, ignore_errors=True)  # one that stays is in nobody's way
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+# --- going on with a run ---------------------------------------------------------------------
+
+
+def checkpoint_to_resume(
+    config: TrainingConfig, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """What --resume asks for; None where there is no run, or none that got to its first step.
+
+    Raises CheckpointError.
+    """
+    if config.resume is None or config.output_path is None:
+        return None
+    folder = Path(config.output_path, CHECKPOINTS_FOLDER)
+    named = None if config.resume == NEWEST else Path(config.resume)
+    if named is not None and named.resolve().parent != folder.resolve():
+        paths = ", ".join(map(str, checkpoint_paths(folder))) or "none: there are no checkpoints"
+        raise CheckpointError(
+            f"--resume {named} is no checkpoint of the run in {config.output_path}; expected one "
+            f"of {paths}"
+        )
+    return find_checkpoint(folder, named, say=say)
+
+
+def check_fingerprints(checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig) -> None:
+    """Raises CheckpointError where weights or data are not those of the run."""
+    names = {
+        "base": f"the weights of --model {config.model}",
+        "training_data": f"the training rows of {config.train_data_path}",
+        "validation_data": "the validation rows",
+    }
+    before = checkpoint.state.get("fingerprints")
+    if not isinstance(before, dict):
+        raise CheckpointError(f"{checkpoint.path / 'state.json'} has no fingerprints")
+    changed = [words for name, words in names.items() if before.get(name) != now[name]]
+    if changed:
+        raise CheckpointError(
+            f"{' and '.join(changed)} are not those that the run in {config.output_path} began "
+            f"with; restore them, or begin another run in another --output_path"
+        )
+
+
+def checkpoint_bytes(num_elements: int) -> int:
+    """About what a checkpoint of so many trainable elements takes: the matrices, two moments."""
+    return 3 * 4 * num_elements + _SPARE_BYTES
+
+
+# --- the optimizer's state ------------------------------------------------------------------
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state of the one flat tensor: exp_avg and exp_avg_sq (N,), step ()."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    if not optimizer.state[parameter]:  # before the first step
+        zeros = torch.zeros_like(parameter)
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
+    return dict(optimizer.state[parameter])
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, matrices: FlatMatrices, checkpoint: Checkpoint
+) -> None:
+    """Raises CheckpointError if the moments are not those of these matrices."""
+    shapes = {"exp_avg": matrices.values.shape, "exp_avg_sq": matrices.values.shape, "step": ()}
+    found = {name: tuple(value.shape) for name, value in checkpoint.moments.items()}
+    if found != {name: tuple(shape) for name, shape in shapes.items()}:
+        raise CheckpointError(
+            f"{checkpoint.path / OPTIMIZER_FILE} holds {found}; this run has {shapes}"
+        )
+    device = matrices.values.device
+    optimizer.state[matrices.values] = {
+        name: value.to(device) for name, value in checkpoint.moments.items()
+    }
+
+
+def _refuse_moment(name: str, described: Described) -> str | None:
+    num_axes = {"exp_avg": 1, "exp_avg_sq": 1, "step": 0}
+    if name not in num_axes or described.dtype != "F32" or (
+        len(described.shape) != num_axes[name]
+    ):
+        return f"is {described}; expected exp_avg and exp_avg_sq, F32 vectors, and step"
+    return None
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    # Without a last line's end: cut by any byte, it is no JSON any more.
+    return json.dumps(values, indent=1).encode()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_limited(path, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object")
+    return value
+
+
+def _check_file(path: Path, expected: Any) -> None:
+    size = path.stat().st_size
+    wanted = expected.get("bytes") if isinstance(expected, dict) else None
+    if size != wanted:
+        raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, not {wanted}")
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    if digest.hexdigest() != expected.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            yield chunk

@@ -1,0 +1,146 @@
+"""All that changes while a run goes on, saved and restored together."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lora_engine.adapter_keeper import AdapterKeeper
+from lora_engine.batches import epoch_batches
+from lora_engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_bytes,
+    checkpoint_name,
+    remove_old_checkpoints,
+    restore_moments,
+    write_checkpoint,
+)
+from lora_engine.files import check_space
+from lora_engine.journal import Meter
+from lora_engine.micro_batches import FittingBatches
+from lora_engine.preparation import Prepared
+from lora_engine.run_folder import RunFolder, SkippedRows
+from lora_engine.schedule import Schedule
+from lora_engine.validation_captions import ValidationCaptions
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """A run's parts that change, and their checkpoints; `step` steps are done."""
+
+    parts: Prepared
+    schedule: Schedule
+    folder: RunFolder
+    fitting: FittingBatches
+    keeper: AdapterKeeper
+    captions: ValidationCaptions
+    skipped: SkippedRows
+    meter: Meter
+    begin_s: float
+    say: Callable[[str], None]
+    step: int = 0
+    saved_step: int | None = None
+
+    def __post_init__(self) -> None:
+        self.saved_s = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, in earlier processes too."""
+        return time.monotonic() - self.begin_s
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over what a checkpoint holds besides the adapter, which is loaded with the model."""
+        state = checkpoint.state
+        restore_moments(self.parts.optimizer, self.parts.matrices, checkpoint)
+        try:
+            self.parts.scaler.load_state_dict(state["scaler"])
+            self.fitting.num_rows = state["micro_batch_rows"]
+            self.keeper.load_state_dict(state["validations"])
+            self.captions.load_state_dict(state["captions"])
+            self.meter.load_state_dict(state["meter"])
+            self.begin_s -= state["seconds"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path / 'state.json'} is not as this version writes it: {error!r}"
+            ) from None
+        self.step = self.saved_step = checkpoint.step
+        self.skipped.restore(self.parts.train_set, self._rows_tried())
+        self.say(self._going_on(checkpoint))
+
+    def _rows_tried(self) -> list[int]:
+        """The rows whose turn has come."""
+        epoch, num_done = self.schedule.position(self.step)
+        train_set, config = self.parts.train_set, self.parts.config
+        if epoch:
+            return list(range(len(train_set)))
+        batches = epoch_batches(
+            train_set.captions.lengths, batch_size=config.batch_size, seed=config.seed, epoch=0
+        )
+        return [int(row) for rows in batches[:num_done] for row in rows]
+
+    def _going_on(self, checkpoint: Checkpoint) -> str:
+        before, now = checkpoint.state["total_steps"], self.schedule.total_steps
+        lines = [f"going on after step {self.step} of {now}, from {checkpoint.path}"]
+        if self.parts.changes:
+            lines.append(f"with other settings: {', '.join(self.parts.changes)}")
+        if before != now:
+            lines.append(
+                f"from here on the learning rate falls as in a run of {now} steps, not {before}: "
+                f"the next step's is {self.schedule.learning_rate(self.step + 1):.3g}"
+            )
+        return "\n".join(lines)
+
+    def save_if_due(self) -> None:
+        num_steps, seconds = self.parts.config.save_interval()
+        if self.step % num_steps == 0 or time.monotonic() - self.saved_s >= seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, unless that of this step is there.
+
+        Where the disk does not take it, that is said, and the run goes on: the checkpoints that are
+        there stay.
+        """
+        if self.step == self.saved_step:
+            return
+        self.saved_s = time.monotonic()
+        folder = self.folder.checkpoints
+        try:
+            folder.mkdir(exist_ok=True)
+            check_space(folder, needed=checkpoint_bytes(self.parts.matrices.values.numel()))
+            write_checkpoint(
+                folder / checkpoint_name(self.step),
+                adapter_files=self.keeper.files(self.step),
+                optimizer=self.parts.optimizer,
+                state=self._state(),
+            )
+        except OSError as error:
+            self.say(f"warning: no checkpoint of step {self.step}: {error}")
+            return
+        self.saved_step = self.step
+        keep_last = self.parts.config.keep_last
+        remove_old_checkpoints(folder, keep_last=keep_last, best_step=self.keeper.best_step)
+
+    def how_to_go_on(self) -> str:
+        if self.saved_step is None:
+            return f"there is no checkpoint in {self.folder.checkpoints} yet"
+        return (
+            f"the checkpoint of step {self.saved_step} is in {self.folder.checkpoints}; the same "
+            f"command with --output_path {self.folder.path} --resume goes on from there"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "total_steps": self.schedule.total_steps,
+            "settings": self.parts.config.as_dict(),
+            "fingerprints": self.parts.fingerprints,
+            "scaler": self.parts.scaler.state_dict(),
+            "micro_batch_rows": self.fitting.num_rows,
+            "validations": self.keeper.state_dict(),
+            "captions": self.captions.state_dict(self.keeper.best_step),
+            "meter": self.meter.state_dict(),
+            "seconds": self.seconds,
+        }
