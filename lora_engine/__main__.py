@@ -11,6 +11,8 @@ VERBS = {  # each a function of its name in commands/, which is imported when it
     "evaluate": "score captions against references, with and without an adapter",
     "merge": "fold an adapter into its base, as a plain Hugging Face folder",
     "report": "write what a run came to, or several side by side, as one HTML file",
+    "validate": "read every row and every image of a data set, and say what cannot be used",
+    "doctor": "say what this machine has for training, and what to do about what it lacks",
 }
 
 

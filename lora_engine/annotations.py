@@ -31,6 +31,14 @@ class Row(NamedTuple):
     image: str
 
 
+class CheckedRow(NamedTuple):
+    """A row with its place in the file, counted from 1, or why it cannot be used."""
+
+    number: int
+    line: int
+    row: Row | str
+
+
 def read_annotations(path: str | Path) -> list[Row]:
     """Read all rows in the file's order: stripped captions, absolute image paths.
 
@@ -38,27 +46,39 @@ def read_annotations(path: str | Path) -> list[Row]:
     or is empty, and for rows that cannot be used: the first MAX_ROWS_SHOWN of them by line, with
     the number of all.
     """
-    document = read_text(path)
-    folder = os.path.realpath(os.path.dirname(path))
     rows: list[Row] = []
-    images: dict[str, str] = {}  # the captions of an image share one string
     shown: list[str] = []
     num_bad = 0
-    for offset, value in _items(document, path):
-        complaint = _complaint(value)
-        if complaint is None:
-            image = os.path.normpath(os.path.join(folder, value["image"]))
-            rows.append(Row(value["text"].strip(), images.setdefault(image, image)))
+    for checked in checked_rows(path):
+        if isinstance(checked.row, Row):
+            rows.append(checked.row)
             continue
         num_bad += 1
         if num_bad <= MAX_ROWS_SHOWN:
-            number = len(rows) + num_bad
-            shown.append(f"{path}:{_line(document, offset)}: row {number}: {complaint}")
+            shown.append(f"{path}:{checked.line}: row {checked.number}: {checked.row}")
     if num_bad:
         raise AnnotationError(_bad_rows_message(path, shown, num_bad, len(rows) + num_bad))
-    if not rows:
-        raise AnnotationError(f"{path}: an empty list, expected at least one {EXPECTED_ROW}")
     return rows
+
+
+def checked_rows(path: str | Path) -> Iterator[CheckedRow]:
+    """All rows of a file, good and bad ones. Raises AnnotationError where it has none to give."""
+    document = read_text(path)
+    folder = os.path.realpath(os.path.dirname(path))
+    images: dict[str, str] = {}  # the captions of an image share one string
+    line, counted, number = 1, 0, 0
+    for number, (offset, value) in enumerate(_items(document, path), start=1):
+        line += document.count("\n", counted, offset)
+        counted = offset
+        complaint = _complaint(value)
+        if complaint is None:
+            image = os.path.normpath(os.path.join(folder, value["image"]))
+            row = Row(value["text"].strip(), images.setdefault(image, image))
+            yield CheckedRow(number, line, row)
+        else:
+            yield CheckedRow(number, line, complaint)
+    if not number:
+        raise AnnotationError(f"{path}: an empty list, expected at least one {EXPECTED_ROW}")
 
 
 def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

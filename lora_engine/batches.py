@@ -8,6 +8,7 @@ W width, P image tokens, D width of the features.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_engine.captions import IGNORED, TokenizedCaptions, collate_captions
 from lora_engine.image_identity import FileStamp, content_digest, stamp
 from lora_engine.images import ImageError, PixelSettings, load_pixels, read_image_file
+from lora_engine.packed_strings import PackedStrings
 from lora_engine.stopping import ignore_signals
 
 MAX_SUBSTITUTES = 20
@@ -178,7 +180,7 @@ class CaptionedImages(Dataset):
     ) -> None:
         numbers: dict[str, int] = {}
         self.image_of_row = np.array([numbers.setdefault(path, len(numbers)) for path in images])
-        self.image_paths = list(numbers)
+        self.image_paths = PackedStrings(numbers)
         self.captions = captions
         self.pixels = pixels
         self.seed = seed
@@ -345,11 +347,19 @@ def load_batches(
 
 def _begin_worker(number: int) -> None:
     ignore_signals()
+    gc.freeze()  # looking for garbage among what was there before would copy all of it
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
     for worker in workers:
         worker.kill()
+
+
+def _dead(reason: str) -> LoadingStopped:
+    return LoadingStopped(
+        f"a process that loads images has died ({reason}). Often memory ran out: try fewer "
+        f"--num_workers"
+    )
 
 
 def _watched(batches: Iterator[Batch], timeout_s: float) -> Iterator[Batch]:
@@ -363,16 +373,15 @@ def _watched(batches: Iterator[Batch], timeout_s: float) -> Iterator[Batch]:
         except RuntimeError as error:  # DataLoader's word for both; it may be asked again
             reason = str(error).splitlines()[0]
             if "timed out" not in reason:
-                raise LoadingStopped(
-                    f"a process that loads images has died ({reason}). Often memory ran out: try "
-                    f"fewer --num_workers"
-                ) from error
+                raise _dead(reason) from error
             if timeout_s and time.monotonic() - begin_s > timeout_s:
                 raise LoadingStopped(
                     f"no process that loads images has answered for {timeout_s:g} s "
                     f"(--worker_timeout): does the disk with the images still answer?"
                 ) from error
             continue
+        except (OSError, EOFError) as error:  # it died while a batch was on its way
+            raise _dead(str(error)) from error
         yield batch
         begin_s = time.monotonic()
 

@@ -95,6 +95,14 @@ class CaptionTokenizer:
         offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if parts else lengths
         return TokenizedCaptions(flat, lengths, offsets, num_truncated)
 
+    def count_tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """The number of tokens of each caption alone, int (number of captions,)."""
+        return np.array([
+            len(ids)
+            for begin in range(0, len(captions), _CHUNK)
+            for ids in self._tokenize(list(captions[begin : begin + _CHUNK]))
+        ], dtype=int)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids (without start and prompt), up to the first end token."""
         kept = takewhile(lambda token: token != self.end_id, ids)

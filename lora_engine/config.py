@@ -180,7 +180,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainingConfig":
         """The settings that `as_dict` gave, as JSON has them. Raises TypeError for others."""
-        return cls(**{**values, "lora_targets": tuple(values["lora_targets"])})
+        return cls(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
 
     def save_interval(self) -> tuple[float, float]:
         """--save_every as (steps, seconds), one of which is infinite."""

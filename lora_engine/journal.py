@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Journal:
         self.stream = stream or sys.stdout
         self.tracker = tracker
         self._path = path
-        self._file = open(path, "ab")
+        self._file = open(path, "ab", buffering=0)
         self._total_steps = total_steps
         self._bar = tqdm(
             initial=first_step,
@@ -131,12 +132,12 @@ class Journal:
                   flush=True)
 
 
-def append_line(file: BinaryIO, line: bytes) -> None:
-    """Write a line at the end of a file, all of it or nothing. Raises OSError."""
+def append_line(file: FileIO, line: bytes) -> None:
+    """Write a line at the end of an unbuffered file, all of it or nothing. Raises OSError."""
     end = file.seek(0, os.SEEK_END)
     try:
-        file.write(line)
-        file.flush()
+        while line:
+            line = line[file.write(line):]  # a disk that gets full takes a part
     except OSError as error:
         os.truncate(file.fileno(), end)  # else half a line, to which the next one would be glued
         raise OSError(error.errno, error.strerror, file.name) from None

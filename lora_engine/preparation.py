@@ -56,7 +56,6 @@ class Prepared:
     config: TrainingConfig
     checkpoint: Checkpoint | None
     changes: list[str]
-    train_rows: list[Row]
     val_rows: list[Row]
     device: torch.device
     dtype: torch.dtype
@@ -114,7 +113,6 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         config=config,
         checkpoint=checkpoint,
         changes=changes,
-        train_rows=train_rows,
         val_rows=val_rows,
         device=device,
         dtype=dtype,
@@ -144,7 +142,18 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
         train_rows, val_rows = hold_out(rows, fraction=config.val_fraction, seed=config.seed)
     for path, part in ((config.train_data_path, train_rows), (config.val_data_path, val_rows)):
         _check_images_exist(path or config.train_data_path, part, config.max_bad_share)
+    _warn_of_overlap(train_rows, val_rows)
     return train_rows, val_rows
+
+
+def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None:
+    images = {row.image for row in val_rows}
+    shared = images & {row.image for row in train_rows}
+    if shared:
+        _warn(
+            f"warning: {len(shared):,} of {len(images):,} validation images are trained on, too, "
+            f"such as {min(shared)}: validation says too much good"
+        )
 
 
 def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
@@ -263,9 +272,12 @@ def run_folder(parts: Prepared) -> RunFolder:
     return RunFolder.reopen(config.output_path, step=checkpoint.step, is_validated=is_validated)
 
 
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lora_engine")
+
+
 def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
     config = parts.config
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
     return FeatureSource(
         parts.captioner,
@@ -273,7 +285,7 @@ def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSou
         dtype=parts.dtype,
         num_images=len(paths),
         cache=config.cache,
-        cache_dir=Path(config.cache_dir or Path(user_cache, "lora_engine")),
+        cache_dir=Path(config.cache_dir or default_cache_dir()),
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
         say=say,

@@ -90,6 +90,15 @@ def load_captioner(
     )
 
 
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> CaptionTokenizer:
+    """A captioner's tokenizer, without its weights; raises PretrainedError as `load_captioner`."""
+    folder = _find_folder(str(name), revision)
+    config = _read_config(folder, None)
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type].build(config)
+    return _read_tokenizer(folder, config, model)
+
+
 def load_body(folder: str | Path) -> CaptionerBody:
     """The body alone, from a folder that needs no tokenizer or preprocessor files."""
     return _load_body(Path(folder), _read_config(Path(folder), None))

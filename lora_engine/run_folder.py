@@ -153,7 +153,7 @@ class RunFolder:
         """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
         # A file's name may hold bytes that are not text.
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        with open(path, "ab") as file:
+        with open(path, "ab", buffering=0) as file:
             append_line(file, text.encode("utf-8", errors="backslashreplace"))
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -50,6 +50,11 @@ class RunState:
         """What the run has taken so far, in earlier processes too."""
         return time.monotonic() - self.begin_s
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the validation before the first step is done."""
+        return 0 in self.keeper.losses
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over what a checkpoint holds besides the adapter, which is loaded with the model."""
         state = checkpoint.state
@@ -98,12 +103,12 @@ class RunState:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, unless that of this step is there.
+        """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet.
 
         Where the disk does not take it, that is said, and the run goes on: the checkpoints that are
         there stay.
         """
-        if self.step == self.saved_step:
+        if self.step == self.saved_step or not self.has_begun:
             return
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints

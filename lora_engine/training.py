@@ -136,8 +136,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 f"{error}. What was there before is whole. {state.how_to_go_on()}"
             ) from error
         finally:
-            keeper.keep_last(state.step)
-            _tell(folder, journal.say)
+            if state.has_begun:
+                keeper.keep_last(state.step)
+                _tell(folder, journal.say)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,

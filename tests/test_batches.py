@@ -282,7 +282,7 @@ def test_rows_of_one_image_share_its_number(whole_folder):
     data = CaptionedImages(
         [images[0], images[1], images[0]], tokens(3), PIXELS, seed=0, substitute=False
     )
-    assert data.image_of_row.tolist() == [0, 1, 0] and data.image_paths == images[:2]
+    assert data.image_of_row.tolist() == [0, 1, 0] and [*data.image_paths] == images[:2]
 
 
 def test_the_loss_takes_a_batchs_tensors_on_the_device():

@@ -1,0 +1,217 @@
+"""python -m lora_engine doctor: what this machine has, and what to do about what it lacks."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_engine import cli
+from lora_engine.version import __version__
+
+PROBLEMS = 1  # exit status: something would stop a run
+_LABEL = {"good": "ok", "note": "note", "bad": "PROBLEM"}
+_MIN_FREE_BYTES = 2 * 10**9
+_MIN_SHARED_BYTES = 10**9
+_HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Flags of `doctor`."""
+
+    output_path: str = "runs"
+    """Where runs would be written."""
+    cache_dir: str | None = None
+    """Where features would be kept. Default: as for training."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
+    offline: bool = False
+    """Do not look whether the Hugging Face Hub can be reached."""
+
+
+class Finding(NamedTuple):
+    """What was found about a thing: "good", a "note", or "bad", and then what to do."""
+
+    state: str
+    topic: str
+    text: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        line = f"{_LABEL[self.state]:<8}{self.topic:<12}{self.text}"
+        return f"{line}\n{'':<20}{self.advice}" if self.advice else line
+
+
+def doctor(args: list[str]) -> int:
+    """Look at everything that a run needs -> exit status."""
+    config = cli.parse(
+        DoctorConfig, args, prog="python -m lora_engine doctor",
+        description="Say what this machine has for training, and what to do about what it lacks.",
+    )
+    findings = [finding for look in _LOOKS for finding in _looked(look, config)]
+    print("\n".join(map(str, findings)))
+    num_bad = sum(finding.state == "bad" for finding in findings)
+    if num_bad:
+        print(f"{num_bad} problem{'s' if num_bad > 1 else ''} would stop a run")
+    else:
+        print("nothing here would stop a run")
+    return PROBLEMS if num_bad else 0
+
+
+def _looked(
+    look: Callable[[DoctorConfig], Iterator[Finding]], config: DoctorConfig
+) -> Iterator[Finding]:
+    """What a look finds; one that fails is a finding, and the others go on."""
+    try:
+        yield from look(config)
+    except Exception as error:  # a machine that is ill in a way of its own
+        topic = look.__name__.strip("_")
+        yield Finding("bad", topic, f"{type(error).__name__}: {error}")
+
+
+def _versions(config: DoctorConfig) -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    yield Finding(
+        "good", "versions", f"lora_engine {__version__}, Python {platform.python_version()} on "
+        f"{platform.platform()}"
+    )
+    found = []
+    for line in metadata.requires("lora_engine") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None:  # of an extra
+            continue
+        try:
+            there = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("bad", "packages", f"{requirement.name} is missing",
+                          f"pip install '{requirement}'")
+            continue
+        found.append(f"{requirement.name} {there}")
+        if not requirement.specifier.contains(there, prereleases=True):
+            yield Finding("bad", "packages", f"{requirement.name} {there} is too old",
+                          f"pip install '{requirement}'")
+    yield Finding("good", "packages", ", ".join(found))
+
+
+def _device(config: DoctorConfig) -> Iterator[Finding]:
+    import torch
+
+    from lora_engine.devices import choose_kernels, describe, resolve_device, resolve_dtype
+
+    try:
+        device = resolve_device(config.device)
+    except ValueError as error:
+        yield Finding("bad", "device", str(error))
+        return
+    dtype = resolve_dtype("auto", device)
+    name = str(dtype).removeprefix("torch.")
+    yield Finding("good", "device", f"{describe(device)}, {name}: {choose_kernels(device, dtype)}")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        state = "good" if free > 4e9 else "note"
+        yield Finding(state, "GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free")
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            "note", "GPU", f"there is a driver, but torch {torch.__version__} sees no CUDA device",
+            "install a torch that is built for CUDA: pytorch.org/get-started",
+        )
+    if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        yield Finding(
+            "note", "processor", f"its widest instructions are "
+            f"{torch.backends.cpu.get_cpu_capability()}: slower than those with AVX-512"
+        )
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None and device.type == "cpu":
+        yield Finding("note", "compiler", "no C++ compiler: --compile would train without",
+                      "install g++ if you want --compile")
+
+
+def _memory(config: DoctorConfig) -> Iterator[Finding]:
+    import torch
+
+    from lora_engine.devices import free_memory_bytes
+
+    free = free_memory_bytes(torch.device("cpu"))
+    if free < 4e9:
+        yield Finding("note", "memory", f"{free / 1e9:.1f} GB are free; the full-size captioners "
+                      f"take some 4 GB to train")
+    else:
+        yield Finding("good", "memory", f"{free / 1e9:.1f} GB are free")
+    if Path("/dev/shm").is_dir():
+        shared = shutil.disk_usage("/dev/shm").total
+        if shared < _MIN_SHARED_BYTES:
+            yield Finding(
+                "note", "memory", f"/dev/shm has {shared / 1e6:.0f} MB, through which processes "
+                f"hand over images", "start the container with --ipc=host, or use --num_workers 0",
+            )
+
+
+def _disks(config: DoctorConfig) -> Iterator[Finding]:
+    from lora_engine.preparation import default_cache_dir
+
+    for topic, flag, path in (
+        ("runs", "--output_path", Path(config.output_path)),
+        ("features", "--cache_dir", Path(config.cache_dir or default_cache_dir())),
+    ):
+        parent = path
+        while not parent.exists():
+            parent = parent.parent
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as error:
+            state = "bad" if topic == "runs" else "note"
+            yield Finding(state, topic, f"{path} cannot be written: {error.strerror}",
+                          f"give another folder with {flag}")
+            continue
+        free = shutil.disk_usage(parent).free
+        where = f"{free / 1e9:.1f} GB are free for {path.resolve()}"
+        if free < _MIN_FREE_BYTES:
+            yield Finding("note", topic, where, f"free space, or give another disk with {flag}")
+        else:
+            yield Finding("good", topic, where)
+
+
+def _images(config: DoctorConfig) -> Iterator[Finding]:
+    from PIL import features
+
+    names = {"jpg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000"}
+    missing = [name for feature, name in names.items() if not features.check(feature)]
+    if missing:
+        state = "bad" if "JPEG" in missing else "note"
+        yield Finding(state, "images", f"this Pillow reads no {', '.join(missing)}",
+                      "reinstall pillow from its wheels")
+    else:
+        yield Finding("good", "images", f"Pillow reads {', '.join(names.values())}")
+
+
+def _hub(config: DoctorConfig) -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    offline = "download models elsewhere and pass their folder with --model"
+    if config.offline or constants.HF_HUB_OFFLINE:
+        why = "--offline" if config.offline else "HF_HUB_OFFLINE is set"
+        yield Finding("note", "Hub", f"not looked at ({why})", offline)
+        return
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT_S):
+            pass
+    except HTTPError:  # it answers, if only to say no
+        pass
+    except (URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        yield Finding("note", "Hub", f"{constants.ENDPOINT} cannot be reached ({reason})", offline)
+        return
+    yield Finding("good", "Hub", f"{constants.ENDPOINT} answers")
+
+
+_LOOKS = (_versions, _device, _memory, _disks, _images, _hub)

@@ -1,0 +1,840 @@
+"""Runs that are stopped, killed or hindered, and go on as if nothing had been."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from forking import in_child
+from pictures import json_lines, settings, write_pictures
+
+from lora_engine import (
+    batches,
+    captioning,
+    cli,
+    evaluation,
+    journal,
+    preparation,
+    run_state,
+    training,
+    validation_captions,
+)
+from lora_engine.adapter import read_adapter
+from lora_engine.batches import CaptionedImages, LoadingStopped
+from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
+from lora_engine.config import TrainingConfig
+from lora_engine.journal import TrainingStopped
+from lora_engine.micro_batches import split
+from lora_engine.stopping import Interrupted
+from lora_engine.training import train
+from recipes import blip_cc3m
+
+TIMES = ("images_per_s", "data_wait_share")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder, num_images=22)
+    write_pictures(folder, num_images=6, name="val.json")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+
+
+def long_run(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
+    """13 steps: dropout, accumulation, last steps of epochs that are shorter, a line each 4 steps.
+
+    Validations are at steps 5, 10 and 13.
+    """
+    return settings(model, data, run, **{
+        "epochs": 4, "grad_accum_steps": 2, "batch_size": 3, "log_every": 4, "eval_every": 5,
+        "max_steps": 13, "warmup_steps": 3, "num_samples": 2, "save_every": "2", **changes,
+    })
+
+
+@pytest.fixture(scope="module")
+def unbroken(blip_folder, data, tmp_path_factory) -> Path:
+    """The run folder of a run that nothing has stopped."""
+    path = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        train(long_run(blip_folder, data, path))
+    return path
+
+
+def trajectory(run: Path) -> list[dict]:
+    """metrics.jsonl but for times, with numbers to the bit."""
+    lines = json_lines(run / "metrics.jsonl")
+    return [
+        {key: value.hex() if isinstance(value, float) else value for key, value in line.items()
+         if key not in TIMES}
+        for line in lines
+    ]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert trajectory(run) == trajectory(other)
+    last = [checkpoint_paths(folder / "checkpoints")[-1] for folder in (run, other)]
+    assert last[0].name == last[1].name
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
+    for name in ("adapter/adapter_model.safetensors", "captions.jsonl", "samples.jsonl"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (run, other)]
+    assert names[0] == names[1]
+
+
+def killing(config: TrainingConfig, at_step: int, name: str = "accumulate_gradients"):
+    """A run that kills itself when a step calls a function."""
+    def run():
+        real = getattr(training, name)
+        calls = []
+
+        def die(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(training, name, die)
+        train(config)
+
+    return run
+
+
+def go_on(config: TrainingConfig, **changes):
+    return replace(config, resume="newest", **changes)
+
+
+# --- killed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["blip", "vit_gpt2"])
+def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
+    request, unbroken, data, tmp_path, family
+):
+    """Each time in the middle of an epoch and of a line of metrics, with other workers."""
+    model = request.getfixturevalue(f"{family}_folder")
+    expected = unbroken
+    if family != "blip":
+        expected = tmp_path / "expected"
+        train(long_run(model, data, expected))
+    config = long_run(model, data, tmp_path / "run")
+    for attempt, (at_step, workers) in enumerate([(4, 2), (3, 0), (6, 1)]):
+        config = go_on(config, num_workers=workers)
+        ended = in_child(killing(config, at_step), tmp_path / "log")
+        assert ended.status == -signal.SIGKILL, ended.output
+        if attempt:
+            assert "going on after step" in ended.output
+    train(go_on(config, num_workers=0))
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_what_was_logged_after_the_checkpoint_comes_once(unbroken, blip_folder, data, tmp_path):
+    """Killed behind validation 5, before the checkpoint of step 6, with half a line at the end."""
+    config = long_run(blip_folder, data, tmp_path / "run")
+    ended = in_child(killing(config, 6, "optimizer_step"), tmp_path / "log")
+    assert ended.status == -signal.SIGKILL
+    run = tmp_path / "run"
+    assert json_lines(run / "metrics.jsonl")[-1]["step"] == 5
+    assert checkpoint_paths(run / "checkpoints")[-1].name == "step-00000004"
+    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
+        with open(run / name, "a") as file:
+            file.write('{"event": "train", "st')
+    train(go_on(config))
+    (run / "skipped.jsonl").unlink()
+    assert_same_run(run, unbroken)
+
+
+def test_killed_before_its_first_step_a_run_begins_anew(unbroken, blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run")
+
+    def die_in_the_first_validation():
+        evaluation.validation_loss = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        train(config)
+
+    ended = in_child(die_in_the_first_validation, tmp_path / "log")
+    assert ended.status == -signal.SIGKILL
+    with pytest.raises(ValueError, match="never overwritten"):
+        train(config)
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_where_there_is_no_run_yet_resume_begins_it(unbroken, blip_folder, data, tmp_path):
+    train(go_on(long_run(blip_folder, data, tmp_path / "run")))
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path):
+    run = copy_of(unbroken, tmp_path)
+    before = trajectory(run)
+    summary = train(go_on(long_run(blip_folder, data, run)))
+    assert trajectory(run) == before and summary.last_step == 13
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def stopped_after(config: TrainingConfig, step: int) -> None:
+    """Run until a signal comes in this step."""
+    real = training.optimizer_step
+    calls: list[int] = []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(training, "optimizer_step", signalled)
+        train(config)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    unbroken, blip_folder, data, tmp_path, capsys
+):
+    config = long_run(blip_folder, data, tmp_path / "run")
+    stopped_after(config, 9)
+    newest = checkpoint_paths(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.name == "step-00000009"
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is damaged"):
+        train(replace(config, resume=str(newest)))
+    train(go_on(config))
+    assert "passed over a checkpoint" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints" / "step-00000009.set_aside").rename(tmp_path / "aside")
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_named_checkpoint_is_gone_back_to(unbroken, blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run", keep_last=9)
+    stopped_after(config, 9)
+    run = tmp_path / "run"
+    train(replace(config, resume=str(run / "checkpoints" / "step-00000004")))
+    assert trajectory(run) == trajectory(unbroken)
+    with pytest.raises(CheckpointError, match="no checkpoint of the run"):
+        train(replace(config, resume=str(unbroken / "checkpoints" / "step-00000013")))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(replace(config, resume=str(run / "checkpoints" / "step-00000099")))
+
+
+def test_checkpoints_are_as_often_as_asked(blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run", keep_last=99, save_every="5")
+    train(config)
+    steps = [int(p.name[5:]) for p in checkpoint_paths(tmp_path / "run" / "checkpoints")]
+    assert steps == [0, 5, 10, 13]
+
+
+def test_checkpoints_by_time(blip_folder, data, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: now[0])
+    real = training.optimizer_step
+
+    def half_a_minute(*args, **kwargs):
+        now[0] += 30
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "optimizer_step", half_a_minute)
+    config = long_run(blip_folder, data, tmp_path / "run", keep_last=99, save_every="2min")
+    train(config)
+    steps = [int(p.name[5:]) for p in checkpoint_paths(tmp_path / "run" / "checkpoints")]
+    assert steps == [0, 4, 8, 12, 13]
+
+
+def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run")
+    stopped_after(config, 3)
+    read_end, write_end = os.pipe()
+
+    def hold():
+        real = training.take_steps
+
+        def wait(*args):
+            os.write(write_end, b".")
+            time.sleep(60)
+            real(*args)
+
+        training.take_steps = wait
+        train(go_on(config))
+
+    child = os.fork()
+    if child == 0:
+        try:
+            with redirect_stdout(io.StringIO()):
+                hold()
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(read_end, 1) == b"."
+        with pytest.raises(ValueError, match="another process is training"):
+            train(go_on(config))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read_end)
+        os.close(write_end)
+    train(go_on(config))  # the lock ended with its holder
+
+
+# --- settings of a run that goes on ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halfway(blip_folder, data, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("halfway") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        stopped_after(long_run(blip_folder, data, path), 7)
+    return path
+
+
+@pytest.mark.parametrize("change", [
+    {"lr": 1e-4}, {"batch_size": 4}, {"seed": 1}, {"grad_accum_steps": 1}, {"lora_rank": 4},
+    {"lora_targets": ("query",)}, {"lora_dropout": 0.0}, {"warmup_steps": 0},
+    {"max_grad_norm": 0.5}, {"label_smoothing": 0.1}, {"prompt": "a"}, {"max_caption_tokens": 9},
+    {"precision": "bf16"}, {"eval_every": 3}, {"best_by": "cider_d"}, {"epochs": 2},
+    {"max_steps": 12}, {"cache_dtype": "int8"}, {"weight_decay": 0.5},
+], ids=str)
+def test_a_setting_that_would_change_the_run_is_refused_by_name(
+    halfway, blip_folder, data, tmp_path, change
+):
+    run = copy_of(halfway, tmp_path)
+    before = (run / "metrics.jsonl").read_bytes()
+    name, = change
+    with pytest.raises(ValueError, match=f"another --{name} ") as caught:
+        train(go_on(long_run(blip_folder, data, run), **change))
+    value, = change.values()
+    shown = " ".join(value) if isinstance(value, tuple) else str(value)
+    assert f"--{name} {shown} (the run has " in str(caught.value)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_all_settings_are_either_compared_or_named_as_free():
+    """So that a new one is not forgotten."""
+    from lora_engine import config as room
+
+    names = {field.name for field in dataclasses.fields(TrainingConfig)}
+    free = room._MAY_CHANGE | set(room._MAY_GROW) | set(room._MAY_ROUND)
+    assert free <= names
+    assert not {"lr", "batch_size", "seed", "lora_rank", "eval_every"} & free
+
+
+def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
+    halfway, blip_folder, data, tmp_path, capsys
+):
+    run = copy_of(halfway, tmp_path)
+    capsys.readouterr()
+    train(go_on(long_run(blip_folder, data, run), epochs=5, max_steps=None))
+    said = capsys.readouterr().out
+    assert "--epochs 4 -> 5, --max_steps 13 -> none" in said
+    assert "as in a run of 20 steps, not 13" in said
+    lines = json_lines(run / "metrics.jsonl")
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["event"] == "train"}
+    assert rates[5] == pytest.approx(1e-3 * 9 / 10)  # of 13 steps, 3 of them warming up
+    assert rates[8] == pytest.approx(1e-3 * 13 / 17)  # of 20
+    assert rates[20] == pytest.approx(1e-3 / 17)
+    again = TrainingConfig.from_dict(json.loads((run / "config.json").read_text()))
+    assert again.epochs == 5
+    train(replace(again, resume="newest"))  # what the run has now is what holds
+
+
+def test_other_weights_or_data_are_refused(halfway, vit_gpt2_folder, blip_folder, data, tmp_path):
+    run = copy_of(halfway, tmp_path)
+    config = go_on(long_run(blip_folder, data, run))
+    with pytest.raises(CheckpointError, match="the weights of --model"):
+        train(replace(config, model=str(vit_gpt2_folder)))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_pictures(other, num_images=21)
+    with pytest.raises(CheckpointError, match="the training rows of .*other"):
+        train(replace(config, train_data_path=str(other / "train.json")))
+    with pytest.raises(CheckpointError, match="the validation rows are not those"):
+        train(replace(config, val_data_path=str(data / "train.json")))
+    rows = json.loads((data / "train.json").read_text())
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps([
+        {"text": row["text"], "image": str(data / row["image"])} for row in rows
+    ]))
+    train(replace(config, train_data_path=str(moved)))  # the same rows, elsewhere
+
+
+def test_the_command_line_needs_nothing_but_the_folder(
+    unbroken, halfway, tmp_path, command
+):
+    run = copy_of(halfway, tmp_path)
+    status, out, err = command(blip_cc3m.main, "--output_path", run, "--resume")
+    assert status == 0 and "going on after step 7 of 13" in out
+    assert_same_run(run, unbroken)
+    status, out, err = command(blip_cc3m.main, "--resume", "--output_path", run, "--lr", "1")
+    assert status == cli.USAGE_ERROR and "another --lr 1.0 (the run has 0.001)" in err
+    status, out, err = command(blip_cc3m.main, "--resume")
+    assert status == cli.USAGE_ERROR and "--resume needs the --output_path" in err
+    (run / "config.json").write_text('{"what": 1}')
+    status, out, err = command(blip_cc3m.main, "--resume", "--output_path", run)
+    assert status == cli.USAGE_ERROR and "config.json does not hold the settings" in err
+
+
+@pytest.mark.parametrize("value", ["0", "x", "1.5", "-3", "10 minutes", "0s", ""])
+def test_save_every_is_steps_or_a_time(value):
+    with pytest.raises(ValueError, match="--save_every is .*expected steps"):
+        TrainingConfig(model="", save_every=value).check()
+
+
+# --- signals --------------------------------------------------------------------------------
+
+PHASES = {  # a function that runs in this phase, and from which of its calls on
+    "a step": (training, "optimizer_step", 3),
+    "the first validation": (evaluation, "caption_loss", 1),
+    "a later validation": (evaluation, "caption_loss", 4),
+    "captioning": (validation_captions, "caption_features", 4),
+    "saving": (run_state, "write_checkpoint", 3),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
+    unbroken, blip_folder, data, tmp_path, phase, number
+):
+    run = tmp_path / "run"
+    flags = [f"--{name}={value}" for name, value in _flags(long_run(blip_folder, data, run))]
+
+    def signalled():
+        room, name, call = PHASES[phase]
+        real, calls = getattr(room, name), []
+
+        def send(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        setattr(room, name, send)
+        sys.argv = ["program", *flags, "--num_workers", "2"]
+        return cli.run(blip_cc3m.main)
+
+    ended = in_child(signalled, tmp_path / "log")
+    assert ended.status == 128 + number, ended.output
+    assert "Traceback" not in ended.output
+    if phase == "the first validation":
+        assert not run.exists()
+        return
+    assert "This run is not finished" in (run / "report.html").read_text(encoding="utf-8")
+    assert "--resume goes on from there" in ended.output
+    newest = read_checkpoint(checkpoint_paths(run / "checkpoints")[-1])
+    expected = {"a step": 3, "a later validation": 5, "captioning": 5, "saving": 4}[phase]
+    assert newest.step == expected
+    assert not [path for path in run.rglob(".*")]
+    train(go_on(long_run(blip_folder, data, run)))
+    assert_same_run(run, unbroken)
+
+
+def _flags(config: TrainingConfig):
+    for name, value in config.as_dict().items():
+        default = getattr(TrainingConfig(model=""), name)
+        if value != default and name != "lora_targets":
+            yield name, value
+
+
+def test_a_second_signal_stops_at_once_and_loading_processes_end(blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run", num_workers=2)
+    children = tmp_path / "children"
+
+    def signalled():
+        def send(*args, **kwargs):
+            import multiprocessing
+
+            pids = [str(child.pid) for child in multiprocessing.active_children()]
+            children.write_text(" ".join(pids))
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not reached")
+
+        training.optimizer_step = send
+        return cli.run(lambda args: train(config) and 0)
+
+    ended = in_child(signalled, tmp_path / "log")
+    assert ended.status == cli.INTERRUPTED, ended.output
+    assert "Traceback" not in ended.output
+    pids = [int(pid) for pid in children.read_text().split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 5
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, pids))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_loading_processes_leave_signals_to_who_started_them(blip_folder, data, tmp_path):
+    """A terminal's Ctrl-C, and a batch system's SIGTERM, reach all processes of a group."""
+    config = long_run(blip_folder, data, tmp_path / "run", num_workers=2)
+
+    def signalled():
+        os.setsid()
+        real = training.optimizer_step
+
+        def send(*args, **kwargs):
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(0.2)
+            return real(*args, **kwargs)
+
+        training.optimizer_step = send
+        return cli.run(lambda args: train(config) and 0)
+
+    ended = in_child(signalled, tmp_path / "log")
+    assert ended.status == cli.TERMINATED, ended.output
+    assert "worker" not in ended.output and "Traceback" not in ended.output
+    assert checkpoint_paths(tmp_path / "run" / "checkpoints")[-1].name == "step-00000001"
+
+
+# --- numbers --------------------------------------------------------------------------------
+
+
+def test_the_images_of_steps_that_are_not_finite_are_named(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    real = training.accumulate_gradients
+
+    def poisoned(*args, seed, **kwargs):
+        loss = real(*args, seed=seed, **kwargs)
+        return loss * float("nan") if seed[1] > 6 else loss
+
+    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    config = long_run(blip_folder, data, tmp_path / "run", log_every=1, save_every="1")
+    with pytest.raises(TrainingStopped, match=r"step 9.*train_\d\d\.png") as caught:
+        train(config)
+    events = json_lines(tmp_path / "run" / "metrics.jsonl")
+    skipped = [line for line in events if line["event"] == "skipped_step"]
+    assert [line["step"] for line in skipped] == [7, 8, 9]
+    assert all(len(line["images"]) in (4, 6) and not line["by_grad_scaler"] for line in skipped)
+    assert skipped[2]["images"][0] in str(caught.value)
+    last = read_adapter(tmp_path / "run" / "adapter_last").matrices
+    before = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000007").adapter.matrices
+    assert all(torch.equal(last[name], before[name]) for name in last)  # 7 changed nothing
+
+
+def test_what_a_stopped_interval_counted_goes_on(blip_folder, data, tmp_path, monkeypatch):
+    """Two steps that are not finite before the stop, and one after it, are three in a row."""
+    real = training.accumulate_gradients
+
+    def poisoned(*args, seed, **kwargs):
+        loss = real(*args, seed=seed, **kwargs)
+        return loss * float("nan") if seed[1] in (6, 7, 8) else loss
+
+    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    config = long_run(blip_folder, data, tmp_path / "run", log_every=100)
+    stopped_after(config, 7)
+    with pytest.raises(TrainingStopped, match="3 steps in a row, up to step 8"):
+        train(go_on(config))
+
+
+# --- memory that runs out -------------------------------------------------------------------
+
+
+def short_of_memory(monkeypatch, most_rows: int) -> list[int]:
+    real, sizes = training.caption_loss, []
+
+    def loss(model, input_ids, *args, **kwargs):
+        if len(input_ids) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(input_ids))
+        return real(model, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(training, "caption_loss", loss)
+    return sizes
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_step(
+    captioner_folder, data, tmp_path, monkeypatch, capsys
+):
+    plain = long_run(captioner_folder, data, tmp_path / "plain", lora_dropout=0.0, batch_size=8)
+    train(plain)
+    sizes = short_of_memory(monkeypatch, 3)
+    capsys.readouterr()
+    config = replace(plain, output_path=str(tmp_path / "run"))
+    stopped_after(config, 5)
+    said = capsys.readouterr().out
+    assert said.count("out of GPU memory with 8 captions at a time: going on with 4") == 1
+    assert said.count("out of GPU memory with 4 captions at a time: going on with 2") == 1
+    sizes.clear()
+    train(go_on(config))
+    assert "out of GPU memory" not in capsys.readouterr().out  # it knows
+    assert max(sizes) == 2
+    for ours, theirs in zip(
+        json_lines(tmp_path / "run" / "metrics.jsonl"),
+        json_lines(tmp_path / "plain" / "metrics.jsonl"), strict=True,
+    ):
+        # GPT-2 has dropout of its own, which draws otherwise for other shapes.
+        rel = 1e-5 if "blip" in captioner_folder.name else 0.01
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=rel)
+
+
+def test_a_row_that_does_not_fit_stops_the_run_in_words(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    short_of_memory(monkeypatch, 0)
+    config = long_run(blip_folder, data, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["program"])
+    assert cli.run(lambda args: train(config) and 0) == cli.STOPPED
+    assert "--gradient_checkpointing" in capsys.readouterr().err
+
+
+def test_the_parts_of_a_batch_are_the_batch(blip_folder, data):
+    from lora_engine.captions import collate_captions
+
+    input_ids, targets = collate_captions(
+        [torch.arange(n).numpy() for n in (3, 6, 4, 5, 2)], prompt_length=1, pad_id=0
+    )
+    flat = targets.flatten()
+    positions = (flat != -100).nonzero().flatten()
+    whole = batches.Batch(
+        input_ids, positions, flat[positions], len(positions), [*range(5)], [*range(5)], [],
+        torch.empty(0), [], torch.randn(5, 3, 4),
+    )
+    parts = split(whole, 2)
+    assert [part.rows for part in parts] == [[0, 1], [2, 3], [4]]
+    assert sum(part.num_targets for part in parts) == whole.num_targets
+    for part in parts:
+        spread = torch.full_like(part.input_ids, -100).flatten()
+        spread[part.target_positions] = part.target_ids
+        assert torch.equal(spread.view_as(part.input_ids), targets[part.rows])
+        assert torch.equal(part.features, whole.features[part.rows])
+    assert split(whole, 5) == [whole] and split(whole, None) == [whole]
+
+
+# --- workers --------------------------------------------------------------------------------
+
+
+def in_a_worker(monkeypatch, at_row: int, act) -> None:
+    real = CaptionedImages.__getitem__
+    main = os.getpid()
+
+    def get(self, place):
+        if self.substitute and place.row == at_row and os.getpid() != main:
+            act()
+        return real(self, place)
+
+    monkeypatch.setattr(CaptionedImages, "__getitem__", get)
+    monkeypatch.setattr(batches, "_PATIENCE_S", 0.2)
+
+
+@pytest.mark.parametrize("act, words", [
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "has died.*fewer --num_workers"),
+    (lambda: time.sleep(1000), r"answered for 1 s \(--worker_timeout\)"),
+], ids=["dead", "hanging"])
+def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
+    unbroken, blip_folder, data, tmp_path, monkeypatch, act, words
+):
+    import multiprocessing
+
+    row = int(batches.epoch_batches(
+        _lengths(blip_folder, data), batch_size=3, seed=42, epoch=0
+    )[6][0])  # of the fourth step
+    in_a_worker(monkeypatch, row, act)
+    config = long_run(
+        blip_folder, data, tmp_path / "run", num_workers=2, worker_timeout=1.0, save_every="99"
+    )
+    begin_s = time.monotonic()
+    with pytest.raises(LoadingStopped, match=words):
+        train(config)
+    assert time.monotonic() - begin_s < 30
+    assert not multiprocessing.active_children()
+    newest = checkpoint_paths(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.name in ("step-00000000", "step-00000002")  # batches before it may be lost, too
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    train(go_on(config, num_workers=0))
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def _lengths(model, data):
+    from lora_engine.annotations import read_annotations
+    from lora_engine.pretrained import load_captioner
+
+    config = TrainingConfig(model=str(model))
+    rows = read_annotations(data / "train.json")
+    captioner = load_captioner(model)
+    return preparation.captioned_images(rows, captioner, config, substitute=True).captions.lengths
+
+
+# --- full disks -----------------------------------------------------------------------------
+
+
+def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
+    """By the system itself: a limit on file sizes."""
+    path = tmp_path / "metrics.jsonl"
+
+    def write():
+        with journal.Journal(path, total_steps=9, stream=io.StringIO()) as log:
+            log.record("train", step=1, loss=1.0)
+            limit = path.stat().st_size + 20
+            unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+            try:
+                log.record("train", step=2, loss=1.0)
+            except OSError as error:
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+                print(error)
+                return 5
+
+    ended = in_child(write, tmp_path / "log")
+    assert ended.status == 5 and "metrics.jsonl" in ended.output
+    assert json_lines(path) == [{"event": "train", "step": 1, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("room, name", [
+    (journal, "append_line"), (validation_captions.ValidationCaptions, "write"),
+    (validation_captions.ValidationCaptions, "write_best"),
+], ids=["metrics", "samples", "captions"])
+def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
+    unbroken, blip_folder, data, tmp_path, monkeypatch, room, name
+):
+    config = long_run(blip_folder, data, tmp_path / "run")
+    real, calls = getattr(room, name), []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > (5 if name == "append_line" else 1):
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        return real(*args)
+
+    monkeypatch.setattr(room, name, full)
+    with pytest.raises(TrainingStopped, match="No space left .*somewhere.*--resume goes on"):
+        train(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_checkpoint_that_finds_no_room_is_told_and_tried_again(
+    unbroken, blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    real, calls = run_state.write_checkpoint, []
+
+    def full(path, **more):
+        calls.append(path.name)
+        if len(calls) in (3, 4):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, **more)
+
+    monkeypatch.setattr(run_state, "write_checkpoint", full)
+    train(long_run(blip_folder, data, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert said.count("warning: no checkpoint of step") == 2 and "No space left" in said
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_too_little_room_is_told_before_a_save_and_before_a_run(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("lora_engine.files.free_bytes", lambda folder: 10**6)
+    config = long_run(blip_folder, data, tmp_path / "run")
+    with pytest.raises(ValueError, match="no room for 4 checkpoints: 1 MB are free in"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(preparation, "check_room", lambda *args: None)
+    train(config)
+    assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().out
+    assert not checkpoint_paths(tmp_path / "run" / "checkpoints")
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    config = long_run(blip_folder, data, tmp_path / "run")
+    stopped_after(config, 3)
+    before = (tmp_path / "run" / "report.html").read_bytes()
+
+    def full(self, *args, **kwargs):
+        if self.suffix == ".html":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return real(self, *args, **kwargs)
+
+    real = Path.write_text
+    monkeypatch.setattr(Path, "write_text", full)
+    train(go_on(config))
+    assert "warning: write_report failed" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").read_bytes() == before
+
+
+# --- skipped images -------------------------------------------------------------------------
+
+
+def test_a_skipped_row_changes_neither_the_batch_size_nor_what_goes_on(
+    blip_folder, data, tmp_path
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_pictures(folder, num_images=22)
+    write_pictures(folder, num_images=6, name="val.json")
+    for number in (3, 11):
+        (folder / "images" / f"train_{number:02d}.png").write_bytes(b"not a picture")
+    changes = {"max_bad_share": 0.5, "log_every": 1}
+    whole = long_run(blip_folder, folder, tmp_path / "whole", **changes)
+    train(whole)
+    config = long_run(blip_folder, folder, tmp_path / "run", **changes)
+    stopped_after(config, 6)
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    skipped = [json_lines(tmp_path / name / "skipped.jsonl") for name in ("run", "whole")]
+    assert skipped[0] == skipped[1] and len(skipped[0]) == 2
+
+
+def test_signals_are_as_before_when_a_run_is_over(blip_folder, data, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with redirect_stderr(io.StringIO()):
+        stopped_after(long_run(blip_folder, data, tmp_path / "run"), 1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_captioning_that_is_told_to_end_keeps_what_it_has_written(
+    blip_folder, data, tmp_path
+):
+    from lora_engine import __main__ as verbs
+
+    out = tmp_path / "captions.jsonl"
+
+    def signalled():
+        real, calls = captioning.caption_pixels, []
+
+        def send(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        captioning.caption_pixels = send
+        sys.argv = ["program", "caption", "--model", str(blip_folder), str(data / "images"),
+                    "--out", str(out), "--batch_size", "2", "--num_workers", "1"]
+        return cli.run(verbs.run_verb)
+
+    ended = in_child(signalled, tmp_path / "log")
+    assert ended.status == cli.TERMINATED, ended.output
+    assert "Traceback" not in ended.output
+    assert len(json_lines(out)) == 4
