@@ -1,0 +1,82 @@
+"""Nothing that a file says is ever run: the sources are searched for what could."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path for name in ("lora_engine", "recipes") for path in (ROOT / name).rglob("*.py")
+)
+MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "subprocess", "pty", "code"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {  # of any module or object
+    "os.system", "os.popen", "os.execv", "os.spawnv", "torch.load", "np.load", "numpy.load",
+    "yaml.load", "torch.hub.load",
+}
+ALLOWED = {
+    # published checkpoints come as .bin, too; with weights_only they hold tensors
+    ("lora_engine/pretrained.py", "torch.load"),
+}
+
+
+def dotted(node: ast.expr) -> str:
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def dangers(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.split(".")[0] in MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
+            yield node.module or ""
+        elif isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called in CALLS or called in METHODS:
+                yield called
+            for keyword in node.keywords:
+                is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and not is_false:
+                    yield keyword.arg
+                if keyword.arg == "weights_only" and is_false:
+                    yield "weights_only=False"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_source_can_run_what_a_file_says(path):
+    name = path.relative_to(ROOT).as_posix()
+    source = path.read_text(encoding="utf-8")
+    assert {(name, danger) for danger in dangers(source)} <= ALLOWED
+
+
+def test_the_one_load_of_torch_takes_weights_only():
+    tree = ast.parse((ROOT / "lora_engine" / "pretrained.py").read_text(encoding="utf-8"))
+    calls = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"
+    ]
+    assert len(calls) == 1
+    (only,) = [k.value for k in calls[0].keywords if k.arg == "weights_only"]
+    assert isinstance(only, ast.Constant) and only.value is True
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from pickle import load", "eval('1')", "torch.load(x)", "import subprocess",
+    "AutoModel.from_pretrained(x, trust_remote_code=True)", "np.load(x)", "os.system('x')",
+    "torch.load(x, weights_only=False)", "f(x, trust_remote_code=y)", "exec(open(x).read())",
+])
+def test_the_search_finds(source):
+    assert list(dangers(source))
+
+
+@pytest.mark.parametrize("source", [
+    "layer.compile()", "re.compile('x')", "model.eval()", "f(x, trust_remote_code=False)",
+])
+def test_the_search_leaves_alone(source):
+    assert not list(dangers(source))

@@ -1,0 +1,137 @@
+"""validate: everything is read once, and every row that cannot be used has its reason."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from pictures import write_pictures
+
+from lora_engine import __main__ as verbs
+from lora_engine import cli
+from lora_engine.commands import validate as room
+
+OK, PROBLEMS = 0, room.PROBLEMS
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_pictures(tmp_path, num_images=8)
+    return tmp_path
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "train.json").read_text())
+
+
+def write(folder: Path, rows: list, name: str = "train.json") -> Path:
+    (folder / name).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+    return folder / name
+
+
+def test_a_sound_set_has_no_problem(command, folder):
+    status, out, err = command(verbs.run_verb, "validate", "--data", folder / "train.json")
+    assert status == OK and err == ""
+    assert "8 rows, 8 images" in out and "8 can be used, 0 cannot" in out
+    assert "60 x 48 to 60 x 48 pixels" in out and "no row has a problem" in out
+    assert "captions    3 to 6 words" in out
+
+
+def test_every_bad_row_is_listed_with_line_and_reason(command, folder):
+    rows = rows_of(folder)
+    images = folder / "images"
+    (images / "train_01.png").write_bytes(b"nothing")
+    (images / "train_02.png").unlink()
+    rows[3] = {"text": "", "image": "images/train_03.png"}
+    rows[4] = ["not", "a row"]
+    rows += [rows[0], {"text": "a copy", "image": "images/copy.png"}]
+    (images / "copy.png").write_bytes((images / "train_05.png").read_bytes())
+    rows += [{"text": "a\0b", "image": "images/a\0b.png"}, {"text": "x", "image": rows[1]["image"]}]
+    path = write(folder, rows)
+    report = folder / "found.json"
+    status, out, err = command(verbs.run_verb, "validate", "--data", path, "--json", report)
+    assert status == PROBLEMS
+    told = json.loads(report.read_text())
+    reasons = {problem["row"]: problem["reason"] for problem in told["problems"]}
+    assert [(p["row"], p["line"]) for p in told["problems"]] == [
+        (2, 3), (3, 4), (4, 5), (5, 6), (11, 12), (12, 13)
+    ]
+    assert "not an image in a known format" in reasons[2] and "no such file" in reasons[3]
+    assert '"text" is empty' in reasons[4] and "expected an object" in reasons[5]
+    assert "not a possible file name" in reasons[11] and reasons[12] == reasons[2]
+    assert told["num_rows"] == 12 and told["num_images"] == 8
+    assert told["num_usable_images"] == 5
+    assert told["num_repeated_rows"] == 1 and told["num_repeated_images"] == 1
+    assert f"{path}:3: row 2: " in out and "6 of 12 rows cannot be used" in out
+
+
+def test_captions_are_counted_in_the_models_tokens(command, folder, blip_folder):
+    rows = rows_of(folder)
+    rows[0]["text"] = "a red circle " * 40
+    status, out, err = command(
+        verbs.run_verb, "validate", "--data", write(folder, rows), "--model", blip_folder,
+        "--max_caption_tokens", 30,
+    )
+    assert status == OK
+    assert "tokens, median" in out and "1 above --max_caption_tokens 30" in out
+
+
+def test_images_that_are_validated_on_too_are_counted(command, folder):
+    write(folder, rows_of(folder)[:3], "val.json")
+    status, out, err = command(
+        verbs.run_verb, "validate", "--data", folder / "train.json",
+        "--val_data", folder / "val.json",
+    )
+    assert status == OK and "3 images of" in out and "are among these" in out
+
+
+def test_many_processes_find_what_one_finds(command, folder, monkeypatch):
+    monkeypatch.setattr(room, "_CHUNK", 1)
+    (folder / "images" / "train_06.png").write_bytes(b"nothing")
+    found = []
+    for number in (1, 3):
+        report = folder / f"found{number}.json"
+        status, out, err = command(
+            verbs.run_verb, "validate", "--data", folder / "train.json", "--json", report,
+            "--num_workers", number,
+        )
+        assert status == PROBLEMS
+        found.append(json.loads(report.read_text()))
+    assert found[0] == found[1]
+
+
+def test_a_process_that_dies_is_an_error_in_words(command, folder, monkeypatch):
+    monkeypatch.setattr(room, "_CHUNK", 1)
+    main = os.getpid()
+
+    def die(path):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(room, "read_image_file", die)
+    status, out, err = command(
+        verbs.run_verb, "validate", "--data", folder / "train.json", "--num_workers", 2
+    )
+    assert status == cli.USAGE_ERROR and "a process that reads images has died" in err
+
+
+def test_many_problems_are_cut_short_and_said_to_be(command, folder):
+    path = write(folder, [{"text": "a", "image": f"none_{i}.png"} for i in range(30)])
+    status, out, err = command(verbs.run_verb, "validate", "--data", path)
+    assert status == PROBLEMS and "all 30 with --json FILE" in out
+    assert out.count("no such file") == room.MAX_SHOWN
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "none.json"], "none.json: no such file"),
+    (["--data", "empty.json"], "an empty list"),
+    (["--data", "empty.json", "--num_workers", "0"], "--num_workers is 0"),
+    (["--data", "empty.json", "--json", "no/such/folder.json"], "there is no folder no/such"),
+    (["--data", "utf16.json"], "not UTF-8"),
+])
+def test_bad_flags_and_files_are_errors_in_words(command, flags, words):
+    (command.work / "empty.json").write_text("[]")
+    (command.work / "utf16.json").write_bytes('[{"text": "é"}]'.encode("utf-16"))
+    status, out, err = command(verbs.run_verb, "validate", *flags)
+    assert status == cli.USAGE_ERROR and words in err and out == ""
