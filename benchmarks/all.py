@@ -23,6 +23,7 @@ BENCHMARKS = {  # name: the command's arguments
     "lora_linear": ["lora_linear"],
     "generate": ["generate"],
     "features": ["features"],
+    "checkpointing": ["checkpointing"],
     "input_path": ["input_path"],
 }
 ON_CPU = {"input_path"}  # whatever the device

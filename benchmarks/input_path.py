@@ -3,10 +3,11 @@
     python -m benchmarks.input_path --model blip
     python -m benchmarks.input_path --model vit_gpt2 --images PHOTOS --num_workers 1 8 16
 
-Three paths over the same JPEGs, drawn here at five sizes or taken from a folder of photos:
+Four paths over the same JPEGs, drawn here at five sizes or taken from a folder of photos:
 
 - Pillow: what transformers' Pillow processors do; distances are levels (of 0 to 255) from there;
 - ours: `lora_engine.images.load_pixels`;
+- unguarded: ours without the checks, the orientation and the transparency of its `open_image`;
 - draft: ours, after libjpeg decoded a JPEG to 1/2, 1/4 or 1/8 of its size where that is still
   DRAFT_MARGIN times as large as needed. The engine does not: it leaves images of up to seven (BLIP)
   or two megapixels as they are, is a hundred times further away, and is unsafe before Pillow 13 in
@@ -53,6 +54,10 @@ def pillow(data: bytes, settings: PixelSettings) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def unguarded(data: bytes, settings: PixelSettings) -> np.ndarray:
+    return to_pixels(Image.open(io.BytesIO(data)).convert("RGB"), settings)
+
+
 def draft(data: bytes, settings: PixelSettings) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
     for scale in (8, 4, 2):
@@ -67,7 +72,9 @@ def draft(data: bytes, settings: PixelSettings) -> np.ndarray:
 
 
 InputPath = Callable[[bytes, PixelSettings], np.ndarray]
-PATHS: dict[str, InputPath] = {"Pillow": pillow, "ours": load_pixels, "draft": draft}
+PATHS: dict[str, InputPath] = {
+    "Pillow": pillow, "ours": load_pixels, "unguarded": unguarded, "draft": draft,
+}
 
 
 def draw(width: int, height: int, *, seed: int) -> Image.Image:

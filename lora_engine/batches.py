@@ -7,38 +7,24 @@ Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded f
 W width, P image tokens, D width of the features.
 """
 
-import atexit
-import gc
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lora_engine.captions import IGNORED, TokenizedCaptions, collate_captions
 from lora_engine.image_identity import FileStamp, content_digest, stamp
 from lora_engine.images import ImageError, PixelSettings, load_pixels, read_image_file
 from lora_engine.packed_strings import PackedStrings
-from lora_engine.stopping import ignore_signals
+from lora_engine.workers import load
 
 MAX_SUBSTITUTES = 20
 
-_PATIENCE_S = 2  # between two looks whether the processes that load images are alive
 _WINDOW = 64  # batches sorted by length together: little padding, and an order still random
-
-
-class LoadingStopped(RuntimeError):
-    """Images that are loaded no more: a worker has died, or does not answer."""
 
 
 class Place(NamedTuple):
@@ -305,8 +291,7 @@ def load_batches(
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
     An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
-    lets the copy to a GPU run beside the computation. Raises LoadingStopped for a worker that died,
-    or that has not answered for `timeout_s` (0: for ever). The end of the iterator is the workers'.
+    lets the copy to a GPU run beside the computation. `timeout_s` is as in `workers.load`.
     """
     asked = (
         [
@@ -315,84 +300,14 @@ def load_batches(
         ]
         for batch in places
     )
-    loader = DataLoader(
+    return load(
         dataset,
         batch_sampler=_Once(asked),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_begin_worker,
-        timeout=_PATIENCE_S if num_workers else 0,
+        timeout_s=timeout_s,
     )
-    others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    end = partial(_kill, workers)
-    atexit.register(end)  # where nobody exhausts this iterator or lets go of it
-    if workers and threading.current_thread() is threading.main_thread():
-        # DataLoader would raise for a dead worker wherever this process is, be it half through a
-        # step. It also notices one when it is asked for a batch.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        if workers:
-            yield from _watched(batches, timeout_s)
-        else:
-            yield from batches
-    finally:
-        del batches  # which tells its workers to end, and waits for some seconds
-        end()
-        atexit.unregister(end)
-
-
-def _begin_worker(number: int) -> None:
-    ignore_signals()
-    gc.freeze()  # looking for garbage among what was there before would copy all of it
-
-
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-def _dead(reason: str) -> LoadingStopped:
-    return LoadingStopped(
-        f"a process that loads images has died ({reason}). Often memory ran out: try fewer "
-        f"--num_workers"
-    )
-
-
-def _watched(batches: Iterator[Batch], timeout_s: float) -> Iterator[Batch]:
-    """The same batches; raises LoadingStopped where a worker is dead, or late by `timeout_s`."""
-    begin_s = time.monotonic()
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # DataLoader's word for both; it may be asked again
-            reason = str(error).splitlines()[0]
-            if "timed out" not in reason:
-                raise _dead(reason) from error
-            if timeout_s and time.monotonic() - begin_s > timeout_s:
-                raise LoadingStopped(
-                    f"no process that loads images has answered for {timeout_s:g} s "
-                    f"(--worker_timeout): does the disk with the images still answer?"
-                ) from error
-            continue
-        except (OSError, EOFError) as error:  # it died while a batch was on its way
-            raise _dead(str(error)) from error
-        yield batch
-        begin_s = time.monotonic()
-
-
-def default_num_workers(device: torch.device, asked: int | None) -> int:
-    """Processes that load images for `device`, where no number is asked for."""
-    if asked is not None:
-        return asked
-    if device.type == "cpu":
-        return 0  # a loading process would only take turns with the threads that compute
-    return min(8, len(os.sched_getaffinity(0)) // 2)
 
 
 class _Once:

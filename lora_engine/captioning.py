@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lora_engine.adapter import Adapter, load_adapter
 from lora_engine.devices import autocast
@@ -19,6 +19,7 @@ from lora_engine.generation import generate
 from lora_engine.images import ImageError, PixelSettings, load_pixels
 from lora_engine.lora import merge
 from lora_engine.pretrained import Captioner
+from lora_engine.workers import load
 
 
 class Caption(NamedTuple):
@@ -118,23 +119,21 @@ def caption_images(
     *,
     batch_size: int = 16,
     num_workers: int = 0,
+    timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
     **settings,
 ) -> Iterator[Captioned]:
     """Caption image files in batches, in order; one that cannot be read yields its reason.
 
-    `numbers` are the images' numbers for sampling, by default their places among `images`.
-    `settings` are those of `caption_pixels`.
+    `num_workers` and `timeout_s` are those of `workers.load`. `numbers` are the images' numbers for
+    sampling, by default their places among `images`. `settings` are those of `caption_pixels`.
     """
     numbers = range(len(images)) if numbers is None else numbers
-    loader = DataLoader(
-        _ImageFiles(list(map(str, images)), speakers[0].captioner.pixels),
-        batch_size=batch_size,
-        collate_fn=list,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
+    files = _ImageFiles(list(map(str, images)), speakers[0].captioner.pixels)
+    batches = load(
+        files, batch_size=batch_size, collate_fn=list, num_workers=num_workers, timeout_s=timeout_s
     )
-    for batch in loader:
+    for batch in batches:
         usable = [(place, pixels) for place, pixels, _ in batch if pixels is not None]
         captions: Iterator[tuple[Caption, ...]] = iter(())
         if usable:

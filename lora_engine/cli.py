@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from lora_engine.batches import LoadingStopped
 from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.journal import TrainingStopped
 from lora_engine.run_folder import RunFolder
 from lora_engine.stopping import Interrupted
+from lora_engine.workers import LoadingStopped
 
 USAGE_ERROR = 2
 STOPPED = 3

@@ -18,7 +18,6 @@ from lora_engine.batches import (
     Batch,
     CaptionedImages,
     Collate,
-    default_num_workers,
     load_batches,
 )
 from lora_engine.checkpoint import (
@@ -44,6 +43,7 @@ from lora_engine.optim import FlatMatrices, build_optimizer
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.run_folder import RunFolder, allowed_failures
 from lora_engine.trackers import check_tracker
+from lora_engine.workers import default_num_workers
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.batches import Batch, LoadingStopped, training_places
+from lora_engine.batches import Batch, training_places
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
 from lora_engine.devices import autocast, describe, peak_memory_bytes
@@ -49,6 +49,7 @@ from lora_engine.stopping import Interrupted, StopSignal, signals_held
 from lora_engine.summary import TrainingSummary
 from lora_engine.trackers import start_tracker
 from lora_engine.validation_captions import ValidationCaptions
+from lora_engine.workers import LoadingStopped
 
 
 def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:

@@ -33,6 +33,7 @@ RUNS = {  # flags beyond those of all, number of results
     "lora_linear": ([], 1),
     "generate": ([], 1),
     "features": ([], 1),
+    "checkpointing": ([], 1),
 }
 
 

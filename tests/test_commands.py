@@ -412,6 +412,8 @@ def test_coco_annotations_are_read_and_bad_images_counted(
     assert "skipped" in err and "2.png" in err and "1 images could not be read" in err
     assert "2 images of" in out and "4 references" in out and "difference" not in out
     assert [line["image_id"] for line in json.loads(Path("out.json").read_text())] == [10, 11]
+    (skipped,) = json_lines(Path("skipped.jsonl"))
+    assert skipped["image"].endswith("2.png") and "known format" in skipped["reason"]
     assert json_lines(Path("each.jsonl"))[0]["references"] == ["caption 0 of it", "caption 3 of it"]
 
 

@@ -28,15 +28,17 @@ from lora_engine import (
     run_state,
     training,
     validation_captions,
+    workers,
 )
 from lora_engine.adapter import read_adapter
-from lora_engine.batches import CaptionedImages, LoadingStopped
+from lora_engine.batches import CaptionedImages
 from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
 from lora_engine.config import TrainingConfig
 from lora_engine.journal import TrainingStopped
 from lora_engine.micro_batches import split
 from lora_engine.stopping import Interrupted
 from lora_engine.training import train
+from lora_engine.workers import LoadingStopped
 from recipes import blip_cc3m
 
 TIMES = ("images_per_s", "data_wait_share")
@@ -134,8 +136,8 @@ def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
         expected = tmp_path / "expected"
         train(long_run(model, data, expected))
     config = long_run(model, data, tmp_path / "run")
-    for attempt, (at_step, workers) in enumerate([(4, 2), (3, 0), (6, 1)]):
-        config = go_on(config, num_workers=workers)
+    for attempt, (at_step, num_workers) in enumerate([(4, 2), (3, 0), (6, 1)]):
+        config = go_on(config, num_workers=num_workers)
         ended = in_child(killing(config, at_step), tmp_path / "log")
         assert ended.status == -signal.SIGKILL, ended.output
         if attempt:
@@ -640,7 +642,7 @@ def in_a_worker(monkeypatch, at_row: int, act) -> None:
         return real(self, place)
 
     monkeypatch.setattr(CaptionedImages, "__getitem__", get)
-    monkeypatch.setattr(batches, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(workers, "_PATIENCE_S", 0.2)
 
 
 @pytest.mark.parametrize("act, words", [

@@ -17,6 +17,7 @@ from lora_engine.adapter import read_adapter
 from lora_engine.captioning import Captioned, Speaker
 from lora_engine.commands.loading import (
     CaptioningConfig,
+    SkippedImages,
     check_writable,
     load_base,
     speaker_of,
@@ -106,7 +107,7 @@ def caption(args: list[str]) -> int:
         ),
         numbers=left,
     )
-    num_failed = 0
+    skipped = SkippedImages(config.out)
     # Files are opened when everything is loaded: what fails before that changes none.
     with ExitStack() as stack:
         writers = _open_writers(config, stack)
@@ -117,11 +118,9 @@ def caption(args: list[str]) -> int:
                 for write in writers:
                     write(outcome)
             else:
-                num_failed += 1
-                print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
-    if num_failed:
-        print(f"{num_failed} images could not be read", file=sys.stderr)
-    return UNREADABLE if num_failed else 0
+                skipped.add(outcome)
+    skipped.finish()
+    return UNREADABLE if skipped.lines else 0
 
 
 def _listed(paths: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from lora_engine.adapter import read_adapter
 from lora_engine.captioning import Caption, Speaker
 from lora_engine.commands.loading import (
     CaptioningConfig,
+    SkippedImages,
     check_writable,
     load_base,
     speaker_of,
@@ -109,18 +110,18 @@ def _caption(
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
     """The images that could be read, and what each speaker says of them."""
     outcomes = config.caption(list(speakers.values()), [image.image for image in data])
+    skipped = SkippedImages(config.out)
     scored: list[Referenced] = []
     captions: dict[str, list[Caption]] = {name: [] for name in speakers}
     progress = tqdm(outcomes, total=len(data), unit="image", disable=not sys.stderr.isatty())
     for image, outcome in zip(data, progress):
         if outcome.reason is not None:
-            print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
+            skipped.add(outcome)
             continue
         scored.append(image)
         for said, caption in zip(captions.values(), outcome.captions):
             said.append(caption)
-    if len(scored) < len(data):
-        print(f"{len(data) - len(scored)} images could not be read", file=sys.stderr)
+    skipped.finish()
     return scored, captions
 
 

@@ -1,5 +1,6 @@
 """What verbs share: a base model with the adapters that are asked for, and how they caption."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from lora_engine.adapter import Adapter
-from lora_engine.batches import default_num_workers
 from lora_engine.captioning import Captioned, Speaker, caption_images, with_adapter
 from lora_engine.devices import resolve_device, resolve_dtype
+from lora_engine.files import replaced_file
 from lora_engine.lora import cast_frozen
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.workers import default_num_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,13 @@ class CaptioningConfig:
     num_workers: int | None = None
     """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
     """
+    worker_timeout: float = 300.0
+    """Seconds after which a process that loads images and does not answer ends the command."""
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
-        at_least = {"num_beams": 1, "max_new_tokens": 1, "batch_size": 1, "num_workers": 0}
+        at_least = {"num_beams": 1, "max_new_tokens": 1, "batch_size": 1, "num_workers": 0,
+                    "worker_timeout": 1}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -61,6 +66,7 @@ class CaptioningConfig:
             images,
             batch_size=self.batch_size,
             num_workers=default_num_workers(device, self.num_workers),
+            timeout_s=self.worker_timeout,
             device=device,
             dtype=dtype,
             num_beams=self.num_beams,
@@ -124,6 +130,29 @@ def speaker_of(captioner: Captioner, adapter: Adapter, prompt: str | None) -> Sp
     return Speaker(
         with_adapter(captioner, adapter), adapter.prompt if prompt is None else prompt
     )
+
+
+class SkippedImages:
+    """Names the images that cannot be read, and lists them in skipped.jsonl beside `out`."""
+
+    def __init__(self, out: str | None) -> None:
+        self.path = None if out is None else Path(out).with_name("skipped.jsonl")
+        self.lines: list[dict[str, str | None]] = []
+
+    def add(self, outcome: Captioned) -> None:
+        print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
+        self.lines.append({"image": outcome.image, "reason": outcome.reason})
+
+    def finish(self) -> None:
+        """Say how many they are, and list them."""
+        if not self.lines:
+            return
+        where = "" if self.path is None else f"; {self.path} lists them"
+        print(f"{len(self.lines)} images could not be read{where}", file=sys.stderr)
+        if self.path is not None:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+            with replaced_file(self.path) as new:
+                new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_writable(flag: str, path: str | None) -> None:

@@ -1,0 +1,99 @@
+"""What a checkpoint costs a run: writing it, all of it on the disk, and reading it back.
+
+    python -m benchmarks.checkpointing --model blip
+    python -m benchmarks.checkpointing --model vit_gpt2 --rank 64 --folder /mnt/slow
+
+Writing is what training waits for: the adapter and AdamW's moments leave the device, are hashed,
+written and flushed to the disk, and the folder gets its name. Reading checks every hash. Two
+hundred captions before training and as many of the best step are in it, as in a run's.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import plots
+from benchmarks.contenders import checkpoint
+from benchmarks.measure import cells, finish, flags, interleave, read_flags, spread, table, wait_for
+from benchmarks.ours import ALPHA, RANK
+from lora_engine.adapter import adapter_files
+from lora_engine.checkpoint import read_checkpoint, write_checkpoint
+from lora_engine.lora import inject, lora_layers
+from lora_engine.optim import FlatMatrices, build_optimizer
+from lora_engine.pretrained import load_body
+
+CAPTIONS = {
+    step: [[row, "a dog jumps over a fence in front of a house", True] for row in range(200)]
+    for step in ("0", "100")
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = flags(__doc__)
+    parser.add_argument("--rank", type=int, default=RANK, help=f"default: {RANK}")
+    parser.add_argument("--folder", type=Path, help="whose disk; default: that for temporary files")
+    arguments = read_flags(parser, argv)
+    with (
+        checkpoint(arguments.model, small=arguments.quick) as model_folder,
+        tempfile.TemporaryDirectory(dir=arguments.folder) as name,
+    ):
+        write, read, num_bytes = _operations(arguments, model_folder, Path(name))
+        seconds = interleave({"write": write, "read": read}, num_rounds=arguments.rounds)
+    spreads = {name: spread(values) for name, values in seconds.items()}
+    text = table([["seconds", "median", "min", "max"], *(
+        cells(name, values, ".4f") for name, values in spreads.items()
+    )])
+    finish(
+        "checkpointing",
+        arguments,
+        {"seconds": spreads, "megabytes": num_bytes / 1e6, "rank": arguments.rank},
+        text=text,
+        headline=f"checkpoint of {num_bytes / 1e6:.1f} MB: "
+        f"{spreads['write']['median']:.3f} s to write, {spreads['read']['median']:.3f} s to read",
+        draw=lambda axes: plots.bars(axes, spreads, "seconds"),
+    )
+
+
+def _operations(
+    arguments: argparse.Namespace, model_folder: Path, folder: Path
+) -> tuple[Callable[[int], float], Callable[[int], float], int]:
+    """Functions that write and read a checkpoint -> seconds, and its bytes."""
+    model = load_body(model_folder).to(arguments.device)
+    inject(model, ["attention", "feed_forward"], rank=arguments.rank, alpha=ALPHA)
+    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), arguments.dtype)
+    optimizer = build_optimizer(matrices, lr=1e-4, weight_decay=0.0)
+    matrices.gradient.normal_()
+    optimizer.step()
+    moments = optimizer.state[matrices.values]
+    path = folder / "step-00000100"
+    state: dict[str, Any] = {"step": 100, "settings": {}, "captions": CAPTIONS}
+
+    def write(_: int) -> float:
+        wait_for(arguments.device)
+        begin_s = time.perf_counter()
+        write_checkpoint(
+            path,
+            adapter_files=adapter_files(model, base_model="base"),
+            optimizer=optimizer,
+            state=state,
+        )
+        return time.perf_counter() - begin_s
+
+    def read(_: int) -> float:
+        begin_s = time.perf_counter()
+        found = read_checkpoint(path)
+        seconds = time.perf_counter() - begin_s
+        assert torch.equal(found.moments["exp_avg"], moments["exp_avg"].cpu())
+        return seconds
+
+    write(0)
+    return write, read, sum(file.stat().st_size for file in path.iterdir())
+
+
+if __name__ == "__main__":
+    main()
