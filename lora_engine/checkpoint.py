@@ -223,6 +223,18 @@ def check_fingerprints(checkpoint: Checkpoint, now: dict[str, str], config: Trai
         )
 
 
+def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:
+    """Raises CheckpointError where products would be in another format than the run's."""
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    before = checkpoint.state.get("compute_dtype")
+    if before != str(dtype):
+        raise CheckpointError(
+            f"cannot go on with the run in {config.output_path} with another --precision: "
+            f"{config.precision} means {names[str(dtype)]} here, the run has "
+            f"{names.get(str(before), before)}; give that one"
+        )
+
+
 def checkpoint_bytes(num_elements: int) -> int:
     """About what a checkpoint of so many trainable elements takes: the matrices, two moments."""
     return 3 * 4 * num_elements + _SPARE_BYTES

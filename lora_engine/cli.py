@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
     # By way of an exception, so that loading processes end and temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     try:
         return main(sys.argv[1:])
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
@@ -62,6 +62,8 @@ def run(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_error(kind: str, error: Exception) -> None:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 NEWEST = "newest"  # what a bare --resume means
 
-# A run that goes on may have other ones: where files lie and what is told, ...
+# A run that goes on may have other ones: where files lie and what is told (and precision, of which
+# the format counts that it comes to), ...
 _MAY_CHANGE = frozenset((
     "model", "train_data_path", "val_data_path", "output_path", "num_workers", "cache",
-    "cache_dir", "cache_limit_gb", "log_every", "patience", "save_every", "keep_last",
+    "cache_dir", "cache_limit_gb", "precision", "log_every", "patience", "save_every", "keep_last",
     "max_bad_share", "worker_timeout", "track", "push_to_hub", "licence",
 ))
 # ... its length, ...
@@ -111,8 +112,8 @@ class TrainingConfig:
     patience: int | None = None
     """Stop after so many validations in a row without a new best; default: never."""
     save_every: str = "10min"
-    """Write a checkpoint every so many optimizer steps (500), or so often (10min, 90s, 2h); also at
-    the end, and when the run is asked to stop."""
+    """Write a checkpoint every so many optimizer steps (500), or so often (10min, 90s, 2h); also of
+    each new best, at the end, and when the run is asked to stop."""
     keep_last: int = 2
     """Checkpoints that are kept, besides the best one."""
     resume: str | None = None

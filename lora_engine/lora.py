@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_engine.dropout import dropout_mask, kept_part
 from lora_engine.products import compute_dtype, product
 
 
@@ -170,8 +171,7 @@ def _dropout_mask(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor | None
     """Which elements of x the LoRA dropout of `layers` keeps (None: all), and their share."""
     for layer in layers:
         if isinstance(layer, LoRALinear) and layer.training and layer.dropout and not layer.merged:
-            share = 1.0 - layer.dropout
-            return torch.empty_like(x, dtype=torch.bool).bernoulli_(share), share
+            return dropout_mask(x, layer.dropout)
     return None, 1.0
 
 
@@ -195,7 +195,7 @@ class _Projections(torch.autograd.Function):
         A = low_rank = None
         if any(ctx.ranks):
             A = torch.cat([A for A in As if A is not None])
-            low_rank = product(X if kept is None else X * kept, A)  # (M, sum of R)
+            low_rank = product(kept_part(X, kept), A)  # (M, sum of R)
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
                     Y.addmm_(part, B.T, alpha=s)
@@ -218,13 +218,13 @@ class _Projections(torch.autograd.Function):
                 if B is not None
             ]
             G = torch.cat(Gs, dim=1)  # (M, sum of R)
-            dAs = (G.T @ (X if kept is None else X * kept)).split(ctx.ranks)
+            dAs = (G.T @ kept_part(X, kept)).split(ctx.ranks)
             parts = low_rank.split(ctx.ranks, dim=1)
             # As the transpose of (R, M) (M, out): kernels like a result with few rows better than
             # one with few columns.
             dBs = [(part.T @ dY).mul_(s).T for dY, part, s in zip(dYs, parts, ctx.scalings)]
             if dX is not None:
-                dX = dX.addmm_(G, A) if kept is None else dX.add_((G @ A).mul_(kept))
+                dX = dX.addmm_(G, A) if kept is None else dX.add_(kept_part(G @ A, kept))
         matrices = [
             (None, None, dA, dB) if rank else (None, None, None, None)
             for dA, dB, rank in zip(dAs, dBs, ctx.ranks)

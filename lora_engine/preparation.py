@@ -22,6 +22,7 @@ from lora_engine.batches import (
 )
 from lora_engine.checkpoint import (
     Checkpoint,
+    check_dtype,
     check_fingerprints,
     checkpoint_bytes,
     checkpoint_to_resume,
@@ -93,6 +94,8 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         torch.set_num_threads(config.num_threads)
     dtype = resolve_dtype(config.precision, device)
     kernels = choose_kernels(device, dtype)
+    if checkpoint is not None:
+        check_dtype(checkpoint, dtype, config)
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
     fingerprints = {
@@ -268,7 +271,8 @@ def run_folder(parts: Prepared) -> RunFolder:
             prefix=FAMILIES[parts.captioner.family].name,
             take_up=config.resume is not None,
         )
-    is_validated = str(checkpoint.step) in checkpoint.state["validations"]["losses"]
+    losses = checkpoint.state.get("validations", {}).get("losses", {})
+    is_validated = str(checkpoint.step) in losses
     return RunFolder.reopen(config.output_path, step=checkpoint.step, is_validated=is_validated)
 
 

@@ -97,10 +97,11 @@ class RunState:
             )
         return "\n".join(lines)
 
-    def save_if_due(self) -> None:
+    @property
+    def is_save_due(self) -> bool:
+        """Whether it is time for a checkpoint, by --save_every."""
         num_steps, seconds = self.parts.config.save_interval()
-        if self.step % num_steps == 0 or time.monotonic() - self.saved_s >= seconds:
-            self.save()
+        return self.step % num_steps == 0 or time.monotonic() - self.saved_s >= seconds
 
     def save(self) -> None:
         """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet.
@@ -142,6 +143,7 @@ class RunState:
             "total_steps": self.schedule.total_steps,
             "settings": self.parts.config.as_dict(),
             "fingerprints": self.parts.fingerprints,
+            "compute_dtype": str(self.parts.dtype),
             "scaler": self.parts.scaler.state_dict(),
             "micro_batch_rows": self.fitting.num_rows,
             "validations": self.keeper.state_dict(),

@@ -32,6 +32,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_at_once = False  # whether it has come twice
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
@@ -51,6 +52,7 @@ class StopSignal:
         if self.number is not None:
             # A third one ends the process whatever it does.
             signal.signal(number, signal.SIG_DFL)
+            self.is_at_once = True
             raise KeyboardInterrupt
         self.number = number
         print(

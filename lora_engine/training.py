@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import Batch, training_places
 from lora_engine.config import TrainingConfig
 from lora_engine.cuda_graphs import CudaGraphs
@@ -137,9 +138,8 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 f"{error}. What was there before is whole. {state.how_to_go_on()}"
             ) from error
         finally:
-            if state.has_begun:
-                keeper.keep_last(state.step)
-                _tell(folder, journal.say)
+            if state.has_begun and not stop.is_at_once:
+                _tell(folder, keeper, state.step, journal.say)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
@@ -222,13 +222,17 @@ def take_steps(
         if schedule.is_validated(step):
             validation.run(step=step, epoch=step / schedule.steps_per_epoch)
             meter.restart()
-        state.save_if_due()
+        if keeper.best_step == step or state.is_save_due:
+            state.save()
     state.save()
 
 
-def _tell(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Draw and write what people read; that it fails neither ends a run nor hides why one ended."""
+def _tell(
+    folder: RunFolder, keeper: AdapterKeeper, step: int, say: Callable[[str], None]
+) -> None:
+    """Write what people read and use; that it fails neither ends a run nor hides why one ended."""
     for write in (
+        partial(keeper.keep_last, step),
         partial(draw_loss_curve, folder.metrics, folder.loss_curve),
         partial(write_model_card, folder),
         partial(write_report, [folder.path], folder.report),

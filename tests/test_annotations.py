@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -159,3 +161,26 @@ def test_hold_out_refuses_an_impossible_fraction(fraction):
 def test_hold_out_needs_two_images():
     with pytest.raises(ValueError, match="pass a validation file with --val_data_path"):
         hold_out([Row("a", "1.jpg"), Row("b", "1.jpg")], fraction=0.5, seed=0)
+
+
+def test_many_rows_take_little_memory(tmp_path):
+    """A tenth of what a million may take: 600 MB above the interpreter."""
+    rows = [
+        {"text": f"a picture of thing number {i} in some place", "image": f"{i // 1000}/{i}.jpg"}
+        for i in range(100_000)
+    ]
+    path = write(tmp_path, json.dumps(rows))
+    program = (
+        "import sys\n"
+        "from lora_engine.annotations import read_annotations\n"
+        "status = lambda: open('/proc/self/status').read()\n"
+        "used = lambda: int(status().split('VmHWM:')[1].split()[0])\n"
+        "before = used()\n"
+        "rows = read_annotations(sys.argv[1])\n"
+        "print(len(rows), (used() - before) // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+    )
+    num_rows, megabytes = map(int, done.stdout.split())
+    assert num_rows == 100_000 and 10 < megabytes < 60

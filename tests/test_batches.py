@@ -26,6 +26,7 @@ from lora_engine.batches import (
 )
 from lora_engine.captions import IGNORED, TokenizedCaptions
 from lora_engine.images import PixelSettings, open_image, to_pixels
+from lora_engine.packed_strings import PackedStrings
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 COLLATE = Collate(image_size=PIXELS.size, prompt_length=2, pad_id=0)
@@ -319,3 +320,13 @@ def test_a_bucketed_batch_has_the_same_targets_in_one_of_few_shapes():
         assert torch.equal(other.target_positions[: one.num_targets], rows * wide + columns)
         shapes.add((wide, len(other.target_ids)))
     assert len(shapes) < 30
+
+
+@pytest.mark.parametrize("strings", [[], ["a"], ["", "é", "a/b c", "\ud800", "x" * 1000, ""]])
+def test_packed_strings_are_the_strings(strings):
+    packed = PackedStrings(strings)
+    assert len(packed) == len(strings) and [*packed] == strings and packed[1:] == strings[1:]
+    assert [packed[i] for i in range(-len(strings), 0)] == strings
+    for index in (len(strings), -len(strings) - 1):
+        with pytest.raises(IndexError):
+            packed[index]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from lora_engine.dropout import dropout_mask
 from lora_engine.lora import (
     LoRALinear,
     cast_frozen,
@@ -153,9 +154,9 @@ def test_low_rank_path_sees_exactly_the_dropped_input(make_base):
     torch.manual_seed(11)
     out = layer(x)
     torch.manual_seed(11)
-    is_kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.6)
-    assert 0.4 < is_kept.float().mean() < 0.8
-    dropped = torch.where(is_kept, x / 0.6, 0.0)
+    is_kept, share = dropout_mask(x, 0.4)
+    assert 0.4 < is_kept.float().mean() < 0.8 and share == pytest.approx(0.6, abs=1e-5)
+    dropped = torch.where(is_kept, x / share, 0.0)
     expected = base(x) + layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-5)
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine import lora
+from lora_engine.dropout import dropout_mask
 from lora_engine.lora import LoRALinear, cast_frozen, project
 from lora_engine.optim import FlatMatrices
 
@@ -89,7 +90,8 @@ def formula(x: Tensor, layers: Sequence[nn.Module], kept: Tensor | None = None) 
         weight = layer.weight.T if getattr(layer, "weight_is_transposed", False) else layer.weight
         out = x @ weight.T if layer.bias is None else x @ weight.T + layer.bias
         if layer in adapters(layers):
-            dropped = x if kept is None else torch.where(kept, x / (1 - layer.dropout), 0.0)
+            _, share = dropout_mask(x, layer.dropout)
+            dropped = x if kept is None else torch.where(kept, x / share, 0.0)
             out = out + layer.scaling * (dropped @ layer.lora_A.T @ layer.lora_B.T)
         outs.append(out)
     return outs

@@ -147,9 +147,22 @@ def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
 
 
 def test_what_was_logged_after_the_checkpoint_comes_once(unbroken, blip_folder, data, tmp_path):
-    """Killed behind validation 5, before the checkpoint of step 6, with half a line at the end."""
+    """Killed behind the line of validation 5, before its checkpoint, with half lines at the ends.
+    """
     config = long_run(blip_folder, data, tmp_path / "run")
-    ended = in_child(killing(config, 6, "optimizer_step"), tmp_path / "log")
+
+    def run():
+        real = validation_captions.ValidationCaptions.write
+
+        def die(self, folder, step):
+            if step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, folder, step)
+
+        validation_captions.ValidationCaptions.write = die
+        train(config)
+
+    ended = in_child(run, tmp_path / "log")
     assert ended.status == -signal.SIGKILL
     run = tmp_path / "run"
     assert json_lines(run / "metrics.jsonl")[-1]["step"] == 5
@@ -259,7 +272,7 @@ def test_checkpoints_by_time(blip_folder, data, tmp_path, monkeypatch):
     config = long_run(blip_folder, data, tmp_path / "run", keep_last=99, save_every="2min")
     train(config)
     steps = [int(p.name[5:]) for p in checkpoint_paths(tmp_path / "run" / "checkpoints")]
-    assert steps == [0, 4, 8, 12, 13]
+    assert steps == [0, 4, 5, 9, 10, 13]  # those of new bests count for the time, too
 
 
 def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
@@ -313,7 +326,7 @@ def halfway(blip_folder, data, tmp_path_factory) -> Path:
     {"lr": 1e-4}, {"batch_size": 4}, {"seed": 1}, {"grad_accum_steps": 1}, {"lora_rank": 4},
     {"lora_targets": ("query",)}, {"lora_dropout": 0.0}, {"warmup_steps": 0},
     {"max_grad_norm": 0.5}, {"label_smoothing": 0.1}, {"prompt": "a"}, {"max_caption_tokens": 9},
-    {"precision": "bf16"}, {"eval_every": 3}, {"best_by": "cider_d"}, {"epochs": 2},
+    {"eval_every": 3}, {"best_by": "cider_d"}, {"epochs": 2},
     {"max_steps": 12}, {"cache_dtype": "int8"}, {"weight_decay": 0.5},
 ], ids=str)
 def test_a_setting_that_would_change_the_run_is_refused_by_name(
@@ -328,6 +341,13 @@ def test_a_setting_that_would_change_the_run_is_refused_by_name(
     shown = " ".join(value) if isinstance(value, tuple) else str(value)
     assert f"--{name} {shown} (the run has " in str(caught.value)
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_number_format_is_refused(halfway, blip_folder, data, tmp_path):
+    config = go_on(long_run(blip_folder, data, copy_of(halfway, tmp_path)))
+    with pytest.raises(CheckpointError, match="bf16 means bf16 here, the run has fp32"):
+        train(replace(config, precision="bf16"))
+    train(replace(config, precision="fp32"))  # what auto means
 
 
 def test_all_settings_are_either_compared_or_named_as_free():

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lora_engine.dropout import dropout_mask, kept_part
 from lora_engine.lora import LoRALinear, linear_parts
 from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
 from lora_engine.products import batched_product, feature_product, head_product, product
@@ -76,7 +77,10 @@ def _low_rank_features(
     A = torch.cat([adapter.matrices(features.dtype)[0] for adapter in adapters])
     assert len({adapter.dropout for adapter in adapters}) == 1, "one mask, one probability"
     dropout = adapters[0].dropout if adapters[0].training else 0.0
-    rows = F.dropout(features, dropout).flatten(0, 1)
+    rows = features.flatten(0, 1)
+    if dropout:
+        kept, kept_share = dropout_mask(rows, dropout)
+        rows, A = kept_part(rows, kept), A / kept_share
     low_rank = feature_product(rows, A).unflatten(0, features.shape[:2])
     ranks = [adapter.rank for adapter in adapters]
     split = (part.contiguous() for part in low_rank.split(ranks, dim=-1))
