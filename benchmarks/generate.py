@@ -2,14 +2,18 @@
 
     python -m benchmarks.generate --model blip
     python -m benchmarks.generate --model vit_gpt2 --device cuda --merge
+    python -m benchmarks.generate --as_shipped
 
 Both caption pixels in memory, encoder included, with the same adapter of rank 8 on all decoder
 linears, unmerged unless --merge; ours also from kept features. BLIP's encoder in transformers gets
-SDPA patched in, as an expert would. Random weights hardly ever end a caption, so that each has
-MAX_NEW_TOKENS new tokens. How many captions are the same on both sides, token by token, is printed,
-too: all in fp32; in bf16 some differ, because to random weights many words are about as likely. To
-such weights images look much alike (see how many captions are distinct): what images do to captions
-is for tests/test_generation.py to compare.
+SDPA patched in, as an expert would. With --as_shipped both sides are what a user gets: transformers
+and PEFT as they are, and the adapter folded into ours, as `lora_engine caption` does.
+
+Random weights hardly ever end a caption, so that each has MAX_NEW_TOKENS new tokens. How many
+captions are the same on both sides, token by token, is printed, too: all in fp32; in bf16 some
+differ, because to random weights many words are about as likely. To such weights images look much
+alike (see how many captions are distinct): what images do to captions is for
+tests/test_generation.py to compare.
 """
 
 import time
@@ -52,13 +56,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags(__doc__)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
+    parser.add_argument(
+        "--as_shipped", action="store_true",
+        help="both as they come: no SDPA patched in, ours merged",
+    )
     arguments = read_flags(parser, argv)
     if arguments.quick:
         arguments.images = 4
     with checkpoint(arguments.model, small=arguments.quick) as folder:
         case = make_case(folder, arguments, num_rows=arguments.images)
-        theirs = hugging_face(case, merged=arguments.merge)
-        from_pixels, from_features = ours(case, merged=arguments.merge)
+        theirs = hugging_face(case, merged=arguments.merge, sdpa=not arguments.as_shipped)
+        from_pixels, from_features = ours(
+            case, merged=arguments.merge or arguments.as_shipped
+        )
     captioners = {"ours": from_pixels, "ours, features": from_features, "Hugging Face": theirs}
 
     searches: dict[str, Any] = {}
@@ -98,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         "generate", arguments,
         {
             "num_images": arguments.images, "max_new_tokens": MAX_NEW_TOKENS,
-            "merged": arguments.merge, "searches": searches,
+            "merged": arguments.merge, "as_shipped": arguments.as_shipped, "searches": searches,
         },
         text=table(rows),
         headline="Hugging Face's speed: " + ", ".join(
@@ -110,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def hugging_face(case: Case, *, merged: bool) -> Caption:
+def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
     """transformers with PEFT; its adapter stays in the case's folder, for ours to read."""
     model: Any = peers._lora_model(
         case.folder, case.model, case.device, case.dtype, dropout=0.0, seed=0
@@ -123,7 +133,8 @@ def hugging_face(case: Case, *, merged: bool) -> Caption:
     if merged:
         model.merge_adapter()
     encoder, decoder = peers._halves(model, case.model)
-    peers._patch_sdpa(encoder)
+    if sdpa:
+        peers._patch_sdpa(encoder)
     decoder.config.use_cache = True  # training goes without
     pixels = torch.from_numpy(case.rows.pixels).to(case.device)
 

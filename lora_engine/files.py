@@ -40,12 +40,12 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield new
         for file in new.iterdir():
-            _sync(file)
-        _sync(new)
+            sync(file)
+        sync(new)
         if path.exists():
             path.rename(old)
         new.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -94,7 +94,7 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,7 +26,7 @@ import torch
 
 from lora_engine.batches import Batch, CaptionedImages, Skipped
 from lora_engine.checkpoint import CHECKPOINTS_FOLDER, set_aside_after
-from lora_engine.files import clear_leftovers, replaced_file
+from lora_engine.files import clear_leftovers, replaced_file, sync
 from lora_engine.journal import Journal, TrainingStopped, append_line
 from lora_engine.version import __version__
 
@@ -155,6 +155,12 @@ class RunFolder:
         text = json.dumps(line, ensure_ascii=False) + "\n"
         with open(path, "ab", buffering=0) as file:
             append_line(file, text.encode("utf-8", errors="backslashreplace"))
+
+    def sync(self) -> None:
+        """Wait until all that is logged is on the disk."""
+        for path in (self.metrics, self.samples, self.captions, self.skipped):
+            if path.exists():
+                sync(path)
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Replace one of the folder's .jsonl files."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_engine.adapter_keeper import AdapterKeeper
@@ -41,9 +41,7 @@ class RunState:
     say: Callable[[str], None]
     step: int = 0
     saved_step: int | None = None
-
-    def __post_init__(self) -> None:
-        self.saved_s = time.monotonic()
+    saved_s: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def seconds(self) -> float:
@@ -116,6 +114,7 @@ class RunState:
         try:
             folder.mkdir(exist_ok=True)
             check_space(folder, needed=checkpoint_bytes(self.parts.matrices.values.numel()))
+            self.folder.sync()  # up to this step, where a run that goes on begins to log again
             write_checkpoint(
                 folder / checkpoint_name(self.step),
                 adapter_files=self.keeper.files(self.step),

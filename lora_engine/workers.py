@@ -45,14 +45,15 @@ def load(
         yield from loader
         return
     others = set(multiprocessing.active_children())
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - others
     end = partial(_kill, workers)
     atexit.register(end)  # where nobody exhausts this iterator or lets go of it
     if threading.current_thread() is threading.main_thread():
-        # DataLoader would raise for a dead process wherever this one is, be it half through a
-        # step. It also notices one when it is asked for a batch.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # DataLoader has just asked to be told of a dead process at once, and would raise wherever
+        # this one is, be it half through a step. It also notices one when it is asked for a batch.
+        signal.signal(signal.SIGCHLD, before)
     try:
         yield from _watched(batches, timeout_s)
     finally:
