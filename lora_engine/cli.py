@@ -1,4 +1,7 @@
-"""Command lines: flags from a dataclass, and people's mistakes as messages, not tracebacks."""
+"""Command lines: flags from a dataclass, and people's mistakes as messages, not tracebacks.
+
+What is slow to import, torch above all, is imported within `run`: Ctrl-C is no mistake then either.
+"""
 
 import dataclasses
 import difflib
@@ -12,13 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from lora_engine.config import NEWEST, TrainingConfig
-from lora_engine.journal import TrainingStopped
-from lora_engine.run_folder import RunFolder
-from lora_engine.stopping import Interrupted
-from lora_engine.workers import LoadingStopped
+from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 
 USAGE_ERROR = 2
 STOPPED = 3
@@ -77,6 +75,8 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
     Raises ValueError for a flag that does not exist, naming near ones. Other mistakes and --help
     end the program, as tyro words them.
     """
+    import tyro
+
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     known = [f"--{field.name}" for field in fields]
     known += [f"--no_{field.name}" for field in fields if field.type is bool]
@@ -127,6 +127,8 @@ def run_recipe(
         return 0
     config.check()
     if is_demo:
+        from lora_engine.run_folder import RunFolder
+
         RunFolder.check_free(config.output_path, take_up=config.resume is not None)
         config = _with_scenes(config)
     from lora_engine.training import train

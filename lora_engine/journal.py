@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_engine.schedule import Schedule
+from lora_engine.stopping import TrainingStopped
 from lora_engine.trackers import Tracker
 
 MAX_NON_FINITE = 3  # steps in a row
@@ -23,10 +24,6 @@ MAX_OVERFLOWS = 20  # steps in a row that fp16 may need to find its loss scale
 
 T = TypeVar("T")
 _EVERY_S = 5.0  # between two plain lines
-
-
-class TrainingStopped(RuntimeError):
-    """A run that could not go on; what it had reached is in its folder."""
 
 
 class Journal:

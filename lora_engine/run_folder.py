@@ -27,7 +27,8 @@ import torch
 from lora_engine.batches import Batch, CaptionedImages, Skipped
 from lora_engine.checkpoint import CHECKPOINTS_FOLDER, set_aside_after
 from lora_engine.files import clear_leftovers, replaced_file, sync
-from lora_engine.journal import Journal, TrainingStopped, append_line
+from lora_engine.journal import Journal, append_line
+from lora_engine.stopping import TrainingStopped
 from lora_engine.version import __version__
 
 

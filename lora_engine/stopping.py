@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken where a run can stop without losing anything."""
+"""Why a run stops before its end; Ctrl-C and SIGTERM, taken where nothing is lost."""
 
 import signal
 import sys
@@ -11,6 +11,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(RuntimeError):
+    """A run that could not go on; what it had reached is in its folder."""
+
+
+class LoadingStopped(RuntimeError):
+    """Data that comes no more: a loading process has died, or does not answer."""
 
 
 class Interrupted(Exception):

@@ -25,7 +25,7 @@ from lora_engine.devices import autocast, describe, peak_memory_bytes
 from lora_engine.evaluation import Validation
 from lora_engine.features import FeatureSource
 from lora_engine.hub import push_adapter
-from lora_engine.journal import Journal, Meter, TrainingStopped
+from lora_engine.journal import Journal, Meter
 from lora_engine.loss import caption_loss
 from lora_engine.loss_curve import draw_loss_curve
 from lora_engine.micro_batches import FittingBatches
@@ -46,11 +46,16 @@ from lora_engine.report import write_report
 from lora_engine.run_folder import RunFolder, SkippedRows, environment
 from lora_engine.run_state import RunState
 from lora_engine.schedule import Schedule
-from lora_engine.stopping import Interrupted, StopSignal, signals_held
+from lora_engine.stopping import (
+    Interrupted,
+    LoadingStopped,
+    StopSignal,
+    TrainingStopped,
+    signals_held,
+)
 from lora_engine.summary import TrainingSummary
 from lora_engine.trackers import start_tracker
 from lora_engine.validation_captions import ValidationCaptions
-from lora_engine.workers import LoadingStopped
 
 
 def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:

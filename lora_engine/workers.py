@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lora_engine.stopping import ignore_signals
+from lora_engine.stopping import LoadingStopped, ignore_signals
 
 _PATIENCE_S = 2  # between two looks whether they are alive
-
-
-class LoadingStopped(RuntimeError):
-    """Data that comes no more: a loading process has died, or does not answer."""
 
 
 def load(

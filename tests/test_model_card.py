@@ -23,7 +23,7 @@ from lora_engine import evaluation, training
 from lora_engine.adapter import CONFIG_FILE, read_adapter
 from lora_engine.config import TrainingConfig
 from lora_engine.evaluation import ValidationLoss
-from lora_engine.journal import TrainingStopped
+from lora_engine.stopping import TrainingStopped
 from lora_engine.markdown import escaped, table
 from lora_engine.model_card import write_model_card
 from lora_engine.run_folder import RunFolder

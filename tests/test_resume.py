@@ -34,11 +34,9 @@ from lora_engine.adapter import read_adapter
 from lora_engine.batches import CaptionedImages
 from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
 from lora_engine.config import TrainingConfig
-from lora_engine.journal import TrainingStopped
 from lora_engine.micro_batches import split
-from lora_engine.stopping import Interrupted
+from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.training import train
-from lora_engine.workers import LoadingStopped
 from recipes import blip_cc3m
 
 TIMES = ("images_per_s", "data_wait_share")

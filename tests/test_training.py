@@ -26,7 +26,7 @@ from lora_engine.captioning import Speaker, caption_pixels
 from lora_engine.captions import IGNORED, collate_captions
 from lora_engine.features import encode_pixels
 from lora_engine.images import open_image, to_pixels
-from lora_engine.journal import TrainingStopped
+from lora_engine.stopping import TrainingStopped
 from lora_engine.lora import cast_frozen, inject, lora_layers, lora_parameters
 from lora_engine.loss import caption_loss
 from lora_engine.metrics import Scores
