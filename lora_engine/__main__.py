@@ -1,4 +1,4 @@
-"""What comes before and after training: python -m lora_engine VERB, or lora-engine VERB."""
+"""What comes after training: python -m lora_engine VERB, also installed as lora-engine."""
 
 import sys
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """Dropout's masks. On a CPU torch's own draw costs as much as the layer that it is for."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _NUM_LEVELS = 2**16
@@ -19,16 +18,6 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
     num_dropped = min(round(probability * _NUM_LEVELS), _NUM_LEVELS - 1)
     draw = _draw_op if torch.compiler.is_compiling() else _draw
     return draw(x, num_dropped), 1.0 - num_dropped / _NUM_LEVELS
-
-
-def dropout(x: Tensor, probability: float, training: bool = True) -> Tensor:
-    """What F.dropout does, by `dropout_mask`."""
-    if not training or not probability:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, probability)
-    kept, share = dropout_mask(x, probability)
-    return kept_part(x, kept) / share
 
 
 def kept_part(x: Tensor, kept: Tensor | None) -> Tensor:

@@ -173,7 +173,7 @@ def test_dropped_probabilities_are_dropped_as_written_out(
         masks.append((torch.rand_like(probs) < 1 - p) / (1 - p))
         return probs * masks[-1]
 
-    monkeypatch.setattr(cross_attention, "drop", dropout)
+    monkeypatch.setattr(F, "dropout", dropout)
     ours = output_and_gradients(layer, x, lambda: layer(x, features))
     (mask,) = masks
     kept = mask.unflatten(1, (-1, NUM_HEADS)).transpose(1, 2)  # (B, T H, P) -> (B, H, T, P)

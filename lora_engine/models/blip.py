@@ -11,10 +11,10 @@ features, V vocabulary.
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_engine.dropout import dropout
 from lora_engine.lora import project
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
@@ -84,7 +84,7 @@ class Attention(nn.Module):
             )
             context = cross_attention(query, features, key, value, **settings)
         (out,) = project(context, self.output["dense"])
-        out = dropout(out, self.hidden_dropout, self.training)
+        out = F.dropout(out, self.hidden_dropout, self.training)
         return self.output["LayerNorm"](x + out)
 
 
@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
         x = self.crossattention(x, features, low_ranks, cache)
         (out,) = project(x, self.intermediate["dense"])
         (out,) = project(self.act(out), self.output["dense"])
-        return self.output["LayerNorm"](x + dropout(out, self.hidden_dropout, self.training))
+        return self.output["LayerNorm"](x + F.dropout(out, self.hidden_dropout, self.training))
 
 
 class Embeddings(nn.Module):
@@ -130,7 +130,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, past: int) -> Tensor:  # (N, T) -> (N, T, D)
         positions = self.position_embeddings.weight[past : past + input_ids.shape[1]]
         x = self.LayerNorm(self.word_embeddings(input_ids) + positions)
-        return dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout, self.training)
 
 
 class TextDecoder(nn.Module):

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lora_engine.dropout import dropout as drop
 from lora_engine.dropout import dropout_mask, kept_part
 from lora_engine.lora import LoRALinear, linear_parts
 from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
@@ -173,7 +172,7 @@ def absorbed(
         scores = scores + batched_product(by_image(low_rank), key.low_rank)
     # In fp32 whatever the compute dtype. (A fused kernel would not have rounded the scores either.)
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    probs = drop(probs.to(scores.dtype), dropout)
+    probs = F.dropout(probs.to(scores.dtype), dropout)
 
     context = by_head(batched_product(probs, features.transpose(1, 2)))  # (B T, H, E)
     context = head_product(context, W_v.transpose(1, 2))  # (B T, H, K)

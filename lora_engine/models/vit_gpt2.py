@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_engine.dropout import dropout
 from lora_engine.lora import project
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             key, value = feature_projection(self.c_attn, low_ranks[0], query.dtype).chunk(2)
             context = cross_attention(query, features, key, value, **settings)
         (out,) = project(context, self.c_proj)
-        return dropout(out, self.residual_dropout, self.training)
+        return F.dropout(out, self.residual_dropout, self.training)
 
 
 class Block(nn.Module):
@@ -116,7 +116,7 @@ class Block(nn.Module):
         x = x + self.crossattention(self.ln_cross_attn(x), features, low_ranks, cache)
         (out,) = project(self.ln_2(x), self.mlp["c_fc"])
         (out,) = project(self.act(out), self.mlp["c_proj"])
-        return x + dropout(out, self.residual_dropout, self.training)
+        return x + F.dropout(out, self.residual_dropout, self.training)
 
 
 class GPT2Decoder(nn.Module):
@@ -177,7 +177,7 @@ class GPT2Decoder(nn.Module):
         past = 0 if cache is None else cache.length
         positions = self.transformer["wpe"].weight[past : past + input_ids.shape[1]]
         x = self.transformer["wte"](input_ids) + positions
-        x = dropout(x, self.embedding_dropout, self.training)
+        x = F.dropout(x, self.embedding_dropout, self.training)
         features = features.to(compute_dtype(features))
         blocks: list[Any] = list(self.layers)
         low_ranks = low_rank_features(
