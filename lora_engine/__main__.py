@@ -1,4 +1,4 @@
-"""What comes after training: python -m lora_engine VERB, also installed as lora-engine."""
+"""What comes before and after training: python -m lora_engine VERB, or lora-engine VERB."""
 
 import sys
 from collections.abc import Callable
