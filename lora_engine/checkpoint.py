@@ -61,6 +61,13 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         return self.state["settings"]
 
+    @property
+    def is_validated(self) -> bool:
+        """Whether the validation after this step, if there is one, is done."""
+        validations = self.state.get("validations")
+        losses = validations.get("losses") if isinstance(validations, dict) else None
+        return isinstance(losses, dict) and str(self.step) in losses
+
 
 def write_checkpoint(
     path: Path,
@@ -91,7 +98,7 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; raises CheckpointError, which names the file, if it is not whole."""
-    if not path.is_dir():
+    if not path.is_dir() or _NAME.fullmatch(path.name) is None:
         raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
     try:
         manifest = _object(path / MANIFEST_FILE)
@@ -107,8 +114,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path} has format {state.get('format')!r}; this version reads {FORMAT}"
             )
-        if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
-            raise CheckpointError(f"{path / STATE_FILE} has no step, or no settings")
+        if state.get("step") != _step(path) or not isinstance(state.get("settings"), dict):
+            raise CheckpointError(
+                f"{path / STATE_FILE} has no settings, or is of another step "
+                f"({state.get('step')!r}) than its folder"
+            )
         size = manifest[OPTIMIZER_FILE]["bytes"]
         moments, _ = read_tensors(
             path / OPTIMIZER_FILE, refuse=_refuse_moment, max_bytes=size

@@ -271,9 +271,9 @@ def run_folder(parts: Prepared) -> RunFolder:
             prefix=FAMILIES[parts.captioner.family].name,
             take_up=config.resume is not None,
         )
-    losses = checkpoint.state.get("validations", {}).get("losses", {})
-    is_validated = str(checkpoint.step) in losses
-    return RunFolder.reopen(config.output_path, step=checkpoint.step, is_validated=is_validated)
+    return RunFolder.reopen(
+        config.output_path, step=checkpoint.step, is_validated=checkpoint.is_validated
+    )
 
 
 def default_cache_dir() -> Path:

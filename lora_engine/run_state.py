@@ -64,13 +64,13 @@ class RunState:
             self.captions.load_state_dict(state["captions"])
             self.meter.load_state_dict(state["meter"])
             self.begin_s -= state["seconds"]
+            self.step = self.saved_step = checkpoint.step
+            self.say(self._going_on(checkpoint))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path / 'state.json'} is not as this version writes it: {error!r}"
             ) from None
-        self.step = self.saved_step = checkpoint.step
         self.skipped.restore(self.parts.train_set, self._rows_tried())
-        self.say(self._going_on(checkpoint))
 
     def _rows_tried(self) -> list[int]:
         """The rows whose turn has come."""

@@ -284,8 +284,10 @@ def vouch_for(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("state, words", [
-    ([], "JSON object"), ({"format": 99}, "format 99"), ({"format": 1}, "no step"),
-    ({"format": 1, "step": "1", "settings": {}}, "no step"),
+    ([], "JSON object"), ({"format": 99}, "format 99"), ({"format": 1}, "another step"),
+    ({"format": 1, "step": "1", "settings": {}}, "another step"),
+    ({"format": 1, "step": 2, "settings": {}}, "another step"),
+    ({"format": 1, "step": 1}, "no settings"),
 ])
 def test_a_state_of_another_kind_is_refused(trainee, tmp_path, state, words):
     path = trainee.write(tmp_path, 1)

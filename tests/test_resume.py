@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
@@ -375,6 +376,28 @@ def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
     again = TrainingConfig.from_dict(json.loads((run / "config.json").read_text()))
     assert again.epochs == 5
     train(replace(again, resume="newest"))  # what the run has now is what holds
+
+
+@pytest.mark.parametrize("change", [
+    {"validations": []}, {"validations": {"losses": 3}}, {"captions": None}, {"meter": {}},
+    {"seconds": "long"}, {"step": 10**9}, {"step": -1}, {"step": "7"}, {"settings": []},
+], ids=str)
+def test_a_state_of_wrong_kinds_is_an_error_in_words(
+    halfway, blip_folder, data, tmp_path, change
+):
+    """Even with a manifest that vouches for it."""
+    run = copy_of(halfway, tmp_path)
+    newest = checkpoint_paths(run / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    data_of_it = json.dumps({**state, **change}).encode()
+    (newest / "state.json").write_bytes(data_of_it)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = {
+        "bytes": len(data_of_it), "sha256": hashlib.sha256(data_of_it).hexdigest()
+    }
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="state.json"):
+        train(replace(long_run(blip_folder, data, run), resume=str(newest)))
 
 
 def test_other_weights_or_data_are_refused(halfway, vit_gpt2_folder, blip_folder, data, tmp_path):
