@@ -189,6 +189,24 @@ def test_killed_before_its_first_step_a_run_begins_anew(unbroken, blip_folder, d
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_half_precision_goes_on_as_exactly(
+    blip_folder, data, tmp_path, precision
+):
+    """fp16's loss scale, too: it grows or halves with the steps that went before."""
+    whole = long_run(blip_folder, data, tmp_path / "whole", precision=precision)
+    train(whole)
+    config = replace(whole, output_path=str(tmp_path / "run"))
+    stopped_after(config, 6)
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    states = [
+        read_checkpoint(checkpoint_paths(tmp_path / name / "checkpoints")[-1]).state["scaler"]
+        for name in ("run", "whole")
+    ]
+    assert states[0] == states[1] and bool(states[0]) == (precision == "fp16")
+
+
 def test_where_there_is_no_run_yet_resume_begins_it(unbroken, blip_folder, data, tmp_path):
     train(go_on(long_run(blip_folder, data, tmp_path / "run")))
     assert_same_run(tmp_path / "run", unbroken)
