@@ -89,6 +89,16 @@ class Adapter:
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path")
 
+    def foreign_base(self, name: str, fingerprint: str) -> str | None:
+        """Says so if it was trained on other weights than the model `name` has, by its fingerprint
+        (`pretrained.fingerprint`); not every adapter tells on which."""
+        if self.provenance.get("base_fingerprint") in (None, fingerprint):
+            return None
+        return (
+            f"{self.folder} was trained on a base model with other weights than {name} has (a copy "
+            f"in another number format counts as such)"
+        )
+
     @property
     def base_on_hub(self) -> str | None:
         """The base model's name on the Hub; None where it is a folder of one machine."""

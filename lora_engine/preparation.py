@@ -106,7 +106,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
     if checkpoint is not None:
         check_fingerprints(checkpoint, fingerprints, config)
     torch.manual_seed(config.seed)
-    plan = add_lora(captioner.model, config, checkpoint)
+    plan = add_lora(captioner, config, checkpoint)
     check_room(config, plan)
     train_set = captioned_images(train_rows, captioner, config, substitute=True)
     val_set = captioned_images(val_rows, captioner, config, substitute=False)
@@ -172,9 +172,10 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
 
 
 def add_lora(
-    model: CaptionerBody, config: TrainingConfig, checkpoint: Checkpoint | None = None
+    captioner: Captioner, config: TrainingConfig, checkpoint: Checkpoint | None
 ) -> InjectionPlan:
-    """Inject new adapters, or those of the checkpoint that the run goes on from."""
+    """Inject new adapters, those of --init_adapter, or those that the run goes on from."""
+    model = captioner.model
     if checkpoint is not None:
         return load_adapter(model, checkpoint.adapter, dropout=config.lora_dropout)
     if config.init_adapter is None:
@@ -191,7 +192,13 @@ def add_lora(
             f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
             f"this run has {config.prompt!r}; give the same one"
         )
-    return load_adapter(model, adapter, dropout=config.lora_dropout)
+    plan = load_adapter(model, adapter, dropout=config.lora_dropout)
+    complaint = adapter.foreign_base(captioner.name, captioner.fingerprint)
+    if complaint is not None:
+        raise ValueError(
+            f"--init_adapter {complaint}; train on its own base ({adapter.base_model})"
+        )
+    return plan
 
 
 def captioned_images(

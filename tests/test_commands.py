@@ -23,6 +23,7 @@ from lora_engine.images import open_image, to_pixels
 from lora_engine.lora import inject, lora_parameters
 from lora_engine.metrics import References
 from lora_engine.pretrained import load_captioner
+from recipes import blip_cc3m
 
 
 # --- python -m lora_engine caption ----------------------------------------------------------
@@ -193,14 +194,19 @@ def test_an_adapter_of_the_other_family_is_refused(
     )
 
 
-def test_an_adapter_on_another_base_model_is_warned_of(
-    command, data, blip_adapter, blip_folder, tmp_path
+def test_an_adapter_on_another_base_model_is_refused_and_can_be_forced(
+    command, refused, data, blip_adapter, blip_folder, tmp_path
 ):
     checkpoints.write_blip(tmp_path / "other", seed=5)
-    status, out, err = command(
-        verbs.run_verb, "caption", "--adapter", blip_adapter, "--model", tmp_path / "other",
-        read_annotations(data / "train.json")[0].image,
+    given = ["--adapter", blip_adapter, "--model", tmp_path / "other"]
+    image = read_annotations(data / "train.json")[0].image
+    for verb in (["caption", image], ["evaluate", "--data", data / "val.json"]):
+        refused(verbs.run_verb, *verb, *given, words=["other weights", "--force"])
+    refused(
+        blip_cc3m.main, "--train_data_path", data / "train.json", "--init_adapter", blip_adapter,
+        "--model", tmp_path / "other", words=["--init_adapter", "other weights", "its own base"],
     )
+    status, out, err = command(verbs.run_verb, "caption", image, *given, "--force")
     assert status == 0 and out.count("\n") == 1
     assert "warning: " in err and "other weights" in err
 

@@ -136,7 +136,9 @@ def _speakers(config: CaptionConfig) -> list[Speaker]:
     captioner = load_base(config.model, config.revision, adapters)
     if not adapters:
         return [Speaker(captioner, config.prompt or "")]
-    return [speaker_of(captioner, adapter, config.prompt) for adapter in adapters]
+    return [
+        speaker_of(captioner, adapter, config.prompt, force=config.force) for adapter in adapters
+    ]
 
 
 # --- where captions go ----------------------------------------------------------------------

@@ -101,7 +101,9 @@ def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
         prompt = adapters[0].prompt if adapters else ""
     speakers = {BASE: Speaker(captioner, prompt)}
     if adapters:
-        speakers[ADAPTER] = speaker_of(captioner, adapters[0], prompt)
+        speakers[ADAPTER] = speaker_of(
+            captioner, adapters[0], prompt, force=config.force
+        )
     return speakers
 
 

@@ -41,6 +41,8 @@ class CaptioningConfig:
     """
     worker_timeout: float = 300.0
     """Seconds after which a process that loads images and does not answer ends the command."""
+    force: bool = False
+    """Use adapters even on a base model with other weights than they were trained on."""
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
@@ -109,27 +111,27 @@ def load_base(
     return captioner
 
 
-def foreign_base(captioner: Captioner, adapter: Adapter) -> str | None:
-    """Says so if the adapter was trained on other weights; not every adapter tells on which."""
-    if adapter.provenance.get("base_fingerprint") in (None, captioner.fingerprint):
-        return None
-    return (
-        f"{adapter.folder} was trained on a base model with other weights than {captioner.name} "
-        f"has (a copy in another number format counts as such)"
-    )
+def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
+    """Raises ValueError if the adapter was trained on other weights; with `force` it is a warning.
+    """
+    complaint = adapter.foreign_base(captioner.name, captioner.fingerprint)
+    if complaint is None:
+        return
+    if not force:
+        raise ValueError(f"{complaint}; give its own base with --model, or --force it")
+    print(f"warning: {complaint}; expect worse captions", file=sys.stderr)
 
 
-def speaker_of(captioner: Captioner, adapter: Adapter, prompt: str | None) -> Speaker:
+def speaker_of(
+    captioner: Captioner, adapter: Adapter, prompt: str | None, *, force: bool
+) -> Speaker:
     """The captioner with an adapter, and that one's prompt unless another is given.
 
-    Warns of an adapter that was trained on other weights.
+    Raises ValueError as `with_adapter` and `check_base` do.
     """
-    complaint = foreign_base(captioner, adapter)
-    if complaint:
-        print(f"warning: {complaint}; expect worse captions", file=sys.stderr)
-    return Speaker(
-        with_adapter(captioner, adapter), adapter.prompt if prompt is None else prompt
-    )
+    adapted = with_adapter(captioner, adapter)
+    check_base(captioner, adapter, force=force)
+    return Speaker(adapted, adapter.prompt if prompt is None else prompt)
 
 
 class SkippedImages:

@@ -1,6 +1,5 @@
 """python -m lora_engine merge: an adapter folded into its base, as a plain Hugging Face folder."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 
 from lora_engine import cli
 from lora_engine.adapter import load_adapter, read_adapter
-from lora_engine.commands.loading import foreign_base, load_base
+from lora_engine.commands.loading import check_base, load_base
 from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixels
 from lora_engine.lora import lora_layers
 from lora_engine.merging import check_out, export_merged
@@ -47,11 +46,7 @@ def merge(args: list[str]) -> int:
     adapter = read_adapter(config.adapter)
     captioner = load_base(config.model, config.revision, [adapter])
     load_adapter(captioner.model, adapter)
-    complaint = foreign_base(captioner, adapter)
-    if complaint and not config.force:
-        raise ValueError(f"{complaint}; give its own with --model, or --force the merge")
-    if complaint:
-        print(f"warning: {complaint}", file=sys.stderr)
+    check_base(captioner, adapter, force=config.force)
     parity = export_merged(
         captioner,
         config.out,
