@@ -150,7 +150,7 @@ def _settings(path: Path) -> TrainingConfig:
     """Those of a run's config.json; raises ValueError where they cannot be read."""
     try:
         return TrainingConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run ({error}); give all flags anew and remove "
             f"it"

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NEWEST = "newest"  # what a bare --resume means
 
@@ -181,6 +182,10 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainingConfig":
         """The settings that `as_dict` gave, as JSON has them. Raises TypeError for others."""
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if name in hints and not _fits(value, hints[name]):
+                raise TypeError(f"{name} is {value!r}")
         return cls(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
 
     def save_interval(self) -> tuple[float, float]:
@@ -220,6 +225,19 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
             f"{', '.join(refused)}; give the same, or begin another run in another --output_path"
         )
     return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _grows(before: int | None, now: int | None) -> bool:

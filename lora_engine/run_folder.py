@@ -139,7 +139,7 @@ class RunFolder:
                 line["step"] < step
                 or line["step"] == step and (is_validated or line.get("event") in _OF_A_STEP)
             ))
-        keep_lines(folder.skipped, lambda line: "image" in line)
+        keep_lines(folder.skipped, lambda line: isinstance(line["image"], str))
         return folder
 
     def _locked(self) -> "RunFolder":
@@ -193,7 +193,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         try:
             if line.endswith(b"\n") and is_kept(json.loads(line)):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # not JSON, or not a line of ours
+        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a line of ours
             continue
     if len(kept) < len(lines):
         with replaced_file(path) as new:
@@ -252,8 +252,8 @@ class SkippedRows:
     def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
         """Know again what a run knew that goes on: the rows tried, and skipped.jsonl."""
         if self.folder.skipped.exists():
-            lines = self.folder.skipped.read_text(encoding="utf-8").splitlines()
-            self.seen = {json.loads(line)["image"] for line in lines}
+            lines = self.folder.skipped.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            self.seen = {json.loads(line)["image"] for line in lines if line}
         self.tried[list(tried)] = True
         failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)

@@ -1,10 +1,12 @@
 """All that changes while a run goes on, saved and restored together."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import epoch_batches
 from lora_engine.checkpoint import (
@@ -16,7 +18,7 @@ from lora_engine.checkpoint import (
     restore_moments,
     write_checkpoint,
 )
-from lora_engine.files import check_space
+from lora_engine.files import check_space, replaced_folder
 from lora_engine.journal import Meter
 from lora_engine.micro_batches import FittingBatches
 from lora_engine.preparation import Prepared
@@ -71,6 +73,15 @@ class RunState:
                 f"{checkpoint.path / 'state.json'} is not as this version writes it: {error!r}"
             ) from None
         self.skipped.restore(self.parts.train_set, self._rows_tried())
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Put back the best adapter of now: there may be one of a step that is to come again."""
+        best = self.folder.checkpoints / checkpoint_name(self.keeper.best_step)
+        if best.is_dir():
+            with replaced_folder(self.folder.adapter) as new:
+                for name in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(best / name, new / name)
 
     def _rows_tried(self) -> list[int]:
         """The rows whose turn has come."""

@@ -261,7 +261,11 @@ def test_a_named_checkpoint_is_gone_back_to(unbroken, blip_folder, data, tmp_pat
     config = long_run(blip_folder, data, tmp_path / "run", keep_last=9)
     stopped_after(config, 9)
     run = tmp_path / "run"
-    train(replace(config, resume=str(run / "checkpoints" / "step-00000004")))
+    earlier = replace(config, resume=str(run / "checkpoints" / "step-00000004"))
+    assert read_adapter(run / "adapter").provenance["step"] == "5"
+    stopped_after(earlier, 1)
+    assert read_adapter(run / "adapter").provenance["step"] == "0"  # the best of then
+    train(earlier)
     assert trajectory(run) == trajectory(unbroken)
     with pytest.raises(CheckpointError, match="no checkpoint of the run"):
         train(replace(config, resume=str(unbroken / "checkpoints" / "step-00000013")))
@@ -449,9 +453,16 @@ def test_the_command_line_needs_nothing_but_the_folder(
     assert status == cli.USAGE_ERROR and "another --lr 1.0 (the run has 0.001)" in err
     status, out, err = command(blip_cc3m.main, "--resume")
     assert status == cli.USAGE_ERROR and "--resume needs the --output_path" in err
-    (run / "config.json").write_text('{"what": 1}')
-    status, out, err = command(blip_cc3m.main, "--resume", "--output_path", run)
-    assert status == cli.USAGE_ERROR and "config.json does not hold the settings" in err
+    settings_of_it = json.loads((run / "config.json").read_text())
+    for wrong in ('{"what": 1}', "[1]", "null", "[" * 9999, *(
+        json.dumps({**settings_of_it, **change}) for change in (
+            {"epochs": "3"}, {"lr": None}, {"save_every": 5}, {"precision": "fp8"},
+            {"train_data_path": 5}, {"lora_targets": 5}, {"compile": 1}, {"seed": True},
+        )
+    )):
+        (run / "config.json").write_text(wrong)
+        status, out, err = command(blip_cc3m.main, "--resume", "--output_path", run)
+        assert status == cli.USAGE_ERROR and "config.json does not hold the settings" in err
 
 
 @pytest.mark.parametrize("value", ["0", "x", "1.5", "-3", "10 minutes", "0s", ""])
