@@ -110,9 +110,13 @@ def save_adapter(model: nn.Module, folder: str | Path, **settings: Any) -> None:
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
     `settings` are those of `adapter_files`. An adapter that was there is replaced only when the
-    new one is complete.
+    new one is complete; other files in `folder` stay.
     """
-    contents = adapter_files(model, **settings)
+    write_adapter(folder, adapter_files(model, **settings))
+
+
+def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
+    """Write what `adapter_files` returned as an adapter folder, all files or none."""
     with files.replaced_folder(folder) as new:
         for name, data in contents.items():
             (new / name).write_bytes(data)
@@ -147,7 +151,7 @@ def adapter_files(
     }
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Adapter:
     """Read an adapter folder, PEFT's or ours.
 
     Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or stands
@@ -155,7 +159,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    path = folder / WEIGHTS_FILE
+    path = folder / weights_file
     matrices: dict[str, Tensor] = {}
 
     def refuse(key: str, described: Described) -> str | None:
@@ -171,7 +175,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     try:
         tensors, provenance = read_tensors(path, refuse=refuse, max_bytes=MAX_WEIGHTS_BYTES)
     except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}; is it an adapter folder?") from None
+        raise AdapterError(f"{folder} has no {weights_file}; is it an adapter folder?") from None
     except TensorFileError as error:
         raise AdapterError(str(error)) from None
     for key, tensor in tensors.items():

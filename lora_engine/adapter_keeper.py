@@ -2,10 +2,24 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
-from lora_engine.adapter import adapter_files, save_adapter
+from lora_engine.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterError,
+    adapter_files,
+    read_adapter,
+    write_adapter,
+)
+from lora_engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_name,
+    read_checkpoint,
+)
 from lora_engine.metrics import Scores
 from lora_engine.models import CaptionerBody
 from lora_engine.run_folder import RunFolder
@@ -38,6 +52,7 @@ class AdapterKeeper:
         self.losses: dict[int, float] = {}
         self.scores: dict[int, Scores] = {}
         self.best_step = 0
+        self.best_files: dict[str, bytes] = {}
         self.num_worse = 0  # validations since the best
 
     def offer(self, step: int, loss: float, scores: Scores | None) -> bool:
@@ -49,7 +64,8 @@ class AdapterKeeper:
         self.num_worse = 0 if is_best else self.num_worse + 1
         if is_best:
             self.best_step = step
-            save_adapter(self.model, self.folder.adapter, **self._described(step))
+            self.best_files = self.files(step)
+            write_adapter(self.folder.adapter, self.best_files)
         return is_best
 
     def _worth(self, step: int) -> float:
@@ -60,18 +76,50 @@ class AdapterKeeper:
     def keep_last(self, step: int) -> None:
         """Keep the adapter as it is after `step` too, where it is not the best."""
         if step != self.best_step:
-            save_adapter(self.model, self.folder.last_adapter, **self._described(step))
+            write_adapter(self.folder.last_adapter, self.files(step))
         else:  # there may be one of a run that went on from there
             shutil.rmtree(self.folder.last_adapter, ignore_errors=True)
 
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """Restore the best adapter as of this checkpoint; a discarded later step may have written
+        another. `load_state_dict` comes before.
+
+        Raises CheckpointError where no good copy of it is left.
+        """
+        files = checkpoint.best_files or self._find_best(checkpoint)
+        self.best_files = files
+        if any(_content(self.folder.adapter / name) != data for name, data in files.items()):
+            write_adapter(self.folder.adapter, files)
+
+    def _find_best(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """The best adapter's files, for a checkpoint of an earlier version, which lacks them."""
+        best = self.folder.checkpoints / checkpoint_name(self.best_step)
+        try:
+            files = read_checkpoint(best).best_files
+            if files is not None:
+                return files
+        except CheckpointError as error:
+            reason = str(error)
+        try:
+            adapter = read_adapter(self.folder.adapter)
+        except AdapterError as error:
+            reason += f"; {error}"
+        else:
+            if adapter.provenance.get("step") == str(self.best_step):
+                names = (WEIGHTS_FILE, CONFIG_FILE)
+                return {name: (self.folder.adapter / name).read_bytes() for name in names}
+            reason += f"; {self.folder.adapter} holds that of another step"
+        raise CheckpointError(
+            f"the best adapter of this run, of step {self.best_step}, is lost: {reason}. Resume "
+            f"from another checkpoint (--resume CHECKPOINT), or begin a new run with "
+            f"--init_adapter {checkpoint.path}"
+        )
+
     def files(self, step: int) -> dict[str, bytes]:
         """What the files of the adapter as it is after `step` hold, by their names."""
-        return adapter_files(self.model, **self._described(step))
-
-    def _described(self, step: int) -> dict[str, Any]:
         loss = f"{self.losses[step]:.7g}" if step in self.losses else ""
         provenance = {**self.provenance, "step": str(step), "validation_loss": loss}
-        return {**self.settings, "provenance": provenance}
+        return adapter_files(self.model, **self.settings, provenance=provenance)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -84,6 +132,17 @@ class AdapterKeeper:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`, whose steps JSON may have made strings."""
         self.losses = {int(step): loss for step, loss in state["losses"].items()}
-        self.scores = {int(step): Scores(**values) for step, values in state["scores"].items()}
+        names = [field.name for field in fields(Scores)]
+        self.scores = {
+            int(step): Scores(**{name: values[name] for name in names})
+            for step, values in state["scores"].items()
+        }
         self.best_step = state["best_step"]
         self.num_worse = state["num_worse"]
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
         adapter_model.safetensors, adapter_config.json    PEFT's format: it captions as it is
         optimizer.safetensors                             AdamW's moments
+        best_adapter.safetensors                          the best adapter, where it is another one
         state.json                                        position, settings, fingerprints, history
         manifest.json                                     size and SHA-256 of each of these
 
@@ -24,15 +25,16 @@ from torch import Tensor
 
 from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from lora_engine.config import NEWEST, TrainingConfig
-from lora_engine.files import replaced_folder, write_synced
+from lora_engine.checkpoint_state import FORMAT, state_complaint
+from lora_engine.files import replaced_folder, unused_name, write_synced
 from lora_engine.optim import FlatMatrices
 from lora_engine.tensor_files import Described, read_limited, read_tensors, tensor_bytes
 
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best_adapter.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
 
 _FILES = frozenset((WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE))
 _NAME = re.compile(r"step-(\d{8,})")
@@ -46,10 +48,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, read and found whole: the adapter, AdamW's moments, and all else as JSON."""
+    """A checkpoint, read and found whole: the adapter, AdamW's moments, and all else as JSON.
+
+    `best_files` are the files of the best adapter; None in a checkpoint of an earlier version,
+    unless the best is its own.
+    """
 
     path: Path
     adapter: Adapter
+    best_files: dict[str, bytes] | None
     moments: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -64,21 +71,32 @@ class Checkpoint:
     @property
     def is_validated(self) -> bool:
         """Whether the validation after this step, if there is one, is done."""
-        validations = self.state.get("validations")
-        losses = validations.get("losses") if isinstance(validations, dict) else None
-        return isinstance(losses, dict) and str(self.step) in losses
+        return str(self.step) in self.state["validations"]["losses"]
+
+    def validations(self) -> list[tuple[int, float, dict[str, float]]]:
+        """(step, loss, known scores) of each validation so far, as metrics.jsonl has them."""
+        found = self.state["validations"]
+        return [
+            (int(step), loss, {
+                name: value for name, value in found["scores"].get(step, {}).items()
+                if value is not None
+            })
+            for step, loss in found["losses"].items()
+        ]
 
 
 def write_checkpoint(
     path: Path,
     *,
     adapter_files: Mapping[str, bytes],
+    best_files: Mapping[str, bytes],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; at any moment there is all of it, all of the one before, or none.
 
-    `adapter_files` are those of `adapter.adapter_files`. Raises OSError, with nothing left behind.
+    `adapter_files` are those of `adapter.adapter_files`, `best_files` those of the best adapter.
+    Raises OSError, with nothing left behind.
     """
     moments = {name: value.cpu() for name, value in moments_of(optimizer).items()}
     contents = {
@@ -86,6 +104,8 @@ def write_checkpoint(
         OPTIMIZER_FILE: tensor_bytes(moments, {}),
         STATE_FILE: _json({"format": FORMAT, **state}),
     }
+    if best_files[WEIGHTS_FILE] != adapter_files[WEIGHTS_FILE]:
+        contents[BEST_FILE] = best_files[WEIGHTS_FILE]
     manifest = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in contents.items()
@@ -102,28 +122,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
     try:
         manifest = _object(path / MANIFEST_FILE)
-        if manifest.keys() != _FILES:
+        if manifest.keys() - {BEST_FILE} != _FILES:
             raise CheckpointError(
                 f"{path / MANIFEST_FILE} names {', '.join(sorted(manifest))}; expected "
                 f"{', '.join(sorted(_FILES))}"
             )
-        for name in sorted(_FILES):
+        for name in sorted(manifest):
             _check_file(path / name, manifest[name])
         state = _object(path / STATE_FILE)
-        if state.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {state.get('format')!r}; this version reads {FORMAT}"
-            )
-        if state.get("step") != _step(path) or not isinstance(state.get("settings"), dict):
-            raise CheckpointError(
-                f"{path / STATE_FILE} has no settings, or is of another step "
-                f"({state.get('step')!r}) than its folder"
-            )
+        complaint = state_complaint(state, step=_step(path))
+        if complaint is not None:
+            raise CheckpointError(f"{path / STATE_FILE}: {complaint}")
         size = manifest[OPTIMIZER_FILE]["bytes"]
         moments, _ = read_tensors(
             path / OPTIMIZER_FILE, refuse=_refuse_moment, max_bytes=size
         )
-        return Checkpoint(path, read_adapter(path), moments, state)
+        best_files = None
+        if BEST_FILE in manifest or state["validations"]["best_step"] == _step(path):
+            weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE
+            read_adapter(path, weights_file=weights)
+            best_files = {
+                name: (path / file).read_bytes()
+                for name, file in ((WEIGHTS_FILE, weights), (CONFIG_FILE, CONFIG_FILE))
+            }
+        return Checkpoint(path, read_adapter(path), best_files, moments, state)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no {Path(error.filename).name}") from None
     except OSError as error:
@@ -166,13 +188,11 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
 
     They are damaged ones, or those of a run that is taken up again at an earlier step.
     """
-    moved = []
-    for path in checkpoint_paths(folder):
-        if _step(path) > step:
-            aside = path.with_name(f"{path.name}.set_aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            moved.append(path.rename(aside))
-    return moved
+    return [
+        path.rename(unused_name(path.with_name(f"{path.name}.set_aside")))
+        for path in checkpoint_paths(folder)
+        if _step(path) > step
+    ]
 
 
 def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
@@ -184,6 +204,10 @@ def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> N
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def _step(path: Path) -> int:
@@ -222,9 +246,7 @@ def check_fingerprints(checkpoint: Checkpoint, now: dict[str, str], config: Trai
         "training_data": f"the training rows of {config.train_data_path}",
         "validation_data": "the validation rows",
     }
-    before = checkpoint.state.get("fingerprints")
-    if not isinstance(before, dict):
-        raise CheckpointError(f"{checkpoint.path / 'state.json'} has no fingerprints")
+    before = checkpoint.state["fingerprints"]
     changed = [words for name, words in names.items() if before.get(name) != now[name]]
     if changed:
         raise CheckpointError(
@@ -236,7 +258,7 @@ def check_fingerprints(checkpoint: Checkpoint, now: dict[str, str], config: Trai
 def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:
     """Raises CheckpointError where products would be in another format than the run's."""
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-    before = checkpoint.state.get("compute_dtype")
+    before = checkpoint.state["compute_dtype"]
     if before != str(dtype):
         raise CheckpointError(
             f"cannot go on with the run in {config.output_path} with another --precision: "
@@ -246,8 +268,8 @@ def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConf
 
 
 def checkpoint_bytes(num_elements: int) -> int:
-    """About what a checkpoint of so many trainable elements takes: the matrices, two moments."""
-    return 3 * 4 * num_elements + _SPARE_BYTES
+    """About what a checkpoint of so many trainable elements takes: two adapters, two moments."""
+    return 4 * 4 * num_elements + _SPARE_BYTES
 
 
 # --- the optimizer's state ------------------------------------------------------------------
@@ -272,6 +294,9 @@ def restore_moments(
         raise CheckpointError(
             f"{checkpoint.path / OPTIMIZER_FILE} holds {found}; this run has {shapes}"
         )
+    for name, value in checkpoint.moments.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: {name} is not finite")
     device = matrices.values.device
     optimizer.state[matrices.values] = {
         name: value.to(device) for name, value in checkpoint.moments.items()

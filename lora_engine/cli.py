@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_engine.config import NEWEST, TrainingConfig
+from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 
 USAGE_ERROR = 2
@@ -23,6 +23,7 @@ STOPPED = 3
 INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
 TERMINATED = 143  # and one that SIGTERM did
 PIPE_CLOSED = 141  # and one whose reader has gone
+MAX_CONFIG_BYTES = 2**20
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ def run_recipe(
 ) -> int:
     """Train as a recipe says and the flags change it; without data paths, the embedded demo.
 
-    With --resume, what no flag says is as in the run that goes on.
+    With --resume, settings that no flag gives are the run's, but for those in `REACHES_OUTSIDE`.
     """
     args = _with_newest(args)
 
@@ -116,7 +117,9 @@ def run_recipe(
     if config.resume is not None and config.output_path is not None:
         before = Path(config.output_path, "config.json")
         if before.exists():
-            config = parse_onto(_settings(before))
+            config = _within_reach(
+                parse_onto(_settings(before)), (config, parse_onto(demo)), source=before
+            )
     is_demo = config.train_data_path is None
     if is_demo:
         if config.val_data_path is not None:
@@ -148,13 +151,39 @@ def _with_newest(args: Sequence[str]) -> list[str]:
 
 def _settings(path: Path) -> TrainingConfig:
     """Those of a run's config.json; raises ValueError where they cannot be read."""
+    from lora_engine.tensor_files import read_limited
+
     try:
-        return TrainingConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return TrainingConfig.from_dict(json.loads(read_limited(path, MAX_CONFIG_BYTES)))
     except (ValueError, TypeError, RecursionError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run ({error}); give all flags anew and remove "
             f"it"
         ) from None
+
+
+def _within_reach(
+    config: TrainingConfig, given: Sequence[TrainingConfig], *, source: Path
+) -> TrainingConfig:
+    """`config` without what only `source`, a run's config.json, says of `REACHES_OUTSIDE`.
+
+    `given` are the settings of the command line on the recipe's and on the demo's defaults. Raises
+    ValueError for another model: without it the run cannot continue.
+    """
+    ours: dict[str, Any] = {}
+    for name in REACHES_OUTSIDE:
+        value = getattr(config, name)
+        if value not in [getattr(settings, name) for settings in given]:
+            ours[name] = getattr(given[0], name)
+    flags = " ".join(f"--{name} {getattr(config, name)}" for name in ours)
+    if "model" in ours or "revision" in ours:
+        raise ValueError(
+            f"{source} names another model than this command line, and a run folder is not trusted "
+            f"to choose it; if it is the right one, add {flags}"
+        )
+    if ours:
+        print(f"not taken from {source}; give again what you want: {flags}", file=sys.stderr)
+    return dataclasses.replace(config, **ours)
 
 
 def _with_scenes(config: TrainingConfig) -> TrainingConfig:

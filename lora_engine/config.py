@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -16,6 +17,12 @@ _MAY_CHANGE = frozenset((
     "cache_dir", "cache_limit_gb", "precision", "log_every", "patience", "save_every", "keep_last",
     "max_bad_share", "worker_timeout", "track", "push_to_hub", "licence",
 ))
+# Of these, what makes a run read, write or send outside its folder, or start processes: never taken
+# from a run folder, which may be a stranger's, unless the command line or the recipe says the same.
+REACHES_OUTSIDE = (
+    "model", "revision", "cache", "cache_dir", "cache_limit_gb", "num_workers", "num_threads",
+    "track", "push_to_hub",
+)
 # ... its length, ...
 _MAY_GROW = ("epochs", "max_steps")
 # ... and what concerns the last bits alone.
@@ -148,6 +155,9 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not lowest <= value < float("inf"):
                 raise ValueError(f"--{name} is {value}; it must be {lowest} or more")
+        for name in ("num_workers", "num_threads"):
+            if (getattr(self, name) or 0) > 1024:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at most 1024")
         if self.seed >= 2**63:
             raise ValueError(f"--seed is {self.seed}; it must be below 2**63")
         for name in ("lr", "lora_alpha"):
@@ -182,10 +192,9 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainingConfig":
         """The settings that `as_dict` gave, as JSON has them. Raises TypeError for others."""
-        hints = get_type_hints(cls)
-        for name, value in values.items():
-            if name in hints and not _fits(value, hints[name]):
-                raise TypeError(f"{name} is {value!r}")
+        complaint = unfit_setting(values)
+        if complaint is not None:
+            raise TypeError(complaint.removeprefix("."))
         return cls(**{**values, "lora_targets": tuple(values.get("lora_targets", ()))})
 
     def save_interval(self) -> tuple[float, float]:
@@ -227,6 +236,15 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
 
 
+def unfit_setting(values: Mapping[str, Any]) -> str | None:
+    """The first of some settings, as JSON has them, that is not of its field's type, in words."""
+    hints = get_type_hints(TrainingConfig)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            return f".{name} is {reprlib.repr(value)}"
+    return None
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of a field's type."""
     if get_origin(hint) is Literal:
@@ -236,7 +254,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return is_number and abs(value) < 2**63
     return isinstance(value, hint)
 
 

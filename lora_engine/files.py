@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 
@@ -26,13 +28,14 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a new, empty folder beside `path`, which takes the place of `path` on success.
+    """Yields a new, empty folder beside `path`, whose files take the place of those in `path`.
 
-    On an error what was written is removed and `path` stays as it was. A reader never sees a
-    folder with files of both; between two renames it may see none. What a kill leaves is put in
-    order by `clear_leftovers`; the power may fail, too: all is on the disk before it is renamed.
+    Files in `path` under names that the new folder does not have stay. On an error what was written
+    is removed and `path` stays as it was. A reader never sees a new file beside an old one of the
+    same save; between two renames it may see no folder. `clear_leftovers` repairs what a kill
+    leaves; everything is on the disk before it is renamed, in case the power fails.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one: its target is what gets replaced
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(new, ignore_errors=True)
@@ -47,26 +50,74 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         new.rename(path)
         sync(path.parent)
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
+        if old.exists():
+            if path.exists():
+                _retire(old, path)
+            else:
+                old.rename(path)
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_leftovers(parent: Path) -> None:
-    """Put in order what a kill within `replaced_folder` or `replaced_file` has left in `parent`.
+def _retire(old: Path, path: Path) -> None:
+    """Remove a folder that `path` has replaced; what `path` does not have moves there."""
+    for entry in old.iterdir():
+        if not os.path.lexists(path / entry.name):
+            entry.rename(path / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
 
-    For a time when no other process writes there.
+
+def clear_leftovers(parent: Path, is_ours: Callable[[str], object]) -> None:
+    """Repair what a kill within `replaced_folder` or `replaced_file` has left in `parent`.
+
+    Only for files and folders whose final name `is_ours` accepts, and only while no other process
+    writes there.
     """
-    for old in parent.glob(".*.old"):
-        path = parent / old.name[1:].rsplit(".", 2)[0]
-        if not path.exists():
-            old.rename(path)
-    for left in [*parent.glob(".*.old"), *parent.glob(".*.new")]:
-        shutil.rmtree(left, ignore_errors=True)
-    for left in parent.glob(".*.*"):
-        if left.is_file() and re.fullmatch(r"\..+\.\d+(\.\w+)?", left.name):
+    for left in sorted(parent.glob(".*.*")):
+        folder = re.fullmatch(r"\.(.+)\.\d+\.(new|old)", left.name)
+        if folder and is_ours(folder[1]) and stat.S_ISDIR(left.lstat().st_mode):
+            path = parent / folder[1]
+            if folder[2] == "new":
+                shutil.rmtree(left, ignore_errors=True)
+            elif path.exists():
+                _retire(left, path)
+            else:
+                left.rename(path)
+            continue
+        file = re.fullmatch(r"\.(.+)\.\d+(\.\w+)?", left.name)
+        if file and is_ours(file[1] + (file[2] or "")) and stat.S_ISREG(left.lstat().st_mode):
             left.unlink()
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or where something has that name the first of `path`.2, `path`.3, ... that is free.
+    """
+    candidate, number = path, 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
+
+
+def open_to_append(path: Path, *, create: bool = True) -> FileIO:
+    """An unbuffered file, to write at its end; a symbolic link is never followed. Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    flags |= os.O_CREAT if create else 0
+    return open(  # type: ignore[return-value]
+        path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)
+    )
+
+
+def append_line(path: Path, line: bytes, *, create: bool = True) -> None:
+    """Write a line at the end of a file, all of it or nothing. Raises OSError."""
+    with open_to_append(path, create=create) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line):]  # a disk that fills up takes a part
+        except OSError as error:
+            os.truncate(file.fileno(), end)  # the next line would follow half a line
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def free_bytes(folder: Path) -> int:

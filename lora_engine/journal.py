@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_engine.files import append_line, open_to_append
 from lora_engine.schedule import Schedule
 from lora_engine.stopping import TrainingStopped
 from lora_engine.trackers import Tracker
@@ -45,7 +44,7 @@ class Journal:
         self.stream = stream or sys.stdout
         self.tracker = tracker
         self._path = path
-        self._file = open(path, "ab", buffering=0)
+        open_to_append(path).close()
         self._total_steps = total_steps
         self._bar = tqdm(
             initial=first_step,
@@ -69,20 +68,23 @@ class Journal:
         if self.tracker is not None:
             self.tracker.close(say=self.say)
         self._bar.close()
-        self._file.close()
 
     def record(self, event: str, **values: Any) -> None:
-        """Write one line of metrics.jsonl; floats in as many digits as carry meaning.
+        """Write one line of metrics.jsonl.
 
-        What is not finite becomes null: JSON has no word for it. Raises OSError where the disk does
-        not take the line, of which nothing is left then.
+        Raises OSError where the disk does not take the line, of which nothing is left then, and
+        TrainingStopped where the file has been removed since the run began.
         """
-        for name, value in values.items():
-            if isinstance(value, float):
-                values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
-        line = json.dumps({"event": event, **values}, allow_nan=False) + "\n"
-        append_line(self._file, line.encode())
-        self.track(event, **values)
+        line = event_line(event, **values)
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            append_line(self._path, data, create=False)
+        except FileNotFoundError:
+            raise TrainingStopped(
+                f"{self._path} is gone: the run folder was removed or renamed during the run"
+            ) from None
+        del line["event"]
+        self.track(event, **line)
 
     def track(self, event: str, **values: Any) -> None:
         """Tell the tracker, if there is one, and nobody else."""
@@ -129,15 +131,15 @@ class Journal:
                   flush=True)
 
 
-def append_line(file: FileIO, line: bytes) -> None:
-    """Write a line at the end of an unbuffered file, all of it or nothing. Raises OSError."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        while line:
-            line = line[file.write(line):]  # a disk that gets full takes a part
-    except OSError as error:
-        os.truncate(file.fileno(), end)  # else half a line, to which the next one would be glued
-        raise OSError(error.errno, error.strerror, file.name) from None
+def event_line(event: str, **values: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl: floats in as many digits as carry meaning.
+
+    A float that is not finite becomes null, since JSON has no word for it.
+    """
+    for name, value in values.items():
+        if isinstance(value, float):
+            values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
+    return {"event": event, **values}
 
 
 class Meter:

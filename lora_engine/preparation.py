@@ -38,11 +38,13 @@ from lora_engine.devices import (
 from lora_engine.features import FeatureSource, ImageList
 from lora_engine.files import check_space
 from lora_engine.hub import check_repository
+from lora_engine.journal import event_line
 from lora_engine.lora import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.models import CaptionerBody
 from lora_engine.optim import FlatMatrices, build_optimizer
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.run_folder import RunFolder, allowed_failures
+from lora_engine.schedule import Schedule
 from lora_engine.trackers import check_tracker
 from lora_engine.workers import default_num_workers
 
@@ -278,8 +280,17 @@ def run_folder(parts: Prepared) -> RunFolder:
             prefix=FAMILIES[parts.captioner.family].name,
             take_up=config.resume is not None,
         )
+    schedule = Schedule(config, len(parts.train_set))
     return RunFolder.reopen(
-        config.output_path, step=checkpoint.step, is_validated=checkpoint.is_validated
+        config.output_path,
+        step=checkpoint.step,
+        is_validated=checkpoint.is_validated,
+        validations=[
+            event_line(
+                "validation", step=step, epoch=step / schedule.steps_per_epoch, loss=loss, **scores
+            )
+            for step, loss, scores in checkpoint.validations()
+        ],
     )
 
 

@@ -11,28 +11,44 @@
 
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from lora_engine.batches import Batch, CaptionedImages, Skipped
-from lora_engine.checkpoint import CHECKPOINTS_FOLDER, set_aside_after
-from lora_engine.files import clear_leftovers, replaced_file, sync
-from lora_engine.journal import Journal, append_line
+from lora_engine.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    checkpoint_paths,
+    is_checkpoint_name,
+    set_aside_after,
+)
+from lora_engine.files import append_line, clear_leftovers, replaced_file, sync, unused_name
+from lora_engine.journal import Journal
 from lora_engine.stopping import TrainingStopped
 from lora_engine.version import __version__
 
 
 ADVICE = "Repair or remove them, or raise --max_bad_share"
+# What a run writes: nothing else in its folder is ever changed or removed.
+FILES = frozenset((
+    "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "captions.jsonl",
+    "skipped.jsonl", "loss_curve.png", "report.html", ".lock",
+))
+FOLDERS = frozenset((
+    "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
+))
 _OF_A_STEP = ("train", "skipped_step")  # what is logged before its validation
 MAX_SHOWN = 10  # skipped images named on the console
 
@@ -40,11 +56,13 @@ MAX_SHOWN = 10  # skipped images named on the console
 class RunFolder:
     """Paths of a run's files, and the writing of the small ones.
 
-    As a context it removes itself again if the run fails before its first line of metrics.
+    As a context that made the folder (`is_new`) it removes it again if the run fails before its
+    first line of metrics. Files of a run are never opened through links.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False) -> None:
         self.path = path
+        self.is_new = is_new
         self.metrics = path / "metrics.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.report = path / "report.html"
@@ -70,8 +88,17 @@ class RunFolder:
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
             print(f"what the run had reached is in {self.path}", file=sys.stderr)
-        elif error is not None:
-            shutil.rmtree(self.path)
+        elif error is not None and self.is_new:
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove what a run writes before its first line of metrics; other files stay."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("tensorboard", "wandb"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        with suppress(OSError):  # somebody else's files are in it
+            self.path.rmdir()
 
     @classmethod
     def check_free(cls, output_path: str | None, *, take_up: bool = False) -> None:
@@ -103,8 +130,9 @@ class RunFolder:
         cls.check_free(output_path, take_up=take_up)
         if output_path is not None:
             path = Path(output_path)
+            is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)._locked()
+            folder = cls(path, is_new=is_new)._locked()
             for lines in (folder.metrics, folder.samples):
                 keep_lines(lines, lambda line: False)
             return folder
@@ -116,21 +144,29 @@ class RunFolder:
             path = parent / f"{prefix}-{number:03d}"
             try:
                 path.mkdir()  # another run may take the same number at the same moment
-                return cls(path)._locked()
+                return cls(path, is_new=True)._locked()
             except FileExistsError:
                 number += 1
 
     @classmethod
-    def reopen(cls, output_path: str, *, step: int, is_validated: bool) -> "RunFolder":
-        """The folder of a run that goes on after `step`, brought back to where it was then.
+    def reopen(
+        cls,
+        output_path: str,
+        *,
+        step: int,
+        is_validated: bool,
+        validations: Sequence[dict[str, Any]],
+    ) -> "RunFolder":
+        """The folder of a run that continues after `step`, restored to its state at that step.
 
         What was logged after `step` is dropped, as it will come again; of `step` itself the
-        validation too, if it is still to be done. Raises ValueError if another process trains in
+        validation too, if it is still to be done. Lines of `validations`, those of the checkpoint,
+        that metrics.jsonl lacks are written again. Raises ValueError if another process trains in
         the folder.
         """
         folder = cls(Path(output_path))._locked()
-        clear_leftovers(folder.path)
-        clear_leftovers(folder.checkpoints)
+        clear_leftovers(folder.path, (FILES | FOLDERS).__contains__)
+        clear_leftovers(folder.checkpoints, is_checkpoint_name)
         set_aside = set_aside_after(folder.checkpoints, step)
         for path in set_aside:
             print(f"kept apart, as it is not part of the run any more: {path}", file=sys.stderr)
@@ -140,9 +176,21 @@ class RunFolder:
                 or line["step"] == step and (is_validated or line.get("event") in _OF_A_STEP)
             ))
         keep_lines(folder.skipped, lambda line: isinstance(line["image"], str))
+        _complete(folder.metrics, validations)
         return folder
 
     def _locked(self) -> "RunFolder":
+        """Take the lock; raises ValueError where a name of a run's file is something else, too."""
+        for name in FILES | FOLDERS:
+            with suppress(FileNotFoundError):
+                mode = (self.path / name).lstat().st_mode
+                expected = stat.S_ISREG if name in FILES else stat.S_ISDIR
+                if not expected(mode):
+                    kind = "file" if name in FILES else "folder"
+                    raise ValueError(
+                        f"{self.path / name} is a link or another special file, expected a plain "
+                        f"{kind}: a run never writes through links; remove it"
+                    )
         self._lock.take()
         return self
 
@@ -154,8 +202,7 @@ class RunFolder:
         """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
         # A file's name may hold bytes that are not text.
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        with open(path, "ab", buffering=0) as file:
-            append_line(file, text.encode("utf-8", errors="backslashreplace"))
+        append_line(path, text.encode("utf-8", errors="backslashreplace"))
 
     def sync(self) -> None:
         """Wait until all that is logged is on the disk."""
@@ -171,33 +218,62 @@ class RunFolder:
 
 
 def _has_no_step(path: Path) -> bool:
-    """Whether a folder is that of a run which ended before its first step; nothing is lost there.
-    """
-    if not (path / "config.json").exists():
+    """Whether a folder holds a run that ended before its first step, and nothing else."""
+    names = {entry.name for entry in path.iterdir()}
+    if "config.json" not in names or names - FILES - FOLDERS:
+        return False
+    if checkpoint_paths(path / CHECKPOINTS_FOLDER):
         return False
     try:
         lines = (path / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
         return True
-    return not any(b'"event": "train"' in line for line in lines)
+    return not any(b'"event": "train"' in line or b"\0" in line for line in lines)
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the other lines of a .jsonl file, and those that are none, such as a last one cut short.
+    """Drop the other lines of a .jsonl file, and a last one that was cut short.
+
+    Where other lines are damaged the file is first copied to `<name>.damaged`.
     """
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
+    kept, num_damaged = [], 0
     for line in lines:
+        if not line.endswith(b"\n"):
+            continue
         try:
-            if line.endswith(b"\n") and is_kept(json.loads(line)):
+            if is_kept(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a line of ours
-            continue
+            num_damaged += 1
+    if num_damaged:
+        copy = unused_name(path.with_name(f"{path.name}.damaged"))
+        shutil.copyfile(path, copy)
+        print(f"warning: {num_damaged} lines of {path} are damaged; {copy} keeps the file as it "
+              f"was", file=sys.stderr)
     if len(kept) < len(lines):
         with replaced_file(path) as new:
             new.write_bytes(b"".join(kept))
+
+
+def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
+    """Write again what metrics.jsonl has lost and the checkpoint knows: the validations."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    found = {line["step"] for line in lines if line.get("event") == "validation"}
+    lost = [line for line in validations if line["step"] not in found]
+    if not lost:
+        return
+    # Stable: a step's training line stays before its validation.
+    lines = sorted([*lines, *lost], key=lambda line: line["step"])
+    with replaced_file(path) as new:
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(
+        f"warning: {path} was missing or damaged: {len(lost)} validations are written again from "
+        f"the checkpoint; lines of training steps cannot be",
+        file=sys.stderr,
+    )
 
 
 class _Lock:
@@ -205,7 +281,7 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO | None = None
+        self._file: int | None = None
 
     def take(self) -> None:
         """Raises ValueError if another process holds it."""
@@ -213,12 +289,12 @@ class _Lock:
             import fcntl
         except ImportError:  # Windows: two runs in a folder are on their own
             return
-        self._file = open(self.path, "wb")
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             # Not flock, whose lock loading processes would inherit: they may outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            os.close(self._file)
             raise ValueError(
                 f"another process is training in {self.path.parent}; wait for it, or stop it"
             ) from None
@@ -228,7 +304,7 @@ class _Lock:
     def release(self) -> None:
         if self._file is not None:
             self.path.unlink(missing_ok=True)
-            self._file.close()
+            os.close(self._file)
 
 
 class SkippedRows:

@@ -1,12 +1,10 @@
 """All that changes while a run goes on, saved and restored together."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import epoch_batches
 from lora_engine.checkpoint import (
@@ -18,7 +16,7 @@ from lora_engine.checkpoint import (
     restore_moments,
     write_checkpoint,
 )
-from lora_engine.files import check_space, replaced_folder
+from lora_engine.files import check_space
 from lora_engine.journal import Meter
 from lora_engine.micro_batches import FittingBatches
 from lora_engine.preparation import Prepared
@@ -58,30 +56,24 @@ class RunState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over what a checkpoint holds besides the adapter, which is loaded with the model."""
         state = checkpoint.state
-        restore_moments(self.parts.optimizer, self.parts.matrices, checkpoint)
-        try:
-            self.parts.scaler.load_state_dict(state["scaler"])
-            self.fitting.num_rows = state["micro_batch_rows"]
-            self.keeper.load_state_dict(state["validations"])
-            self.captions.load_state_dict(state["captions"])
-            self.meter.load_state_dict(state["meter"])
-            self.begin_s -= state["seconds"]
-            self.step = self.saved_step = checkpoint.step
-            self.say(self._going_on(checkpoint))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if checkpoint.step > self.schedule.total_steps:
             raise CheckpointError(
-                f"{checkpoint.path / 'state.json'} is not as this version writes it: {error!r}"
-            ) from None
+                f"{checkpoint.path} is of step {checkpoint.step}, but this run has "
+                f"{self.schedule.total_steps} steps"
+            )
+        restore_moments(self.parts.optimizer, self.parts.matrices, checkpoint)
+        if self.parts.scaler.is_enabled():
+            self.parts.scaler.load_state_dict(state["scaler"])
+        self.fitting.num_rows = state["micro_batch_rows"]
+        self.keeper.load_state_dict(state["validations"])
+        self.captions.load_state_dict(state["captions"])
+        self.meter.load_state_dict(state["meter"])
+        self.begin_s -= state["seconds"]
+        self.step = self.saved_step = checkpoint.step
+        self.say(self._going_on(checkpoint))
         self.skipped.restore(self.parts.train_set, self._rows_tried())
-        self._restore_best()
-
-    def _restore_best(self) -> None:
-        """Put back the best adapter of now: there may be one of a step that is to come again."""
-        best = self.folder.checkpoints / checkpoint_name(self.keeper.best_step)
-        if best.is_dir():
-            with replaced_folder(self.folder.adapter) as new:
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(best / name, new / name)
+        self.keeper.restore_best(checkpoint)
+        self.captions.write_best(self.folder, self.keeper.best_step)
 
     def _rows_tried(self) -> list[int]:
         """The rows whose turn has come."""
@@ -123,12 +115,13 @@ class RunState:
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)  # even where the run folder was removed
             check_space(folder, needed=checkpoint_bytes(self.parts.matrices.values.numel()))
             self.folder.sync()  # up to this step, where a run that goes on begins to log again
             write_checkpoint(
                 folder / checkpoint_name(self.step),
                 adapter_files=self.keeper.files(self.step),
+                best_files=self.keeper.best_files,
                 optimizer=self.parts.optimizer,
                 state=self._state(),
             )

@@ -91,7 +91,13 @@ class ValidationCaptions:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for captions of rows that are not captioned here."""
+        wanted = set(self.wanted)
         for step, captions in state.items():
+            if not wanted.issuperset(row for row, *_ in captions):
+                raise ValueError(
+                    f"the captions of step {step} are of other validation rows than this run's"
+                )
             self.captions[int(step)] = {row: Caption(*rest) for row, *rest in captions}
             self._score(int(step))
 

@@ -257,11 +257,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_new_adapter_replaces_the_old_one_whole(blip_folder, tmp_path):
+def test_a_new_adapter_replaces_the_old_one_and_nothing_else(blip_folder, tmp_path):
     folder = save(adapted(blip_folder), tmp_path / "adapter")
-    (folder / "left over from before").touch()
+    (folder / "somebody's notes").touch()
+    (folder / "photos").mkdir()
     save(adapted(blip_folder, rank=2), folder)
-    assert contents(folder).keys() == {CONFIG_FILE, WEIGHTS_FILE}
+    assert {path.name for path in folder.iterdir()} == {
+        CONFIG_FILE, WEIGHTS_FILE, "somebody's notes", "photos"
+    }
     assert read_adapter(folder).config["r"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

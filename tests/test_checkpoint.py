@@ -20,6 +20,7 @@ from lora_engine.checkpoint import (
     checkpoint_name,
     checkpoint_paths,
     find_checkpoint,
+    is_checkpoint_name,
     read_checkpoint,
     remove_old_checkpoints,
     restore_moments,
@@ -31,9 +32,23 @@ from lora_engine.lora import inject, lora_layers
 from lora_engine.optim import FlatMatrices, build_optimizer
 
 FILES = [
-    "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors",
-    "state.json",
+    "adapter_config.json", "adapter_model.safetensors", "best_adapter.safetensors",
+    "manifest.json", "optimizer.safetensors", "state.json",
 ]
+
+
+def a_state(step: int) -> dict:
+    """What state.json holds after `step` steps of a run whose best adapter is the first one."""
+    return {
+        "step": step, "total_steps": 99, "settings": {"lr": 0.1}, "fingerprints": {"base": "b"},
+        "compute_dtype": "torch.float32", "scaler": {}, "micro_batch_rows": None, "seconds": 1.5,
+        "validations": {"losses": {"0": 1.0}, "scores": {}, "best_step": 0, "num_worse": 0},
+        "captions": {"0": [[3, "a dog", True]]},
+        "meter": {
+            "finite": [[1.0, 0.5]], "num_non_finite": 0, "num_overflows": 0, "rate": 0.1,
+            "num_images": 4, "waited_s": 0.0, "interval_s": 1.0, "training_s": 1.0,
+        },
+    }
 
 
 @dataclass
@@ -50,11 +65,13 @@ class Trainee:
 
     def write(self, folder: Path, step: int, **state) -> Path:
         path = folder / checkpoint_name(step)
+        files = adapter_files(self.model, base_model="base")
         write_checkpoint(
             path,
-            adapter_files=adapter_files(self.model, base_model="base"),
+            adapter_files=files,
+            best_files=adapter_files(self.model, base_model="base", provenance={"step": "0"}),
             optimizer=self.optimizer,
-            state={"step": step, "settings": {}, **state},
+            state={**a_state(step), **state},
         )
         return path
 
@@ -177,7 +194,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(trainee, tmp_pa
             counted_events(lambda: trainee.write(tmp_path, step, note="after"), kill_at)
 
         ended = in_child(save, tmp_path.parent / f"log{step}.txt")
-        clear_leftovers(tmp_path)
+        clear_leftovers(tmp_path, is_checkpoint_name)
         newest = found(tmp_path)
         assert newest is not None, f"killed at operation {kill_at}"
         notes.add(newest.state["note"])
@@ -236,7 +253,8 @@ def test_later_checkpoints_are_set_aside_and_not_found_any_more(trainee, tmp_pat
     ]
     assert found(tmp_path).step == 1
     trainee.write(tmp_path, 3)
-    assert len(set_aside_after(tmp_path, 1)) == 1  # in the place of the one from before
+    (again,) = set_aside_after(tmp_path, 1)
+    assert again.name == "step-00000003.set_aside.2" and moved[1].is_dir()  # both are kept
 
 
 # --- files that somebody else made ----------------------------------------------------------
@@ -283,17 +301,40 @@ def vouch_for(path: Path, name: str) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("state, words", [
-    ([], "JSON object"), ({"format": 99}, "format 99"), ({"format": 1}, "another step"),
-    ({"format": 1, "step": "1", "settings": {}}, "another step"),
-    ({"format": 1, "step": 2, "settings": {}}, "another step"),
-    ({"format": 1, "step": 1}, "no settings"),
-])
-def test_a_state_of_another_kind_is_refused(trainee, tmp_path, state, words):
+@pytest.mark.parametrize("change, words", [
+    ({"format": 99}, "format is 99"),
+    ({"step": "1"}, "step is '1'"),
+    ({"step": 1.0}, "step is 1.0, expected a whole number"),
+    ({"step": 2}, "step is 2, its folder's name says 1"),
+    ({"total_steps": 0}, "total_steps is 0"),
+    ({"settings": None}, "settings"),
+    ({"settings": {"lr": "high"}}, "settings.lr is 'high'"),
+    ({"settings": {"lr": 10**400}}, "settings.lr is 1000"),
+    ({"fingerprints": {"base": 5}}, "fingerprints.base is 5"),
+    ({"compute_dtype": "torch.int8"}, "compute_dtype is 'torch.int8'"),
+    ({"compute_dtype": "torch.float16"}, "scaler is {}"),
+    ({"scaler": {"scale": float("nan")}}, "scaler lacks growth_factor"),
+    ({"micro_batch_rows": -1}, "micro_batch_rows is -1"),
+    ({"micro_batch_rows": 10**18}, "micro_batch_rows is 1000"),
+    ({"validations": {}}, "validations lacks losses"),
+    ({"validations": {"losses": {}, "scores": {}, "best_step": 0, "num_worse": 0}}, "losses"),
+    ({"validations": {**a_state(1)["validations"], "best_step": 999}}, "best_step"),
+    ({"validations": {**a_state(1)["validations"], "losses": {"0": 1.0, "5": 1.0}}}, "after 1"),
+    ({"validations": {**a_state(1)["validations"], "losses": {"x": 1.0}}}, "key 'x'"),
+    ({"validations": {**a_state(1)["validations"], "scores": {"0": {}}}}, "scores.0 lacks bleu_1"),
+    ({"captions": {}}, "captions are of steps"),
+    ({"captions": {"0": [[-3, "a dog", True]]}}, r"captions.0\[0\]\[0\] is -3"),
+    ({"captions": {"0": [[3, "a dog"]]}}, "expected a list of 3"),
+    ({"meter": None}, "meter is None, expected an object"),
+    ({"seconds": float("inf")}, "seconds is inf"),
+    ({"seconds": -1}, "seconds is -1"),
+], ids=str)
+def test_a_state_that_no_run_writes_is_refused_by_name(trainee, tmp_path, change, words):
     path = trainee.write(tmp_path, 1)
+    state = {"format": 2, **a_state(1), **change}
     (path / "state.json").write_text(json.dumps(state))
     vouch_for(path, "state.json")
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=f"state.json: .*{words}"):
         read_checkpoint(path)
 
 

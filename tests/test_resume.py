@@ -442,14 +442,17 @@ def test_other_weights_or_data_are_refused(halfway, vit_gpt2_folder, blip_folder
     train(replace(config, train_data_path=str(moved)))  # the same rows, elsewhere
 
 
-def test_the_command_line_needs_nothing_but_the_folder(
-    unbroken, halfway, tmp_path, command
+def test_the_command_line_needs_nothing_but_the_folder_and_the_model(
+    unbroken, halfway, blip_folder, tmp_path, command
 ):
     run = copy_of(halfway, tmp_path)
-    status, out, err = command(blip_cc3m.main, "--output_path", run, "--resume")
+    model = ("--model", blip_folder)
+    status, out, err = command(blip_cc3m.main, "--output_path", run, "--resume", *model)
     assert status == 0 and "going on after step 7 of 13" in out
     assert_same_run(run, unbroken)
-    status, out, err = command(blip_cc3m.main, "--resume", "--output_path", run, "--lr", "1")
+    status, out, err = command(
+        blip_cc3m.main, "--resume", "--output_path", run, "--lr", "1", *model
+    )
     assert status == cli.USAGE_ERROR and "another --lr 1.0 (the run has 0.001)" in err
     status, out, err = command(blip_cc3m.main, "--resume")
     assert status == cli.USAGE_ERROR and "--resume needs the --output_path" in err
@@ -789,11 +792,11 @@ def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
     config = long_run(blip_folder, data, tmp_path / "run")
     real, calls = getattr(room, name), []
 
-    def full(*args):
+    def full(*args, **more):
         calls.append(1)
         if len(calls) > (5 if name == "append_line" else 1):
             raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(room, name, full)
     with pytest.raises(TrainingStopped, match="No space left .*somewhere.*--resume goes on"):
