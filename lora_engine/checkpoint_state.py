@@ -40,7 +40,8 @@ def state_complaint(state: Any, *, step: int) -> str | None:
     if any(name not in losses for name in state["validations"]["scores"]):
         return "validations.scores are of other steps than validations.losses"
     if state["captions"].keys() != steps:
-        return f"captions are of steps {reprlib.repr(list(state['captions']))}, expected {sorted(steps)}"
+        found = reprlib.repr(list(state["captions"]))
+        return f"captions are of steps {found}, expected {sorted(steps)}"
     return None
 
 
