@@ -7,10 +7,12 @@ and only warns of missing ones; here both are errors.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from lora_engine.lora import (
     lora_parameters,
     select,
 )
+from lora_engine.patterns import first_matches
 from lora_engine.tensor_files import (
     Described,
     TensorFileError,
@@ -40,8 +43,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 8 * 2**30
 
+MAX_RANK = 2**20
+MAX_FP32 = torch.finfo(torch.float32).max
+
 _DTYPES = frozenset(("F64", "F32", "F16", "BF16"))  # as safetensors spells them
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.([!-~]{1,500})\.(lora_[AB])\.weight")
 
 # What PEFT can do and this engine cannot: a file that asks for it must not load as plain LoRA.
 _UNSUPPORTED: dict[str, tuple] = {
@@ -155,7 +161,8 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
     """Read an adapter folder, PEFT's or ours.
 
     Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or stands
-    without its partner, and if the adapter is of another kind than plain LoRA.
+    without its partner, if a number is out of its range or not finite, and if the adapter is of
+    another kind than plain LoRA.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -168,7 +175,7 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
                 "is not a LoRA matrix; expected base_model.model.<path>.lora_A.weight or "
                 ".lora_B.weight"
             )
-        if len(described.shape) != 2 or described.dtype not in _DTYPES:
+        if len(described.shape) != 2 or 0 in described.shape or described.dtype not in _DTYPES:
             return f"is {described}; expected a floating-point matrix"
         return None
 
@@ -181,9 +188,13 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
     for key, tensor in tensors.items():
         match = _match(key)
         assert match is not None
-        matrices[f"{match[1]}.{match[2]}"] = tensor
-    for name, matrix in matrices.items():
-        _check_matrix(path, name, matrix, matrices)
+        name = f"{match[1]}.{match[2]}"
+        if name in matrices:
+            raise AdapterError(f"{path} holds {name} twice, with _orig_mod in its key and without")
+        matrices[name] = tensor
+    for name in matrices:
+        _check_pair(path, name, matrices)
+    _check_values(path, matrices, config)
     if not matrices:
         raise AdapterError(f"{path} holds no matrices")
     provenance.pop("format", None)
@@ -219,7 +230,7 @@ def load_adapter(
             dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
             rslora=bool(config.get("use_rslora")),
         )
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise AdapterError(
             f"the adapter in {adapter.folder} does not fit this model "
             f"({type(model).__name__}): {error}"
@@ -233,16 +244,17 @@ def load_adapter(
 def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
     """Raises ValueError unless the matrices are those that model and configuration call for."""
     config, matrices, layers = adapter.config, adapter.matrices, linear_layers(model)
+    targeted = _targeted(config, [*layers, *(path for path in paths if path not in layers)])
     complaints = [
-        f"target_modules does not cover {path}" for path in paths if not _is_target(config, path)
+        f"target_modules does not cover {path}" for path in paths if path not in targeted
     ]
-    complaints += [
-        f"{path} is missing" for path in layers if path not in paths and _is_target(config, path)
-    ]
+    complaints += [f"{path} is missing" for path in layers if path in targeted.difference(paths)]
     complaints += [f"the model has no linear layer {path}" for path in paths if path not in layers]
-    for path in layers.keys() & paths:
+    ranks = by_pattern(
+        config.get("rank_pattern"), sorted(layers.keys() & paths), default=config["r"]
+    )
+    for path, rank in ranks.items():
         num_in, num_out = layers[path]
-        rank = by_pattern(config.get("rank_pattern"), path, default=config["r"])
         for letter, shape in (("A", (rank, num_in)), ("B", (num_out, rank))):
             found = tuple(matrices[f"{path}.lora_{letter}"].shape)
             if found != shape:
@@ -251,14 +263,21 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
         raise ValueError(_listed(complaints))
 
 
-def _is_target(config: Mapping[str, Any], path: str) -> bool:
+def _targeted(config: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
     """PEFT's rule (huggingface/peft, `tuners_utils.py: check_target_module_exists`)."""
-    def matches(patterns) -> bool:
+    def matching(patterns: str | list[str] | None) -> set[str]:
         if isinstance(patterns, str):
-            return re.fullmatch(patterns, path) is not None
-        return any(path == name or path.endswith(f".{name}") for name in patterns or ())
+            return set(first_matches([patterns], paths))
+        names = set(patterns or ())
+        return {path for path in paths if not names.isdisjoint(_tails(path))}
 
-    return matches(config.get("target_modules")) and not matches(config.get("exclude_modules"))
+    return matching(config.get("target_modules")) - matching(config.get("exclude_modules"))
+
+
+def _tails(path: str) -> list[str]:
+    """A path, and what follows each dot in it."""
+    parts = path.split(".")
+    return [".".join(parts[begin:]) for begin in range(len(parts))]
 
 
 def _listed(complaints: list[str]) -> str:
@@ -324,36 +343,82 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type \"LORA\"")
-    for name, kind in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(config.get(name), kind) or config[name] <= 0:
-            raise AdapterError(f"{path}: {name} is {config.get(name)!r}; expected a number above 0")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        kinds = int if name == "rank_pattern" else (int, float)
-        if not isinstance(patterns, dict) or not all(
-            isinstance(value, kinds) for value in patterns.values()
-        ):
-            raise AdapterError(f"{path}: {name} is {patterns!r}; expected {{pattern: number}}")
-    if not isinstance(config.get("lora_dropout", 0.0), (int, float)):
-        raise AdapterError(f"{path}: lora_dropout is {config['lora_dropout']!r}, not a number")
-    if not isinstance(config.get("target_modules"), (str, list, type(None))):
-        raise AdapterError(
-            f"{path}: target_modules is {config['target_modules']!r}; expected names or a regular "
-            f"expression"
-        )
+    _check_settings(path, config)
     for name, plain in _UNSUPPORTED.items():
         if name in config and config[name] not in plain:
-            raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
+            raise AdapterError(
+                f"{path}: {name} is {shortened(config[name])}; only plain LoRA is supported"
+            )
     return config
 
 
-def _check_matrix(
-    path: Path, name: str, matrix: Tensor, matrices: Mapping[str, Tensor]
-) -> None:
+def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
+    def check(name: str, is_right: bool, expected: str) -> None:
+        if not is_right:
+            raise AdapterError(
+                f"{path}: {name} is {shortened(config.get(name))}; expected {expected}"
+            )
+
+    def is_rank(value: Any) -> bool:
+        return type(value) is int and 1 <= value <= MAX_RANK
+
+    def is_alpha(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value <= MAX_FP32
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable() and len(value) <= 1000
+
+    check("r", is_rank(config.get("r")), f"a whole number from 1 to {MAX_RANK:,}")
+    check("lora_alpha", is_alpha(config.get("lora_alpha")), "a finite number above 0")
+    dropout = config.get("lora_dropout", 0.0)
+    check("lora_dropout", type(dropout) in (int, float) and 0 <= dropout < 1,
+          "a number that is at least 0 and below 1")
+    check("use_rslora", config.get("use_rslora") in (None, False, True), "true or false")
+    for name, is_right in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
+        patterns = config.get(name) or {}
+        check(name, isinstance(patterns, dict) and all(map(is_right, patterns.values())),
+              "{pattern: number}, with numbers as for r and lora_alpha")
+    for name in ("target_modules", "exclude_modules"):
+        names = config.get(name)
+        check(name, names is None or isinstance(names, str) or (
+            isinstance(names, list) and all(isinstance(item, str) for item in names)
+        ), "names, a regular expression or null")
+    for name in ("base_model_name_or_path", "revision"):
+        check(name, config.get(name) is None or is_text(config[name]),
+              "printable text of up to 1,000 characters or null")
+    # A revision becomes part of a path in the Hub's cache.
+    check("revision", ".." not in (config.get("revision") or ""), "a branch, a tag or a commit")
+    mapping = config.get("auto_mapping") or {}
+    check("auto_mapping", isinstance(mapping, dict) and (
+        mapping.get("base_model_class") is None or is_text(mapping["base_model_class"])
+    ), '{"base_model_class": class name} or null')
+
+
+def _check_pair(path: Path, name: str, matrices: Mapping[str, Tensor]) -> None:
     other = name[:-1] + ("B" if name.endswith("A") else "A")
     if other not in matrices:
         raise AdapterError(f"{path}: {name} stands without {other}")
-    if name.endswith("A") and matrix.shape[0] != matrices[other].shape[-1]:
-        raise AdapterError(
-            f"{path}: {name} has rank {matrix.shape[0]}, {other} {matrices[other].shape[-1]}"
-        )
+    rank, other_rank = matrices[name].shape[0], matrices[other].shape[1]
+    if name.endswith("A") and rank != other_rank:
+        raise AdapterError(f"{path}: {name} has rank {rank}, {other} {other_rank}")
+
+
+def _check_values(
+    path: Path, matrices: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Refuse what is not finite: the matrices, and by a bound of its elements scaling * B A."""
+    largest = {name: float(matrix.float().abs().max()) for name, matrix in matrices.items()}
+    for name, value in largest.items():
+        if not math.isfinite(value):
+            raise AdapterError(
+                f"{path}: {name} holds NaN, infinity or a number beyond float32; the adapter is "
+                f"damaged: use another copy, or train it again with a lower learning rate"
+            )
+    alpha = max([config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()])
+    for name in (name for name in matrices if name.endswith("A")):
+        rank = len(matrices[name])
+        if float(alpha) * rank * largest[name] * largest[name[:-1] + "B"] > MAX_FP32:
+            raise AdapterError(
+                f"{path}: the update of {name.removesuffix('.lora_A')} may overflow float32 (its "
+                f"alpha is up to {alpha:g}); the adapter is damaged: use another copy"
+            )

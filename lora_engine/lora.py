@@ -22,13 +22,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from reprlib import repr as shortened
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_engine.dropout import dropout_mask, kept_part
+from lora_engine.patterns import PatternError, first_matches
 from lora_engine.products import compute_dtype, product
 
 
@@ -326,11 +328,12 @@ def inject(
     or what follows a dot in it. New A matrices are drawn from torch's global generator in the
     order of the module tree. Only the new matrices require a gradient afterwards.
 
-    Raises ValueError as `select` does, and for a rank below 1 or a dropout outside [0, 1), before
-    anything is changed.
+    Raises ValueError as `select` does, for a pattern that is no regular expression or costs too
+    much, and for a rank below 1 or a dropout outside [0, 1), before anything is changed.
     """
     paths = select(module, targets)
-    ranks = {path: by_pattern(rank_pattern, path, default=rank) for path in paths}
+    ranks = by_pattern(rank_pattern, paths, default=rank)
+    alphas = by_pattern(alpha_pattern, paths, default=alpha)
     for layer_rank in ranks.values():
         _check_settings(layer_rank, dropout)
     module.requires_grad_(False)
@@ -341,7 +344,7 @@ def inject(
         layer = LoRALinear(
             getattr(parent, name),
             rank=ranks[path],
-            alpha=by_pattern(alpha_pattern, path, default=alpha),
+            alpha=alphas[path],
             dropout=dropout,
             rslora=rslora,
         )
@@ -373,7 +376,7 @@ def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
     groups: Mapping[str, str] = getattr(module, "lora_groups", {})
     selected: set[str] = set()
     for pattern in patterns:
-        hits = [path for path in allowed if _matches(path, pattern, groups)]
+        hits = _matching(allowed, pattern, groups)
         if not hits:
             raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
         selected.update(hits)
@@ -459,31 +462,28 @@ def _widths(base: nn.Module) -> tuple[int, int]:
     return (first, second) if _is_conv1d(base) else (second, first)
 
 
-def by_pattern(patterns: Mapping | None, path: str, *, default):
-    """The value of the first pattern that matches a path, by PEFT's rule; see `inject`."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
+def by_pattern(patterns: Mapping | None, paths: Sequence[str], *, default) -> dict[str, Any]:
+    """Each path's value: that of the first pattern which matches, by PEFT's rule; see `inject`."""
+    patterns = patterns or {}
+    found = first_matches(patterns, paths, or_tail=True)
+    return {path: patterns[found[path]] if path in found else default for path in paths}
 
 
-def _matches(path: str, target: str, groups: Mapping[str, str]) -> bool:
+def _matching(paths: Sequence[str], target: str, groups: Mapping[str, str]) -> list[str]:
     if target in groups:
-        return re.fullmatch(groups[target], path) is not None
-    if target.startswith("re:"):
-        try:
-            return re.fullmatch(target[3:], path) is not None
-        except re.error as error:
-            raise ValueError(
-                f"LoRA target {target!r} is not a regular expression: {error}"
-            ) from None
-    return path == target or path.endswith("." + target)
+        return [path for path in paths if re.fullmatch(groups[target], path)]
+    if not target.startswith("re:"):
+        return [path for path in paths if path == target or path.endswith("." + target)]
+    try:
+        return list(first_matches([target[3:]], paths))
+    except PatternError as error:
+        raise ValueError(f"LoRA target {shortened(target)}: {error}") from None
 
 
 def _nothing_matched(
     target: str, allowed: list[str], linears: list[str], groups: Mapping[str, str]
 ) -> str:
-    outside = [path for path in linears if path not in allowed and _matches(path, target, groups)]
+    outside = _matching([path for path in linears if path not in allowed], target, groups)
     if outside:
         return (
             f"LoRA target {target!r} matches only modules that are never adapted here (encoder, "

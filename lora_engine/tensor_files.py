@@ -1,8 +1,11 @@
 """safetensors files: equal tensors as equal bytes, and foreign files read with limits."""
 
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 class TensorFileError(ValueError):
-    """A safetensors file that cannot be used."""
+    """A file that cannot be used, such as a safetensors file that is damaged."""
 
 
 class Described(NamedTuple):
@@ -46,14 +49,15 @@ def read_tensors(
     something is. Raises TensorFileError, and FileNotFoundError.
     """
     try:
-        _check_size(path, max_bytes)
+        check_file(path, max_bytes=max_bytes)
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             for key in keys:
                 part = file.get_slice(key)
                 complaint = refuse(key, Described(part.get_dtype(), tuple(part.get_shape())))
                 if complaint is not None:
-                    raise TensorFileError(f"{path}: {key} {complaint}")
+                    name = key if len(key) < 300 else shortened(key)
+                    raise TensorFileError(f"{path}: {name} {complaint}")
             return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except FileNotFoundError:
         raise
@@ -63,13 +67,25 @@ def read_tensors(
 
 def read_limited(path: Path, max_bytes: int) -> str:
     """A text file; raises OSError, and ValueError for one that is too large or not UTF-8."""
-    _check_size(path, max_bytes)
-    return path.read_text(encoding="utf-8")
+    size = check_file(path, max_bytes=max_bytes)
+    with open(path, "rb") as file:
+        return file.read(size).decode()
 
 
-def _check_size(path: Path, max_bytes: int) -> None:
-    size = path.stat().st_size
-    if size > max_bytes:
+def check_file(path: Path, *, max_bytes: int) -> int:
+    """The size of a regular file, or of one that a link leads to.
+
+    Raises TensorFileError for anything else (reading a pipe or a device may never end) and for a
+    file of more than `max_bytes`, and OSError.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise TensorFileError(f"{str(path)!r} is not a possible file name: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise TensorFileError(f"{path} is not a regular file")
+    if status.st_size > max_bytes:
         raise TensorFileError(
-            f"{path} has {size:,} bytes; this engine reads no more than {max_bytes:,}"
+            f"{path} has {status.st_size:,} bytes; this engine reads no more than {max_bytes:,}"
         )
+    return status.st_size

@@ -1,6 +1,7 @@
 """PEFT's adapter folder: both directions of exchange with PEFT itself, and what is refused."""
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_engine import adapter as adapter_room
+from lora_engine import patterns
 from lora_engine.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -397,11 +399,35 @@ def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"peft_type": "LOHA"}, 'peft_type "LORA"'),
     ({"peft_type": "absent"}, 'peft_type "LORA"'),
-    ({"r": "absent"}, "r is None; expected a number above 0"),
-    ({"r": 0}, "r is 0; expected a number above 0"),
-    ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number above 0"),
+    ({"r": "absent"}, "r is None; expected a whole number from 1"),
+    ({"r": 0}, "r is 0; expected a whole number from 1"),
+    ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a finite number above 0"),
     ({"r": 8.5}, "r is 8.5"),
+    ({"r": True}, "r is True; expected a whole number"),
+    ({"r": 10**400}, "adapter_config.json: r is 1000"),
+    ({"lora_alpha": True}, "lora_alpha is True; expected a finite number"),
+    ({"lora_alpha": -1}, "lora_alpha is -1; expected a finite number"),
+    ({"lora_alpha": 10**400}, "expected a finite number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a finite number"),
+    ({"lora_alpha": 1e39}, "lora_alpha is 1e+39; expected a finite number"),
     ({"lora_dropout": 1.0}, "dropout is 1.0"),
+    ({"lora_dropout": float("nan")}, "lora_dropout is nan; expected a number that is at least 0"),
+    ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
+    ({"lora_dropout": False}, "lora_dropout is False"),
+    ({"use_rslora": "no"}, "use_rslora is 'no'; expected true or false"),
+    ({"rank_pattern": {"query": 0}}, "rank_pattern is {'query': 0}"),
+    ({"rank_pattern": {"query": True}}, "rank_pattern is {'query': True}"),
+    ({"alpha_pattern": {"query": float("inf")}}, "alpha_pattern is {'query': inf}"),
+    ({"exclude_modules": 5}, "exclude_modules is 5; expected names, a regular expression or null"),
+    ({"target_modules": ["query", 5]}, "target_modules is ['query', 5]"),
+    ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is ['a']; expected printable"),
+    ({"base_model_name_or_path": "a\0b"}, r"base_model_name_or_path is 'a\x00b'"),
+    ({"base_model_name_or_path": "\x1b[2J"}, "base_model_name_or_path is "),
+    ({"base_model_name_or_path": "x" * 10**6}, "base_model_name_or_path is 'xxxxxxxxxxxx...x"),
+    ({"revision": 5}, "revision is 5"),
+    ({"revision": "../../../refs/main"}, "expected a branch, a tag or a commit"),
+    ({"auto_mapping": "Blip"}, "auto_mapping is 'Blip'"),
+    ({"auto_mapping": {"base_model_class": []}}, "auto_mapping is {'base_model_class': []}"),
     ({"rank_pattern": ["query"]}, "rank_pattern is ['query']; expected {pattern: number}"),
     ({"alpha_pattern": {"query": "8"}}, "alpha_pattern is {'query': '8'}"),
     ({"alpha_pattern": {"(": 8}}, "does not fit"),
@@ -411,6 +437,79 @@ def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
 def test_a_wrong_setting_is_refused(blip_folder, folder, changes, message):
     configure(folder, **changes)
     assert_refused(folder, blip_folder, message)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern, message", [
+    ("(.?)" * 50 + "[a-z.]*" * 50 + "!|x", "takes more than"),
+    ("(((.{0,999}){0,999}){0,999}){0,999}!|x", "takes more than"),
+    ("a{99999999999}", "repeats too often"),
+    ("((((a{999}){999}){999}){999}){999}", "repeats too often"),
+    ("(" * 20_000 + ")" * 20_000, "has 40,000 characters"),
+    ("(" * 4_000 + ")" * 4_000, "is not a regular expression"),
+    ("(?R)", "is not a regular expression"),
+])
+def test_a_pattern_that_costs_too_much_is_refused(
+    blip_folder, folder, monkeypatch, name, pattern, message
+):
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.1)
+    configure(folder, **{name: pattern})
+    assert_refused(folder, blip_folder, message)
+
+
+def test_a_pattern_that_would_backtrack_without_end_is_answered(blip_folder, folder):
+    configure(folder, target_modules="(.+)+!")
+    assert_refused(folder, blip_folder, "target_modules does not cover")
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_cost_too_much_only_together_are_refused(
+    blip_folder, folder, monkeypatch, name
+):
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.1)
+    slow = {f"query{number}": 4 for number in range(10**5)}
+    configure(folder, **{name: slow})
+    assert_refused(folder, blip_folder, "takes more than")
+
+
+@pytest.mark.parametrize("dtype, value", [
+    (torch.float32, float("nan")), (torch.float32, float("inf")), (torch.float16, -float("inf")),
+    (torch.bfloat16, float("nan")), (torch.float64, 1e39),
+])
+def test_a_matrix_with_a_number_that_is_not_finite_is_refused(blip_folder, folder, dtype, value):
+    def spoil(tensors):
+        tensors[KEY] = tensors[KEY].to(dtype)
+        tensors[KEY][1, 3] = value
+        return tensors
+
+    rewrite(folder, spoil)
+    assert_refused(folder, blip_folder, f"{WEIGHTS_FILE}: {QUERY}.lora_A holds NaN, infinity")
+
+
+@pytest.mark.parametrize("config, factor", [
+    ({"lora_alpha": 1e38}, 1e3), ({"lora_alpha": 100}, 1e38),
+    ({"alpha_pattern": {"query": 3e38}}, 1e3),
+])
+def test_an_update_that_overflows_is_refused(blip_folder, folder, config, factor):
+    configure(folder, **config)
+    rewrite(folder, lambda t: t | {KEY: t[KEY] * factor})
+    assert_refused(folder, blip_folder, f"the update of {QUERY} may overflow float32")
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_only_regular_files_are_read(blip_folder, folder, file, kind):
+    path = folder / file
+    path.unlink()
+    {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path),
+     "folder": path.mkdir}[kind]()
+    assert_refused(folder, blip_folder, f"{path} is not a regular file")
+
+
+def test_a_file_of_any_size_is_refused_unread(blip_folder, folder):
+    for file in (WEIGHTS_FILE, CONFIG_FILE):  # in the other order than they are read
+        os.truncate(folder / file, 2**40)  # sparse
+        assert_refused(folder, blip_folder, f"{folder / file} has 1,099,511,627,776 bytes")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"LORA"', "\x00"])
@@ -442,6 +541,9 @@ def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
     (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, {QUERY}.lora_B 4"),
     (lambda t: t | {KEY: t[KEY][0]}, "expected a floating-point matrix"),
     (lambda t: t | {KEY: t[KEY].int()}, "I32 of shape"),
+    (lambda t: t | {KEY: t[KEY][:0]}, "expected a floating-point matrix"),
+    (lambda t: t | {KEY.replace(".layer", "._orig_mod.layer"): t[KEY]}, "lora_A twice"),
+    (lambda t: t | {f"base_model.model.{'x' * 10**6}.lora_A.weight": t[KEY]}, "not a LoRA matrix"),
     (lambda t: {}, "holds no matrices"),
     (lambda t: t | {KEY: t[KEY][:, :60]}, f"{QUERY}.lora_A is (4, 60), expected (4, 64)"),
     (lambda t: t | {KEY.replace("A.", "B."): torch.zeros(65, 4)},
@@ -451,7 +553,8 @@ def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
     (lambda t: {k: v for k, v in t.items() if QUERY not in k}, f"{QUERY} is missing"),
     (lambda t: {k.replace(QUERY, "query"): v for k, v in t.items()},
      "the model has no linear layer query"),  # PEFT knows it by its whole path only
-], ids=["unknown", "magnitude", "half_pair", "ranks", "vector", "integers", "empty", "in_width",
+], ids=["unknown", "magnitude", "half_pair", "ranks", "vector", "integers", "no_rank", "twice",
+        "long", "empty", "in_width",
         "out_width", "no_such_layer", "missing", "tail_of_a_path"])
 def test_matrices_that_do_not_fit_are_refused(blip_folder, folder, change, message):
     rewrite(folder, change)

@@ -123,6 +123,23 @@ def test_a_caption_of_several_lines_is_printed_on_one(command, data, blip_folder
     assert out == f"{image}\ta dog on a beach\n"
 
 
+@pytest.mark.parametrize("verb", [["caption", "image.png"], ["merge", "--out", "merged"]])
+@pytest.mark.parametrize("name", ["owner/base", "base", "./base"])
+def test_an_adapters_base_is_never_taken_from_the_current_folder_unasked(
+    refused, data, blip_folder, blip_adapter, tmp_path, verb, name
+):
+    adapter = shutil.copytree(blip_adapter, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    Path(name).mkdir(parents=True)
+    shutil.copy(read_annotations(data / "train.json")[0].image, "image.png")
+    refused(
+        verbs.run_verb, verb[0], "--adapter", adapter, *verb[1:],
+        words=[f"names its base model {name!r}", "path in the current folder", "--model"],
+        allowed=["image.png", *Path(name).parts],
+    )
+
+
 @pytest.mark.parametrize("content, reason", [
     (None, "no such file"),
     (b"", "the file is empty"),

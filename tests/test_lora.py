@@ -442,7 +442,12 @@ def test_rslora_scaling_uses_each_layers_own_rank():
     (["body"], {}, "matches no linear layer"),
     (["encoder.query"], {}, "only modules that are never adapted here.*encoder.query"),
     (["re:head.*"], {}, "only modules that are never adapted here.*head.dense"),
-    (["re:(query"], {}, r"'re:\(query' is not a regular expression"),
+    (["re:(query"], {}, r"'re:\(query': .* is not a regular expression"),
+    (["re:a{99999999999}"], {}, "'re:a.99999999999.*repeats too often"),
+    (["re:" + "(" * 5_000 + ")" * 5_000], {}, "is not a regular expression"),
+    (["re:(.+)+!"], {}, "matches no linear layer"),  # at once
+    (["query"], {"rank_pattern": {"(": 2}}, "is not a regular expression"),
+    (["query"], {"alpha_pattern": {"x" * 10_001: 2}}, "has 10,001 characters"),
     ([], {}, "no LoRA targets"),
     (["query"], {"rank": 0}, "rank is 0"),
     (["query"], {"rank_pattern": {"1.query": 0}}, "rank is 0"),

@@ -82,8 +82,8 @@ def load_base(
 ) -> Captioner:
     """The captioner that is asked for, or the adapters' own base.
 
-    Raises ValueError where nothing names a model, where adapters name different ones, and for an
-    adapter of another family.
+    Raises ValueError where nothing names a model, where adapters name different ones or one that
+    depends on the current folder, and for an adapter of another family.
     """
     bases = {(adapter.base_model, adapter.config.get("revision")) for adapter in adapters}
     if model is None and len(bases) > 1:
@@ -94,6 +94,13 @@ def load_base(
     if model is None and bases:
         model, its_revision = bases.pop()
         revision = its_revision if revision is None else revision
+        # A name without a machine's folders in it means a repository on the Hub.
+        if model is not None and not Path(model).is_absolute() and Path(model).exists():
+            raise ValueError(
+                f"the adapter in {adapters[0].folder} names its base model {model!r}, which is also"
+                f" a path in the current folder; give the folder with --model if it is the one, or "
+                f"run this elsewhere to take {model!r} from the Hub"
+            )
     if model is None:
         raise ValueError(
             "no model to load: give --adapter, --model, or both (an adapter that does not say its "
