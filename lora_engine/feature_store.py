@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from lora_engine.files import replaced_file
-from lora_engine.shared_database import folder_lock, is_sound, open_database, remove_database
+from lora_engine.shared_database import folder_lock, is_current, open_database, remove_database
 
 QUEUE_BYTES = 256 * 2**20  # rows that wait for the disk; what comes on top is dropped
 WRITE_BYTES = 64 * 2**20  # rows that become valid at once
@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, digest BLOB NOT NUL
 CREATE TABLE IF NOT EXISTS counter (next_number INTEGER NOT NULL);
 INSERT INTO counter SELECT 0 WHERE NOT EXISTS (SELECT * FROM counter);
 """
+_VERSION = 0
 
 
 class FeatureStoreError(RuntimeError):
@@ -87,11 +88,11 @@ class FeatureStore:
             _check_description(self.folder / "about.json", description)
             # Both or none: a new one beside an old one would give wrong rows. A process that has
             # the old ones open goes on with them.
-            if not (features.exists() and is_sound(index)):
+            if not (features.exists() and is_current(index, version=_VERSION)):
                 features.unlink(missing_ok=True)
                 remove_database(index)
-            self._reader = open_database(index, _SCHEMA)
-            self._writer = open_database(index, _SCHEMA)
+            self._reader = open_database(index, _SCHEMA, version=_VERSION)
+            self._writer = open_database(index, _SCHEMA, version=_VERSION)
             self._file = os.open(features, os.O_RDWR | os.O_CREAT, 0o666)
 
     @property

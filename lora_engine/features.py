@@ -50,11 +50,11 @@ class ImageList:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
-        self.stamps = np.full((len(paths), 2), -1, dtype=np.int64)
+        self.stamps = np.zeros(len(paths), dtype="V16")
         self.digests = np.zeros(len(paths), dtype="V16")
 
     def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
-        self.stamps[image] = (-1, -1) if file is None else file
+        self.stamps[image] = np.void(file or bytes(16))
         self.digests[image] = np.void(digest)
 
 
@@ -209,7 +209,7 @@ class FeatureSource:
         file = stamp(path)
         if file is None:
             return False
-        if tuple(images.stamps[image]) != file:
+        if images.stamps[image].tobytes() != file:
             digest = self.identities.recall(path, file)
             if digest is None:
                 return False

@@ -179,7 +179,7 @@ def test_the_files_are_opened_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(
         feature_store,
         "open_database",
-        lambda *arguments: [seen.append(is_locked()), open_database(*arguments)][1],
+        lambda *args, **kwargs: [seen.append(is_locked()), open_database(*args, **kwargs)][1],
     )
     with open_store(tmp_path):
         assert seen == [True, True] and not is_locked()

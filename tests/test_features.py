@@ -17,7 +17,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -32,7 +31,15 @@ from PIL import Image
 from pictures import caption_of, json_lines, settings
 from torch import Tensor
 
-from lora_engine import batches, cli, feature_store, features, preparation, training
+from lora_engine import (
+    batches,
+    cli,
+    feature_store,
+    features,
+    image_identity,
+    preparation,
+    training,
+)
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import Row
 from lora_engine.batches import Batch, Place
@@ -54,15 +61,19 @@ ROW_BYTES = 4 * NUM_TOKENS * WIDTH  # in fp32
 
 
 @pytest.fixture(autouse=True)
-def _a_fast_disk_and_no_picture(monkeypatch):
-    """Measuring the disk and drawing the loss curve take longer than most of these tests."""
+def _a_fast_disk_a_fine_clock_and_no_picture(monkeypatch):
+    """Measuring the disk and drawing the loss curve take longer than most of these tests.
+
+    No file has to be 2 s old either; `write_image` gives each a time of its own.
+    """
     monkeypatch.setattr(features, "read_rate", lambda cache_dir: 1e12)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
     monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
 
 
 # --- pictures, sources, epochs --------------------------------------------------------------
 
-_times = itertools.count(1_600_000_000)  # seconds, long ago: no stamp is too young to be trusted
+_times = itertools.count(1_600_000_000)  # seconds
 
 
 def write_image(path: Path, content: int) -> str:
@@ -70,11 +81,11 @@ def write_image(path: Path, content: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(content).integers(0, 256, (48, 60, 3), np.uint8)
     Image.fromarray(noise).save(path, format="BMP")
-    make_old(path)
+    set_time(path)
     return str(path)
 
 
-def make_old(path: Path) -> None:
+def set_time(path: Path) -> None:
     mtime_ns = next(_times) * 10**9
     os.utime(path, ns=(mtime_ns, mtime_ns))
 
@@ -179,7 +190,7 @@ def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, mo
     path = tmp_path / "a.bmp"
     write_image(path, 0)
     written_ns = path.stat().st_mtime_ns
-    monkeypatch.setattr(time, "time_ns", lambda: written_ns + 10**9)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 2 * 10**9)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         loader = Loader(source, captioner, [str(path)])
         source.features_of(str(path))
@@ -188,6 +199,25 @@ def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, mo
         os.utime(path, ns=(written_ns, written_ns))
         assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
         assert_equal(loader.epoch(), [encoded(captioner, path)])
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_encoded_again(
+    captioner, tmp_path, cache
+):
+    path = tmp_path / "a.bmp"
+
+    def put(content: int) -> Tensor:
+        new = Path(write_image(tmp_path / "new.bmp", content))
+        os.utime(new, ns=(0, 10**18))
+        new.replace(path)
+        return encoded(captioner, path)
+
+    for contents in [(0, 1), (2, 3)]:
+        with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+            for content in contents:
+                expected = put(content)
+                assert_equal(Loader(source, captioner, [str(path)]).epoch(), [expected])
 
 
 def with_pixels(**changes):
@@ -899,7 +929,7 @@ def damaged_data(tmp_path_factory) -> Path:
     (folder / "6.bmp").write_text("<html>404</html>")
     (folder / "val_1.bmp").write_bytes(b"BM")
     for name in ("6.bmp", "val_1.bmp"):
-        make_old(folder / name)
+        set_time(folder / name)
     return folder
 
 
@@ -982,7 +1012,7 @@ def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
     first = run(config)
     write_image(data / "7.bmp", 100)
     shutil.copy(data / "val_0.bmp", data / "8.bmp")
-    make_old(data / "8.bmp")
+    set_time(data / "8.bmp")
     second = run(config, output_path=str(tmp_path / "second"))
     assert second.source.num_encoded == 1
     assert set(second.read) == {str(data / name) for name in ("7.bmp", "8.bmp")}
