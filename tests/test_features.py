@@ -664,6 +664,27 @@ def test_what_the_disk_cannot_read_is_encoded_again(captioner, tmp_path, images,
         assert source.num_encoded == 3
 
 
+def test_damaged_rows_are_encoded_again_once_and_told(captioner, tmp_path, images):
+    expected = [encoded(captioner, path) for path in images]
+    fill_epoch(captioner, tmp_path / "cache", images)
+    with open_source(captioner, tmp_path / "cache") as source:
+        path = source.store.folder / "features.bin"
+        rows = np.memmap(path, np.uint8, "r+").reshape(8, ROW_BYTES)
+        rows[1, 1000] ^= 1
+        rows[2] = 0xFF
+        rows[[4, 5]] = rows[[5, 4]]
+        rows.flush()
+        loader = Loader(source, captioner, images)
+        for _ in range(3):
+            assert_equal(loader.epoch(), expected)
+        assert source.num_encoded == 4
+    assert source.said == ["4 damaged rows of features were encoded again"]
+    with open_source(captioner, tmp_path / "cache") as source:
+        assert_equal(Loader(source, captioner, images).epoch(), expected)
+        assert source.num_encoded == 0
+    assert source.said == []
+
+
 def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
     """The places of rows that a run has read already are within the file, and hold nothing."""
     expected = [encoded(captioner, path) for path in images]
@@ -1052,6 +1073,20 @@ def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkey
         assert done.trajectory == expected
         num_encoded[cache] = done.source.num_encoded
     assert num_encoded["memory"] > num_encoded["disk"] > num_encoded["auto"]
+
+
+def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path):
+    config, expected = uncached
+    config = replace(config, cache="disk", cache_dir=str(tmp_path / "cache"))
+    assert run(config, output_path=str(tmp_path / "first")).trajectory == expected
+    path, = (tmp_path / "cache").glob("*/features.bin")
+    num_rows = path.stat().st_size // ROW_BYTES
+    path.write_bytes(num_rows * ROW_BYTES * b"\xff")
+    done = run(config, output_path=str(tmp_path / "second"))
+    assert done.trajectory == expected
+    assert f"\n{num_rows} damaged rows of features were encoded again" in done.said
+    again = run(config, output_path=str(tmp_path / "third"))
+    assert again.trajectory == expected and again.source.num_encoded == 0
 
 
 def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:

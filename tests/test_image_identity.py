@@ -97,7 +97,7 @@ def test_a_replaced_file_of_the_same_size_and_modification_time_has_another_stam
 def test_each_part_counts_however_large_a_file_system_makes_it(
     tmp_path, identities, monkeypatch, what, value
 ):
-    """Inodes of 64 bits, and times before 1677 or after 2262, are more than a database's integer."""
+    """Inodes of 64 bits, and times before 1677 or after 2262, are no integers of a database."""
     status = SimpleNamespace(st_size=3, st_ino=3, st_mtime_ns=3, st_ctime_ns=3)
     fake_os = SimpleNamespace(stat=lambda path: status, path=os.path, fsencode=os.fsencode)
     monkeypatch.setattr(image_identity, "os", fake_os)
