@@ -50,11 +50,11 @@ class ImageList:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
-        self.stamps = np.full((len(paths), 2), -1, dtype=np.int64)
+        self.stamps = np.zeros(len(paths), dtype="V16")
         self.digests = np.zeros(len(paths), dtype="V16")
 
     def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
-        self.stamps[image] = (-1, -1) if file is None else file
+        self.stamps[image] = np.void(file or bytes(16))
         self.digests[image] = np.void(digest)
 
 
@@ -151,6 +151,8 @@ class FeatureSource:
         if self.store is not None:
             self.store.close()
             self._say_why_stopped()
+            if self.store.num_damaged:
+                self.say(f"{self.store.num_damaged:,} damaged rows of features were encoded again")
 
     # --- where features are kept ------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class FeatureSource:
         file = stamp(path)
         if file is None:
             return False
-        if tuple(images.stamps[image]) != file:
+        if images.stamps[image].tobytes() != file:
             digest = self.identities.recall(path, file)
             if digest is None:
                 return False
@@ -390,29 +392,25 @@ class FeatureSource:
     def _read(self, path: str, digest: bytes, out: np.ndarray) -> bytes:
         """Copy a row from the disk, or from what waits for it, into `out` (row_bytes,).
 
-        A row may have gone since it was asked for: someone has emptied the cache, the disk was full
-        before it was written, or the image is another one by now. Then the image is encoded, as it
-        is now. Returns the digest of what the features are of.
+        A row may be damaged, or have gone since it was asked for: someone has emptied the cache, or
+        the disk was full before it was written, or the image is another one by now. Then the image
+        is encoded, as it is now. Returns the digest of what the features are of.
         """
         if self.store is not None:
             waiting = self.store.pending(digest)
             if waiting is not None:
                 out[:] = waiting
                 return digest
-            # Asked anew each time: in a file that was cut a known place may hold anything.
-            place = self.store.find([digest])
-            try:
-                if place[0] >= 0:
-                    self.store.read(place, out[None])
-                    return digest
-            except FeatureStoreError:
-                pass
+            if self.store.read(digest, out):
+                return digest
         try:
             pixels, _, digest = read_image(path, self.pixels)
         except ImageError as error:
             reason = f"its features have gone from the cache, and it cannot be read: {error.reason}"
             raise ImageError(path, reason) from error
-        out[:] = self._encode(torch.from_numpy(pixels)[None])[0].cpu().numpy()
+        rows = self._encode(torch.from_numpy(pixels)[None])
+        self._keep([digest], rows)
+        out[:] = rows[0].cpu().numpy()
         return digest
 
     # --- the encoder ------------------------------------------------------------------------

@@ -6,9 +6,8 @@ import sqlite3
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
-from lora_engine.shared_database import folder_lock, is_sound, open_database, remove_database
+from lora_engine.shared_database import folder_lock, is_current, open_database, remove_database
 
 # The coarsest clock of a file system in use (FAT) ticks every 2 s.
 _CLOCK_TICK_NS = 2 * 10**9
@@ -19,9 +18,12 @@ _COMMIT_EVERY = 256  # entries
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
-    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, digest BLOB NOT NULL
+    path BLOB PRIMARY KEY, stamp BLOB NOT NULL, digest BLOB NOT NULL
 ) WITHOUT ROWID;
 """
+_VERSION = 1  # 0 had stamps of size and modification time alone
+
+FileStamp = bytes  # 16 of them, of which a changed file has others
 
 
 def content_digest(data: bytes) -> bytes:
@@ -29,34 +31,34 @@ def content_digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-class FileStamp(NamedTuple):
-    """What changes with a file's content."""
-
-    size: int
-    mtime_ns: int
-
-
 def stamp(path: str | Path) -> FileStamp | None:
     """The stamp of a file, to be taken before it is read; None where none can be trusted.
 
-    That is a file that cannot be looked at, and one that changed in the last 2 s: written a second
-    time within one tick of the file system's clock it would keep its stamp (git calls this racy).
+    It covers size, inode, modification and status change time. The last two are what a replaced
+    file cannot keep: a copy can have its size and its modification time set, but not these.
+
+    A file that cannot be looked at has no stamp, nor has one that changed in the last 2 s: changed
+    a second time within one tick of the file system's clock it would keep its stamp (git calls this
+    racy).
     """
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL, or half of a surrogate pair
         return None
-    if time.time_ns() - status.st_mtime_ns < _CLOCK_TICK_NS:
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _CLOCK_TICK_NS:
         return None
-    return FileStamp(status.st_size, status.st_mtime_ns)
+    # Not the numbers themselves: some file systems have larger ones than a database takes.
+    values = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    return content_digest(repr(values).encode())
 
 
 class Identities:
     """Remembers the digests of files under their path and stamp, for one thread at a time.
 
     `identities.sqlite` in the folder outlives the run and is shared with other processes. It is
-    only a memory: where it is damaged it is replaced, and where it cannot be used, or `folder` is
-    None, it lasts as long as this object. What is lost costs reading a file again, never a result.
+    only a memory: where it is damaged, or of another version, it is replaced, and where it cannot
+    be used, or `folder` is None, it lasts as long as this object. What is lost costs reading a file
+    again, never a result.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -98,22 +100,21 @@ class Identities:
     def _look_up(self, name: bytes) -> tuple[FileStamp, bytes] | None:
         if self._database is None:
             return None
-        query = "SELECT size, mtime_ns, digest FROM files WHERE path = ?"
+        query = "SELECT stamp, digest FROM files WHERE path = ?"
         try:
-            found = self._database.execute(query, (name,)).fetchone()
+            return self._database.execute(query, (name,)).fetchone()
         except sqlite3.Error:
             self._database = None
             return None
-        return found and (FileStamp(*found[:2]), found[2])
 
     def _commit(self) -> None:
         if self._database is None:
             return
-        rows = [(name, *stamp, digest) for name, (stamp, digest) in self._fresh.items()]
+        rows = [(name, *entry) for name, entry in self._fresh.items()]
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+                self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
             self._fresh.clear()
         except sqlite3.Error:
             self._database = None
@@ -129,9 +130,9 @@ def _open(folder: Path) -> sqlite3.Connection | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder):
-            if not is_sound(path):
+            if not is_current(path, version=_VERSION):
                 remove_database(path)
-            database = open_database(path, _SCHEMA)
+            database = open_database(path, _SCHEMA, version=_VERSION)
         # Moving the log into the database waits for the disk: at each 64 MiB, and at closing.
         database.execute("PRAGMA wal_autocheckpoint = 16384")
         return database

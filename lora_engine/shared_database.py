@@ -1,6 +1,7 @@
 """A small sqlite database that several processes of one machine use at once.
 
-What is kept in such a database can be had again, so a damaged one is removed and not repaired.
+What is kept in such a database can be had again, so one that is damaged, or of another version, is
+removed and neither repaired nor migrated.
 """
 
 import os
@@ -28,27 +29,32 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def open_database(path: Path, schema: str) -> sqlite3.Connection:
+def open_database(path: Path, schema: str, *, version: int) -> sqlite3.Connection:
     """Open or create a database: in autocommit mode, for one thread at a time.
 
-    Raises sqlite3.Error.
+    `version` is that of the schema, for `is_current`. Raises sqlite3.Error.
     """
     database = _connect(path)
     # With a write-ahead log readers never wait for a writer, and a commit waits for no disk: a
     # power cut may cost the last commits, but leaves those before them whole.
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
-    database.executescript(schema)
+    database.executescript(f"{schema} PRAGMA user_version = {version};")
     return database
 
 
-def is_sound(path: Path) -> bool:
-    """Whether the file is there and a database without damage. Raises sqlite3.Error, OSError."""
+def is_current(path: Path, *, version: int) -> bool:
+    """Whether the file is there, and an undamaged database of this version of its schema.
+
+    Raises sqlite3.Error, OSError.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return False
     database = _connect(path)
     try:
-        return database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        if database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            return False
+        return database.execute("PRAGMA user_version").fetchone() == (version,)
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return False

@@ -17,7 +17,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -32,7 +31,15 @@ from PIL import Image
 from pictures import caption_of, json_lines, settings
 from torch import Tensor
 
-from lora_engine import batches, cli, feature_store, features, preparation, training
+from lora_engine import (
+    batches,
+    cli,
+    feature_store,
+    features,
+    image_identity,
+    preparation,
+    training,
+)
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import Row
 from lora_engine.batches import Batch, Place
@@ -54,15 +61,19 @@ ROW_BYTES = 4 * NUM_TOKENS * WIDTH  # in fp32
 
 
 @pytest.fixture(autouse=True)
-def _a_fast_disk_and_no_picture(monkeypatch):
-    """Measuring the disk and drawing the loss curve take longer than most of these tests."""
+def _a_fast_disk_a_fine_clock_and_no_picture(monkeypatch):
+    """Measuring the disk and drawing the loss curve take longer than most of these tests.
+
+    No file has to be 2 s old either; `write_image` gives each a time of its own.
+    """
     monkeypatch.setattr(features, "read_rate", lambda cache_dir: 1e12)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
     monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
 
 
 # --- pictures, sources, epochs --------------------------------------------------------------
 
-_times = itertools.count(1_600_000_000)  # seconds, long ago: no stamp is too young to be trusted
+_times = itertools.count(1_600_000_000)  # seconds
 
 
 def write_image(path: Path, content: int) -> str:
@@ -70,11 +81,11 @@ def write_image(path: Path, content: int) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(content).integers(0, 256, (48, 60, 3), np.uint8)
     Image.fromarray(noise).save(path, format="BMP")
-    make_old(path)
+    set_time(path)
     return str(path)
 
 
-def make_old(path: Path) -> None:
+def set_time(path: Path) -> None:
     mtime_ns = next(_times) * 10**9
     os.utime(path, ns=(mtime_ns, mtime_ns))
 
@@ -179,7 +190,7 @@ def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, mo
     path = tmp_path / "a.bmp"
     write_image(path, 0)
     written_ns = path.stat().st_mtime_ns
-    monkeypatch.setattr(time, "time_ns", lambda: written_ns + 10**9)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 2 * 10**9)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         loader = Loader(source, captioner, [str(path)])
         source.features_of(str(path))
@@ -188,6 +199,25 @@ def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, mo
         os.utime(path, ns=(written_ns, written_ns))
         assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
         assert_equal(loader.epoch(), [encoded(captioner, path)])
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_encoded_again(
+    captioner, tmp_path, cache
+):
+    path = tmp_path / "a.bmp"
+
+    def put(content: int) -> Tensor:
+        new = Path(write_image(tmp_path / "new.bmp", content))
+        os.utime(new, ns=(0, 10**18))
+        new.replace(path)
+        return encoded(captioner, path)
+
+    for contents in [(0, 1), (2, 3)]:
+        with open_source(captioner, tmp_path / "cache", cache=cache) as source:
+            for content in contents:
+                expected = put(content)
+                assert_equal(Loader(source, captioner, [str(path)]).epoch(), [expected])
 
 
 def with_pixels(**changes):
@@ -634,6 +664,27 @@ def test_what_the_disk_cannot_read_is_encoded_again(captioner, tmp_path, images,
         assert source.num_encoded == 3
 
 
+def test_damaged_rows_are_encoded_again_once_and_told(captioner, tmp_path, images):
+    expected = [encoded(captioner, path) for path in images]
+    fill_epoch(captioner, tmp_path / "cache", images)
+    with open_source(captioner, tmp_path / "cache") as source:
+        path = source.store.folder / "features.bin"
+        rows = np.memmap(path, np.uint8, "r+").reshape(8, ROW_BYTES)
+        rows[1, 1000] ^= 1
+        rows[2] = 0xFF
+        rows[[4, 5]] = rows[[5, 4]]
+        rows.flush()
+        loader = Loader(source, captioner, images)
+        for _ in range(3):
+            assert_equal(loader.epoch(), expected)
+        assert source.num_encoded == 4
+    assert source.said == ["4 damaged rows of features were encoded again"]
+    with open_source(captioner, tmp_path / "cache") as source:
+        assert_equal(Loader(source, captioner, images).epoch(), expected)
+        assert source.num_encoded == 0
+    assert source.said == []
+
+
 def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
     """The places of rows that a run has read already are within the file, and hold nothing."""
     expected = [encoded(captioner, path) for path in images]
@@ -899,7 +950,7 @@ def damaged_data(tmp_path_factory) -> Path:
     (folder / "6.bmp").write_text("<html>404</html>")
     (folder / "val_1.bmp").write_bytes(b"BM")
     for name in ("6.bmp", "val_1.bmp"):
-        make_old(folder / name)
+        set_time(folder / name)
     return folder
 
 
@@ -982,7 +1033,7 @@ def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
     first = run(config)
     write_image(data / "7.bmp", 100)
     shutil.copy(data / "val_0.bmp", data / "8.bmp")
-    make_old(data / "8.bmp")
+    set_time(data / "8.bmp")
     second = run(config, output_path=str(tmp_path / "second"))
     assert second.source.num_encoded == 1
     assert set(second.read) == {str(data / name) for name in ("7.bmp", "8.bmp")}
@@ -1022,6 +1073,20 @@ def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkey
         assert done.trajectory == expected
         num_encoded[cache] = done.source.num_encoded
     assert num_encoded["memory"] > num_encoded["disk"] > num_encoded["auto"]
+
+
+def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path):
+    config, expected = uncached
+    config = replace(config, cache="disk", cache_dir=str(tmp_path / "cache"))
+    assert run(config, output_path=str(tmp_path / "first")).trajectory == expected
+    path, = (tmp_path / "cache").glob("*/features.bin")
+    num_rows = path.stat().st_size // ROW_BYTES
+    path.write_bytes(num_rows * ROW_BYTES * b"\xff")
+    done = run(config, output_path=str(tmp_path / "second"))
+    assert done.trajectory == expected
+    assert f"\n{num_rows} damaged rows of features were encoded again" in done.said
+    again = run(config, output_path=str(tmp_path / "third"))
+    assert again.trajectory == expected and again.source.num_encoded == 0
 
 
 def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
