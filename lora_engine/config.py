@@ -92,7 +92,7 @@ class TrainingConfig:
     auto: in a GPU's memory and on disk, for later runs too, where that is faster than encoding."""
     cache_dir: str | None = None
     """Folder for features on disk, on a disk of this machine. Default:
-    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine."""
+    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; none for a user without a home folder."""
     cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Number format of kept features; default: fp32 with --precision fp32, else bf16."""
     cache_limit_gb: float = 50.0

@@ -283,20 +283,25 @@ def run_folder(parts: Prepared) -> RunFolder:
     )
 
 
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lora_engine")
+def default_cache_dir() -> Path | None:
+    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # expanduser leaves the "~" where HOME is not set and the user is not in the password database.
+    return None if parent.startswith("~") else Path(parent, "lora_engine")
 
 
 def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
     config = parts.config
     paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     return FeatureSource(
         parts.captioner,
         device=parts.device,
         dtype=parts.dtype,
         num_images=len(paths),
         cache=config.cache,
-        cache_dir=Path(config.cache_dir or default_cache_dir()),
+        cache_dir=cache_dir,
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
         say=say,

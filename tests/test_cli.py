@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import pwd
 import re
 import runpy
 import subprocess
@@ -323,6 +324,52 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{' '.join(sample['caption'].split())}\n"
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """As in a container that runs with a user id of its own: no HOME, no entry in /etc/passwd."""
+    def getpwuid(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+
+
+def test_a_user_without_a_home_folder_trains_and_captions(command, data, blip_folder, no_home):
+    status, out, err = command(blip_cc3m.main, *flags(blip_folder, data))
+    assert (status, err) == (0, "")
+    assert "kept 16 in memory; not on disk: this user has no home folder; give --cache_dir" in out
+    assert [path.name for path in command.work.iterdir()] == ["run"]  # and no folder "~"
+    status, out, err = command(
+        verbs.run_verb, "caption", "--adapter", "run/adapter", data / "images"
+    )
+    assert (status, err) == (0, "") and len(out.splitlines()) == 16
+    status, out, _ = command(verbs.run_verb, "doctor", "--offline")
+    assert status == 0 and "note    features    kept in memory only: this user has no home" in out
+
+
+def test_a_user_without_a_home_folder_keeps_features_where_it_is_told(
+    command, refused, data, blip_folder, no_home
+):
+    refused(blip_cc3m.main, *flags(blip_folder, data, cache="disk"),
+            words=["--cache disk: this user has no home folder; give --cache_dir"])
+    status, out, _ = command(
+        blip_cc3m.main, *flags(blip_folder, data, cache="disk", cache_dir="kept")
+    )
+    assert status == 0 and "kept on disk in kept" in out and any(Path("kept").iterdir())
+
+
+def test_a_user_without_a_home_folder_is_told_how_to_get_a_model_of_the_hub(
+    refused, data, no_home, monkeypatch
+):
+    def snapshot_download(*args, **settings):
+        Path("~/.cache").expanduser()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    refused(blip_cc3m.main, *flags("owner/name", data),
+            words=["cannot be fetched", "Could not determine home directory", "pass --model"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
