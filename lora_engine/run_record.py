@@ -159,6 +159,7 @@ def lowest(values: Series) -> tuple[int, float]:
 
 
 def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
+    metrics = [line for line in metrics if is_number(line.get("loss"))]
     scores = series(metrics, "validation", str(config.get("best_by", "loss")))
     if config.get("best_by", "loss") != "loss" and scores.steps:
         return lowest(Series(scores.steps, [-value for value in scores.values]))[0]

@@ -138,6 +138,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             state.save()
             error.add_note(state.how_to_go_on())
             raise
+        except TrainingStopped as error:
+            if state.has_begun:
+                is_first = "" if keeper.best_step else " (before training)"
+                error.add_note(
+                    f"the best adapter so far, of step {keeper.best_step}{is_first}, is in "
+                    f"{folder.adapter}"
+                )
+            raise
         except OSError as error:
             raise TrainingStopped(
                 f"{error}. What was there before is whole. {state.how_to_go_on()}"

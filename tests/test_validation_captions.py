@@ -1,15 +1,19 @@
 """Captions of validation images through a run: scores, what is kept by them, what files hold."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pictures import json_lines, settings, write_pictures
 
+from lora_engine import evaluation
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import read_annotations
+from lora_engine.evaluation import ValidationLoss
 from lora_engine.metrics import References
+from lora_engine.run_record import read_run
 from lora_engine.training import train
 
 
@@ -119,6 +123,22 @@ def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
     assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
     assert "best CIDEr-D 0.9000 at step 2 of 4; before training it was 0.5000" in str(summary)
     assert f"validation loss {summary.losses[2]:.4f} there" in str(summary)
+
+
+def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    scripted_scores(monkeypatch, [0.5, 0.9, 0.7])
+    losses = iter([4.0, math.nan, 3.0])
+    monkeypatch.setattr(
+        evaluation, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
+    )
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", max_steps=2, eval_every=1, best_by="cider_d",
+        max_bad_share=0.2,
+    ))
+    assert summary.best_step == read_run(summary.path).best_step == 2
+    assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
 
 
 def test_a_run_that_becomes_no_better_stops_when_patience_ends(
