@@ -121,7 +121,7 @@ class TrainingConfig:
     """Go on with the run in --output_path, from its newest checkpoint or from the one given here;
     where there is no run yet, begin it. Settings are those of the run: give none, or the same."""
     max_bad_share: float = 0.05
-    """A larger share of rows with unusable images stops the run."""
+    """A larger share of rows that cannot be used, or whose image cannot, stops the run."""
     worker_timeout: float = 300.0
     """Seconds after which a process that loads images and does not answer ends the run."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"

@@ -35,6 +35,7 @@ class TrainingSummary:
     best_by: str
     best_step: int
     num_skipped_images: int
+    num_skipped_rows: int
     samples: tuple[Sample, ...]
     seconds: float
 
@@ -52,10 +53,12 @@ class TrainingSummary:
                 f"  after      {sample.best}",
             ]
         lines += ["", self._verdict()]
-        if self.num_skipped_images:
+        counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}
+        skipped = [f"{number:,} {name}" for name, number in counts.items() if number]
+        if skipped:
             lines.append(
-                f"{self.num_skipped_images} images could not be used; "
-                f"{self.path / 'skipped.jsonl'} lists them"
+                f"{' and '.join(skipped)} could not be used; {self.path / 'skipped.jsonl'} lists "
+                f"them"
             )
         return "\n".join([
             *lines,

@@ -93,6 +93,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
+        skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
         load_validation = stop.checked(loader(parts.val_set, features, parts.captioner, config))
         validation = Validation(
             captioner=parts.captioner,
@@ -160,6 +161,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             best_by=keeper.best_by,
             best_step=keeper.best_step,
             num_skipped_images=skipped.num_images,
+            num_skipped_rows=len(parts.bad_rows),
             samples=validation.captions.compare(keeper.best_step),
             seconds=state.seconds,
         )

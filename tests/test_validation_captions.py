@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine import evaluation
+from lora_engine import evaluation, training
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import read_annotations
 from lora_engine.evaluation import ValidationLoss
@@ -97,6 +97,80 @@ def test_without_scores_captions_are_shown_all_the_same(blip_folder, data, tmp_p
     assert len(json_lines(summary.path / "samples.jsonl")) == 6
     assert not (summary.path / "captions.jsonl").exists()
     assert "CIDEr-D" not in str(summary)
+
+
+def with_bad_rows(folder: Path) -> None:
+    """24 training rows, one of them bad, and 21 validation rows, one bad and two without words."""
+    write_pictures(folder, num_images=23)
+    write_pictures(folder, num_images=20, name="val.json")
+    for name in ("train", "val"):
+        rows = json.loads((folder / f"{name}.json").read_text())
+        if name == "val":
+            rows[4]["text"], rows[7]["text"] = "...", "\U0001f600"
+        (folder / f"good_{name}.json").write_text(json.dumps(rows))
+        rows.insert(5, {"text": "", "image": "images/val_00.png"})
+        (folder / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "]")
+
+
+def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
+    blip_folder, tmp_path, capsys, monkeypatch
+):
+    with_bad_rows(tmp_path)
+    config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=3, save_every="1")
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    summary = train(config)
+    out, err = capsys.readouterr()
+    listed = [f"{tmp_path / name}.json:7" for name in ("train", "val")]
+    lines = json_lines(summary.path / "skipped.jsonl")
+    assert [line["row"] for line in lines] == listed
+    for line in lines:
+        assert line["reason"].startswith('row 6: "text" is empty')
+        assert f"skipped {line['row']}: {line['reason']}" in out
+    assert f"2 rows could not be used; {summary.path / 'skipped.jsonl'} lists them" in out
+    places = ", ".join(f"{tmp_path / 'val.json'}:{line}" for line in (6, 10))
+    assert f"2 validation captions have no words to compare and are not scored: {places}\n" in err
+    assert lines_of(summary.path, "validation")[0]["num_images"] == 18
+    assert read_run(summary.path).skipped.keys() == set(listed)
+
+    # The same as without the bad rows, and when it is stopped and goes on.
+    good = replace(
+        config, train_data_path=str(tmp_path / "good_train.json"),
+        val_data_path=str(tmp_path / "good_val.json"), output_path=str(tmp_path / "good"),
+    )
+    again = replace(config, output_path=str(tmp_path / "again"))
+    real, calls = training.optimizer_step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    train(good)
+    monkeypatch.setattr(training, "optimizer_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(again)
+    train(replace(again, resume="newest"))
+    for other in (good, again):
+        for event in ("train", "validation"):
+            assert [(line["step"], line["loss"]) for line in lines_of(summary.path, event)] == [
+                (line["step"], line["loss"]) for line in lines_of(Path(other.output_path), event)
+            ]
+    assert json_lines(tmp_path / "again" / "skipped.jsonl") == lines
+
+
+def test_validation_without_any_word_trains_and_scores_nothing(
+    blip_folder, tmp_path, monkeypatch, capsys
+):
+    write_pictures(tmp_path, num_images=12)
+    rows = json.loads(write_pictures(tmp_path, num_images=4, name="val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps([row | {"text": "..."} for row in rows]))
+    config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=1)
+    summary = train(config)
+    assert "4 validation captions have no words" in capsys.readouterr().err
+    assert not summary.scores and len(summary.samples) == 2
+    with pytest.raises(ValueError, match="--best_by cider_d needs captions with words .*val.json"):
+        train(replace(config, output_path=str(tmp_path / "other"), best_by="cider_d"))
 
 
 def scripted_scores(monkeypatch, script: list[float]) -> None:
