@@ -139,7 +139,8 @@ def adapter_files(
     """What the files of a PEFT adapter folder hold, by their names.
 
     `base_model` is what PEFT users will load it onto; `hugging_face_class` that model's class
-    in transformers. Raises AdapterError for a model without LoRA layers.
+    in transformers. Raises AdapterError for a model without LoRA layers, and for matrices with
+    values that are not finite.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -151,6 +152,12 @@ def adapter_files(
         f"base_model.model.{name}.weight": matrix.detach().float().cpu().contiguous()
         for name, matrix in lora_parameters(model).items()
     }
+    bad = [name for name, matrix in tensors.items() if not matrix.isfinite().all()]
+    if bad:
+        raise AdapterError(
+            f"an adapter with NaN or infinite values is not saved ({len(bad)} of {len(tensors)} "
+            f"matrices, first {bad[0]})"
+        )
     return {
         WEIGHTS_FILE: tensor_bytes(tensors, provenance or {}),
         CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),

@@ -1,5 +1,6 @@
 """Which adapters of a run are kept: the best by its validations, and the last."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -56,11 +57,15 @@ class AdapterKeeper:
         self.num_worse = 0  # validations since the best
 
     def offer(self, step: int, loss: float, scores: Scores | None) -> bool:
-        """Keep the adapter of now if it is the best yet -> whether it is."""
+        """Save the adapter if it is the best so far; return whether it was.
+
+        One whose loss is not finite never is, whatever its scores.
+        """
         self.losses[step] = loss
         if scores is not None:
             self.scores[step] = scores
-        is_best = step == 0 or self._worth(step) > self._worth(self.best_step)
+        is_better = math.isfinite(loss) and self._worth(step) > self._worth(self.best_step)
+        is_best = step == 0 or is_better
         self.num_worse = 0 if is_best else self.num_worse + 1
         if is_best:
             self.best_step = step

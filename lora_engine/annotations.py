@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,26 +39,49 @@ class CheckedRow(NamedTuple):
     row: Row | str
 
 
+class BadRow(NamedTuple):
+    """A row that is skipped: its place in the file, as path:line, and the reason."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
 def read_annotations(path: str | Path) -> list[Row]:
-    """Read all rows in the file's order: stripped captions, absolute image paths.
+    """`usable_rows` of a file in which every row must be usable."""
+    return usable_rows(path, max_bad_share=0.0)[0]
+
+
+def usable_rows(path: str | Path, *, max_bad_share: float) -> tuple[list[Row], list[BadRow]]:
+    """Read all rows in the file's order: stripped captions, absolute image paths; and those that
+    cannot be used.
 
     Images are not opened. Raises AnnotationError if the file cannot be read, is not a JSON list,
-    or is empty, and for rows that cannot be used: the first MAX_ROWS_SHOWN of them by line, with
-    the number of all.
+    or is empty, and where all rows, or more than `max_bad_share` of them, cannot be used: it names
+    the first MAX_ROWS_SHOWN by line, with the number of all.
     """
     rows: list[Row] = []
-    shown: list[str] = []
-    num_bad = 0
+    bad: list[BadRow] = []
     for checked in checked_rows(path):
         if isinstance(checked.row, Row):
             rows.append(checked.row)
-            continue
-        num_bad += 1
-        if num_bad <= MAX_ROWS_SHOWN:
-            shown.append(f"{path}:{checked.line}: row {checked.number}: {checked.row}")
-    if num_bad:
-        raise AnnotationError(_bad_rows_message(path, shown, num_bad, len(rows) + num_bad))
-    return rows
+        else:
+            bad.append(bad_row(path, checked))
+    num_rows = len(rows) + len(bad)
+    if not rows or len(bad) > max_bad_share * num_rows:
+        raise AnnotationError(_bad_rows_message(path, bad, num_rows, max_bad_share))
+    return rows, bad
+
+
+def bad_row(path: str | Path, checked: CheckedRow) -> BadRow:
+    return BadRow(f"{path}:{checked.line}", f"row {checked.number}: {checked.row}")
+
+
+def places_of(path: str | Path, rows: Collection[Row]) -> list[str]:
+    """path:line of each row of a file that is one of `rows`, which do not know their lines."""
+    return [f"{path}:{checked.line}" for checked in checked_rows(path) if checked.row in rows]
 
 
 def checked_rows(path: str | Path) -> Iterator[CheckedRow]:
@@ -170,13 +193,13 @@ def _line(document: str, offset: int) -> int:
 def _complaint(value: Any) -> str | None:
     """What is wrong with a row, what was expected and what to do; None if nothing is."""
     if not isinstance(value, dict):
-        return f"found {_describe(value)}, expected an object like {EXPECTED_ROW}"
+        return f"found {describe(value)}, expected an object like {EXPECTED_ROW}"
     for key in Row._fields:
         if key not in value:
             return f'no "{key}" among its keys ({_keys(value)}): add it, or rename what holds it'
         content = value[key]
         if not isinstance(content, str):
-            return f'"{key}" is {_describe(content)}, expected one string'
+            return f'"{key}" is {describe(content)}, expected one string'
         if not content.strip():
             return f'"{key}" is empty: fill it in or remove the row'
     if "://" in value["image"]:
@@ -186,20 +209,25 @@ def _complaint(value: Any) -> str | None:
     return None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A JSON value as it is written, cut to a few words."""
     shown = json.dumps(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
 def _keys(value: dict[str, Any]) -> str:
-    return ", ".join(map(json.dumps, list(value)[:MAX_KEYS_SHOWN])) or "none"
+    return ", ".join(map(describe, list(value)[:MAX_KEYS_SHOWN])) or "none"
 
 
-def _bad_rows_message(path: str | Path, shown: list[str], num_bad: int, num_rows: int) -> str:
-    if num_bad == 1:
+def _bad_rows_message(
+    path: str | Path, bad: Sequence[BadRow], num_rows: int, max_share: float
+) -> str:
+    shown = list(map(str, bad[:MAX_ROWS_SHOWN]))
+    more = f", more than --max_bad_share {max_share:g}" if 0 < max_share < 1 else ""
+    if num_rows == 1 or len(bad) == 1 and not more:
         return shown[0]
-    first = f"; the first {len(shown)}" if num_bad > len(shown) else ""
-    summary = f"{path}: {num_bad:,} of {num_rows:,} rows cannot be used{first}:"
+    first = f"; the first {len(shown)}" if len(bad) > len(shown) else ""
+    summary = f"{path}: {len(bad):,} of {num_rows:,} rows cannot be used{more}{first}:"
     return "\n  ".join([summary, *shown])
 
 
@@ -217,7 +245,7 @@ def _not_a_list_message(document: str, path: str | Path) -> str:
         return f"{path}: the file is empty, expected a JSON list of {EXPECTED_ROW}"
     value, end = _decode(document, start, path)
     if not isinstance(value, dict):
-        return f"{path}: found {_describe(value)}, expected a JSON list of {EXPECTED_ROW}"
+        return f"{path}: found {describe(value)}, expected a JSON list of {EXPECTED_ROW}"
     if document.startswith("{", _skip_whitespace(document, end)):
         return (
             f"{path}: one object after another (JSON Lines), expected one JSON list: put [ before "

@@ -107,6 +107,15 @@ _PIECE = re.compile(
 )
 
 
+# A letter or digit of the basic plane is always part of a token.
+_SURELY_A_WORD = re.compile(r"(?![_\U00010000-\U0010ffff])\w")
+
+
+def has_words(caption: str) -> bool:
+    """Whether a caption has any token, so that scores can compare it."""
+    return _SURELY_A_WORD.search(caption) is not None or bool(tokenize(caption))
+
+
 def tokenize(caption: str) -> list[str]:
     """A caption's tokens, in lower case, without punctuation."""
     text = caption.translate(_REWRITTEN)

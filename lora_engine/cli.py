@@ -105,6 +105,7 @@ def run_recipe(
 
     With --resume, settings that no flag gives are the run's, but for those in `REACHES_OUTSIDE`.
     """
+    _check_single_process()
     args = _with_newest(args)
 
     def parse_onto(defaults: TrainingConfig) -> TrainingConfig:
@@ -138,6 +139,20 @@ def run_recipe(
 
     train(config, family=family)
     return 0
+
+
+def _check_single_process() -> None:
+    """Raises ValueError in each process of a distributed launch: all would train the same run."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size.isdecimal() or int(size) < 2:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise ValueError("one of several processes: process 0 says why none of them trains")
+    raise ValueError(
+        f"WORLD_SIZE is {size}: torchrun or accelerate has started {size} processes, but a run "
+        f"trains in one process, on one GPU, and each of them would train the whole run. Start "
+        f"the same command with plain python, and unset WORLD_SIZE if it is set for another reason"
+    )
 
 
 def _with_newest(args: Sequence[str]) -> list[str]:

@@ -99,7 +99,7 @@ class TrainingConfig:
     auto: in a GPU's memory and on disk, for later runs too, where that is faster than encoding."""
     cache_dir: str | None = None
     """Folder for features on disk, on a disk of this machine. Default:
-    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine."""
+    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; none for a user without a home folder."""
     cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Number format of kept features; default: fp32 with --precision fp32, else bf16."""
     cache_limit_gb: float = 50.0
@@ -128,7 +128,7 @@ class TrainingConfig:
     """Go on with the run in --output_path, from its newest checkpoint or from the one given here;
     where there is no run yet, begin it. Settings are those of the run: give none, or the same."""
     max_bad_share: float = 0.05
-    """A larger share of rows with unusable images stops the run."""
+    """A larger share of rows that cannot be used, or whose image cannot, stops the run."""
     worker_timeout: float = 300.0
     """Seconds after which a process that loads images and does not answer ends the run."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"

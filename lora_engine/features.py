@@ -105,7 +105,7 @@ class FeatureSource:
         dtype: torch.dtype,
         num_images: int,
         cache: str,
-        cache_dir: Path,
+        cache_dir: Path | None,
         cache_dtype: CacheDtype | None,
         cache_limit_bytes: float,
         say: Callable[[str], None],
@@ -156,7 +156,9 @@ class FeatureSource:
 
     # --- where features are kept ------------------------------------------------------------
 
-    def _place_rows(self, description: dict, cache_dir: Path, limit_bytes: int) -> None:
+    def _place_rows(
+        self, description: dict, cache_dir: Path | None, limit_bytes: int
+    ) -> None:
         row_bytes, num_left = self.format.row_bytes, self.num_images
         places, not_on_disk = [], ""
         if self.cache in ("auto", "memory") and self._stream is not None:
@@ -166,6 +168,8 @@ class FeatureSource:
             places.append(f"{capacity:,} in the GPU's memory")
         if self.cache in ("auto", "disk"):
             try:
+                if cache_dir is None:
+                    raise FeatureStoreError("this user has no home folder; give --cache_dir")
                 read_s = row_bytes / read_rate(cache_dir)
                 if self.cache == "disk" or read_s < self.encode_s:
                     self.store = FeatureStore(

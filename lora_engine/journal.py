@@ -297,9 +297,8 @@ class Meter:
         if self.num_non_finite == MAX_NON_FINITE:
             self.stop_reason = (
                 f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, up to step "
-                f"{step}. These steps changed nothing: the adapter holds what the others learnt. "
-                f"Try a lower --lr, or --precision bf16 or fp32. Images of the last: "
-                f"{_listed(images)}"
+                f"{step}. These steps changed nothing. Try a lower --lr, or --precision bf16 or "
+                f"fp32. Images of the last: {_listed(images)}"
             )
 
     def _stop_if_needed(self) -> None:

@@ -13,13 +13,14 @@ import torch
 
 from lora_engine.adapter import load_adapter, read_adapter
 from lora_engine.adapter_keeper import AdapterKeeper
-from lora_engine.annotations import Row, hold_out, read_annotations
+from lora_engine.annotations import MAX_ROWS_SHOWN, BadRow, Row, hold_out, places_of, usable_rows
 from lora_engine.batches import (
     Batch,
     CaptionedImages,
     Collate,
     load_batches,
 )
+from lora_engine.caption_tokens import has_words
 from lora_engine.checkpoint import (
     Checkpoint,
     check_dtype,
@@ -54,12 +55,14 @@ class Prepared:
     """What a run is made of, before it has a folder: the model in its place, and its data.
 
     `checkpoint` is what it goes on from, `changes` say which settings are others than then.
+    `bad_rows` are those of the annotation files that are skipped.
     """
 
     config: TrainingConfig
     checkpoint: Checkpoint | None
     changes: list[str]
     val_rows: list[Row]
+    bad_rows: list[BadRow]
     device: torch.device
     dtype: torch.dtype
     kernels: str
@@ -90,7 +93,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
     check_tracker(config.track)
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub, say=_warn)
-    train_rows, val_rows = read_rows(config)
+    train_rows, val_rows, bad_rows = read_rows(config)
     device = resolve_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -119,6 +122,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         checkpoint=checkpoint,
         changes=changes,
         val_rows=val_rows,
+        bad_rows=bad_rows,
         device=device,
         dtype=dtype,
         kernels=kernels,
@@ -137,18 +141,23 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row], list[BadRow]]:
+    """The rows to train on, those to validate on, and those of both files that are skipped."""
     if config.train_data_path is None:
         raise ValueError("--train_data_path is missing: a JSON list of {\"text\", \"image\"} rows")
-    rows = read_annotations(config.train_data_path)
+    rows, bad_rows = usable_rows(config.train_data_path, max_bad_share=config.max_bad_share)
     if config.val_data_path is not None:
-        train_rows, val_rows = rows, read_annotations(config.val_data_path)
+        train_rows = rows
+        val_rows, more = usable_rows(config.val_data_path, max_bad_share=config.max_bad_share)
+        bad_rows += more
     else:
         train_rows, val_rows = hold_out(rows, fraction=config.val_fraction, seed=config.seed)
     for path, part in ((config.train_data_path, train_rows), (config.val_data_path, val_rows)):
         _check_images_exist(path or config.train_data_path, part, config.max_bad_share)
     _warn_of_overlap(train_rows, val_rows)
-    return train_rows, val_rows
+    if config.eval_captions:
+        _warn_of_captions_without_words(config, val_rows)
+    return train_rows, val_rows, bad_rows
 
 
 def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None:
@@ -159,6 +168,30 @@ def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None
             f"warning: {len(shared):,} of {len(images):,} validation images are trained on, too, "
             f"such as {min(shared)}: validation says too much good"
         )
+
+
+def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[Row]) -> None:
+    """Name the captions that no score can be computed against, by file and line.
+
+    Raises ValueError where none is left and a score is to choose the best adapter.
+    """
+    wordless = {row for row in val_rows if not has_words(row.text)}
+    if not wordless:
+        return
+    path = config.val_data_path or config.train_data_path
+    assert path is not None
+    if config.best_by != "loss" and len(wordless) == len(set(val_rows)):
+        raise ValueError(
+            f"--best_by {config.best_by} needs captions with words to compare, but no validation "
+            f"caption of {path} has any"
+        )
+    places = places_of(path, wordless)
+    rest = len(places) - MAX_ROWS_SHOWN
+    more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
+    _warn(
+        f"warning: {len(places):,} validation captions have no words to compare and are not "
+        f"scored: {', '.join(places[:MAX_ROWS_SHOWN])}{more}"
+    )
 
 
 def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
@@ -294,20 +327,25 @@ def run_folder(parts: Prepared) -> RunFolder:
     )
 
 
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lora_engine")
+def default_cache_dir() -> Path | None:
+    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # expanduser leaves the "~" where HOME is not set and the user is not in the password database.
+    return None if parent.startswith("~") else Path(parent, "lora_engine")
 
 
 def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
     config = parts.config
     paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     return FeatureSource(
         parts.captioner,
         device=parts.device,
         dtype=parts.dtype,
         num_images=len(paths),
         cache=config.cache,
-        cache_dir=Path(config.cache_dir or default_cache_dir()),
+        cache_dir=cache_dir,
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
         say=say,

@@ -324,7 +324,8 @@ def _download(name: str, revision: str | None) -> Path:
             folder = snapshot_download(
                 name, revision=revision, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]
             )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    # RuntimeError: pathlib's, where the cache lies in a home folder and this user has none.
+    except (OSError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
             f"there is no folder {name!r} here, and it cannot be fetched{at} from the Hugging Face "

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_engine.annotations import AnnotationError, read_annotations, read_text
+from lora_engine.annotations import (
+    AnnotationError,
+    BadRow,
+    bad_row,
+    checked_rows,
+    describe,
+    read_text,
+)
+from lora_engine.caption_tokens import has_words
 
 
 @dataclass(frozen=True)
@@ -26,27 +34,43 @@ class Referenced:
 
 def read_references(
     path: str | Path, *, image_folder: str | Path | None = None
-) -> list[Referenced]:
-    """Every image of a file once, in the file's order, with all of its captions.
+) -> tuple[list[Referenced], list[BadRow]]:
+    """Every image of a file once, in the file's order, with all of its captions; and the rows that
+    cannot be used or have no words to score against.
 
     `image_folder` is where COCO's file names lie; by default beside the file. Our own format has no
     ids: there the image's path is one, relative to the file where it lies below that.
 
-    Raises AnnotationError for a file that cannot be used, and in COCO's format for an image without
-    a caption, a caption of an unknown image and an empty one.
+    Raises AnnotationError for a file that cannot be used, or has no row that can.
     """
     document = _coco_document(path)
     if document is not None:
-        return _read_coco(document, path, image_folder or os.path.dirname(path))
-    if image_folder is not None:
+        images, bad = _read_coco(document, path, image_folder or os.path.dirname(path))
+    elif image_folder is not None:
         raise AnnotationError(f"{path}: an image folder is for COCO's format; this file has paths")
+    else:
+        images, bad = _read_rows(path)
+    if not images:
+        first = f", first {bad[0]}" if bad else ""
+        raise AnnotationError(f"{path}: no image with a caption to score against{first}")
+    return images, bad
+
+
+def _read_rows(path: str | Path) -> tuple[list[Referenced], list[BadRow]]:
     folder = os.path.realpath(os.path.dirname(path))
     found: dict[str, Referenced] = {}
-    for row in read_annotations(path):
-        name = os.path.relpath(row.image, folder)
-        name = row.image if name.startswith(os.pardir) else name
-        found.setdefault(row.image, Referenced(name, row.image)).references.append(row.text)
-    return list(found.values())
+    bad: list[BadRow] = []
+    for checked in checked_rows(path):
+        row = checked.row
+        if isinstance(row, str):
+            bad.append(bad_row(path, checked))
+        elif not has_words(row.text):
+            bad.append(bad_row(path, checked._replace(row='"text" has no words to compare')))
+        else:
+            name = os.path.relpath(row.image, folder)
+            name = row.image if name.startswith(os.pardir) else name
+            found.setdefault(row.image, Referenced(name, row.image)).references.append(row.text)
+    return list(found.values()), bad
 
 
 def _coco_document(path: str | Path) -> Mapping[str, Any] | None:
@@ -63,47 +87,56 @@ def _coco_document(path: str | Path) -> Mapping[str, Any] | None:
 
 def _read_coco(
     document: Mapping[str, Any], path: str | Path, folder: str | Path
-) -> list[Referenced]:
+) -> tuple[list[Referenced], list[BadRow]]:
     folder = os.path.realpath(folder)
     found: dict[Any, Referenced] = {}
-    for number, image in enumerate(_objects(document, "images", ("id", "file_name"), path)):
-        name = image["file_name"]
-        if not isinstance(name, str) or not isinstance(image["id"], (int, str)):
-            raise AnnotationError(
-                f"{path}: image {number} of \"images\" has the id {image['id']!r} and the "
-                f"file_name {name!r}; expected a number and a text"
-            )
-        if image["id"] in found:
-            raise AnnotationError(f"{path}: two of \"images\" have the id {image['id']!r}")
-        found[image["id"]] = Referenced(image["id"], os.path.normpath(os.path.join(folder, name)))
-    for number, row in enumerate(_objects(document, "annotations", ("image_id", "caption"), path)):
-        text = row["caption"]
-        if row["image_id"] not in found:
-            raise AnnotationError(
-                f"{path}: annotation {number} is of image_id {row['image_id']!r}, which is not "
-                f"among the \"images\""
-            )
-        if not isinstance(text, str) or not text.strip():
-            raise AnnotationError(
-                f"{path}: the caption of annotation {number} is {text!r}: fill it in or remove it"
-            )
-        found[row["image_id"]].references.append(text.strip())
-    bare = [image.image for image in found.values() if not image.references]
-    if bare or not found:
-        what = f"{len(bare):,} images have no caption, first {bare[0]}" if bare else "no images"
-        raise AnnotationError(f"{path}: {what}; each image needs one to be scored against")
-    return list(found.values())
+    places: dict[Any, str] = {}
+    bad: list[BadRow] = []
+    for place, image in _items(document, "images", path):
+        reason = _image_complaint(image, found)
+        if reason is not None:
+            bad.append(BadRow(place, reason))
+            continue
+        name = os.path.normpath(os.path.join(folder, image["file_name"]))
+        found[image["id"]] = Referenced(image["id"], name)
+        places[image["id"]] = place
+    for place, row in _items(document, "annotations", path):
+        reason = _caption_complaint(row, found)
+        if reason is not None:
+            bad.append(BadRow(place, reason))
+            continue
+        found[row["image_id"]].references.append(row["caption"].strip())
+    bad += [
+        BadRow(places[image.id], f"{image.image} has no caption to score against")
+        for image in found.values() if not image.references
+    ]
+    return [image for image in found.values() if image.references], bad
 
 
-def _objects(
-    document: Mapping[str, Any], name: str, keys: tuple[str, str], path: str | Path
-) -> list[Mapping[str, Any]]:
+def _items(document: Mapping[str, Any], name: str, path: str | Path) -> list[tuple[str, Any]]:
+    """(place, value) of each item of a list, counted from 0."""
     values = document[name]
     if not isinstance(values, list):
         raise AnnotationError(f"{path}: \"{name}\" is no list")
-    for number, value in enumerate(values):
-        if not isinstance(value, dict) or not value.keys() >= set(keys):
-            raise AnnotationError(
-                f"{path}: item {number} of \"{name}\" lacks {' or '.join(map(repr, keys))}"
-            )
-    return values
+    return [(f'{path}: item {number} of "{name}"', value) for number, value in enumerate(values)]
+
+
+def _image_complaint(image: Any, found: Mapping[Any, Referenced]) -> str | None:
+    if not isinstance(image, dict) or not image.keys() >= {"id", "file_name"}:
+        return "lacks 'id' or 'file_name'"
+    if not isinstance(image["file_name"], str) or not isinstance(image["id"], (int, str)):
+        return (
+            f"has the id {describe(image['id'])} and the file_name "
+            f"{describe(image['file_name'])}; expected a number and a text"
+        )
+    return f"has the id {describe(image['id'])} of another" if image["id"] in found else None
+
+
+def _caption_complaint(row: Any, found: Mapping[Any, Referenced]) -> str | None:
+    if not isinstance(row, dict) or not row.keys() >= {"image_id", "caption"}:
+        return "lacks 'image_id' or 'caption'"
+    if not isinstance(row["image_id"], (int, str)) or row["image_id"] not in found:
+        return f"is of image_id {describe(row['image_id'])}, which is not among the \"images\""
+    if not isinstance(row["caption"], str):
+        return f"has the caption {describe(row['caption'])}; expected a text"
+    return None if has_words(row["caption"]) else f"has no words: {describe(row['caption'])}"

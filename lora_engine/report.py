@@ -67,7 +67,7 @@ def _page_of_one(run: RunRecord) -> Markup:
         _section("Scores", *_scores(run)),
         _section("Captions", *gallery([join(names)], [run.images])),
         _section("What was trained", *_settings(run)),
-        _section("Skipped images", *_skipped(run)),
+        _section("Skipped images and rows", *_skipped(run)),
         _section("Environment", *_pairs(run_facts.versions_and_machine(run))),
         footer=f"Made from the files in {run.path}.",
     )
@@ -248,7 +248,7 @@ def _skipped(run: RunRecord) -> list[Markup]:
     title = "Which they are" if len(paths) == len(run.skipped) else f"The first {len(paths)}"
     listed = tag("ul", *(tag("li", path) for path in paths))
     return [
-        _table(["Images"], ["Images"], rows),
+        _table(["Number"], ["Number"], rows),
         tag("details", tag("summary", title), listed),
     ]
 

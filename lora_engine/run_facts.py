@@ -164,7 +164,7 @@ def results(run: RunRecord) -> dict[str, Result]:
             count(trainable), f"{share:.2f} % of all; {count(frozen)} are frozen"
         )
     if run.skipped:
-        found["Skipped images"] = Result(count(len(run.skipped)), "could not be used")
+        found["Skipped images and rows"] = Result(count(len(run.skipped)), "could not be used")
     return found
 
 

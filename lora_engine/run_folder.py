@@ -1,7 +1,7 @@
 """The folder of a run: its files, and that one run never overwrites another.
 
     config.json        all settings                     samples.jsonl     captions over time
-    environment.json   versions and machine             skipped.jsonl     rows without an image
+    environment.json   versions and machine             skipped.jsonl     rows that are skipped
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
     captions.jsonl     scored captions, before and best  report.html    all of it, for people
     adapter/           the best by validation loss      adapter_last/     the last, where not best
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_engine.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.batches import Batch, CaptionedImages, Skipped
 from lora_engine.checkpoint import (
     CHECKPOINTS_FOLDER,
@@ -175,7 +176,9 @@ class RunFolder:
                 line["step"] < step
                 or line["step"] == step and (is_validated or line.get("event") in _OF_A_STEP)
             ))
-        keep_lines(folder.skipped, lambda line: isinstance(line["image"], str))
+        keep_lines(
+            folder.skipped, lambda line: isinstance(line["row" if "row" in line else "image"], str)
+        )
         _complete(folder.metrics, validations)
         return folder
 
@@ -308,7 +311,8 @@ class _Lock:
 
 
 class SkippedRows:
-    """Counts rows whose image could not be used; lists each image once in skipped.jsonl."""
+    """Counts rows whose image could not be used; lists each image once in skipped.jsonl, behind
+    the rows of the annotation files that are skipped as they stand."""
 
     def __init__(
         self, folder: RunFolder, journal: Journal, *, max_share: float, num_rows: int
@@ -325,11 +329,31 @@ class SkippedRows:
     def num_images(self) -> int:
         return len(self.seen)
 
+    def begin(self, bad_rows: Sequence[BadRow], *, is_listed: bool) -> None:
+        """Name the first of the rows that are skipped, and list all, unless a run that goes on has
+        done so."""
+        if not bad_rows:
+            return
+        if not is_listed:
+            self.folder.write_lines(
+                self.folder.skipped,
+                ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
+            )
+        for bad in bad_rows[:MAX_ROWS_SHOWN]:
+            self.journal.say(f"skipped {bad}")
+        self.journal.say(
+            f"{len(bad_rows):,} rows cannot be used and are skipped; {self.folder.skipped} lists "
+            f"them"
+        )
+
     def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
         """Know again what a run knew that goes on: the rows tried, and skipped.jsonl."""
         if self.folder.skipped.exists():
             lines = self.folder.skipped.read_text(encoding="utf-8").rstrip("\n").split("\n")
-            self.seen = {json.loads(line)["image"] for line in lines if line}
+            self.seen = {
+                record["image"] for record in map(json.loads, filter(None, lines))
+                if "image" in record
+            }
         self.tried[list(tried)] = True
         failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)

@@ -35,7 +35,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `skipped` are the reasons by image."""
+    """What a run folder holds; `skipped` are the reasons by image, or by row as path:line."""
 
     path: Path
     config: dict[str, Any]
@@ -103,7 +103,7 @@ def read_run(path: str | Path) -> RunRecord:
     samples = _records_if_there(
         path / "samples.jsonl", step=int, image=str, reference=str, caption=str
     )
-    skipped = _records_if_there(path / "skipped.jsonl", image=str, reason=str)
+    skipped = _records_if_there(path / "skipped.jsonl", reason=str)
     config = _object_if_there(path / "config.json")
     best_step = _best_step(metrics, config)
     return RunRecord(
@@ -112,7 +112,7 @@ def read_run(path: str | Path) -> RunRecord:
         environment=_object_if_there(path / "environment.json"),
         metrics=metrics,
         images=tuple(map(_captioned, captions)) or _followed(samples, best_step),
-        skipped={line["image"]: line["reason"] for line in skipped},
+        skipped={str(line.get("row", line.get("image"))): line["reason"] for line in skipped},
     )
 
 
@@ -159,6 +159,7 @@ def lowest(values: Series) -> tuple[int, float]:
 
 
 def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
+    metrics = [line for line in metrics if is_number(line.get("loss"))]
     scores = series(metrics, "validation", str(config.get("best_by", "loss")))
     if config.get("best_by", "loss") != "loss" and scores.steps:
         return lowest(Series(scores.steps, [-value for value in scores.values]))[0]

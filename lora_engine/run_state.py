@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_engine.adapter import AdapterError
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import epoch_batches
 from lora_engine.checkpoint import (
@@ -107,8 +108,8 @@ class RunState:
     def save(self) -> None:
         """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet.
 
-        Where the disk does not take it, that is said, and the run goes on: the checkpoints that are
-        there stay.
+        Where the disk does not take it, or the adapter is not finite, that is said, and the run
+        goes on: the checkpoints that are there stay.
         """
         if self.step == self.saved_step or not self.has_begun:
             return
@@ -125,7 +126,7 @@ class RunState:
                 optimizer=self.parts.optimizer,
                 state=self._state(),
             )
-        except OSError as error:
+        except (OSError, AdapterError) as error:
             self.say(f"warning: no checkpoint of step {self.step}: {error}")
             return
         self.saved_step = self.step

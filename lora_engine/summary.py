@@ -1,5 +1,6 @@
 """What a run came to, in figures and for people."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class TrainingSummary:
     best_by: str
     best_step: int
     num_skipped_images: int
+    num_skipped_rows: int
     samples: tuple[Sample, ...]
     seconds: float
 
@@ -51,10 +53,12 @@ class TrainingSummary:
                 f"  after      {sample.best}",
             ]
         lines += ["", self._verdict()]
-        if self.num_skipped_images:
+        counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}
+        skipped = [f"{number:,} {name}" for name, number in counts.items() if number]
+        if skipped:
             lines.append(
-                f"{self.num_skipped_images} images could not be used; "
-                f"{self.path / 'skipped.jsonl'} lists them"
+                f"{' and '.join(skipped)} could not be used; {self.path / 'skipped.jsonl'} lists "
+                f"them"
             )
         return "\n".join([
             *lines,
@@ -74,10 +78,12 @@ class TrainingSummary:
             figures = dict(reversed(figures.items()))
         (name, values), *others = figures.items()
         if self.best_step == 0:
+            # An adapter whose values are not finite is not saved.
+            is_finite = math.isfinite(self.losses[self.last_step])
             return (
                 f"The {name} never became better than the {values[0]:.4f} of before training (at "
-                f"the end {values[self.last_step]:.4f}), so adapter/ holds the one it started from "
-                f"and adapter_last/ the last. Try another --lr."
+                f"the end {values[self.last_step]:.4f}), so adapter/ holds the one it started from"
+                f"{' and adapter_last/ the last' if is_finite else ''}. Try another --lr."
             )
         lines = [
             f"best {name} {values[self.best_step]:.4f} at step {self.best_step} of "

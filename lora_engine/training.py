@@ -93,6 +93,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
+        skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
         load_validation = stop.checked(loader(parts.val_set, features, parts.captioner, config))
         validation = Validation(
             captioner=parts.captioner,
@@ -138,6 +139,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             state.save()
             error.add_note(state.how_to_go_on())
             raise
+        except TrainingStopped as error:
+            if state.has_begun:
+                is_first = "" if keeper.best_step else " (before training)"
+                error.add_note(
+                    f"the best adapter so far, of step {keeper.best_step}{is_first}, is in "
+                    f"{folder.adapter}"
+                )
+            raise
         except OSError as error:
             raise TrainingStopped(
                 f"{error}. What was there before is whole. {state.how_to_go_on()}"
@@ -152,6 +161,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             best_by=keeper.best_by,
             best_step=keeper.best_step,
             num_skipped_images=skipped.num_images,
+            num_skipped_rows=len(parts.bad_rows),
             samples=validation.captions.compare(keeper.best_step),
             seconds=state.seconds,
         )

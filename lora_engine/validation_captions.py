@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_engine.annotations import Row
 from lora_engine.batches import Batch, Place
+from lora_engine.caption_tokens import has_words
 from lora_engine.captioning import Caption, caption_features
 from lora_engine.metrics import CaptionScores, References, Scores
 from lora_engine.pretrained import Captioner
@@ -19,9 +20,10 @@ MAX_NEW_TOKENS = 30
 class ValidationCaptions:
     """Captions of different images, spread over `rows`: `num_scored` of them, or of all.
 
-    Each is scored against all captions that `rows` have of its image. `num_samples` of the images,
-    spread over them again, are shown to people (samples.jsonl), scored or not. An image that cannot
-    be read is left out; the validation beside this counts and lists it.
+    Each is scored against all captions with words that `rows` have of its image; an image without
+    any is left out. `num_samples` of the images, spread over them again, are shown to people
+    (samples.jsonl), scored or not. An image that cannot be read is left out; the validation beside
+    this counts and lists it.
     """
 
     def __init__(
@@ -38,16 +40,20 @@ class ValidationCaptions:
         self.captioner = captioner
         self.rows = rows
         self.load = load
-        self.is_scored = num_scored > 0
         self.num_samples = num_samples
         self.prompt = prompt
         self.batch_size = batch_size
-        self.texts: dict[str, list[str]] = {}  # all captions of an image
+        self.texts: dict[str, list[str]] = {}  # all captions of an image that can be scored against
         first_rows: dict[str, int] = {}
         for number, row in enumerate(rows):
-            self.texts.setdefault(row.image, []).append(row.text)
+            if has_words(row.text):
+                self.texts.setdefault(row.image, []).append(row.text)
             first_rows.setdefault(row.image, number)
-        self.wanted = _spread(list(first_rows.values()), max(num_scored, num_samples))
+        self.is_scored = num_scored > 0 and bool(self.texts)
+        candidates = [
+            row for image, row in first_rows.items() if image in self.texts or not self.is_scored
+        ]
+        self.wanted = _spread(candidates, max(num_scored, num_samples))
         self.references: tuple[list[int], References] | None = None  # and whose: rows
         self.captions: dict[int, dict[int, Caption]] = {}  # by step, by row
         self.scores: dict[int, CaptionScores] = {}  # by step

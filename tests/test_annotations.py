@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from lora_engine.annotations import AnnotationError, Row, hold_out, read_annotations
+from lora_engine.annotations import (
+    AnnotationError,
+    Row,
+    hold_out,
+    places_of,
+    read_annotations,
+    usable_rows,
+)
 
 
 def write(folder, content) -> str:
@@ -114,6 +121,35 @@ def test_the_first_bad_rows_are_listed_and_all_are_counted(tmp_path):
     assert [line.split(": ")[:2] for line in lines[1:]] == [
         [f"  train.json:{line}", f"row {line}"] for line in range(2, 7)
     ]
+
+
+def test_bad_rows_are_skipped_as_long_as_they_are_few(tmp_path):
+    good, bad = {"text": "a", "image": "1.jpg"}, {"text": "", "image": "1.jpg"}
+    rows = [good, bad, *38 * [good], bad]
+    path = write(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]")
+    usable, skipped = usable_rows(path, max_bad_share=0.05)
+    assert usable == 39 * [Row("a", os.path.join(os.path.realpath(tmp_path), "1.jpg"))]
+    assert [str(row) for row in skipped] == [
+        f'{path}:{line}: row {line}: "text" is empty: fill it in or remove the row'
+        for line in (2, 41)
+    ]
+    with pytest.raises(AnnotationError, match=r"2 of 41 rows .*more than --max_bad_share 0.04:\n"):
+        usable_rows(path, max_bad_share=0.04)
+    path = write(tmp_path, json.dumps([bad, bad]))
+    with pytest.raises(AnnotationError, match="2 of 2 rows cannot be used:\n"):
+        usable_rows(path, max_bad_share=1.0)
+
+
+def test_rows_are_found_again_by_line(tmp_path):
+    rows = [{"text": text, "image": "1.jpg"} for text in ("a", "b", "", "c", "b")]
+    path = write(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]")
+    wanted = {row for row in usable_rows(path, max_bad_share=1.0)[0] if row.text == "b"}
+    assert places_of(path, wanted) == [f"{path}:2", f"{path}:5"]
+
+
+def test_a_value_of_any_length_is_shown_in_a_few_words(tmp_path):
+    for row in ({"text": ["x" * 10**6], "image": "b"}, {"k" * 10**6: 1}, "x" * 10**6):
+        assert len(complaint_about(tmp_path, json.dumps([row]))) < 300
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import pwd
 import re
 import runpy
 import subprocess
@@ -18,6 +19,7 @@ from pictures import json_lines, write_pictures
 import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli, preparation, training
+from lora_engine.adapter import read_adapter
 from lora_engine.annotations import read_annotations
 from lora_engine.commands.caption import CaptionConfig
 from lora_engine.commands.evaluate import EvaluateConfig
@@ -99,6 +101,54 @@ def test_a_run_with_too_many_bad_images_stops_with_its_own_status(
     assert "not an image in a known format" in err
     listed = json_lines(command.work / "run" / "skipped.jsonl")
     assert listed and {line["image"] for line in listed} <= {row.image for row in rows[:6]}
+
+
+def test_a_run_that_diverges_keeps_the_best_adapter_and_names_it(command, data, blip_folder):
+    status, out, err = command(
+        blip_cc3m.main,
+        *flags(blip_folder, data, lr="1e38", max_steps=9, epochs=9, save_every=1, log_every=1,
+               eval_every=100),
+    )
+    assert status == cli.STOPPED and "was not finite in 3 steps in a row" in err
+    assert err.endswith("the best adapter so far, of step 0 (before training), is in run/adapter\n")
+    assert "learnt" not in err and "an adapter with NaN or infinite values is not saved" in out
+    run = command.work / "run"
+    saved = [run / "adapter", *(run / "checkpoints").iterdir(), *run.glob("adapter_last")]
+    for folder in saved:
+        for name, matrix in read_adapter(folder).matrices.items():
+            assert matrix.isfinite().all(), (folder, name)
+
+
+def test_a_short_run_that_diverges_does_not_tell_of_an_adapter_that_is_not_there(
+    command, data, blip_folder
+):
+    status, out, _ = command(
+        blip_cc3m.main, *flags(blip_folder, data, lr="1e300", max_steps=2, log_every=1)
+    )
+    assert status == 0 and "(at the end nan), so adapter/ holds the one it started from. Try" in out
+    assert not Path("run", "adapter_last").exists()
+
+
+# --- several processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank, words", [
+    ("0", "error: WORLD_SIZE is 2: torchrun or accelerate has started 2 processes"),
+    ("1", "error: one of several processes: process 0 says why"),
+])
+def test_a_distributed_launch_is_refused_by_each_process(
+    refused, data, blip_folder, monkeypatch, rank, words
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    refused(blip_cc3m.main, *flags(blip_folder, data), words=[words])
+    refused(vit_gpt2_cc3m.main, words=[words])  # the demo draws no scenes
+
+
+@pytest.mark.parametrize("size", ["1", "0", "", "many"])
+def test_a_single_process_trains_whatever_started_it(command, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert printed_config(command, blip_cc3m.main)["epochs"] == blip_cc3m.DEMO.epochs
 
 
 # --- flags ----------------------------------------------------------------------------------
@@ -323,6 +373,52 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{' '.join(sample['caption'].split())}\n"
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """As in a container that runs with a user id of its own: no HOME, no entry in /etc/passwd."""
+    def getpwuid(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+
+
+def test_a_user_without_a_home_folder_trains_and_captions(command, data, blip_folder, no_home):
+    status, out, err = command(blip_cc3m.main, *flags(blip_folder, data))
+    assert (status, err) == (0, "")
+    assert "kept 16 in memory; not on disk: this user has no home folder; give --cache_dir" in out
+    assert [path.name for path in command.work.iterdir()] == ["run"]  # and no folder "~"
+    status, out, err = command(
+        verbs.run_verb, "caption", "--adapter", "run/adapter", data / "images"
+    )
+    assert (status, err) == (0, "") and len(out.splitlines()) == 16
+    status, out, _ = command(verbs.run_verb, "doctor", "--offline")
+    assert status == 0 and "note    features    kept in memory only: this user has no home" in out
+
+
+def test_a_user_without_a_home_folder_keeps_features_where_it_is_told(
+    command, refused, data, blip_folder, no_home
+):
+    refused(blip_cc3m.main, *flags(blip_folder, data, cache="disk"),
+            words=["--cache disk: this user has no home folder; give --cache_dir"])
+    status, out, _ = command(
+        blip_cc3m.main, *flags(blip_folder, data, cache="disk", cache_dir="kept")
+    )
+    assert status == 0 and "kept on disk in kept" in out and any(Path("kept").iterdir())
+
+
+def test_a_user_without_a_home_folder_is_told_how_to_get_a_model_of_the_hub(
+    refused, data, no_home, monkeypatch
+):
+    def snapshot_download(*args, **settings):
+        Path("~/.cache").expanduser()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    refused(blip_cc3m.main, *flags("owner/name", data),
+            words=["cannot be fetched", "Could not determine home directory", "pass --model"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

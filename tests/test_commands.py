@@ -440,6 +440,27 @@ def test_coco_annotations_are_read_and_bad_images_counted(
     assert json_lines(Path("each.jsonl"))[0]["references"] == ["caption 0 of it", "caption 3 of it"]
 
 
+def test_rows_without_a_caption_to_score_against_are_named_and_listed(command, data, blip_folder):
+    rows = json.loads((data / "train.json").read_text())
+    rows = [row | {"image": str(data / row["image"])} for row in rows[:4]]
+    rows[1]["text"], rows[2]["text"] = "...", ""
+    Path("rows.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "]")
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--model", blip_folder, "--data", "rows.json",
+        "--out", "each.jsonl",
+    )
+    assert status == 1 and "2 images of" in out
+    assert 'skipped rows.json:3: row 2: "text" has no words to compare\n' in err
+    assert "skipped rows.json:4: row 3: \"text\" is empty" in err
+    assert "2 rows could not be used; skipped.jsonl lists them\n" in err
+    assert [line["row"] for line in json_lines(Path("skipped.jsonl"))] == [
+        "rows.json:3", "rows.json:4"
+    ]
+    assert [line["references"] for line in json_lines(Path("each.jsonl"))] == [
+        [rows[0]["text"]], [rows[3]["text"]]
+    ]
+
+
 def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch):
     given = ["evaluate", "--model", blip_folder, "--data", data / "val.json", "--meteor_spice"]
     monkeypatch.setattr(java_metrics, "find_spec", lambda name: None)

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lora_engine.caption_tokens import tokenize
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lora_engine.caption_tokens import has_words, tokenize
 from lora_engine.metrics import BOOTSTRAPPED, References, bootstrap_intervals
 
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
@@ -43,6 +46,15 @@ REFERENCES = [
     ["a red bus stops at a red light", "a bus at the light"],
     ["a cat a cat a cat", "cats"],
 ]
+
+
+@given(st.text(max_size=8))
+@example("...")
+@example("\U0001f600")
+@example("\U0001d400 \U00020000")  # letters, but beyond the basic plane
+@example("_ @ \u00bd \u00ad \u200b")
+def test_a_caption_has_words_where_it_has_tokens(text):
+    assert has_words(text) == bool(tokenize(text))
 
 
 def score_captions(captions, references):

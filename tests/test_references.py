@@ -29,10 +29,10 @@ def test_an_images_captions_come_together(tmp_path):
         {"text": "one", "image": "p/a.jpg"}, {"text": "two", "image": "/elsewhere/b.jpg"},
         {"text": "three", "image": "p/../p/a.jpg"},
     ])
-    assert read_references(path) == [
+    assert read_references(path) == ([
         Referenced("p/a.jpg", str(tmp_path / "p/a.jpg"), ["one", "three"]),
         Referenced("/elsewhere/b.jpg", "/elsewhere/b.jpg", ["two"]),
-    ]
+    ], [])
 
 
 def test_cocos_captions_follow_their_ids(tmp_path):
@@ -41,27 +41,58 @@ def test_cocos_captions_follow_their_ids(tmp_path):
         [{"image_id": 5, "caption": " a cat "}, {"image_id": 7, "caption": "a dog"},
          {"image_id": 5, "caption": "cats"}],
     ))
-    assert read_references(path) == [
+    assert read_references(path) == ([
         Referenced(7, str(tmp_path / "a.jpg"), ["a dog"]),
         Referenced(5, str(tmp_path / "sub/b.jpg"), ["a cat", "cats"]),
-    ]
-    elsewhere = read_references(path, image_folder=tmp_path / "images")
+    ], [])
+    elsewhere, _ = read_references(path, image_folder=tmp_path / "images")
     assert elsewhere[1].image == str(tmp_path / "images/sub/b.jpg")
 
 
+def test_rows_that_cannot_be_scored_against_are_left_out_by_line(tmp_path):
+    rows = [
+        {"text": "one", "image": "a.jpg"}, {"text": "...", "image": "a.jpg"},
+        {"text": "", "image": "b.jpg"},
+        {"text": "\U0001f600", "image": "c.jpg"}, 7, {"text": "two", "image": "a.jpg"},
+    ]
+    path = write(tmp_path, "[\n" + ",\n".join(map(json.dumps, rows)) + "]")
+    images, bad = read_references(path)
+    assert images == [Referenced("a.jpg", str(tmp_path / "a.jpg"), ["one", "two"])]
+    assert [place for place, _ in bad] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
+    assert [reason for _, reason in bad][::2] == [
+        'row 2: "text" has no words to compare', 'row 4: "text" has no words to compare',
+    ]
+
+
+def test_items_of_a_coco_file_that_cannot_be_used_are_left_out_by_their_place(tmp_path):
+    good = {"image_id": 7, "caption": "a dog"}
+    path = write(tmp_path, coco(
+        [{"id": 7, "file_name": "a.jpg"}, {"id": 8}, {"id": 7, "file_name": "b.jpg"},
+         {"id": 9, "file_name": "c.jpg"}, {"id": [], "file_name": "d.jpg"}],
+        [good, {"image_id": 7, "caption": "..."}, {"image_id": 5, "caption": "a"}, {"image_id": 7},
+         {"image_id": {}, "caption": "a"}, {"image_id": 7, "caption": 3}, None],
+    ))
+    images, bad = read_references(path)
+    assert images == [Referenced(7, str(tmp_path / "a.jpg"), ["a dog"])]
+    listed = [f'{path}: item {number} of "{name}"' for name, numbers in (
+        ("images", (1, 2, 4)), ("annotations", (1, 2, 3, 4, 5, 6)), ("images", (3,))
+    ) for number in numbers]
+    assert [place for place, _ in bad] == listed
+
+
 @pytest.mark.parametrize("value, message", [
-    (coco(images=[]), "annotation 0 is of image_id 7, which is not among"),
-    (coco(images=[], annotations=[]), "no images; each image needs"),
-    (coco(annotations=[]), "1 images have no caption, first .*a.jpg"),
-    (coco(annotations=[{"image_id": 7, "caption": " "}]), "the caption of annotation 0 is ' '"),
-    (coco(annotations=[{"image_id": 7}]), "item 0 of \"annotations\" lacks"),
-    (coco(images=[{"id": 7}]), "item 0 of \"images\" lacks 'id' or 'file_name'"),
+    (coco(images=[]), "item 0 of \"annotations\": is of image_id 7, which is not among"),
+    (coco(images=[], annotations=[]), "no image with a caption"),
+    (coco(annotations=[]), "no image with a caption.*a.jpg has no caption"),
+    (coco(annotations=[{"image_id": 7, "caption": " "}]), "annotations\": has no words: \" \""),
+    (coco(annotations=[{"image_id": 7}]), "item 0 of \"annotations\": lacks"),
+    (coco(images=[{"id": 7}]), "item 0 of \"images\": lacks 'id' or 'file_name'"),
     (coco(images=[{"id": 7, "file_name": 3}]), "has the id 7 and the file_name 3"),
-    (coco(images=2 * [{"id": 7, "file_name": "a.jpg"}]), "two of \"images\" have the id 7"),
     (coco(images={}), "\"images\" is no list"),
     ({"images": []}, "an object with the keys \"images\""),
     ('{"images": ', "not JSON"),
-    ([{"text": "", "image": "a.jpg"}], '"text" is empty'),
+    ([{"text": "", "image": "a.jpg"}], '1: row 1: "text" is empty'),
+    ([{"text": "...", "image": "a.jpg"}], '1: row 1: "text" has no words'),
 ])
 def test_a_file_that_cannot_be_used_is_told_with_its_name(tmp_path, value, message):
     path = write(tmp_path, value)

@@ -62,8 +62,19 @@ def test_every_bad_row_is_listed_with_line_and_reason(command, folder):
     assert "not a possible file name" in reasons[11] and reasons[12] == reasons[2]
     assert told["num_rows"] == 12 and told["num_images"] == 8
     assert told["num_usable_images"] == 5
+    assert "training stops (--max_bad_share 0.05)" in out
     assert told["num_repeated_rows"] == 1 and told["num_repeated_images"] == 1
     assert f"{path}:3: row 2: " in out and "6 of 12 rows cannot be used" in out
+
+
+def test_what_training_would_skip_is_said(command, folder):
+    rows = [dict(row) for row in 5 * rows_of(folder)]
+    rows[1], rows[3]["text"], rows[20]["text"] = {}, "...", "\U0001f600"
+    path = write(folder, rows)
+    status, out, err = command(verbs.run_verb, "validate", "--data", path, "--json", "found.json")
+    assert status == PROBLEMS and "1 of 40 rows cannot be used; training skips them" in out
+    assert f"2 captions have no words to compare:\n  {path}:5\n  {path}:22\n" in out
+    assert json.loads(Path("found.json").read_text())["lines_without_words"] == [5, 22]
 
 
 def test_captions_are_counted_in_the_models_tokens(command, folder, blip_folder):

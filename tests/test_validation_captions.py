@@ -1,15 +1,19 @@
 """Captions of validation images through a run: scores, what is kept by them, what files hold."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pictures import json_lines, settings, write_pictures
 
+from lora_engine import evaluation, training
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import read_annotations
+from lora_engine.evaluation import ValidationLoss
 from lora_engine.metrics import References
+from lora_engine.run_record import read_run
 from lora_engine.training import train
 
 
@@ -95,6 +99,80 @@ def test_without_scores_captions_are_shown_all_the_same(blip_folder, data, tmp_p
     assert "CIDEr-D" not in str(summary)
 
 
+def with_bad_rows(folder: Path) -> None:
+    """24 training rows, one of them bad, and 21 validation rows, one bad and two without words."""
+    write_pictures(folder, num_images=23)
+    write_pictures(folder, num_images=20, name="val.json")
+    for name in ("train", "val"):
+        rows = json.loads((folder / f"{name}.json").read_text())
+        if name == "val":
+            rows[4]["text"], rows[7]["text"] = "...", "\U0001f600"
+        (folder / f"good_{name}.json").write_text(json.dumps(rows))
+        rows.insert(5, {"text": "", "image": "images/val_00.png"})
+        (folder / f"{name}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "]")
+
+
+def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
+    blip_folder, tmp_path, capsys, monkeypatch
+):
+    with_bad_rows(tmp_path)
+    config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=3, save_every="1")
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    summary = train(config)
+    out, err = capsys.readouterr()
+    listed = [f"{tmp_path / name}.json:7" for name in ("train", "val")]
+    lines = json_lines(summary.path / "skipped.jsonl")
+    assert [line["row"] for line in lines] == listed
+    for line in lines:
+        assert line["reason"].startswith('row 6: "text" is empty')
+        assert f"skipped {line['row']}: {line['reason']}" in out
+    assert f"2 rows could not be used; {summary.path / 'skipped.jsonl'} lists them" in out
+    places = ", ".join(f"{tmp_path / 'val.json'}:{line}" for line in (6, 10))
+    assert f"2 validation captions have no words to compare and are not scored: {places}\n" in err
+    assert lines_of(summary.path, "validation")[0]["num_images"] == 18
+    assert read_run(summary.path).skipped.keys() == set(listed)
+
+    # The same as without the bad rows, and when it is stopped and goes on.
+    good = replace(
+        config, train_data_path=str(tmp_path / "good_train.json"),
+        val_data_path=str(tmp_path / "good_val.json"), output_path=str(tmp_path / "good"),
+    )
+    again = replace(config, output_path=str(tmp_path / "again"))
+    real, calls = training.optimizer_step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    train(good)
+    monkeypatch.setattr(training, "optimizer_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(again)
+    train(replace(again, resume="newest"))
+    for other in (good, again):
+        for event in ("train", "validation"):
+            assert [(line["step"], line["loss"]) for line in lines_of(summary.path, event)] == [
+                (line["step"], line["loss"]) for line in lines_of(Path(other.output_path), event)
+            ]
+    assert json_lines(tmp_path / "again" / "skipped.jsonl") == lines
+
+
+def test_validation_without_any_word_trains_and_scores_nothing(
+    blip_folder, tmp_path, monkeypatch, capsys
+):
+    write_pictures(tmp_path, num_images=12)
+    rows = json.loads(write_pictures(tmp_path, num_images=4, name="val.json").read_text())
+    (tmp_path / "val.json").write_text(json.dumps([row | {"text": "..."} for row in rows]))
+    config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=1)
+    summary = train(config)
+    assert "4 validation captions have no words" in capsys.readouterr().err
+    assert not summary.scores and len(summary.samples) == 2
+    with pytest.raises(ValueError, match="--best_by cider_d needs captions with words .*val.json"):
+        train(replace(config, output_path=str(tmp_path / "other"), best_by="cider_d"))
+
+
 def scripted_scores(monkeypatch, script: list[float]) -> None:
     """Validations find these values of CIDEr-D, one after the other."""
     values = iter(script)
@@ -119,6 +197,22 @@ def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
     assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
     assert "best CIDEr-D 0.9000 at step 2 of 4; before training it was 0.5000" in str(summary)
     assert f"validation loss {summary.losses[2]:.4f} there" in str(summary)
+
+
+def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    scripted_scores(monkeypatch, [0.5, 0.9, 0.7])
+    losses = iter([4.0, math.nan, 3.0])
+    monkeypatch.setattr(
+        evaluation, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
+    )
+    summary = train(settings(
+        blip_folder, data, tmp_path / "run", max_steps=2, eval_every=1, best_by="cider_d",
+        max_bad_share=0.2,
+    ))
+    assert summary.best_step == read_run(summary.path).best_step == 2
+    assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
 
 
 def test_a_run_that_becomes_no_better_stops_when_patience_ends(

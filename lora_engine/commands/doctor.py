@@ -155,10 +155,15 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
 def _disks(config: DoctorConfig) -> Iterator[Finding]:
     from lora_engine.preparation import default_cache_dir
 
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     for topic, flag, path in (
         ("runs", "--output_path", Path(config.output_path)),
-        ("features", "--cache_dir", Path(config.cache_dir or default_cache_dir())),
+        ("features", "--cache_dir", cache_dir),
     ):
+        if path is None:
+            yield Finding("note", topic, "kept in memory only: this user has no home folder",
+                          f"give a folder with {flag}")
+            continue
         parent = path
         while not parent.exists():
             parent = parent.parent

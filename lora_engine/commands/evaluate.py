@@ -29,7 +29,7 @@ from lora_engine.metrics import (
 )
 from lora_engine.references import Referenced, read_references
 
-UNREADABLE = 1  # exit status: some images could not be scored
+UNREADABLE = 1  # exit status: some images or captions are left out of the scores
 BASE, ADAPTER = "base", "adapter"
 
 
@@ -62,8 +62,9 @@ def evaluate(args: list[str]) -> int:
     check_writable("--coco_out", config.coco_out)
     if config.meteor_spice:
         check_java()
-    data = read_references(config.data, image_folder=config.image_folder)
-    scored, captions = _caption(config, data, _speakers(config))
+    data, bad_rows = read_references(config.data, image_folder=config.image_folder)
+    skipped = SkippedImages(config.out, bad_rows)
+    scored, captions = _caption(config, data, _speakers(config), skipped)
     if not scored:
         raise ValueError(f"{config.data}: not one image could be read")
     texts = [image.references for image in scored]
@@ -90,7 +91,7 @@ def evaluate(args: list[str]) -> int:
                 for image, caption in zip(scored, list(captions.values())[-1])
             ]), encoding="utf-8")
         print(f"COCO        {config.coco_out}")
-    return 0 if len(scored) == len(data) else UNREADABLE
+    return UNREADABLE if skipped.lines else 0
 
 
 def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
@@ -108,11 +109,13 @@ def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
 
 
 def _caption(
-    config: EvaluateConfig, data: Sequence[Referenced], speakers: dict[str, Speaker]
+    config: EvaluateConfig,
+    data: Sequence[Referenced],
+    speakers: dict[str, Speaker],
+    skipped: SkippedImages,
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
     """The images that could be read, and what each speaker says of them."""
     outcomes = config.caption(list(speakers.values()), [image.image for image in data])
-    skipped = SkippedImages(config.out)
     scored: list[Referenced] = []
     captions: dict[str, list[Caption]] = {name: [] for name in speakers}
     progress = tqdm(outcomes, total=len(data), unit="image", disable=not sys.stderr.isatty())

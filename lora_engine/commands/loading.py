@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_engine.adapter import Adapter
+from lora_engine.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.captioning import Captioned, Speaker, caption_images, with_adapter
 from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
@@ -142,11 +143,17 @@ def speaker_of(
 
 
 class SkippedImages:
-    """Names the images that cannot be read, and lists them in skipped.jsonl beside `out`."""
+    """Names the images that cannot be read, and lists them in skipped.jsonl beside `out`, behind
+    rows of an annotation file that are skipped."""
 
-    def __init__(self, out: str | None) -> None:
+    def __init__(self, out: str | None, bad_rows: Sequence[BadRow] = ()) -> None:
         self.path = None if out is None else Path(out).with_name("skipped.jsonl")
-        self.lines: list[dict[str, str | None]] = []
+        self.lines: list[dict[str, str | None]] = [
+            {"row": bad.place, "reason": bad.reason} for bad in bad_rows
+        ]
+        self.num_rows = len(bad_rows)
+        for bad in bad_rows[:MAX_ROWS_SHOWN]:
+            print(f"skipped {bad}", file=sys.stderr)
 
     def add(self, outcome: Captioned) -> None:
         print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
@@ -157,7 +164,12 @@ class SkippedImages:
         if not self.lines:
             return
         where = "" if self.path is None else f"; {self.path} lists them"
-        print(f"{len(self.lines)} images could not be read{where}", file=sys.stderr)
+        counts = {
+            "rows could not be used": self.num_rows,
+            "images could not be read": len(self.lines) - self.num_rows,
+        }
+        told = [f"{number} {what}" for what, number in counts.items() if number]
+        print(f"{', '.join(told)}{where}", file=sys.stderr)
         if self.path is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
             with replaced_file(self.path) as new:

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.annotations import CheckedRow, Row, checked_rows
+from lora_engine.caption_tokens import has_words
 from lora_engine.commands.loading import check_writable
+from lora_engine.config import TrainingConfig
 from lora_engine.files import replaced_file
 from lora_engine.images import ImageError, open_image, read_image_file
 from lora_engine.pretrained import load_tokenizer
@@ -73,9 +75,20 @@ class Findings:
     problems: list[tuple[int, int, str]] = field(default_factory=list)  # (row, line, reason)
     images: dict[str, ImageFacts] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))
+    wordless: list[CheckedRow] = field(default_factory=list)  # captions that scores leave out
     unit: str = "words"
     num_cut: int | None = None
     shared: int | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a run with the default --max_bad_share skips what cannot be used."""
+        num_rows, num_bad = self.num_rows, self.num_rows - len(self.rows)
+        share = TrainingConfig.max_bad_share
+        return (
+            num_bad <= share * num_rows
+            and len(self.problems) - num_bad <= share * len(self.rows)
+        )
 
     @property
     def usable(self) -> list[ImageFacts]:
@@ -108,6 +121,9 @@ def validate(args: list[str]) -> int:
         else:
             findings.problems.append((checked.number, checked.line, checked.row))
     rows = [checked.row for checked in findings.rows if isinstance(checked.row, Row)]
+    findings.wordless = [
+        checked for checked, row in zip(findings.rows, rows) if not has_words(row.text)
+    ]
     _measure_captions(findings, [row.text for row in rows], config)
     paths = list(dict.fromkeys(row.image for row in rows))
     findings.images = dict(zip(paths, _read_images(paths, config.num_workers)))
@@ -199,10 +215,17 @@ def _told(config: ValidateConfig, findings: Findings) -> str:
     )
     if findings.shared is not None:
         lines.append(f"shared      {findings.shared:,} images of {config.val_data} are among these")
+    if findings.wordless:
+        lines.append(f"scores      {len(findings.wordless):,} captions have no words to compare:")
+        lines += [f"  {config.data}:{row.line}" for row in findings.wordless[:MAX_SHOWN]]
     problems = findings.problems
     if not problems:
         return "\n".join([*lines, "no row has a problem"])
-    lines.append(f"problems    {len(problems):,} of {findings.num_rows:,} rows cannot be used:")
+    verdict = "skips them" if findings.is_trainable else "stops"
+    lines.append(
+        f"problems    {len(problems):,} of {findings.num_rows:,} rows cannot be used; training "
+        f"{verdict} (--max_bad_share {TrainingConfig.max_bad_share:g}):"
+    )
     lines += [
         f"  {config.data}:{line}: row {number}: {reason}"
         for number, line, reason in problems[:MAX_SHOWN]
@@ -236,6 +259,7 @@ def _as_json(config: ValidateConfig, findings: Findings) -> dict[str, Any]:
             {"width": size[0], "height": size[1], "count": count}
             for size, count in Counter(sizes).most_common() if size
         ],
+        "lines_without_words": [checked.line for checked in findings.wordless],
         "problems": [
             {"row": number, "line": line, "reason": reason}
             for number, line, reason in findings.problems
