@@ -30,6 +30,7 @@ from lora_engine.checkpoint import CHECKPOINTS_FOLDER, set_aside_after
 from lora_engine.files import clear_leftovers, replaced_file, sync
 from lora_engine.journal import Journal, append_line
 from lora_engine.stopping import TrainingStopped
+from lora_engine.terminal import printable
 from lora_engine.version import __version__
 
 
@@ -70,7 +71,7 @@ class RunFolder:
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
-            print(f"what the run had reached is in {self.path}", file=sys.stderr)
+            print(printable(f"what the run had reached is in {self.path}"), file=sys.stderr)
         elif error is not None:
             shutil.rmtree(self.path)
 
