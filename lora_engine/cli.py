@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
+from lora_engine.terminal import printable
 
 USAGE_ERROR = 2
 STOPPED = 3
@@ -67,7 +68,7 @@ def run(main: Callable[[list[str]], int]) -> int:
 
 def _print_error(kind: str, error: Exception) -> None:
     notes = getattr(error, "__notes__", [])
-    print("\n".join([f"{kind} {error}", *notes]), file=sys.stderr)
+    print(printable("\n".join([f"{kind} {error}", *notes])), file=sys.stderr)
 
 
 def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:

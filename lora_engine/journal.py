@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lora_engine.files import append_line, open_to_append
 from lora_engine.schedule import Schedule
 from lora_engine.stopping import TrainingStopped
+from lora_engine.terminal import printable
 from lora_engine.trackers import Tracker
 
 MAX_NON_FINITE = 3  # steps in a row
@@ -93,6 +94,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """A line for people, above the bar if there is one."""
+        text = printable(text)
         if self._bar.disable:
             print(text, file=self.stream, flush=True)
         else:

@@ -46,6 +46,7 @@ from lora_engine.optim import FlatMatrices, build_optimizer
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.run_folder import RunFolder, allowed_failures
 from lora_engine.schedule import Schedule
+from lora_engine.terminal import printable
 from lora_engine.trackers import check_tracker
 from lora_engine.workers import default_num_workers
 
@@ -138,7 +139,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
 
 
 def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row], list[BadRow]]:
@@ -286,7 +287,7 @@ def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> 
             model.decode(input_ids, features).sum().backward()
     except Exception as error:  # whatever the compiler's many layers say
         reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
-        print(f"--compile does not work here ({reason}): training without it", file=sys.stderr)
+        _warn(f"--compile does not work here ({reason}): training without it")
         for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets
     model.zero_grad(set_to_none=True)

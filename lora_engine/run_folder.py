@@ -38,6 +38,7 @@ from lora_engine.checkpoint import (
 from lora_engine.files import append_line, clear_leftovers, replaced_file, sync, unused_name
 from lora_engine.journal import Journal
 from lora_engine.stopping import TrainingStopped
+from lora_engine.terminal import printable
 from lora_engine.version import __version__
 
 
@@ -88,7 +89,7 @@ class RunFolder:
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
-            print(f"what the run had reached is in {self.path}", file=sys.stderr)
+            print(printable(f"what the run had reached is in {self.path}"), file=sys.stderr)
         elif error is not None and self.is_new:
             self._remove()
 
@@ -170,7 +171,7 @@ class RunFolder:
         clear_leftovers(folder.checkpoints, is_checkpoint_name)
         set_aside = set_aside_after(folder.checkpoints, step)
         for path in set_aside:
-            print(f"kept apart, as it is not part of the run any more: {path}", file=sys.stderr)
+            print(printable(f"no longer part of the run, kept as {path}"), file=sys.stderr)
         for path in (folder.metrics, folder.samples):
             keep_lines(path, lambda line: (
                 line["step"] < step

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_engine.journal import duration
 from lora_engine.metrics import Scores
+from lora_engine.terminal import escaped
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class TrainingSummary:
         lines: list[str] = []
         for sample in self.samples:
             lines += [
-                os.path.basename(sample.image),
-                f"  reference  {sample.reference}",
-                f"  before     {sample.before}",
-                f"  after      {sample.best}",
+                escaped(os.path.basename(sample.image)),
+                f"  reference  {escaped(sample.reference)}",
+                f"  before     {escaped(sample.before)}",
+                f"  after      {escaped(sample.best)}",
             ]
         lines += ["", self._verdict()]
         counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}

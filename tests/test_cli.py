@@ -26,6 +26,7 @@ from lora_engine.commands.evaluate import EvaluateConfig
 from lora_engine.commands.merge import MergeConfig
 from lora_engine.commands.report import ReportConfig
 from lora_engine.config import TrainingConfig
+from lora_engine.terminal import escaped
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
 RECIPES = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}
@@ -372,7 +373,7 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     sample = json_lines(Path("run") / "samples.jsonl")[-1]
     status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
     assert (status, err) == (0, "")
-    assert out == f"{sample['image']}\t{' '.join(sample['caption'].split())}\n"
+    assert out == f"{sample['image']}\t{escaped(' '.join(sample['caption'].split()))}\n"
 
 
 @pytest.fixture

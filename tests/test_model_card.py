@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine import __main__ as verbs
-from lora_engine import evaluation, training
+from lora_engine import evaluation, terminal, training
 from lora_engine.adapter import CONFIG_FILE, read_adapter
 from lora_engine.config import TrainingConfig
 from lora_engine.evaluation import ValidationLoss
@@ -206,7 +206,8 @@ def test_the_commands_caption_and_train_further(prompted, tmp_path, monkeypatch,
     )
     assert caption[:3] == ["python", "-m", "lora_engine"]
     assert verbs.run_verb([*caption[3:], "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == f"{sample.image}\t{' '.join(sample.best.split())}\n"
+    said = terminal.escaped(" ".join(sample.best.split()))
+    assert capsys.readouterr().out == f"{sample.image}\t{said}\n"
     recipe = RECIPES[further[2].removeprefix("recipes.")]
     small = "--max_steps 1 --num_samples 0 --device cpu --max_caption_tokens 32"
     assert recipe([*further[3:], *small.split(), "--output_path", str(tmp_path / "run")]) == 0

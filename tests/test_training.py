@@ -32,6 +32,7 @@ from lora_engine.loss import caption_loss
 from lora_engine.metrics import Scores
 from lora_engine.pretrained import Captioner, load_captioner
 from lora_engine.summary import TrainingSummary
+from lora_engine.terminal import escaped
 from lora_engine.training import accumulate_gradients, train
 
 CPU = torch.device("cpu")
@@ -233,7 +234,7 @@ def test_the_messages_open_with_the_data_and_the_modules_and_end_with_the_outcom
         f"python -m lora_engine caption --adapter {trained.summary.path / 'adapter'} "
         f"IMAGE_OR_FOLDER ..."
     )
-    assert f"before     {trained.summary.samples[0].before}" in text
+    assert f"before     {escaped(trained.summary.samples[0].before)}" in text
 
 
 def test_the_validation_loss_is_the_mean_over_all_targets_in_evaluation_mode(trained):

@@ -26,6 +26,7 @@ from lora_engine.files import replaced_file
 from lora_engine.generation import Sampling
 from lora_engine.images import find_images
 from lora_engine.run_record import read_records
+from lora_engine.terminal import escaped
 
 UNREADABLE = 1  # exit status: some images have no caption
 
@@ -200,7 +201,7 @@ def _said(outcome: Captioned, names: Sequence[str]) -> list[dict[str, str]]:
 def _print(outcome: Captioned, names: Sequence[str]) -> None:
     for line in _said(outcome, names):
         line["caption"] = " ".join(line["caption"].split())
-        tqdm.write("\t".join(line.values()), file=sys.stdout)
+        tqdm.write("\t".join(map(escaped, line.values())), file=sys.stdout)
     sys.stdout.flush()
 
 

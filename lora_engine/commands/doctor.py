@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_engine import cli
+from lora_engine.terminal import printable
 from lora_engine.version import __version__
 
 PROBLEMS = 1  # exit status: something would stop a run
@@ -54,7 +55,7 @@ def doctor(args: list[str]) -> int:
         description="Say what this machine has for training, and what to do about what it lacks.",
     )
     findings = [finding for look in _LOOKS for finding in _looked(look, config)]
-    print("\n".join(map(str, findings)))
+    print(printable("\n".join(map(str, findings))))
     num_bad = sum(finding.state == "bad" for finding in findings)
     if num_bad:
         print(f"{num_bad} problem{'s' if num_bad > 1 else ''} would stop a run")

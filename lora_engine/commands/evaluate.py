@@ -28,6 +28,7 @@ from lora_engine.metrics import (
     bootstrap_intervals,
 )
 from lora_engine.references import Referenced, read_references
+from lora_engine.terminal import printable
 
 UNREADABLE = 1  # exit status: some images or captions are left out of the scores
 BASE, ADAPTER = "base", "adapter"
@@ -75,7 +76,7 @@ def evaluate(args: list[str]) -> int:
         )
         for name, said in captions.items()
     }
-    print(_table(config, results))
+    print(printable(_table(config, results)))
     if config.meteor_spice:
         _print_java_scores(captions, texts)
     if config.out is not None:
@@ -83,14 +84,14 @@ def evaluate(args: list[str]) -> int:
             with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
                 for line in _lines(scored, captions, results):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print(f"each image  {config.out}")
+        print(printable(f"each image  {config.out}"))
     if config.coco_out is not None:
         with replaced_file(config.coco_out) as new:
             new.write_text(json.dumps([
                 {"image_id": image.id, "caption": caption.text}
                 for image, caption in zip(scored, list(captions.values())[-1])
             ]), encoding="utf-8")
-        print(f"COCO        {config.coco_out}")
+        print(printable(f"COCO        {config.coco_out}"))
     return UNREADABLE if skipped.lines else 0
 
 
@@ -176,7 +177,7 @@ def _print_java_scores(
                 for name, said in captions.items()
             }
         except ValueError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            print(printable(f"warning: {error}"), file=sys.stderr)
         else:
             told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             print(f"{score.upper()}: {told}")

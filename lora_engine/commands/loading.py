@@ -14,6 +14,7 @@ from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
 from lora_engine.lora import cast_frozen
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.terminal import printable
 from lora_engine.workers import default_num_workers
 
 
@@ -127,7 +128,7 @@ def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
         return
     if not force:
         raise ValueError(f"{complaint}; give its own base with --model, or --force it")
-    print(f"warning: {complaint}; expect worse captions", file=sys.stderr)
+    print(printable(f"warning: {complaint}; expect worse captions"), file=sys.stderr)
 
 
 def speaker_of(
@@ -153,10 +154,10 @@ class SkippedImages:
         ]
         self.num_rows = len(bad_rows)
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
-            print(f"skipped {bad}", file=sys.stderr)
+            print(printable(f"skipped {bad}"), file=sys.stderr)
 
     def add(self, outcome: Captioned) -> None:
-        print(f"skipped {outcome.image}: {outcome.reason}", file=sys.stderr)
+        print(printable(f"skipped {outcome.image}: {outcome.reason}"), file=sys.stderr)
         self.lines.append({"image": outcome.image, "reason": outcome.reason})
 
     def finish(self) -> None:
@@ -169,7 +170,7 @@ class SkippedImages:
             "images could not be read": len(self.lines) - self.num_rows,
         }
         told = [f"{number} {what}" for what, number in counts.items() if number]
-        print(f"{', '.join(told)}{where}", file=sys.stderr)
+        print(printable(f"{', '.join(told)}{where}"), file=sys.stderr)
         if self.path is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
             with replaced_file(self.path) as new:

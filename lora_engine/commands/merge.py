@@ -13,6 +13,7 @@ from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixel
 from lora_engine.lora import lora_layers
 from lora_engine.merging import check_out, export_merged
 from lora_engine.pretrained import FAMILIES
+from lora_engine.terminal import printable
 
 NUM_DRAWN = 4  # images that a merged model is compared on where none are given
 
@@ -54,7 +55,7 @@ def merge(args: list[str]) -> int:
         prompt=adapter.prompt,
     )
     num_merged = sum(1 for _ in lora_layers(captioner.model))
-    print(
+    told = (
         f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
         f"compared with base and adapter apart: {parity}\n"
         f"merged model  {config.out}\n"
@@ -62,7 +63,10 @@ def merge(args: list[str]) -> int:
         f".from_pretrained({config.out!r})"
     )
     if adapter.prompt:
-        print(f"its prompt    {adapter.prompt!r}: the folder does not say so, generation needs it")
+        told += (
+            f"\nits prompt    {adapter.prompt!r}: the folder does not say so, generation needs it"
+        )
+    print(printable(told))
     return 0
 
 

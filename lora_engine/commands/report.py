@@ -9,6 +9,7 @@ import tyro
 from lora_engine import cli
 from lora_engine.commands.loading import check_writable
 from lora_engine.report import write_report
+from lora_engine.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,5 @@ def report(args: list[str]) -> int:
     folder = Path(config.runs[0] if len(config.runs) == 1 else ".")
     out = Path(config.out) if config.out else folder / "report.html"
     write_report(config.runs, out)
-    print(f"report  {out}")
+    print(printable(f"report  {out}"))
     return 0

@@ -24,6 +24,7 @@ from lora_engine.files import replaced_file
 from lora_engine.images import ImageError, open_image, read_image_file
 from lora_engine.pretrained import load_tokenizer
 from lora_engine.stopping import ignore_signals
+from lora_engine.terminal import printable
 
 PROBLEMS = 1  # exit status: some rows cannot be used
 MAX_SHOWN = 20  # problems on the terminal; --json has all
@@ -135,7 +136,7 @@ def validate(args: list[str]) -> int:
     if config.val_data is not None:
         others = {c.row.image for c in checked_rows(config.val_data) if isinstance(c.row, Row)}
         findings.shared = len(others & findings.images.keys())
-    print(_told(config, findings))
+    print(printable(_told(config, findings)))
     if config.json is not None:
         with replaced_file(config.json) as new:
             text = json.dumps(_as_json(config, findings), indent=1, ensure_ascii=False)

@@ -1,0 +1,41 @@
+"""Text of strangers on its way to a terminal: control characters are shown instead of obeyed.
+
+Captions, file names, tensor names and JSON values may hold escape sequences, and may be as long as
+the file that they come from. Files that are written keep all of it.
+"""
+
+import re
+
+MAX_LINE = 4_000
+MAX_TEXT = 100_000
+
+# C0, DEL, C1, line and paragraph separators, and all that Unicode calls Bidi_Control.
+_CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+_IN_A_VALUE = re.compile(_CONTROL)
+_IN_A_MESSAGE = re.compile(rf"(?![\n\t]){_CONTROL}")
+
+
+def printable(text: str) -> str:
+    """A message, with control characters escaped and what is too long cut in the middle.
+
+    Its newlines and tabs stay: they are the message's own.
+    """
+    lines = _IN_A_MESSAGE.sub(_shown, text).split("\n")
+    return _shortened("\n".join(_shortened(line, MAX_LINE) for line in lines), MAX_TEXT)
+
+
+def escaped(text: str) -> str:
+    r"""A value within a message, on one line: all control characters written as \x1b or \u202e."""
+    return _IN_A_VALUE.sub(_shown, text)
+
+
+def _shown(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
