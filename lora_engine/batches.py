@@ -8,13 +8,14 @@ W width, P image tokens, D width of the features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from lora_engine.captions import IGNORED, TokenizedCaptions, collate_captions
 from lora_engine.image_identity import FileStamp, content_digest, stamp
@@ -257,8 +258,8 @@ class Collate:
             num_more = -(-num_targets // step) * step - num_targets
             positions = F.pad(positions, (0, num_more))
             target_ids = F.pad(target_ids, (0, num_more), value=IGNORED)
-        pixels = [example.pixels for example in usable if example.pixels is not None]
-        empty = np.empty((0, 3, *self.image_size), dtype=np.uint8)
+        pixels = [torch.from_numpy(e.pixels) for e in usable if e.pixels is not None]
+        empty = torch.empty((0, 3, *self.image_size), dtype=torch.uint8)
         return Batch(
             input_ids=input_ids,
             target_positions=positions,
@@ -267,7 +268,9 @@ class Collate:
             rows=[example.row for example in usable],
             images=[example.image for example in usable],
             skipped=[problem for example in examples for problem in example.skipped],
-            pixels=torch.from_numpy(np.stack(pixels) if pixels else empty),
+            # Puts them into shared memory itself: where there is none left, that fails here, and
+            # not later in a thread that nobody hears.
+            pixels=default_collate(pixels) if pixels else empty,
             loaded=[e.identified for e in usable if e.identified is not None],
         )
 
@@ -287,11 +290,14 @@ def load_batches(
     has_features: Callable[[int], bool] = lambda image: False,
     pin_memory: bool = False,
     timeout_s: float = 0,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    batch_bytes: int = 0,
 ) -> Iterator[Batch]:
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
     An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
-    lets the copy to a GPU run beside the computation. `timeout_s` is as in `workers.load`.
+    lets the copy to a GPU run beside the computation. `timeout_s`, `waiting` and `batch_bytes` are
+    as in `workers.load`.
     """
     asked = (
         [
@@ -307,6 +313,8 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout_s=timeout_s,
+        waiting=waiting,
+        batch_bytes=batch_bytes,
     )
 
 

@@ -12,11 +12,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
-from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
+from lora_engine.stopping import SIGNALS, Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.terminal import printable
 
 USAGE_ERROR = 2
@@ -35,11 +36,16 @@ def run(main: Callable[[list[str]], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
     # By way of an exception, so that loading processes end and temporary files are removed.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in SIGNALS
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
-        return main(sys.argv[1:])
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except (ValueError, OSError) as error:
         _print_error("error:", error)
@@ -53,22 +59,34 @@ def run(main: Callable[[list[str]], int]) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
-        print(
-            f"stopped: {str(error).splitlines()[0]}\nTry a smaller --batch_size (with "
-            f"--grad_accum_steps for the same steps), or --gradient_checkpointing",
-            file=sys.stderr,
+        error.args = (
+            f"{str(error).splitlines()[0]}\nTry a smaller --batch_size (with --grad_accum_steps "
+            f"for the same steps), or --gradient_checkpointing",
         )
+        _print_error("stopped:", error)
         return STOPPED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _print_error("interrupted", error)
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _drop_unwritable_output()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _print_error(kind: str, error: Exception) -> None:
+def _print_error(kind: str, error: BaseException) -> None:
     notes = getattr(error, "__notes__", [])
-    print(printable("\n".join([f"{kind} {error}", *notes])), file=sys.stderr)
+    with suppress(OSError):  # a terminal that has gone must not change the exit status
+        print(printable("\n".join([f"{kind} {error}".rstrip(), *notes])), file=sys.stderr)
+
+
+def _drop_unwritable_output() -> None:
+    """Else Python tries once more at exit, fails, and changes the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Validation:
 
     captioner: Captioner
     dataset: CaptionedImages
-    load: Callable[..., Iterator[Batch]]
+    load: Callable[..., Generator[Batch]]
     batch_size: int
     keeper: AdapterKeeper
     captions: ValidationCaptions
@@ -73,19 +74,23 @@ class Validation:
     device: torch.device
     dtype: torch.dtype
 
-    def run(self, *, step: int, epoch: float) -> None:
+    def run(
+        self, *, step: int, epoch: float, undivided: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         """Validate after `step` steps; the adapter is kept if it is the best so far.
 
+        All that is written about it is written within `undivided()`.
         Raises TrainingStopped for too many unusable images, and ValueError where nothing can be
         learnt: no image at all, or a loss that is not finite before any training.
         """
         places = validation_places(self.dataset.captions.lengths, batch_size=self.batch_size)
-        result = validation_loss(
-            self.captioner.model,
-            self._with_progress(self.load(places), step),
-            device=self.device,
-            dtype=self.dtype,
-        )
+        with closing(self.load(places)) as batches:
+            result = validation_loss(
+                self.captioner.model,
+                self._with_progress(batches, step),
+                device=self.device,
+                dtype=self.dtype,
+            )
         self.skipped.add_validation(result.skipped, dataset_size=len(self.dataset))
         if step == 0 and not math.isfinite(result.loss):
             raise ValueError(
@@ -95,14 +100,15 @@ class Validation:
         # All that can fail comes before the first word about this validation is written.
         scores = self.captions.caption(step)
         values = {} if scores is None else scores.as_dict()
-        self.journal.record("validation", step=step, epoch=epoch, loss=result.loss, **values)
-        is_best = self.keeper.offer(step, result.loss, scores)
-        found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}"
-        best = " (best so far)" if is_best and step else ""
-        self.journal.say(f"step {step}: validation loss {result.loss:.4f}{found}{best}")
-        self.captions.write(self.folder, step)
-        if is_best:
-            self.captions.write_best(self.folder, step)
+        with undivided():
+            self.journal.record("validation", step=step, epoch=epoch, loss=result.loss, **values)
+            is_best = self.keeper.offer(step, result.loss, scores)
+            found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}"
+            best = " (best so far)" if is_best and step else ""
+            self.journal.say(f"step {step}: validation loss {result.loss:.4f}{found}{best}")
+            self.captions.write(self.folder, step)
+            if is_best:
+                self.captions.write_best(self.folder, step)
         self.journal.track("samples", step=step, rows=[
             (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
             for sample in self.captions.compare(step)

@@ -11,7 +11,7 @@ Axes: B rows, U images without features, H height, W width, P image tokens, D wi
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,12 +144,12 @@ class FeatureSource:
     def __enter__(self) -> "FeatureSource":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Wait until what is to be kept on disk is there."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until what is to be kept on disk is there; after an error, not for long."""
         self._hand_over(wait=True)
         self.identities.close()
         if self.store is not None:
-            self.store.close()
+            self.store.close(timeout_s=30.0 if kind is None else 2.0)
             self._say_why_stopped()
             if self.store.num_damaged:
                 self.say(f"{self.store.num_damaged:,} damaged rows of features were encoded again")
@@ -270,7 +270,7 @@ class FeatureSource:
 
     # --- batches ----------------------------------------------------------------------------
 
-    def attach(self, batches: Iterable[Batch], images: ImageList) -> Iterator[Batch]:
+    def attach(self, batches: Iterable[Batch], images: ImageList) -> Generator[Batch]:
         """The batches, with features (B, P, D) on the device in place of pixels.
 
         A GPU encodes on a stream of its own, while the batches before are trained on.

@@ -4,12 +4,16 @@ Axes: B batch, H height, W width. Pixels travel as uint8 (3, H, W), a quarter of
 floats, and are normalised in batches on the device.
 """
 
+import errno
 import glob
 import io
 import os
+import re
 import stat
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,8 +27,16 @@ from torch.nn import functional as F
 # the 179 million at which Pillow refuses by itself. Decoding that many takes up to 1 GB.
 MAX_PIXELS = 2**27
 
+# A JPEG's largest side. Resizing takes memory in proportion to a side, however short the other is.
+MAX_SIDE = 2**16 - 1
+
 # 4 bytes a pixel of the largest image; whatever lies behind is no image that is taken here.
 MAX_FILE_BYTES = 4 * MAX_PIXELS
+
+# Processor time to decode one image. The largest images take a few seconds; a small file can be
+# built to take hours. Processor time, not wall-clock time: a busy machine or a slow disk must not
+# change which images are used.
+MAX_DECODE_S = 30.0
 
 # Left out on purpose: EPS (Pillow would start Ghostscript), containers whose parts need not have
 # the size in the header (ICO, ICNS), and formats without a signature to know them by (TGA).
@@ -84,6 +96,11 @@ class PixelSettings:
             )
         if np.min(self.resize) < 1 or min(self.size) < 1:
             raise ValueError(f"resize={self.resize}, crop={self.crop}: sizes must be positive")
+        if np.max(self.resize) > MAX_SIDE or self.size[0] * self.size[1] > MAX_PIXELS:
+            raise ValueError(
+                f"resize={self.resize}, crop={self.crop}: sizes must be at most {MAX_SIDE:,}, and "
+                f"height * width at most {MAX_PIXELS:,}"
+            )
         if self.resample not in list(Image.Resampling):
             raise ValueError(f"resample={self.resample} is not a Pillow filter (0 to 5)")
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
@@ -101,17 +118,26 @@ class PixelSettings:
 
 
 def load_pixels(
-    source: str | Path | bytes, settings: PixelSettings, *, max_pixels: int = MAX_PIXELS
+    source: str | Path | bytes,
+    settings: PixelSettings,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    limit_s: float = MAX_DECODE_S,
 ) -> np.ndarray:
     """Read an image file, or a file's bytes, as the pixels that a captioner sees.
 
     Returns uint8 (3, H, W) with (H, W) = settings.size, on the way through `open_image` and
-    `to_pixels`, whose ImageError it raises.
+    `to_pixels`. Raises ImageError as `open_image` does, also for an image that cannot be resized.
     """
-    return to_pixels(open_image(source, max_pixels=max_pixels), settings)
+    path = _name(source)
+    image = open_image(source, max_pixels=max_pixels, limit_s=limit_s)
+    with _guard(path):
+        return to_pixels(image, settings, path=path)
 
 
-def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, limit_s: float = MAX_DECODE_S
+) -> Image.Image:
     """Read the (first) image of a file, or of a file's bytes, as RGB, as a person would see it.
 
     The format is known by content, never by the name; EXIF orientation is applied, transparency
@@ -120,42 +146,98 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     Pillow's warnings are held back through the process-wide filters (`warnings.catch_warnings`):
     call this from one thread of a process at a time if other threads rely on theirs.
 
-    Raises ImageError if the source is missing, unreadable, empty, damaged, in no known format, or
-    larger than max_pixels (height * width), which is checked before anything is decoded; Pillow's
-    own limit, 2 * Image.MAX_IMAGE_PIXELS, holds beside it.
+    Raises ImageError if the source is missing, unreadable, empty, damaged, in no known format,
+    larger than max_pixels (height * width) or MAX_SIDE, which is checked before anything is
+    decoded, or takes more than limit_s seconds of processor time; Pillow's own limit,
+    2 * Image.MAX_IMAGE_PIXELS, holds beside it.
+
+    The time is checked whenever Pillow asks for more of the file, which holds for JPEG, PNG, GIF,
+    BMP and PPM to within two seconds. WebP, AVIF, TIFF and JPEG 2000 are decoded in one call, which
+    cannot be stopped. Of MAX_PIXELS it takes up to ten seconds (JPEG 2000: a minute), but a TIFF or
+    JPEG 2000 file built to take long is not bounded.
     """
-    path = "<bytes>" if isinstance(source, bytes) else str(source)
-    with _open_stream(source, path) as stream, warnings.catch_warnings():
+    path = _name(source)
+    data = source if isinstance(source, bytes) else read_image_file(source)
+    if not data:
+        raise ImageError(path, "no bytes at all")
+    stream = _LimitedTime(data, limit_s)
+    with _guard(path, stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image = Image.open(stream, formats=FORMATS)
-            _check_size(image, path, max_pixels)
-            image.load()
-            _apply_orientation(image)
-            return _to_rgb(image, path)
-        except ImageError:
-            raise
-        except UnidentifiedImageError:
-            known = ", ".join(FORMATS)
-            raise ImageError(path, f"not an image in a known format ({known})") from None
-        except Image.DecompressionBombError as error:
-            raise ImageError(path, f"too large: {error}") from None
-        except Exception as error:  # Pillow's decoders raise some fifteen types on damaged files
-            detail = str(error) or type(error).__name__
-            raise ImageError(path, f"damaged or truncated: {detail}") from error
+        image = Image.open(stream, formats=FORMATS)
+        _check_size(image, path, max_pixels)
+        if image.format == "JPEG" and image.width * image.height > _LARGE_JPEG:
+            # A scan of 10 bytes takes up to 8 ms. With Pillow's 64 KiB at a time, the limit would
+            # hold to within a minute only; smaller pieces cost an ordinary photograph 5 %.
+            if len(_START_OF_SCAN.findall(data)) > _MAX_SCANS:
+                image.decodermaxblock = 10 * _MAX_SCANS  # type: ignore[attr-defined]
+        image.load()
+        _apply_orientation(image)
+        return _to_rgb(image, path)
 
 
 def read_image_file(path: str | Path) -> bytes:
     """The bytes of a file that may be an image; raises ImageError as `open_image` does."""
-    with _open_stream(path, str(path)) as stream:
+    with _guard(str(path)), _open_stream(path, str(path)) as stream:
         return stream.read(MAX_FILE_BYTES)
 
 
-def _open_stream(source: str | Path | bytes, path: str) -> BinaryIO:
-    if isinstance(source, bytes):
-        if not source:
-            raise ImageError(path, "no bytes at all")
-        return io.BytesIO(source)
+_START_OF_SCAN = re.compile(b"\xff\xda")
+_MAX_SCANS = 100  # of a large JPEG that is read in blocks of the usual size; most have up to 12
+_LARGE_JPEG = 2**22  # pixels; of smaller ones even 64 KiB of scans are decoded within a second
+
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # this process's fault, not an image's
+
+
+class _LimitedTime(io.BytesIO):
+    """A file's bytes; reading them fails once this thread has spent `limit_s` seconds since."""
+
+    def __init__(self, data: bytes, limit_s: float) -> None:
+        super().__init__(data)
+        self.limit_s = limit_s
+        self.begin_s = time.monotonic()
+        self.begin_thread_s = time.thread_time()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.is_late():
+            raise TimeoutError
+        return super().read(size)
+
+    def is_late(self) -> bool:
+        if time.monotonic() - self.begin_s <= self.limit_s:  # ten times as fast to find out
+            return False
+        return time.thread_time() - self.begin_thread_s > self.limit_s
+
+
+@contextmanager
+def _guard(path: str, stream: _LimitedTime | None = None) -> Iterator[None]:
+    """Whatever fails in what is done to the image at `path` becomes an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ImageError(path, f"not an image in a known format ({known})") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"too large: {error}") from None
+    except MemoryError:
+        raise ImageError(path, "too large for the memory that is free") from None
+    except Exception as error:  # Pillow's decoders raise some fifteen types on damaged files
+        if isinstance(error, OSError) and error.errno in _OUT_OF_DESCRIPTORS:
+            raise
+        if stream is not None and stream.is_late():  # some decoders raise an error of their own
+            raise ImageError(
+                path, f"decoding takes more than {stream.limit_s:g} s; save the image anew"
+            ) from None
+        detail = str(error) or type(error).__name__
+        raise ImageError(path, f"damaged or truncated: {detail}") from error
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "<bytes>" if isinstance(source, bytes) else str(source)
+
+
+def _open_stream(source: str | Path, path: str) -> BinaryIO:
     try:
         status = os.stat(source)
         if stat.S_ISDIR(status.st_mode):
@@ -168,6 +250,8 @@ def _open_stream(source: str | Path | bytes, path: str) -> BinaryIO:
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except OSError as error:
+        if error.errno in _OUT_OF_DESCRIPTORS:
+            raise
         raise ImageError(path, f"cannot be read: {error.strerror}") from None
     except ImageError:
         raise
@@ -177,6 +261,12 @@ def _open_stream(source: str | Path | bytes, path: str) -> BinaryIO:
 
 def _check_size(image: Image.Image, path: str, max_pixels: int) -> None:
     width, height = image.size
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(
+            path,
+            f"too long: {width} x {height} pixels, the limit of a side is {MAX_SIDE:,}; make the "
+            f"image smaller",
+        )
     if width * height > max_pixels:
         raise ImageError(
             path,
@@ -189,6 +279,8 @@ def _apply_orientation(image: Image.Image) -> None:
     """Turn the pixels as EXIF says, in place; unreadable EXIF leaves them as they are stored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:  # damaged metadata beside good pixels, again of some fifteen types
         pass
 
@@ -214,7 +306,9 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, settings: PixelSettings) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, settings: PixelSettings, *, path: str = "<memory>"
+) -> np.ndarray:
     """Resize and crop an RGB image as transformers' Pillow processors do.
 
     Returns uint8 (3, H, W) with (H, W) = settings.size: to the bit, or, from FAST_FROM times the
@@ -222,15 +316,15 @@ def to_pixels(image: Image.Image, settings: PixelSettings) -> np.ndarray:
     height. (Pillow 13 takes the height of some tall images first. There it differs from its older
     versions, and from these pixels, by a few levels in one of a thousand.)
 
-    Raises ImageError for a strip so long that scaling its shortest edge would blow it up beyond
-    MAX_PIXELS.
+    Raises ImageError, which names `path`, for a strip so long that scaling its shortest edge would
+    blow it up beyond MAX_PIXELS.
     """
     if image.mode != "RGB":
         raise ValueError(f"got an image of mode {image.mode}, expected RGB: use open_image()")
     height, width = _resized(image, settings.resize)
     if height * width > MAX_PIXELS:
         raise ImageError(
-            "<image>",
+            path,
             f"too long and thin: {image.width} x {image.height} would become {width} x {height}",
         )
     resample = Image.Resampling(settings.resample)

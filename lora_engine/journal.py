@@ -1,10 +1,11 @@
 """What a run says: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere."""
 
+import errno
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -30,7 +31,8 @@ class Journal:
     """Appends events to metrics.jsonl and shows progress on a stream.
 
     metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
-    everything drawn later is derived from it. A `tracker` is told the same.
+    everything drawn later is derived from it. A `tracker` is told the same. Where nobody reads the
+    stream any more, `lose_output` is told once and what it would have shown is dropped.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Journal:
         first_step: int = 0,
         stream: TextIO | None = None,
         tracker: Tracker | None = None,
+        lose_output: Callable[[OSError], None] = lambda error: None,
     ) -> None:
-        self.stream = stream or sys.stdout
+        self.stream: Any = _Output(stream or sys.stdout, lose_output)
         self.tracker = tracker
         self._path = path
         open_to_append(path).close()
@@ -131,6 +134,35 @@ class Journal:
             left = f"{duration(remaining_s)} left"
             print(f"step {step}/{self._total_steps} | {state} | {left}", file=self.stream,
                   flush=True)
+
+
+class _Output:
+    """A stream whose reader may go, within any write; no step must fail half done for that."""
+
+    def __init__(self, stream: TextIO, lose: Callable[[OSError], None]) -> None:
+        self._stream = stream
+        self._lose = lose
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> None:
+        if self._is_lost:
+            return
+        try:
+            act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+                raise
+            self._is_lost = True
+            self._lose(error)
 
 
 def event_line(event: str, **values: Any) -> dict[str, Any]:

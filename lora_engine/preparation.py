@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,8 @@ from lora_engine.run_folder import RunFolder, allowed_failures
 from lora_engine.schedule import Schedule
 from lora_engine.terminal import printable
 from lora_engine.trackers import check_tracker
-from lora_engine.workers import default_num_workers
+from lora_engine.stopping import StopSignal
+from lora_engine.workers import default_num_workers, prefetched_bytes, shared_memory_shortage
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,16 @@ def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSou
 
 
 def loader(
-    dataset: CaptionedImages, features: FeatureSource, captioner: Captioner, config: TrainingConfig
-) -> Callable[..., Iterator[Batch]]:
-    """A function of places, in whose order it gives batches with their images' features."""
+    dataset: CaptionedImages,
+    features: FeatureSource,
+    captioner: Captioner,
+    config: TrainingConfig,
+    stop: StopSignal,
+) -> Callable[..., Generator[Batch]]:
+    """A function of places, in whose order it gives batches with their images' features.
+
+    Close what it gives where it is not exhausted: processes may be loading.
+    """
     tokenizer = captioner.tokenizer
     images = ImageList(dataset.image_paths)
     load = partial(
@@ -372,8 +380,23 @@ def loader(
         has_features=partial(features.has, images),
         pin_memory=features.device.type == "cuda",
         timeout_s=config.worker_timeout,
+        waiting=stop.waiting,
+        batch_bytes=_batch_bytes(captioner, config),
     )
     return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
+
+
+def _batch_bytes(captioner: Captioner, config: TrainingConfig) -> int:
+    height, width = captioner.pixels.size
+    return config.batch_size * 3 * height * width
+
+
+def loading_advice(parts: Prepared) -> str | None:
+    """What to do about too little shared memory for processes that load training and validation
+    images."""
+    num_workers = default_num_workers(parts.device, parts.config.num_workers)
+    one = prefetched_bytes(num_workers, _batch_bytes(parts.captioner, parts.config))
+    return shared_memory_shortage(2 * one)
 
 
 def adapter_keeper(parts: Prepared, folder: RunFolder) -> AdapterKeeper:

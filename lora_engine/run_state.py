@@ -1,7 +1,8 @@
 """All that changes while a run goes on, saved and restored together."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_engine.micro_batches import FittingBatches
 from lora_engine.preparation import Prepared
 from lora_engine.run_folder import RunFolder, SkippedRows
 from lora_engine.schedule import Schedule
+from lora_engine.stopping import TrainingStopped
 from lora_engine.validation_captions import ValidationCaptions
 
 
@@ -41,6 +43,7 @@ class RunState:
     begin_s: float
     say: Callable[[str], None]
     step: int = 0
+    is_whole: bool = True
     saved_step: int | None = None
     saved_s: float = field(default_factory=lambda: time.monotonic())
 
@@ -105,13 +108,26 @@ class RunState:
         num_steps, seconds = self.parts.config.save_interval()
         return self.step % num_steps == 0 or time.monotonic() - self.saved_s >= seconds
 
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """What changes or is written within belongs together: where it fails half done there is no
+        checkpoint of it."""
+        self.is_whole = False
+        try:
+            yield
+        except TrainingStopped:  # raised between two parts, by the run itself
+            self.is_whole = True
+            raise
+        self.is_whole = True
+
     def save(self) -> None:
-        """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet.
+        """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet, or
+        `undivided` was not.
 
         Where the disk does not take it, or the adapter is not finite, that is said, and the run
         goes on: the checkpoints that are there stay.
         """
-        if self.step == self.saved_step or not self.has_begun:
+        if self.step == self.saved_step or not self.has_begun or not self.is_whole:
             return
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints

@@ -10,6 +10,7 @@ target tokens divided by their number, across micro-steps: 4 x 16 rows are exact
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import islice
 
@@ -37,6 +38,7 @@ from lora_engine.preparation import (
     adapter_keeper,
     feature_source,
     loader,
+    loading_advice,
     opening,
     prepare,
     run_folder,
@@ -48,7 +50,6 @@ from lora_engine.run_state import RunState
 from lora_engine.schedule import Schedule
 from lora_engine.stopping import (
     Interrupted,
-    LoadingStopped,
     StopSignal,
     TrainingStopped,
     signals_held,
@@ -65,9 +66,10 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     `family`, a key of `pretrained.FAMILIES`, refuses models of another kind.
 
     Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
-    TrainingStopped or LoadingStopped when a run under way cannot go on; Interrupted after SIGINT or
-    SIGTERM, when all is in a checkpoint. Before the first validation is through, a failure leaves
-    no folder behind.
+    TrainingStopped or LoadingStopped when a run under way cannot go on; Interrupted after SIGINT,
+    SIGTERM or SIGHUP, and when nobody reads the output any more. Whatever ends the steps, the last
+    whole one is in a checkpoint, where the disk takes it. Before the first validation is through, a
+    failure leaves no folder behind.
     """
     begin_s = time.monotonic()
     parts = prepare(config, family)
@@ -80,6 +82,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             first_step=parts.first_step,
             total_steps=schedule.total_steps,
             tracker=start_tracker(config.track, folder.path, config.as_dict()),
+            lose_output=stop.lose_output,
         ) as journal,
         feature_source(parts, say=journal.say) as features,
     ):
@@ -89,12 +92,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         journal.say(opening(parts))
         journal.say(f"run folder {folder.path}")
         journal.say(features.plan)
+        if (advice := loading_advice(parts)) is not None:
+            journal.say(f"warning: {advice}")
         keeper = adapter_keeper(parts, folder)
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
         skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
-        load_validation = stop.checked(loader(parts.val_set, features, parts.captioner, config))
+        load_validation = loader(parts.val_set, features, parts.captioner, config, stop)
         validation = Validation(
             captioner=parts.captioner,
             dataset=parts.val_set,
@@ -135,25 +140,24 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             known["total_s"] = state.seconds
             known["peak_memory_bytes"] = peak_memory_bytes(parts.device)
             folder.write_json("environment.json", known)
-        except (Interrupted, LoadingStopped) as error:
-            state.save()
-            error.add_note(state.how_to_go_on())
-            raise
-        except TrainingStopped as error:
+        except (Exception, Interrupted) as error:
+            _save_last_step(state)
+            if isinstance(error, OSError):
+                raise TrainingStopped(
+                    f"{error}. What was there before is whole. {state.how_to_go_on()}"
+                ) from error
             if state.has_begun:
+                error.add_note(state.how_to_go_on())
+            if state.has_begun and isinstance(error, TrainingStopped):
                 is_first = "" if keeper.best_step else " (before training)"
                 error.add_note(
                     f"the best adapter so far, of step {keeper.best_step}{is_first}, is in "
                     f"{folder.adapter}"
                 )
             raise
-        except OSError as error:
-            raise TrainingStopped(
-                f"{error}. What was there before is whole. {state.how_to_go_on()}"
-            ) from error
         finally:
             if state.has_begun and not stop.is_at_once:
-                _tell(folder, keeper, state.step, journal.say)
+                _tell(folder, keeper, state, journal.say)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
@@ -168,6 +172,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         journal.say(f"\n{summary}")
         if config.push_to_hub is not None:
             push_adapter(folder, config.push_to_hub, say=journal.say)
+        stop.answer_at_once()  # only the cache and the tracker are still to be closed
     return summary
 
 
@@ -182,7 +187,11 @@ def take_steps(
     """The steps of a run from where its state is, with their validations and checkpoints."""
     config, meter, keeper = parts.config, state.meter, validation.keeper
     if schedule.is_validated(state.step) and state.step not in keeper.losses:
-        validation.run(step=state.step, epoch=state.step / schedule.steps_per_epoch)
+        validation.run(
+            step=state.step,
+            epoch=state.step / schedule.steps_per_epoch,
+            undivided=state.undivided,
+        )
     state.save()
     epoch, num_done = schedule.position(state.step)
     places = training_places(
@@ -193,61 +202,75 @@ def take_steps(
         first_epoch=epoch,
         num_done=num_done,
     )
-    load = loader(parts.train_set, features, parts.captioner, config)
-    micro_batches = load(places, waiting=meter.waiting)
+    load = loader(parts.train_set, features, parts.captioner, config, stop)
     graphs = cuda_graphs_for(parts.matrices, parts.optimizer, config, state.say)
     meter.begin()
-    for step in range(state.step + 1, schedule.total_steps + 1):
-        stop.check()
-        if config.patience is not None and keeper.num_worse >= config.patience:
-            state.say(f"stopped: no better for {config.patience} validations")
-            break
-        batches = list(islice(micro_batches, schedule.num_micro_steps(step)))
-        validation.skipped.add(batches)
-        loss = state.fitting.run(
-            partial(
-                accumulate_gradients,
-                parts.captioner.model,
-                device=parts.device,
-                dtype=parts.dtype,
-                scaler=parts.scaler,
-                label_smoothing=config.label_smoothing,
-                seed=(config.seed, step),
-                graphs=graphs,
-            ),
-            batches,
-            clear=partial(clear_gradients, parts.matrices, graphs),
-        )
-        rate = schedule.learning_rate(step)
-        grad_norm = optimizer_step(
-            parts.optimizer,
-            parts.scaler,
-            parts.matrices,
-            loss,
-            lr=rate,
-            max_grad_norm=config.max_grad_norm,
-            graphs=graphs,
-        )
-        state.step = step
-        meter.add(step, loss, grad_norm, rate, parts.train_set.paths_of(batches))
-        if schedule.is_logged(step):
-            meter.settle(step)
-        elif meter.is_overdue:
-            meter.read()
-        if schedule.is_validated(step):
-            validation.run(step=step, epoch=step / schedule.steps_per_epoch)
-            meter.restart()
-        if keeper.best_step == step or state.is_save_due:
-            state.save()
+    with closing(load(places, waiting=meter.waiting)) as micro_batches:
+        for step in range(state.step + 1, schedule.total_steps + 1):
+            stop.check()
+            if config.patience is not None and keeper.num_worse >= config.patience:
+                state.say(f"stopped: no better for {config.patience} validations")
+                break
+            batches = list(islice(micro_batches, schedule.num_micro_steps(step)))
+            validation.skipped.add(batches)
+            loss = state.fitting.run(
+                partial(
+                    accumulate_gradients,
+                    parts.captioner.model,
+                    device=parts.device,
+                    dtype=parts.dtype,
+                    scaler=parts.scaler,
+                    label_smoothing=config.label_smoothing,
+                    seed=(config.seed, step),
+                    graphs=graphs,
+                ),
+                batches,
+                clear=partial(clear_gradients, parts.matrices, graphs),
+            )
+            rate = schedule.learning_rate(step)
+            with state.undivided():
+                grad_norm = optimizer_step(
+                    parts.optimizer,
+                    parts.scaler,
+                    parts.matrices,
+                    loss,
+                    lr=rate,
+                    max_grad_norm=config.max_grad_norm,
+                    graphs=graphs,
+                )
+                state.step = step
+                meter.add(step, loss, grad_norm, rate, parts.train_set.paths_of(batches))
+                if schedule.is_logged(step):
+                    meter.settle(step)
+                elif meter.is_overdue:
+                    meter.read()
+            if schedule.is_validated(step):
+                validation.run(
+                    step=step, epoch=step / schedule.steps_per_epoch, undivided=state.undivided
+                )
+                meter.restart()
+            if keeper.best_step == step or state.is_save_due:
+                state.save()
     state.save()
 
 
+def _save_last_step(state: RunState) -> None:
+    """Write a checkpoint when the steps have ended early; that it fails must not hide why."""
+    try:
+        state.save()
+    except TrainingStopped:  # of the very reason: the last steps are not worth a checkpoint
+        pass
+    except Exception as error:  # a GPU that has failed answers nothing any more
+        state.say(f"warning: no checkpoint of step {state.step}: {error}")
+
+
 def _tell(
-    folder: RunFolder, keeper: AdapterKeeper, step: int, say: Callable[[str], None]
+    folder: RunFolder, keeper: AdapterKeeper, state: RunState, say: Callable[[str], None]
 ) -> None:
     """Write what people read and use; that it fails neither ends a run nor hides why one ended."""
+    last = [partial(keeper.keep_last, state.step)] if state.is_whole else []
     for write in (
-        partial(keeper.keep_last, step),
+        *last,
         partial(draw_loss_curve, folder.metrics, folder.loss_curve),
         partial(write_model_card, folder),
         partial(write_report, [folder.path], folder.report),

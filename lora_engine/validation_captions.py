@@ -1,6 +1,7 @@
 """Greedy captions of fixed validation images, followed through a run, and their scores."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class ValidationCaptions:
         self,
         captioner: Captioner,
         rows: Sequence[Row],
-        load: Callable[..., Iterator[Batch]],
+        load: Callable[..., Generator[Batch]],
         *,
         num_scored: int,
         num_samples: int,
@@ -66,8 +67,10 @@ class ValidationCaptions:
         tokenizer = self.captioner.tokenizer
         room = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
         captions: dict[int, Caption] = {}
-        for batch in self.load(self._places()):
-            if batch.rows:
+        with closing(self.load(self._places())) as batches:
+            for batch in batches:
+                if not batch.rows:
+                    continue
                 assert batch.features is not None
                 found = caption_features(
                     self.captioner,

@@ -3,27 +3,33 @@
 Pixels are Pillow's: of large images within one level, of all others to the bit.
 """
 
+import errno
 import io
 import os
 import pickle
 import struct
+import time
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from fuzz_images import loads_or_refuses, mutations
 from PIL import Image, ImageOps
 
 from lora_engine import images
 from lora_engine.images import (
     FAST_FROM,
+    MAX_PIXELS,
+    MAX_SIDE,
     ImageError,
     PixelSettings,
     find_images,
     load_pixels,
     normalize,
     open_image,
+    read_image_file,
     to_pixels,
 )
 
@@ -225,6 +231,8 @@ def write_bad_files(folder):
         "truncated.webp": encode(noise(64, 64), "WEBP")[:500],
         "bomb.png": png_header(60000, 60000),
         "large.png": png_header(12000, 12000),
+        "row.png": png_header(MAX_PIXELS, 1),
+        "column.png": png_header(1, 2**16),
         "float.tif": encode(Image.new("F", (2, 2), 0.5), "TIFF"),
         "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     }
@@ -250,6 +258,8 @@ def write_bad_files(folder):
         ("truncated.webp", "damaged or truncated"),
         ("bomb.png", "too large"),
         ("large.png", "too large: 12000 x 12000 is 144,000,000 pixels, the limit is 134,217,728"),
+        ("row.png", "too long: 134217728 x 1 pixels, the limit of a side is 65,535"),
+        ("column.png", "too long: 1 x 65536 pixels"),
         ("float.tif", "32-bit pixels"),
     ],
 )
@@ -287,6 +297,77 @@ def test_the_pixel_limit_is_checked_before_decoding():
         open_image(data[:50], max_pixels=99)  # decoding it would say "damaged"
     with limit:
         load_pixels(data[:50], VIT, max_pixels=99)
+
+
+def test_an_image_of_the_longest_side_is_good():
+    data = encode(Image.new("RGB", (MAX_SIDE, 1), RED), "PNG")
+    assert load_pixels(data, VIT)[:, 0, 0].tolist() == list(RED)
+
+
+@pytest.mark.parametrize("name, room", [
+    ("load", Image.Image), ("exif_transpose", ImageOps), ("convert", Image.Image),
+    ("resize", Image.Image), ("_crop", images),
+])
+def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatch, name, room):
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(palette_row(0, 1), "PNG"))
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(room, name, fail)
+    with pytest.raises(ImageError, match="too large for the memory that is free") as caught:
+        load_pixels(path, DEIT)
+    assert caught.value.path == str(path)
+
+
+def test_a_file_may_be_too_large_for_the_memory_too(tmp_path, monkeypatch):
+    class Large(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    monkeypatch.setattr(images, "_open_stream", lambda source, path: Large())
+    with pytest.raises(ImageError, match="a.png: too large for the memory"):
+        read_image_file("a.png")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_an_image_is_not_to_blame_where_descriptors_run_out(tmp_path, monkeypatch, number):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(palette_row(0), "PNG"))
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(OSError) as caught:
+        load_pixels(path, VIT)
+    assert caught.value.errno == number
+
+
+def many_scans(size: int, num_scans: int) -> bytes:
+    """A progressive JPEG with further scans that hold nothing, of 10 bytes each."""
+    whole = encode(Image.new("L", (size, size), 90), "JPEG", progressive=True)
+    scan = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 1, 63, 0)
+    return whole[:-2] + num_scans * scan + whole[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_bad_after_a_time_limit(tmp_path):
+    """30,000 scans take a minute and a half; one block of Pillow's holds 6,500 of them."""
+    path = tmp_path / "image.jpg"
+    path.write_bytes(many_scans(4000, 30_000))
+    begin_s = time.thread_time()
+    with pytest.raises(ImageError, match="decoding takes more than 0.05 s") as caught:
+        load_pixels(path, VIT, limit_s=0.05)
+    assert caught.value.path == str(path)
+    assert time.thread_time() - begin_s < 1
+    assert load_pixels(many_scans(100, 30), VIT).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files_give_pixels_or_an_image_error(format):
+    """`python tests/fuzz_images.py SECONDS` tries more of them."""
+    for data in mutations(format, seed=0, count=200):
+        loads_or_refuses(data)
 
 
 def test_an_image_beyond_pillows_warning_opens_in_silence():
@@ -436,8 +517,8 @@ def test_to_pixels_refuses_what_open_image_would_not_give():
         to_pixels(Image.new("L", (4, 4)), VIT)
     strip = Image.new("RGB", (1_000_000, 1))
     settings = PixelSettings(resize=224, resample=2, crop=(224, 224), mean=VIT.mean, std=VIT.std)
-    with pytest.raises(ImageError, match="too long and thin"):
-        to_pixels(strip, settings)
+    with pytest.raises(ImageError, match="a.png: too long and thin"):
+        to_pixels(strip, settings, path="a.png")
     assert to_pixels(strip, VIT).shape == (3, 224, 224)
 
 
@@ -446,6 +527,9 @@ def test_to_pixels_refuses_what_open_image_would_not_give():
     [
         ({"resize": 224}, "shortest edge only"),
         ({"resize": (0, 224)}, "must be positive"),
+        ({"resize": (1, 2**16)}, "at most 65,535"),
+        ({"resize": 2**16, "crop": (224, 224)}, "at most 65,535"),
+        ({"crop": (2**14, 2**14)}, "at most 134,217,728"),
         ({"resize": 224, "crop": (224, -1)}, "must be positive"),
         ({"resample": 9}, "not a Pillow filter"),
         ({"std": (0.5, 0.0, 0.5)}, "no std of 0"),

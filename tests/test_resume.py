@@ -720,7 +720,7 @@ def in_a_worker(monkeypatch, at_row: int, act) -> None:
 
 @pytest.mark.parametrize("act, words", [
     (lambda: os.kill(os.getpid(), signal.SIGKILL), "has died.*fewer --num_workers"),
-    (lambda: time.sleep(1000), r"answered for 1 s \(--worker_timeout\)"),
+    (lambda: time.sleep(1000), r"loaded for 1 s \(--worker_timeout\)"),
 ], ids=["dead", "hanging"])
 def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
     unbroken, blip_folder, data, tmp_path, monkeypatch, act, words

@@ -124,7 +124,7 @@ def test_a_process_that_dies_is_an_error_in_words(command, folder, monkeypatch):
     status, out, err = command(
         verbs.run_verb, "validate", "--data", folder / "train.json", "--num_workers", 2
     )
-    assert status == cli.USAGE_ERROR and "a process that reads images has died" in err
+    assert status == cli.STOPPED and "a process that loads images has died" in err
 
 
 def test_many_problems_are_cut_short_and_said_to_be(command, folder):

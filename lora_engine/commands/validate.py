@@ -6,13 +6,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lora_engine import cli
@@ -23,8 +22,8 @@ from lora_engine.config import TrainingConfig
 from lora_engine.files import replaced_file
 from lora_engine.images import ImageError, open_image, read_image_file
 from lora_engine.pretrained import load_tokenizer
-from lora_engine.stopping import ignore_signals
 from lora_engine.terminal import printable
+from lora_engine.workers import load
 
 PROBLEMS = 1  # exit status: some rows cannot be used
 MAX_SHOWN = 20  # problems on the terminal; --json has all
@@ -158,24 +157,31 @@ def _measure_captions(findings: Findings, texts: Sequence[str], config: Validate
 
 
 def _read_images(paths: Sequence[str], num_workers: int | None) -> Iterator[ImageFacts]:
-    """The facts of each image, in order. Raises ValueError where a process died of one."""
+    """The facts of each image, in order. Raises LoadingStopped where a process died of one."""
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), max(len(paths) // _CHUNK, 1))
-    bar: dict[str, Any] = {
-        "total": len(paths), "unit": "image", "disable": not sys.stderr.isatty()
-    }
-    if num_workers == 1:
-        yield from tqdm(map(_read_image, paths), **bar)
-        return
-    with ProcessPoolExecutor(num_workers, initializer=ignore_signals) as pool:
-        try:
-            yield from tqdm(pool.map(_read_image, paths, chunksize=_CHUNK), **bar)
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process that reads images has died, often because memory ran out: try "
-                "--num_workers 1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    chunks = load(
+        _Facts(paths),
+        batch_size=_CHUNK,
+        collate_fn=list,
+        num_workers=num_workers if num_workers > 1 else 0,
+    )
+    with tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty()) as bar:
+        for chunk in chunks:
+            yield from chunk
+            bar.update(len(chunk))
+
+
+class _Facts(Dataset):
+    """What reading each image tells."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> ImageFacts:
+        return _read_image(self.paths[number])
 
 
 def _read_image(path: str) -> ImageFacts:
