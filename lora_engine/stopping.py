@@ -18,7 +18,8 @@ class TrainingStopped(RuntimeError):
 
 
 class LoadingStopped(RuntimeError):
-    """Data that comes no more: a loading process has died, or does not answer."""
+    """Data that comes no more: a loading process has died, or does not answer, or an image has
+    changed."""
 
 
 class Interrupted(Exception):

@@ -93,7 +93,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         skipped = SkippedRows(
             folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
-        load_validation = stop.checked(loader(parts.val_set, features, parts.captioner, config))
+        load_validation = stop.checked(
+            loader(parts.val_set, parts.val_images, features, parts.captioner, config)
+        )
         validation = Validation(
             captioner=parts.captioner,
             dataset=parts.val_set,
@@ -183,7 +185,7 @@ def take_steps(
         first_epoch=epoch,
         num_done=num_done,
     )
-    load = loader(parts.train_set, features, parts.captioner, config)
+    load = loader(parts.train_set, parts.train_images, features, parts.captioner, config)
     micro_batches = load(places, waiting=meter.waiting)
     graphs = cuda_graphs_for(parts.matrices, parts.optimizer, config, state.say)
     meter.begin()
