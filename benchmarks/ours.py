@@ -82,7 +82,7 @@ class Ours:
             longest_bucket=model.decoder.max_positions if device.type == "cuda" else None,
         )
         no_tokenizer: Any = None
-        self.captioner = Captioner(self.model, no_tokenizer, settings, "", "", Path(), None, "")
+        self.captioner = Captioner(self.model, no_tokenizer, settings, "", "", Path(), None, {})
         # An image's number stands for the digest of its file, which nobody looks for.
         self.images = ImageList([f"image {number}" for number in range(len(rows.pixels))])
         for number in range(len(rows.pixels)):

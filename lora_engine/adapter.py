@@ -70,6 +70,15 @@ _UNSUPPORTED: dict[str, tuple] = {
 }
 
 
+# How messages name what differs of a base model, by the names of `Captioner.fingerprints`.
+OTHER_BASE = {
+    "base": "other weights",
+    "configuration": "another configuration",
+    "tokenizer": "another tokenizer",
+    "preprocessor": "another preprocessor",
+}
+
+
 class AdapterError(ValueError):
     """An adapter folder that cannot be read, or does not fit the model."""
 
@@ -95,15 +104,18 @@ class Adapter:
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path")
 
-    def foreign_base(self, name: str, fingerprint: str) -> str | None:
-        """Says so if it was trained on other weights than the model `name` has, by its fingerprint
-        (`pretrained.fingerprint`); not every adapter tells on which."""
-        if self.provenance.get("base_fingerprint") in (None, fingerprint):
+    def foreign_base(self, name: str, fingerprints: Mapping[str, str]) -> str | None:
+        """Says so if it was trained on another base than the model `name`, by that one's
+        `Captioner.fingerprints`; not every adapter tells on which."""
+        different = [
+            part for part, fingerprint in fingerprints.items()
+            if self.provenance.get(f"{part}_fingerprint", fingerprint) != fingerprint
+        ]
+        if not different:
             return None
-        return (
-            f"{self.folder} was trained on a base model with other weights than {name} has (a copy "
-            f"in another number format counts as such)"
-        )
+        words = " and ".join(OTHER_BASE[part] for part in different)
+        note = " (a copy in another number format counts as such)" if "base" in different else ""
+        return f"{self.folder} was trained on a base model with {words} than {name} has{note}"
 
     @property
     def base_on_hub(self) -> str | None:

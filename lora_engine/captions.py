@@ -18,6 +18,9 @@ from torch import Tensor
 
 IGNORED = -100  # a target that counts for nothing: F.cross_entropy's own convention
 
+# What normalizers and pre-tokenizers tell apart: case, accents, spaces, scripts, signs, digits.
+_PROBE = "The QUICK fox's 3,000 naïve Façades e.g. \u201cÜNÏTED\u201d\u00a0日本語 \t e\u0301 - [SEP]!"
+
 _CHUNK = 10_000  # captions tokenised per call; bounds the Python lists of a large set
 
 
@@ -107,6 +110,17 @@ class CaptionTokenizer:
         """The text of generated ids (without start and prompt), up to the first end token."""
         kept = takewhile(lambda token: token != self.end_id, ids)
         return self.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
+
+    def behavior(self) -> list:
+        """All that token ids follow from, as JSON: vocabulary, special ids, and ids of all tokens.
+
+        A tokenizer's own serialization would differ from one version of its library to another.
+        """
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        words = [token for token, _ in vocabulary]
+        texts = [" ".join(words[begin : begin + 256]) for begin in range(0, len(words), 256)]
+        special_ids = [self.start_id, self.end_id, self.pad_id]
+        return [vocabulary, special_ids, self._tokenize([*texts, _PROBE])]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         encoded = self.tokenizer(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from lora_engine.adapter import CONFIG_FILE, OTHER_BASE, WEIGHTS_FILE, Adapter, read_adapter
 from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.checkpoint_state import FORMAT, state_complaint
 from lora_engine.files import replaced_folder, unused_name, write_synced
@@ -239,20 +239,27 @@ def checkpoint_to_resume(
     return find_checkpoint(folder, named, say=say)
 
 
-def check_fingerprints(checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig) -> None:
-    """Raises CheckpointError where weights or data are not those of the run."""
-    names = {
-        "base": f"the weights of --model {config.model}",
-        "training_data": f"the training rows of {config.train_data_path}",
-        "validation_data": "the validation rows",
+def check_fingerprints(
+    checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig
+) -> list[str]:
+    """Raises CheckpointError where model or rows are not those of the run.
+
+    Returns the names of the fingerprints that the checkpoint lacks: an earlier version wrote it.
+    """
+    words = {
+        **OTHER_BASE,
+        "training_data": "other training rows",
+        "validation_data": "other validation rows",
     }
     before = checkpoint.state["fingerprints"]
-    changed = [words for name, words in names.items() if before.get(name) != now[name]]
+    changed = [words[name] for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         raise CheckpointError(
-            f"{' and '.join(changed)} are not those that the run in {config.output_path} began "
-            f"with; restore them, or begin another run in another --output_path"
+            f"the run in {config.output_path} began with {' and '.join(changed)} than --model "
+            f"{config.model} and --train_data_path {config.train_data_path} give now; restore what "
+            f"has changed, or begin another run in another --output_path"
         )
+    return [name for name in now if name not in before]
 
 
 def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:

@@ -30,6 +30,8 @@ from lora_engine.models import CaptionerBody
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.vit import EncoderLayer
 from lora_engine.pretrained import Captioner, fingerprint
+from lora_engine.seen_images import UNKNOWN
+from lora_engine.stopping import LoadingStopped
 
 _MEMORY_SHARE = 0.5  # of what is free, for features in memory
 _GROUP = 4  # batches whose images are encoded together: few encoder batches are then part empty
@@ -45,16 +47,23 @@ def encode_pixels(model: CaptionerBody, pixels: Tensor, settings: PixelSettings)
 class ImageList:
     """The images of a dataset, and what is known of each file: its stamp and digest.
 
-    Arrays, not objects, because there may be millions.
+    Arrays, not objects, because there may be millions. `digests` V16 (N,) are what a run has seen
+    of them already.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], digests: np.ndarray | None = None) -> None:
         self.paths = paths
         self.stamps = np.zeros(len(paths), dtype="V16")
-        self.digests = np.zeros(len(paths), dtype="V16")
+        self.digests = np.zeros(len(paths), dtype="V16") if digests is None else digests
 
     def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
-        self.stamps[image] = np.void(file or bytes(16))
+        """Raises LoadingStopped if the image had another digest before."""
+        if self.digests[image].tobytes() not in (UNKNOWN, digest):
+            raise LoadingStopped(
+                f"{self.paths[image]} has changed since the run began; restore it, or begin "
+                f"another run"
+            )
+        self.stamps[image] = np.void(file or UNKNOWN)
         self.digests[image] = np.void(digest)
 
 
@@ -371,7 +380,7 @@ class FeatureSource:
         if left:
             rows = self._empty_rows(len(left), torch.device("cpu"))
             for row, i in zip(rows, left):
-                digests[i] = self._read(images.paths[wanted[i]], digests[i], row.numpy())
+                self._read(images, wanted[i], row.numpy())
             rows = rows.to(self.device, non_blocking=True)
             if self.device_memory is not None:
                 self.device_memory.keep([digests[i] for i in left], rows)
@@ -393,29 +402,29 @@ class FeatureSource:
         index = torch.tensor(numbers, pin_memory=self._stream is not None)
         return index.to(device, non_blocking=True)
 
-    def _read(self, path: str, digest: bytes, out: np.ndarray) -> bytes:
+    def _read(self, images: ImageList, image: int, out: np.ndarray) -> None:
         """Copy a row from the disk, or from what waits for it, into `out` (row_bytes,).
 
         A row may be damaged, or have gone since it was asked for: someone has emptied the cache, or
-        the disk was full before it was written, or the image is another one by now. Then the image
-        is encoded, as it is now. Returns the digest of what the features are of.
+        the disk was full before it was written. Then the image is encoded again.
         """
+        path, digest = images.paths[image], images.digests[image].tobytes()
         if self.store is not None:
             waiting = self.store.pending(digest)
             if waiting is not None:
                 out[:] = waiting
-                return digest
+                return
             if self.store.read(digest, out):
-                return digest
+                return
         try:
-            pixels, _, digest = read_image(path, self.pixels)
+            pixels, file, found = read_image(path, self.pixels)
         except ImageError as error:
             reason = f"its features have gone from the cache, and it cannot be read: {error.reason}"
             raise ImageError(path, reason) from error
+        images.know(image, file, found)
         rows = self._encode(torch.from_numpy(pixels)[None])
         self._keep([digest], rows)
         out[:] = rows[0].cpu().numpy()
-        return digest
 
     # --- the encoder ------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from lora_engine.batches import (
 from lora_engine.caption_tokens import has_words
 from lora_engine.checkpoint import (
     Checkpoint,
+    CheckpointError,
     check_dtype,
     check_fingerprints,
     checkpoint_bytes,
@@ -46,6 +47,7 @@ from lora_engine.optim import FlatMatrices, build_optimizer
 from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.run_folder import RunFolder, allowed_failures
 from lora_engine.schedule import Schedule
+from lora_engine.seen_images import DIGESTS_FILE, find_change, read_digests, sample_digests
 from lora_engine.terminal import printable
 from lora_engine.trackers import check_tracker
 from lora_engine.stopping import StopSignal
@@ -73,6 +75,8 @@ class Prepared:
     plan: InjectionPlan
     train_set: CaptionedImages
     val_set: CaptionedImages
+    train_images: ImageList
+    val_images: ImageList
     matrices: FlatMatrices
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -106,12 +110,13 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
     fingerprints = {
-        "base": captioner.fingerprint,
+        **captioner.fingerprints,
         "training_data": data_fingerprint(train_rows),
         "validation_data": data_fingerprint(val_rows),
     }
-    if checkpoint is not None:
-        check_fingerprints(checkpoint, fingerprints, config)
+    train_digests, val_digests = image_digests(
+        train_rows, val_rows, fingerprints, config, checkpoint
+    )
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
     check_room(config, plan)
@@ -133,6 +138,8 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         plan=plan,
         train_set=train_set,
         val_set=val_set,
+        train_images=ImageList(train_set.image_paths, train_digests),
+        val_images=ImageList(val_set.image_paths, val_digests),
         matrices=matrices,
         optimizer=build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -208,6 +215,42 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
         )
 
 
+def image_digests(
+    train_rows: Sequence[Row],
+    val_rows: Sequence[Row],
+    fingerprints: dict[str, str],
+    config: TrainingConfig,
+    checkpoint: Checkpoint | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the run has seen of its training and validation images; of a new run, a sample.
+
+    Raises CheckpointError where a run would go on with another model or other data.
+    """
+    train_images, val_images = (
+        list(dict.fromkeys(row.image for row in rows)) for rows in (train_rows, val_rows)
+    )
+    images = train_images + val_images
+    digests = None
+    if checkpoint is not None:
+        digests = read_digests(checkpoint.path.parents[1] / DIGESTS_FILE)
+        unknown = check_fingerprints(checkpoint, fingerprints, config)
+        if digests is None:
+            unknown.append("images")
+        elif change := find_change(images, digests):
+            raise CheckpointError(
+                f"the run in {config.output_path} began with other images: {change}; restore what "
+                f"has changed, or begin another run in another --output_path"
+            )
+        if unknown:
+            _warn(
+                f"warning: the run in {config.output_path} does not say what it began with in "
+                f"{', '.join(unknown)}: these are taken as they are now"
+            )
+    if digests is None:
+        digests = sample_digests(images)
+    return digests[: len(train_images)], digests[len(train_images) :]
+
+
 def add_lora(
     captioner: Captioner, config: TrainingConfig, checkpoint: Checkpoint | None
 ) -> InjectionPlan:
@@ -230,7 +273,7 @@ def add_lora(
             f"this run has {config.prompt!r}; give the same one"
         )
     plan = load_adapter(model, adapter, dropout=config.lora_dropout)
-    complaint = adapter.foreign_base(captioner.name, captioner.fingerprint)
+    complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
     if complaint is not None:
         raise ValueError(
             f"--init_adapter {complaint}; train on its own base ({adapter.base_model})"
@@ -356,6 +399,7 @@ def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSou
 
 def loader(
     dataset: CaptionedImages,
+    images: ImageList,
     features: FeatureSource,
     captioner: Captioner,
     config: TrainingConfig,
@@ -363,10 +407,10 @@ def loader(
 ) -> Callable[..., Generator[Batch]]:
     """A function of places, in whose order it gives batches with their images' features.
 
-    Close what it gives where it is not exhausted: processes may be loading.
+    `images` are those of the dataset. Close what it gives where it is not exhausted: processes may
+    be loading.
     """
     tokenizer = captioner.tokenizer
-    images = ImageList(dataset.image_paths)
     load = partial(
         load_batches,
         dataset,
@@ -410,7 +454,7 @@ def adapter_keeper(parts: Prepared, folder: RunFolder) -> AdapterKeeper:
         revision=captioner.revision,
         best_by=parts.config.best_by,
         provenance={
-            "base_fingerprint": captioner.fingerprint,
+            **{f"{part}_fingerprint": value for part, value in captioner.fingerprints.items()},
             "data_fingerprint": parts.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
             "prompt": parts.config.prompt,

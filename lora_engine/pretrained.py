@@ -5,6 +5,7 @@ The only room that imports transformers, and the only one that may read a publis
 further family is a body in `models/` and a row in `FAMILIES`.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -35,8 +36,9 @@ class PretrainedError(ValueError):
 class Captioner:
     """A loaded captioner: the body, and what turns text and images into its inputs.
 
-    `fingerprint` is a SHA-256 over the loaded tensors, whatever files they came from. `name` is
-    the Hub name or the folder that was asked for; `folder` holds its files.
+    `fingerprints` are SHA-256s of what was loaded, whatever files it came from: the weights
+    ("base"), the "configuration", the "tokenizer" and the "preprocessor". `name` is the Hub name or
+    the folder that was asked for; `folder` holds its files.
     """
 
     model: CaptionerBody
@@ -46,7 +48,12 @@ class Captioner:
     name: str
     folder: Path
     revision: str | None
-    fingerprint: str
+    fingerprints: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the weights."""
+        return self.fingerprints["base"]
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,22 @@ def load_captioner(
     folder = _find_folder(str(name_or_path), revision)
     config = _read_config(folder, family)
     model = _load_body(folder, config)
+    tokenizer = _read_tokenizer(folder, config, model)
+    pixels = _read_pixel_settings(folder, model)
     return Captioner(
         model=model,
-        tokenizer=_read_tokenizer(folder, config, model),
-        pixels=_read_pixel_settings(folder, model),
+        tokenizer=tokenizer,
+        pixels=pixels,
         family=config.model_type,
         name=str(name_or_path),
         folder=folder,
         revision=revision,
-        fingerprint=fingerprint(model),
+        fingerprints={
+            "base": fingerprint(model),
+            "configuration": _json_fingerprint(settings_of(model)),
+            "tokenizer": _json_fingerprint(tokenizer.behavior()),
+            "preprocessor": _json_fingerprint(dataclasses.asdict(pixels)),
+        },
     )
 
 
@@ -122,6 +136,28 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().float().contiguous().cpu().numpy().data)
     return digest.hexdigest()
+
+
+_HOW = ("training", "gradient_checkpointing")  # attributes that change no result
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """All that a body computes with besides weights, as JSON: heads, eps, activations, dropout, ...
+
+    Of torch's own modules it is eps alone; their other attributes follow from the weights' shapes.
+    """
+    names = {act: name for name, act in reversed(ACTIVATIONS.items())}
+    settings: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        is_ours = type(module).__module__.startswith("lora_engine.")
+        for name, value in vars(module).items():
+            if name == "eps" or is_ours and not name.startswith("_") and name not in _HOW:
+                settings[f"{path}.{name}"] = names[value] if callable(value) else value
+    return settings
+
+
+def _json_fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _load_body(folder: Path, config: Any) -> CaptionerBody:

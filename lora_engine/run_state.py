@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lora_engine.adapter import AdapterError
 from lora_engine.adapter_keeper import AdapterKeeper
 from lora_engine.batches import epoch_batches
@@ -24,6 +26,7 @@ from lora_engine.micro_batches import FittingBatches
 from lora_engine.preparation import Prepared
 from lora_engine.run_folder import RunFolder, SkippedRows
 from lora_engine.schedule import Schedule
+from lora_engine.seen_images import DIGESTS_FILE, write_digests
 from lora_engine.stopping import TrainingStopped
 from lora_engine.validation_captions import ValidationCaptions
 
@@ -45,6 +48,7 @@ class RunState:
     step: int = 0
     is_whole: bool = True
     saved_step: int | None = None
+    saved_digests: bytes = b""  # the checksum of what is in their file
     saved_s: float = field(default_factory=lambda: time.monotonic())
 
     @property
@@ -131,10 +135,16 @@ class RunState:
             return
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints
+        images = (self.parts.train_images, self.parts.val_images)
+        digests = np.concatenate([part.digests for part in images])
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even where the run folder was removed
-            check_space(folder, needed=checkpoint_bytes(self.parts.matrices.values.numel()))
+            needed = checkpoint_bytes(self.parts.matrices.values.numel()) + digests.nbytes
+            check_space(folder, needed=needed)
             self.folder.sync()  # up to this step, where a run that goes on begins to log again
+            self.saved_digests = write_digests(
+                self.folder.path / DIGESTS_FILE, digests, self.saved_digests
+            )
             write_checkpoint(
                 folder / checkpoint_name(self.step),
                 adapter_files=self.keeper.files(self.step),

@@ -16,7 +16,8 @@ class TrainingStopped(RuntimeError):
 
 
 class LoadingStopped(RuntimeError):
-    """Data that comes no more: a loading process has died, or loading takes too long."""
+    """Data that comes no more: a loading process has died, loading takes too long, or an image has
+    changed since the run began."""
 
 
 class Interrupted(BaseException):

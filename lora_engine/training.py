@@ -99,7 +99,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
         skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
-        load_validation = loader(parts.val_set, features, parts.captioner, config, stop)
+        load_validation = loader(
+            parts.val_set, parts.val_images, features, parts.captioner, config, stop
+        )
         validation = Validation(
             captioner=parts.captioner,
             dataset=parts.val_set,
@@ -202,7 +204,7 @@ def take_steps(
         first_epoch=epoch,
         num_done=num_done,
     )
-    load = loader(parts.train_set, features, parts.captioner, config, stop)
+    load = loader(parts.train_set, parts.train_images, features, parts.captioner, config, stop)
     graphs = cuda_graphs_for(parts.matrices, parts.optimizer, config, state.say)
     meter.begin()
     with closing(load(places, waiting=meter.waiting)) as micro_batches:

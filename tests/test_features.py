@@ -43,14 +43,16 @@ from lora_engine import (
 from lora_engine.adapter import read_adapter
 from lora_engine.annotations import Row
 from lora_engine.batches import Batch, Place
+from lora_engine.checkpoint import CheckpointError
 from lora_engine.config import TrainingConfig
 from lora_engine.devices import autocast
 from lora_engine.feature_format import FeatureFormat
 from lora_engine.feature_store import FeatureStore
-from lora_engine.features import FeatureSource, encode_pixels
+from lora_engine.features import FeatureSource, ImageList, encode_pixels
 from lora_engine.images import ImageError, load_pixels
 from lora_engine.lora import cast_frozen, inject
 from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.stopping import LoadingStopped
 from lora_engine.summary import TrainingSummary
 from lora_engine.training import train
 from recipes import blip_cc3m
@@ -128,7 +130,8 @@ class Loader:
         config = TrainingConfig(model="", num_workers=num_workers)
         dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
         self.images = images
-        self.load = preparation.loader(dataset, source, captioner, config)
+        known = ImageList(dataset.image_paths)
+        self.load = preparation.loader(dataset, known, source, captioner, config)
 
     def batches(self, *, size: int = 3) -> Iterator[Batch]:
         places = [Place(0, row, row) for row in range(len(self.images))]
@@ -186,18 +189,18 @@ def test_other_pixels_under_the_same_name_and_size_are_encoded_again(
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, monkeypatch, cache):
-    """Within a tick of the clock it may keep its size and time, and differ."""
+    """Within a tick of the clock it may keep its stamp, and differ."""
     path = tmp_path / "a.bmp"
     write_image(path, 0)
     written_ns = path.stat().st_mtime_ns
-    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 2 * 10**9)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 60 * 10**9)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
-        loader = Loader(source, captioner, [str(path)])
         source.features_of(str(path))
-        loader.epoch()
+        Loader(source, captioner, [str(path)]).epoch()
         write_image(path, 1)
         os.utime(path, ns=(written_ns, written_ns))
         assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
+        loader = Loader(source, captioner, [str(path)])
         assert_equal(loader.epoch(), [encoded(captioner, path)])
 
 
@@ -366,17 +369,21 @@ def test_an_image_under_several_names_is_encoded_once(captioner, tmp_path, image
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_file_that_changes_between_two_epochs(captioner, tmp_path, images, cache, num_workers):
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+def test_a_file_that_changes_between_two_epochs_stops_loading_until_it_is_restored(
+    captioner, tmp_path, images, cache, num_workers
+):
+    expected = [encoded(captioner, path) for path in images]
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         loader = Loader(source, captioner, images, num_workers=num_workers)
-        loader.epoch()
+        assert_equal(loader.epoch(), expected)
         write_image(Path(images[4]), 100)
-        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
-        assert source.num_encoded == 9
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[4])} has changed since"):
+            loader.epoch()
         write_image(Path(images[4]), 4)  # as it was
-        assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
-        assert source.num_encoded == 9
+        assert_equal(loader.epoch(), expected)
+        write_image(Path(images[4]), 100)
+        assert torch.equal(source.features_of(images[4]), encoded(captioner, images[4]))
 
 
 def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
@@ -699,21 +706,15 @@ def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, ima
         assert source.num_encoded == 6
 
 
-def test_a_lost_row_of_a_changed_file_is_not_kept_under_its_old_digest(
-    captioner, tmp_path, images
-):
-    """Here a CPU's memory stands for a GPU's; the third image is still what the second was."""
-    rows = [images[0], write_image(tmp_path / "a.bmp", 20), write_image(tmp_path / "b.bmp", 20)]
-    fill_epoch(captioner, tmp_path / "cache", rows)
+def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images):
+    fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
-        source.device_memory = features._Memory(8, ROW_BYTES, CPU)
-        batches = Loader(source, captioner, rows, num_workers=2).batches(size=1)
-        seen = list(next(batches).features)  # beside workers all images have been asked for then
+        batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
+        next(batches)  # beside workers all images have been asked for then
         os.truncate(source.store.folder / "features.bin", 0)
-        write_image(tmp_path / "a.bmp", 21)
-        for batch in batches:
-            seen += batch.features
-        assert_equal(seen, [encoded(captioner, path) for path in rows])
+        write_image(Path(images[1]), 21)
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
+            list(batches)
 
 
 def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, images):
@@ -787,21 +788,13 @@ def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, m
     assert sizes == [5, 5, 5] and grouped.num_encoded == 8
 
 
-def test_a_file_that_changes_while_groups_are_under_way(grouped, captioner, tmp_path, images):
-    """What was read of it first may have been encoded, but is not known any more."""
-    rows = images * 6
-    loader = Loader(grouped, captioner, rows)
-    seen: list[Tensor] = []
-    either = {image: [encoded_alone(captioner, tmp_path, image)] for image in images}
-    for number, batch in enumerate(loader.batches(size=2)):
-        seen += batch.features
-        if number in (3, 5, 11):
-            changed = images[number % 4]
-            write_image(Path(changed), 100 + number)
-            either[changed].append(encoded_alone(captioner, tmp_path, changed))
-    for row, ours in zip(rows, seen, strict=True):
-        assert any(torch.equal(ours, theirs) for theirs in either[row])
-    assert_equal(loader.epoch(), [either[row][-1] for row in rows])
+def test_a_file_that_changes_while_groups_are_under_way_stops_loading(grouped, captioner, images):
+    loader = Loader(grouped, captioner, images * 6)
+    batches = loader.batches(size=2)
+    next(batches)
+    write_image(Path(images[3]), 100)
+    with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])} has changed since"):
+        list(batches)
 
 
 PLACES = {  # cache, rows that the machine's and the GPU's memory take, rows that the disk takes
@@ -1041,26 +1034,34 @@ def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
     assert second.trajectory == uncached.trajectory != first.trajectory
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_an_image_that_changes_during_a_run(blip_folder, data, tmp_path, monkeypatch, cache):
-    """Between the two epochs; the run without a cache reads it anew anyway."""
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+def test_an_image_that_changes_during_a_run_stops_it_and_restored_it_goes_on(
+    blip_folder, data, tmp_path, monkeypatch, cache
+):
+    """It changes in the first epoch, and its turn comes again in the second, after step 5."""
     accumulate, path = training.accumulate_gradients, data / "7.bmp"
 
     def change_and_accumulate(*args, seed, **kwargs):
-        if seed[1] == 6:
+        if seed[1] == 4:
             write_image(path, 100)
         return accumulate(*args, seed=seed, **kwargs)
 
     config = few_steps(
-        blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0
+        blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0, cache=cache
     )
-    constant = run(config, cache="off")
-    monkeypatch.setattr(training, "accumulate_gradients", change_and_accumulate)
-    uncached = run(config, output_path=str(tmp_path / "uncached"), cache="off")
+    constant = run(config)
+    config = replace(config, output_path=str(tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(LoadingStopped) as caught:
+        patch.setattr(training, "accumulate_gradients", change_and_accumulate)
+        run(config)
+    assert str(caught.value) == (
+        f"{path} has changed since the run began; restore it, or begin another run"
+    )
+    assert "--resume goes on from there" in caught.value.__notes__[0]
+    with pytest.raises(CheckpointError, match=f"other images: {re.escape(str(path))} has changed"):
+        run(config, resume="newest")
     write_image(path, 7)
-    cached = run(config, output_path=str(tmp_path / "cached"), cache=cache)
-    assert cached.trajectory == uncached.trajectory != constant.trajectory
-    assert cached.source.num_encoded == NUM_UNIQUE + 1
+    assert run(config, resume="newest").trajectory == constant.trajectory
 
 
 def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkeypatch):

@@ -44,7 +44,8 @@ class CaptioningConfig:
     worker_timeout: float = 300.0
     """Seconds after which a process that loads images and does not answer ends the command."""
     force: bool = False
-    """Use adapters even on a base model with other weights than they were trained on."""
+    """Use adapters even on a base model with other weights, configuration, tokenizer or
+    preprocessor than they were trained on."""
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
@@ -121,9 +122,9 @@ def load_base(
 
 
 def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
-    """Raises ValueError if the adapter was trained on other weights; with `force` it is a warning.
+    """Raises ValueError if the adapter was trained on another base; with `force` it is a warning.
     """
-    complaint = adapter.foreign_base(captioner.name, captioner.fingerprint)
+    complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
     if complaint is None:
         return
     if not force:

@@ -33,7 +33,8 @@ class MergeConfig:
     images: tuple[str, ...] = ()
     """Image files, or folders of images, to compare captions on. Default: four drawn scenes."""
     force: bool = False
-    """Merge even into a base model with other weights than the adapter was trained on."""
+    """Merge even into a base model with other weights, configuration, tokenizer or preprocessor
+    than the adapter was trained on."""
 
 
 def merge(args: list[str]) -> int:
