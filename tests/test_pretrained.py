@@ -510,7 +510,7 @@ def test_a_preprocessor_without_a_name_is_the_models_own(folder, captioner_folde
     ({"size": [64, 64, 64]}, "image size [64, 64, 64]"), ({"size": {"height": 64}}, "image size"),
     ({"image_mean": [float("nan")] * 3}, "mean or std is [nan, nan, nan]; expected three numbers"),
     ({"image_std": 0.5}, "mean or std is 0.5"), ({"image_std": [0, 1, 1]}, "no std of 0"),
-    ({"image_processor_type": "AutoModel"}, "image_processor_type is 'AutoModel'; expected one"),
+    ({"resample": "2"}, "resample is '2'"), ({"resample": 99}, "resample=99 is not a Pillow"),
     ({"rescale_factor": 10**400}, "rescale_factor 1000"),
     ({"do_resize": False}, "do_resize is not true"),
     ({"do_center_crop": True}, "image size (None, None)"),
