@@ -95,9 +95,8 @@ def export_merged(
         if not parity.holds:
             raise MergeError(
                 f"the merged model does not say what {captioner.name} and the adapter say apart: "
-                f"{parity}. Nothing was written. Either a number of the adapter is not finite, or "
-                f"{_name(dtype)} is too coarse for the merged weights (finest is a base that is "
-                f"stored in float32)"
+                f"{parity}. Nothing was written. {_name(dtype)} is too coarse for the merged "
+                f"weights (finest is a base that is stored in float32)"
             )
         check_out(out)  # this took a while, in which another program may have written there
     return parity
@@ -152,6 +151,12 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
         for name in tensors.keys() & merged.keys():
             weight, dtype = merged[name].merged_weight(), tensors[name].dtype
             tensors[name] = (weight.T if is_transposed else weight).to(dtype).contiguous()
+            if not tensors[name].isfinite().all():
+                raise MergeError(
+                    f"the merged {name} has numbers too large for {_name(dtype)}, the format of "
+                    f"{captioner.name}; merge into a base that is stored in float32. Nothing was "
+                    f"written"
+                )
             dtypes.add(dtype)
         file_name = path.with_suffix(".safetensors").name.removeprefix("pytorch_")
         _save(tensors, folder / file_name)

@@ -3,13 +3,14 @@
 import math
 import re
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from reprlib import repr as shortened
 
 import regex
 
 MAX_CHARACTERS = 10_000
-MAX_SECONDS = 1.0
+MAX_SECONDS = 5.0
 MAX_REPEATS = 10_000
 
 _BRACES = re.compile(r"\{([^}]*)")
@@ -64,7 +65,9 @@ def _compile(pattern: str, or_tail: bool) -> regex.Pattern:
             f"1,000 in braces, whose product is at most {MAX_REPEATS:,}"
         )
     try:
-        re.compile(pattern)  # refuses regex's further extensions, such as recursion
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later version of re may understand
+            re.compile(pattern)  # refuses regex's further extensions, such as recursion
         return regex.compile(rf"(.*\.)?({pattern})" if or_tail else pattern)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise PatternError(

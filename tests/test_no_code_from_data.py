@@ -66,6 +66,18 @@ def test_the_one_load_of_torch_takes_weights_only():
     assert isinstance(only, ast.Constant) and only.value is True
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_transformers_loads_from_folders_without_their_code_and_without_the_hub(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and dotted(node.func).endswith(".from_pretrained"):
+            given = {
+                keyword.arg: keyword.value.value for keyword in node.keywords
+                if isinstance(keyword.value, ast.Constant)
+            }
+            assert given.get("trust_remote_code") is False, ast.unparse(node)
+            assert given.get("local_files_only") is True, ast.unparse(node)
+
+
 @pytest.mark.parametrize("source", [
     "import pickle", "from pickle import load", "eval('1')", "torch.load(x)", "import subprocess",
     "AutoModel.from_pretrained(x, trust_remote_code=True)", "np.load(x)", "os.system('x')",

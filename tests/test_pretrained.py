@@ -1,10 +1,15 @@
 """Checkpoints at the door: every published way of storing them, and what bad ones are told."""
 
+import builtins
 import json
+import os
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import checkpoints
@@ -21,7 +26,15 @@ from checkpoints import (
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from lora_engine.pretrained import PretrainedError, fingerprint, load_captioner
+from lora_engine.images import PixelSettings
+from lora_engine.pretrained import (
+    PREPROCESSORS,
+    PretrainedError,
+    build_from_config,
+    fingerprint,
+    load_captioner,
+    load_tokenizer,
+)
 
 
 @pytest.fixture
@@ -402,6 +415,335 @@ def test_a_preprocessor_that_crops_to_the_size_is_accepted(vit_gpt2):
 def test_a_preprocessor_of_another_size_is_refused(folder, size, messages):
     edit_json(folder / "preprocessor_config.json", size=size)
     assert_refused(folder, *messages)
+
+
+# --- the preprocessor, as transformers reads it ---------------------------------------------
+
+
+def hugging_faces_pixels(folder: Path) -> PixelSettings:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    size, crop = processor.size, processor.crop_size
+    return PixelSettings(
+        resize=size.shortest_edge or (size.height, size.width),
+        resample=int(processor.resample),
+        crop=(crop.height, crop.width) if processor.do_center_crop else None,
+        rescale_factor=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+        mean=tuple(processor.image_mean) if processor.do_normalize else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if processor.do_normalize else (1.0, 1.0, 1.0),
+    )
+
+
+def with_image_size(folder: Path, size: tuple[int, int]) -> None:
+    """Let the encoder take images of this size, without regard to its weights."""
+    config = json.loads((folder / "config.json").read_text())
+    part = config["vision_config" if config["model_type"] == "blip" else "encoder"]
+    part["image_size"] = size[0] if size[0] == size[1] else list(size)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def pixels_of(folder: Path) -> PixelSettings:
+    from lora_engine import pretrained
+
+    config = pretrained._read_config(folder, None)
+    with torch.device("meta"):
+        model = pretrained._build(folder, config)
+    return pretrained._read_pixel_settings(folder, config, model)
+
+
+def random_preprocessor(rng: random.Random) -> dict:
+    name = rng.choice(list(PREPROCESSORS))
+    kind = rng.choice([
+        {"image_processor_type": name}, {"image_processor_type": name + "Fast"},
+        {"image_processor_type": name + "Pil"},
+        {"feature_extractor_type": name.replace("ImageProcessor", "FeatureExtractor")},
+    ])
+    sizes = [None, 96, [80, 112], {"height": 64, "width": 48}, {"shortest_edge": 72}]
+    choices = {
+        "size": sizes, "crop_size": [None, 64, {"height": 40, "width": 72}],
+        "do_center_crop": [None, True, False], "resample": [None, 0, 2, 3],
+        "image_mean": [None, [0.1, 0.2, 0.3]], "image_std": [None, [1, 0.5, 2.0]],
+        "do_normalize": [None, True, False], "do_rescale": [None, True, False],
+        "rescale_factor": [None, 0.5, 1 / 127.5], "default_to_square": [None, True, False],
+        "do_convert_rgb": [True],
+    }
+    return kind | {key: rng.choice(values) for key, values in choices.items() if rng.random() < 0.5}
+
+
+def test_the_preprocessor_is_read_as_transformers_reads_it(blip):
+    """Every kind and spelling, with class defaults for what is absent."""
+    rng = random.Random(0)
+    compared = set()
+    for number in range(110):
+        given = random_preprocessor(rng)
+        (blip / "processor_config.json").unlink(missing_ok=True)
+        (blip / "preprocessor_config.json").write_text(json.dumps(given))
+        if number % 5 == 0:  # as newer versions store it, and this one counts
+            (blip / "processor_config.json").write_text(json.dumps({"image_processor": given}))
+            (blip / "preprocessor_config.json").write_text("{}")
+        try:
+            expected = hugging_faces_pixels(blip)
+        except (ValueError, AttributeError, TypeError):  # no fixed size, or a null
+            with pytest.raises(PretrainedError):
+                pixels_of(blip)
+            continue
+        with_image_size(blip, expected.size)
+        assert pixels_of(blip) == expected, given
+        compared.add(expected)
+    assert len(compared) > 40
+
+
+def test_a_preprocessor_without_a_name_is_the_models_own(folder, captioner_folder):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 64}))
+    if "blip" in captioner_folder.name:
+        assert pixels_of(folder) == hugging_faces_pixels(folder)
+    else:
+        assert_refused(folder, "image_processor_type is 'None'; expected one of BlipImage")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"image_processor_type": "AutoModel"}, "image_processor_type is 'AutoModel'; expected one of"),
+    ({"image_processor_type": ["BlipImageProcessor"]}, "expected one of"),
+    ({"size": 10**9}, "image size (1000000000, 1000000000); expected height and width"),
+    ({"size": -1}, "image size (-1, -1)"), ({"size": True}, "image size (True, True)"),
+    ({"size": [64, 64, 64]}, "image size [64, 64, 64]"), ({"size": {"height": 64}}, "image size"),
+    ({"image_mean": [float("nan")] * 3}, "mean or std is [nan, nan, nan]; expected three numbers"),
+    ({"image_std": 0.5}, "mean or std is 0.5"), ({"image_std": [0, 1, 1]}, "no std of 0"),
+    ({"resample": "2"}, "resample is '2'"), ({"resample": 99}, "resample=99 is not a Pillow"),
+    ({"rescale_factor": 10**400}, "rescale_factor 1000"),
+    ({"do_resize": False}, "do_resize is not true"),
+    ({"do_center_crop": True}, "image size (None, None)"),
+])
+def test_impossible_pixel_settings_are_told(blip, changes, message):
+    edit_json(blip / "preprocessor_config.json", **changes)
+    assert_refused(blip, "no usable preprocessor_config.json", message)
+
+
+# --- hostile folders ------------------------------------------------------------------------
+
+EVIL = {
+    "config.json": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+    "generation_config.json": {"AutoModel": "evil.Evil"},
+    "preprocessor_config.json": {"AutoImageProcessor": "evil.Evil"},
+    "processor_config.json": {"AutoProcessor": "evil.Evil", "AutoImageProcessor": "evil.Evil"},
+    "tokenizer_config.json": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    "special_tokens_map.json": {"AutoTokenizer": "evil.Evil"},
+}
+
+
+@pytest.fixture
+def nothing_reaches_out(monkeypatch):
+    """No question on stdin, no socket, no request of the Hub's client."""
+    def refuse(*arguments, **_):
+        raise SystemExit(f"reached out: {arguments}")
+
+    monkeypatch.setattr(builtins, "input", refuse)
+    monkeypatch.setattr(sys.stdin, "read", refuse, raising=False)
+    monkeypatch.setattr(sys.stdin, "readline", refuse, raising=False)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    # As for somebody who is online: offline, transformers would not even try.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("hf_hub_download", "snapshot_download", "model_info"):
+        monkeypatch.setattr(huggingface_hub, name, refuse)
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch) -> Path:
+    """What an evil.py writes when it is run."""
+    mark = tmp_path / "code was run"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return mark
+
+
+def write_evil(folder: Path, mark: Path) -> None:
+    (folder / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w')\nclass Evil:\n"
+        f"    @classmethod\n    def from_pretrained(cls, *args, **kwargs): return cls()\n"
+    )
+
+
+def test_an_honest_folder_loads_without_reaching_out(captioner_folder, nothing_reaches_out):
+    load_captioner(captioner_folder)
+    load_tokenizer(captioner_folder)
+
+
+@pytest.mark.parametrize("repository", ["", "stranger/repo--"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("name", EVIL)
+def test_a_folder_that_names_code_is_refused_by_the_files_name(
+    folder, evil, nothing_reaches_out, name, depth, repository
+):
+    write_evil(folder, evil)
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    auto_map = json.loads(json.dumps(EVIL[name]).replace("evil.Evil", f"{repository}evil.Evil"))
+    nested: dict = {"auto_map": auto_map}
+    for level in range(depth):
+        nested = {"image_processor": nested} if level % 2 else {"parts": [nested]}
+    (folder / name).write_text(json.dumps(settings | nested))
+    for load in (load_captioner, load_tokenizer, build_from_config):
+        with pytest.raises(PretrainedError, match=f"{name} has auto_map, which names Python code"):
+            load(folder)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("name", ["AutoProcessor", "AutoModel", "AutoTokenizer", "pipeline",
+                                  "Trainer", "models", "BertModel", ["BertTokenizer"], 5])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_is_only_ever_a_tokenizer(folder, evil, nothing_reaches_out, file, name):
+    """A class of transformers that AutoTokenizer would call, and which itself may ask for code."""
+    write_evil(folder, evil)
+    edit_json(folder / file, tokenizer_class=name)
+    assert_refused(folder, "tokenizer" if file == "tokenizer_config.json" else "")
+    assert not evil.exists()
+
+
+def test_another_configuration_file_cannot_stand_in(blip, evil, nothing_reaches_out):
+    write_evil(blip, evil)
+    config = json.loads((blip / "config.json").read_text())
+    other = config | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (blip / "config.4.0.0.json").write_text(json.dumps(other))
+    edit_json(blip / "config.json", configuration_files=["config.4.0.0.json"])
+    load_captioner(blip)
+    assert not evil.exists()
+
+
+def test_the_parts_of_a_configuration_reach_nothing(vit_gpt2, nothing_reaches_out):
+    config = json.loads((vit_gpt2 / "config.json").read_text())
+    config["encoder"] = {"model_type": "detr", "backbone": "stranger/backbone",
+                         "use_pretrained_backbone": True}
+    (vit_gpt2 / "config.json").write_text(json.dumps(config))
+    assert_refused(vit_gpt2, "encoder is 'detr'")
+
+
+FILES = [
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.txt", "vocab.json",
+    "merges.txt", "added_tokens.json", "sentencepiece.model", "chat_template.jinja",
+    "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "huge"])
+def test_only_regular_files_of_bounded_size_are_read(blip, nothing_reaches_out, name, kind):
+    path = blip / name
+    if name.startswith(("model", "pytorch_model")):
+        (blip / "model.safetensors").unlink()
+    path.unlink(missing_ok=True)
+    if kind == "huge":
+        with open(path, "wb") as file:
+            file.truncate(2**42)  # sparse
+        assert_refused(blip, f"{path} has 4,398,046,511,104 bytes")
+        return
+    {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path),
+     "folder": path.mkdir}[kind]()
+    assert_refused(blip, f"{path} is not a regular file")
+
+
+def test_a_shard_that_is_no_regular_file_is_named(blip):
+    (blip / "model.safetensors").unlink()
+    os.mkfifo(blip / "shard.safetensors")
+    (blip / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert_refused(blip, f"{blip / 'shard.safetensors'} is not a regular file")
+
+
+@pytest.mark.parametrize("part, changes, message", [
+    ("text_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected a"),
+    ("text_config", {"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number"),
+    ("text_config", {"hidden_size": -64}, "hidden_size is -64"),
+    ("text_config", {"hidden_size": 10**400}, "config.json"),
+    ("text_config", {"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+    ("text_config", {"max_position_embeddings": 10**12}, "max_position_embeddings is 100"),
+    ("text_config", {"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5; expected a number"),
+    ("text_config", {"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+    ("text_config", {"hidden_act": ["gelu"]}, "config.json"),
+    ("text_config", {"bos_token_id": -1}, "start, end and pad tokens"),
+    ("text_config", {"sep_token_id": 10**9}, "expected three ids below"),
+    ("vision_config", {"image_size": 10**9}, "image size (1000000000, 1000000000)"),
+    ("vision_config", {"image_size": 0}, "image size (0, 0)"),
+    ("vision_config", {"patch_size": -16}, "patch_size is -16"),
+    ("vision_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    (None, {"model_type": ["blip"]}, "model_type ['blip']; expected 'blip'"),
+    (None, {"model_type": {"a": 1}}, "model_type {'a': 1}"),
+    (None, {"architectures": 5}, "architectures 5"),
+    (None, {"architectures": {"a": "b"}}, "architectures {'a': 'b'}"),
+    (None, {"text_config": [1]}, "config.json"),
+    (None, {"text_config": None, "vision_config": None}, "do not fit"),
+])
+def test_a_configuration_out_of_range_is_an_error_at_once(blip, part, changes, message):
+    config = json.loads((blip / "config.json").read_text())
+    (config if part is None else config[part]).update(changes)
+    (blip / "config.json").write_text(json.dumps(config))
+    assert_refused(blip, str(blip), message)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json",
+                                  "tokenizer_config.json", "model.safetensors.index.json"])
+def test_deeply_nested_json_is_an_error(blip, name):
+    if "index" in name:
+        (blip / "model.safetensors").unlink()
+    (blip / name).write_text('{"a": ' * 10**5 + "1" + "}" * 10**5)
+    assert_refused(blip, str(blip / name))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+    tensors = read(folder)
+    name = next(name for name in tensors if name.endswith("h.0.mlp.c_proj.weight")
+                or name.endswith("layer.0.output.dense.weight") and "text_decoder" in name)
+    rewrite(folder, tensors | {name: tensors[name].to(dtype)})
+    assert_refused(folder, f"{name} is {dtype}, expected float32")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_weight_that_is_not_finite_is_refused_by_name(folder, value):
+    tensors = read(folder)
+    name = next(name for name in tensors if "decoder" in name and name.endswith(".bias"))
+    tensors[name] = tensors[name].double()
+    tensors[name][3] = value
+    rewrite(folder, tensors)
+    assert_refused(folder, f"{name} holds NaN, infinity")
+
+
+def test_finite_weights_whose_sum_overflows_are_accepted(blip):
+    name = "text_decoder.bert.encoder.layer.0.output.dense.bias"
+    tensors = read(blip)
+    rewrite(blip, tensors | {name: torch.full_like(tensors[name], 3e38)})
+    load_captioner(blip)
+
+
+def test_matrices_that_cannot_be_joined_are_told(vit_gpt2):
+    query = "encoder.encoder.layer.0.attention.attention.query.weight"
+    rewrite(vit_gpt2, read(vit_gpt2) | {query: torch.zeros(3, 5)})
+    assert_refused(vit_gpt2, "do not fit their configuration")
+
+
+def test_a_bin_file_cannot_claim_more_than_it_holds(blip):
+    (blip / "model.safetensors").unlink()
+    path = blip / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(1, dtype=torch.half).expand(10**7, 10**7)}, path)
+    assert_refused(blip, "its tensors are larger than the file")
+    torch.save({"a": torch.zeros(10**6)}, path)
+    with zipfile.ZipFile(path) as stored:
+        members = {info.filename: stored.read(info) for info in stored.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, data in members.items():
+            compressed.writestr(name, data)
+    assert_refused(blip, "it is compressed")
+    for value in ({"a": torch.zeros(2).to_sparse()}, {"a": torch.empty(2, device="meta")},
+                  {5: torch.zeros(2)}, [torch.zeros(2)]):
+        torch.save(value, path)
+        assert_refused(blip, f"cannot read {path}")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 10**5, "\ud800/b"])
+def test_an_impossible_name_is_told(name):
+    with pytest.raises(PretrainedError):
+        load_captioner(name)
 
 
 # --- the Hub --------------------------------------------------------------------------------
