@@ -79,6 +79,20 @@ OTHER_BASE = {
 }
 
 
+def is_same(before: str, now: str) -> bool:
+    """Whether two values of `Captioner.fingerprints` agree.
+
+    Of JSON objects, the keys that both have are compared: a later version may record more.
+    """
+    try:
+        one, other = json.loads(before), json.loads(now)
+    except (ValueError, RecursionError):  # a digest
+        return before == now
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return before == now
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
 class AdapterError(ValueError):
     """An adapter folder that cannot be read, or does not fit the model."""
 
@@ -109,7 +123,7 @@ class Adapter:
         `Captioner.fingerprints`; not every adapter tells on which."""
         different = [
             part for part, fingerprint in fingerprints.items()
-            if self.provenance.get(f"{part}_fingerprint", fingerprint) != fingerprint
+            if not is_same(self.provenance.get(f"{part}_fingerprint", fingerprint), fingerprint)
         ]
         if not different:
             return None

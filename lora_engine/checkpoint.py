@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.adapter import CONFIG_FILE, OTHER_BASE, WEIGHTS_FILE, Adapter, read_adapter
+from lora_engine.adapter import (
+    CONFIG_FILE,
+    OTHER_BASE,
+    WEIGHTS_FILE,
+    Adapter,
+    is_same,
+    read_adapter,
+)
 from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.checkpoint_state import FORMAT, state_complaint
 from lora_engine.files import replaced_folder, unused_name, write_synced
@@ -252,7 +259,9 @@ def check_fingerprints(
         "validation_data": "other validation rows",
     }
     before = checkpoint.state["fingerprints"]
-    changed = [words[name] for name in now if before.get(name, now[name]) != now[name]]
+    changed = [
+        words[name] for name in now if not is_same(before.get(name, now[name]), now[name])
+    ]
     if changed:
         raise CheckpointError(
             f"the run in {config.output_path} began with {' and '.join(changed)} than --model "

@@ -10,7 +10,7 @@ from reprlib import repr as shortened
 import regex
 
 MAX_CHARACTERS = 10_000
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 MAX_REPEATS = 10_000
 
 _BRACES = re.compile(r"\{([^}]*)")

@@ -43,9 +43,9 @@ class PretrainedError(ValueError):
 class Captioner:
     """A loaded captioner: the body, and what turns text and images into its inputs.
 
-    `fingerprints` are SHA-256s of what was loaded, whatever files it came from: the weights
-    ("base"), the "configuration", the "tokenizer" and the "preprocessor". `name` is the Hub name or
-    the folder that was asked for; `folder` holds its files.
+    `fingerprints` identify what was loaded, whatever files it came from: SHA-256 of the weights
+    ("base") and the "tokenizer", the values of "configuration" and "preprocessor" as JSON. `name`
+    is the Hub name or the folder that was asked for; `folder` holds its files.
     """
 
     model: CaptionerBody
@@ -95,7 +95,8 @@ def load_captioner(
     """
     folder = _find_folder(str(name_or_path), revision)
     config = _read_config(folder, family)
-    model = _load_body(folder, config)
+    values: dict[str, Any] = {}
+    model = _load_body(folder, _Reads(config, values))
     tokenizer = _read_tokenizer(folder, config, model)
     pixels = _read_pixel_settings(folder, config, model)
     return Captioner(
@@ -108,9 +109,9 @@ def load_captioner(
         revision=revision,
         fingerprints={
             "base": fingerprint(model),
-            "configuration": _json_fingerprint(settings_of(model)),
-            "tokenizer": _json_fingerprint(tokenizer.behavior()),
-            "preprocessor": _json_fingerprint(dataclasses.asdict(pixels)),
+            "configuration": _canonical(values),
+            "tokenizer": hashlib.sha256(json.dumps(tokenizer.behavior()).encode()).hexdigest(),
+            "preprocessor": _canonical(dataclasses.asdict(pixels)),
         },
     )
 
@@ -148,26 +149,25 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_HOW = ("training", "gradient_checkpointing")  # attributes that change no result
+class _Reads:
+    """A configuration that records the values that are read, under Hugging Face's names.
 
-
-def settings_of(model: nn.Module) -> dict[str, Any]:
-    """All that a body computes with besides weights, as JSON: heads, eps, activations, dropout, ...
-
-    Of torch's own modules it is eps alone; their other attributes follow from the weights' shapes.
+    These, not the names of our own modules, are what later versions know a configuration by.
     """
-    names = {act: name for name, act in reversed(ACTIVATIONS.items())}
-    settings: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        is_ours = type(module).__module__.startswith("lora_engine.")
-        for name, value in vars(module).items():
-            if name == "eps" or is_ours and not name.startswith("_") and name not in _HOW:
-                settings[f"{path}.{name}"] = names[value] if callable(value) else value
-    return settings
+
+    def __init__(self, config: Any, values: dict[str, Any], prefix: str = "") -> None:
+        self._config, self._values, self._prefix = config, values, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if hasattr(value, "to_dict"):  # a part of the configuration
+            return _Reads(value, self._values, f"{self._prefix}{name}.")
+        self._values[self._prefix + name] = value
+        return value
 
 
-def _json_fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _canonical(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def _load_body(folder: Path, config: Any) -> CaptionerBody:
