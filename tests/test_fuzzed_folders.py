@@ -33,8 +33,8 @@ VALUES: list[Any] = [
     "a{2}", "a{99999999999}", "(?R)", ".*", "auto", "blip", "gpt2", "timm_wrapper", "gelu",
     "evil.Evil",
     "AutoProcessor", "AutoModel", "PreTrainedTokenizerFast", "stranger/repo--evil.Evil",
-    [], {}, [[]], [None], [5], ["a"], [0.5] * 3, [10**400] * 3, {"a": 1}, {"": None}, {"height": 5,
-    "width": -1},
+    [], {}, [[]], [None], [5], ["a"], [0.5] * 3, [10**400] * 3, {"a": 1}, {"": None},
+    {"height": 5, "width": -1},
     {"shortest_edge": 10**9}, {"content": "a", "__type": "AddedToken"}, {".*": 5}, {"(": 5},
     {"query": "8"}, {str(10**12): {"content": "a"}}, {"AutoConfig": "evil.Evil"},
 ]
@@ -167,7 +167,7 @@ def fuzz_models(base: Path, tmp: Path, *, seconds: float, seed: int) -> Fuzzed:
         number += 1
         if number % 2:
             (folder / "model.safetensors").unlink()
-        load_captioner(folder)
+        load_captioner(folder).tokenizer.prompt_ids("a dog on the beach")
 
     return fuzz(
         tmp / "model", tmp / "fuzzed", MODEL_FILES, use, PretrainedError,
