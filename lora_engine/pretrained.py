@@ -591,7 +591,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -655,7 +655,11 @@ def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionT
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
         num_special = len(set(tokenizer.all_special_ids))
-    except Exception as error:  # whatever transformers says, it means that the files do not serve
+        # Some wrong settings show only in use.
+        tokenizer.decode(tokenizer("a photo", add_special_tokens=False)["input_ids"])
+    except BaseException as error:  # whatever it is, it means that the files do not serve
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C and the like; tokenizers' own, from Rust, is no Exception either
         raise PretrainedError(
             f"{folder} has no usable tokenizer: {_reason(error)}; {expected}"
         ) from None

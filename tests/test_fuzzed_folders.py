@@ -167,7 +167,7 @@ def fuzz_models(base: Path, tmp: Path, *, seconds: float, seed: int) -> Fuzzed:
         number += 1
         if number % 2:
             (folder / "model.safetensors").unlink()
-        load_captioner(folder)
+        load_captioner(folder).tokenizer.prompt_ids("a dog on the beach")
 
     return fuzz(
         tmp / "model", tmp / "fuzzed", MODEL_FILES, use, PretrainedError,

@@ -600,6 +600,20 @@ def test_a_tokenizer_is_only_ever_a_tokenizer(folder, evil, nothing_reaches_out,
     assert not evil.exists()
 
 
+@pytest.mark.parametrize("changes", [{"model_max_length": "many"}, {"padding_side": 5}])
+def test_a_tokenizer_that_fails_in_use_is_refused_when_it_is_loaded(blip, changes):
+    edit_json(blip / "tokenizer_config.json", **changes)
+    assert_refused(blip, "no usable tokenizer")
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(vit_gpt2):
+    """Its exception is no Exception."""
+    edit_json(vit_gpt2 / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    model = json.loads((vit_gpt2 / "tokenizer.json").read_text())["model"]
+    edit_json(vit_gpt2 / "tokenizer.json", model=model | {"continuing_subword_prefix": "x" * 99})
+    assert_refused(vit_gpt2, "no usable tokenizer")
+
+
 def test_another_configuration_file_cannot_stand_in(blip, evil, nothing_reaches_out):
     write_evil(blip, evil)
     config = json.loads((blip / "config.json").read_text())
