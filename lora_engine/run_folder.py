@@ -89,7 +89,8 @@ class RunFolder:
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
-            print(printable(f"what the run had reached is in {self.path}"), file=sys.stderr)
+            with suppress(OSError):  # a terminal that has gone must not hide the error
+                print(printable(f"what the run had reached is in {self.path}"), file=sys.stderr)
         elif error is not None and self.is_new:
             self._remove()
 

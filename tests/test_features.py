@@ -52,7 +52,7 @@ from lora_engine.features import FeatureSource, ImageList, encode_pixels
 from lora_engine.images import ImageError, load_pixels
 from lora_engine.lora import cast_frozen, inject
 from lora_engine.pretrained import Captioner, load_captioner
-from lora_engine.stopping import LoadingStopped
+from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.summary import TrainingSummary
 from lora_engine.training import train
 from recipes import blip_cc3m
@@ -131,7 +131,9 @@ class Loader:
         dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
         self.images = images
         known = ImageList(dataset.image_paths)
-        self.load = preparation.loader(dataset, known, source, captioner, config)
+        self.load = preparation.loader(
+            dataset, known, source, captioner, config, StopSignal()
+        )
 
     def batches(self, *, size: int = 3) -> Iterator[Batch]:
         places = [Place(0, row, row) for row in range(len(self.images))]
