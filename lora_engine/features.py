@@ -161,7 +161,8 @@ class FeatureSource:
             self.store.close(timeout_s=30.0 if kind is None else 2.0)
             self._say_why_stopped()
             if self.store.num_damaged:
-                self.say(f"{self.store.num_damaged:,} damaged rows of features were encoded again")
+                rows = "row" if self.store.num_damaged == 1 else "rows"
+                self.say(f"{self.store.num_damaged:,} damaged {rows} of features encoded again")
 
     # --- where features are kept ------------------------------------------------------------
 

@@ -114,14 +114,19 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         "training_data": data_fingerprint(train_rows),
         "validation_data": data_fingerprint(val_rows),
     }
-    train_digests, val_digests = image_digests(
-        train_rows, val_rows, fingerprints, config, checkpoint
-    )
+    images = [
+        path for rows in (train_rows, val_rows) for path in dict.fromkeys(row.image for row in rows)
+    ]
+    if checkpoint is None:
+        digests = sample_digests(images)
+    else:
+        digests = check_same_run(checkpoint, fingerprints, images, config)
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
     check_room(config, plan)
     train_set = captioned_images(train_rows, captioner, config, substitute=True)
     val_set = captioned_images(val_rows, captioner, config, substitute=False)
+    num_train_images = len(train_set.image_paths)
     model = place_model(captioner.model, device, dtype, config)
     matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
     return Prepared(
@@ -138,8 +143,8 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         plan=plan,
         train_set=train_set,
         val_set=val_set,
-        train_images=ImageList(train_set.image_paths, train_digests),
-        val_images=ImageList(val_set.image_paths, val_digests),
+        train_images=ImageList(train_set.image_paths, digests[:num_train_images]),
+        val_images=ImageList(val_set.image_paths, digests[num_train_images:]),
         matrices=matrices,
         optimizer=build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -215,40 +220,33 @@ def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> Non
         )
 
 
-def image_digests(
-    train_rows: Sequence[Row],
-    val_rows: Sequence[Row],
+def check_same_run(
+    checkpoint: Checkpoint,
     fingerprints: dict[str, str],
+    images: Sequence[str],
     config: TrainingConfig,
-    checkpoint: Checkpoint | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the run has seen of its training and validation images; of a new run, a sample.
+) -> np.ndarray:
+    """The digests of the images (N,), as far as the run that goes on has read them.
 
-    Raises CheckpointError where a run would go on with another model or other data.
+    Raises CheckpointError where model, rows or images are not the run's. What an earlier version
+    has not recorded is said in one line.
     """
-    train_images, val_images = (
-        list(dict.fromkeys(row.image for row in rows)) for rows in (train_rows, val_rows)
-    )
-    images = train_images + val_images
-    digests = None
-    if checkpoint is not None:
-        digests = read_digests(checkpoint.path.parents[1] / DIGESTS_FILE)
-        unknown = check_fingerprints(checkpoint, fingerprints, config)
-        if digests is None:
-            unknown.append("images")
-        elif change := find_change(images, digests):
-            raise CheckpointError(
-                f"the run in {config.output_path} began with other images: {change}; restore what "
-                f"has changed, or begin another run in another --output_path"
-            )
-        if unknown:
-            _warn(
-                f"warning: the run in {config.output_path} does not say what it began with in "
-                f"{', '.join(unknown)}: these are taken as they are now"
-            )
+    unknown = check_fingerprints(checkpoint, fingerprints, config)
+    digests = read_digests(checkpoint.path.parent / DIGESTS_FILE)
     if digests is None:
+        unknown.append("images")
         digests = sample_digests(images)
-    return digests[: len(train_images)], digests[len(train_images) :]
+    elif change := find_change(images, digests):
+        raise CheckpointError(
+            f"the run in {config.output_path} began with other images: {change}; restore what has "
+            f"changed, or begin another run in another --output_path"
+        )
+    if unknown:
+        _warn(
+            f"warning: the run in {config.output_path} has no record of its {', '.join(unknown)}, "
+            f"so that these cannot be compared; from now on it has"
+        )
+    return digests
 
 
 def add_lora(

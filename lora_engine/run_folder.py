@@ -46,7 +46,7 @@ ADVICE = "Repair or remove them, or raise --max_bad_share"
 # What a run writes: nothing else in its folder is ever changed or removed.
 FILES = frozenset((
     "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "captions.jsonl",
-    "skipped.jsonl", "loss_curve.png", "report.html", "image_digests.bin", ".lock",
+    "skipped.jsonl", "loss_curve.png", "report.html", ".lock",
 ))
 FOLDERS = frozenset((
     "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",

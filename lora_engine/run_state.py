@@ -142,9 +142,7 @@ class RunState:
             needed = checkpoint_bytes(self.parts.matrices.values.numel()) + digests.nbytes
             check_space(folder, needed=needed)
             self.folder.sync()  # up to this step, where a run that goes on begins to log again
-            self.saved_digests = write_digests(
-                self.folder.path / DIGESTS_FILE, digests, self.saved_digests
-            )
+            self.saved_digests = write_digests(folder / DIGESTS_FILE, digests, self.saved_digests)
             write_checkpoint(
                 folder / checkpoint_name(self.step),
                 adapter_files=self.keeper.files(self.step),

@@ -1,9 +1,10 @@
 """What a run's images hold, by their digests, so that none changes unnoticed.
 
-    RUN/image_digests.bin    16 bytes per image, zeros where it is not known; last their BLAKE2b
+    RUN/checkpoints/image_digests.bin    16 bytes per image, and their BLAKE2b
 
 The images are those of the training rows, then of the validation rows, in the order in which they
-first appear.
+first appear; one that the run has not read has zeros. The file is written with the newest
+checkpoint and holds for all of them, because a digest in it never changes.
 """
 
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ def sample_digests(paths: Sequence[str]) -> np.ndarray:
 
 
 def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
-    """Says which image is another one than its digest's, of 64 evenly spread over the known ones.
+    """Compare 64 images, evenly spread over the known ones; says which has changed, if one has.
 
-    An image that cannot be read is not: it is skipped and listed when its turn comes.
+    One that cannot be read has not: it is skipped and listed when its turn comes.
     """
     if len(paths) != len(digests):
         return f"there are {len(paths):,}, not {len(digests):,}"

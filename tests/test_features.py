@@ -687,7 +687,7 @@ def test_damaged_rows_are_encoded_again_once_and_told(captioner, tmp_path, image
         for _ in range(3):
             assert_equal(loader.epoch(), expected)
         assert source.num_encoded == 4
-    assert source.said == ["4 damaged rows of features were encoded again"]
+    assert source.said == ["4 damaged rows of features encoded again"]
     with open_source(captioner, tmp_path / "cache") as source:
         assert_equal(Loader(source, captioner, images).epoch(), expected)
         assert source.num_encoded == 0
@@ -1087,7 +1087,7 @@ def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path)
     path.write_bytes(num_rows * ROW_BYTES * b"\xff")
     done = run(config, output_path=str(tmp_path / "second"))
     assert done.trajectory == expected
-    assert f"\n{num_rows} damaged rows of features were encoded again" in done.said
+    assert f"\n{num_rows} damaged rows of features encoded again" in done.said
     again = run(config, output_path=str(tmp_path / "third"))
     assert again.trajectory == expected and again.source.num_encoded == 0
 

@@ -274,10 +274,10 @@ def resume(stopped: Path, tmp_path: Path, model: Path, data: Path) -> Path:
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    name = "checkpoints/step-00000006"
-    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
-        assert (run / name / file).read_bytes() == (whole / name / file).read_bytes()
-    assert (run / DIGESTS_FILE).read_bytes() == (whole / DIGESTS_FILE).read_bytes()
+    last = Path("step-00000006")
+    for name in (last / "adapter_model.safetensors", last / "optimizer.safetensors", DIGESTS_FILE):
+        files = [folder / "checkpoints" / name for folder in (run, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("what", OTHER_BASES)
@@ -324,7 +324,7 @@ def test_images_of_equal_names_that_were_two_are_not_one(blip_folder, pictures, 
 
 def make_old(run: Path) -> None:
     """As a run folder was that an earlier version began."""
-    (run / DIGESTS_FILE).unlink()
+    (run / "checkpoints" / DIGESTS_FILE).unlink()
     for checkpoint in checkpoint_paths(run / "checkpoints"):
         edit(checkpoint / "state.json", lambda state: [
             state["fingerprints"].pop(part) for part in PARTS[1:]
@@ -341,9 +341,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_to_the_bit_and_is_known_fro
     make_old(run)
     assert_same(resume(stopped, tmp_path, blip_folder, pictures), whole)
     warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "does not say what it began with in configuration, tokenizer, preprocessor, images" in (
-        warning
-    )
+    assert "has no record of its configuration, tokenizer, preprocessor, images, so" in warning
     resume(stopped, tmp_path, blip_folder, pictures)
     assert "warning" not in capsys.readouterr().err
     other = changed_copy(blip_folder, tmp_path / "other", *OTHER_BASES["another tokenizer"])
@@ -377,9 +375,9 @@ def test_lost_digests_are_told_and_taken_anew(
     blip_folder, pictures, stopped, whole, tmp_path, capsys
 ):
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
-    os.truncate(run / DIGESTS_FILE, 100)
+    os.truncate(run / "checkpoints" / DIGESTS_FILE, 100)
     assert_same(resume(stopped, tmp_path, blip_folder, pictures), whole)
-    assert "does not say what it began with in images" in capsys.readouterr().err
+    assert "has no record of its images, so" in capsys.readouterr().err
 
 
 def test_digests_are_written_when_there_are_new_ones(tmp_path):

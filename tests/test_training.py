@@ -196,7 +196,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     folder = trained.summary.path
     files = [p.relative_to(folder) for p in folder.rglob("*")]
     kept = {p.parts[1] for p in files if p.parts[0] == "checkpoints" and len(p.parts) > 1}
-    assert kept == {"step-00000005", "step-00000010"}
+    assert kept == {"step-00000005", "step-00000010", "image_digests.bin"}
     assert sorted(p.as_posix() for p in files if p.parts[0] != "checkpoints") == [
         "adapter", "adapter/README.md", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "adapter/loss_curve.png", "captions.jsonl",
