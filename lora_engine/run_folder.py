@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +70,8 @@ class RunFolder:
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
-            print(f"what the run had reached is in {self.path}", file=sys.stderr)
+            with suppress(OSError):  # a terminal that has gone must not hide the error
+                print(f"what the run had reached is in {self.path}", file=sys.stderr)
         elif error is not None:
             shutil.rmtree(self.path)
 
