@@ -130,7 +130,7 @@ class TrainingConfig:
     max_bad_share: float = 0.05
     """A larger share of rows that cannot be used, or whose image cannot, stops the run."""
     worker_timeout: float = 300.0
-    """Seconds after which a process that loads images and does not answer ends the run."""
+    """Seconds to wait for images, loaded by other processes or by this one, until the run ends."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where metrics are sent, too: tensorboard and wandb write into the run's folder (wandb is
     offline without an API key), trackio where it keeps all projects."""

@@ -208,9 +208,10 @@ def _explain(
         raise LoadingStopped(
             f"shared memory has run out: {shortage or f'/dev/shm was full. {_MORE_SHARED}'}"
         ) from error
-    is_dead = reason.startswith("DataLoader worker (pid")
-    if is_dead or isinstance(error, (ConnectionError, EOFError)):  # a batch was on its way
+    if isinstance(error, (ConnectionError, EOFError)):
+        reason = "DataLoader worker (pid unknown) has left while it sent a batch"
+    if reason.startswith("DataLoader worker (pid"):
+        advice = "Often memory ran out, or open files (ulimit -n): try fewer --num_workers"
         raise LoadingStopped(
-            f"a process that loads images has died ({reason.splitlines()[0] if reason else ''}). "
-            f"{shortage or 'Often memory ran out: try fewer --num_workers'}"
+            f"a process that loads images has died ({reason.splitlines()[0]}). {shortage or advice}"
         ) from error

@@ -2,21 +2,26 @@
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import resource
 import signal
+import struct
 import sys
+import termios
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from forking import in_child
+from forking import Ended, in_child
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine import (
@@ -24,6 +29,7 @@ from lora_engine import (
     captioning,
     cli,
     evaluation,
+    feature_store,
     journal,
     preparation,
     run_state,
@@ -585,6 +591,299 @@ def test_loading_processes_leave_signals_to_who_started_them(blip_folder, data, 
     assert ended.status == cli.TERMINATED, ended.output
     assert "worker" not in ended.output and "Traceback" not in ended.output
     assert checkpoint_paths(tmp_path / "run" / "checkpoints")[-1].name == "step-00000001"
+
+
+def at_step(step: int, act, name: str = "optimizer_step") -> None:
+    """From the step's call of a function on, `act` comes before it; for use in a child."""
+    real, calls = getattr(training, name), []
+
+    def acting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        return real(*args, **kwargs)
+
+    setattr(training, name, acting)
+
+
+def ended_run(config: TrainingConfig, prepare, tmp_path: Path) -> Ended:
+    def run():
+        prepare()
+        return cli.run(lambda args: train(config) and 0)
+
+    return in_child(run, tmp_path / "log")
+
+
+def newest_step(run: Path) -> int:
+    return read_checkpoint(checkpoint_paths(run / "checkpoints")[-1]).step
+
+
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129),
+], ids=["SIGTERM", "SIGINT", "SIGHUP"])
+def test_two_signals_have_the_status_of_the_signal(blip_folder, data, tmp_path, number, status):
+    config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
+
+    def twice():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    ended = ended_run(config, lambda: at_step(3, twice), tmp_path)
+    assert ended.status == status, ended.output
+    assert "Traceback" not in ended.output
+    # A closed terminal sends SIGHUP twice: by itself, and by the shell.
+    assert newest_step(tmp_path / "run") == (3 if number == signal.SIGHUP else 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_a_signal_that_is_ignored_stays_ignored(blip_folder, data, tmp_path, number):
+    config = long_run(blip_folder, data, tmp_path / "run", max_steps=4)
+
+    def prepare():
+        signal.signal(number, signal.SIG_IGN)
+        at_step(3, lambda: os.kill(os.getpid(), number))
+
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == 0, ended.output
+    assert newest_step(tmp_path / "run") == 4
+
+
+@pytest.mark.parametrize("phase", ["draw_loss_curve", "write_report", "the summary"])
+def test_a_signal_after_the_last_step_finishes_all_and_tells_by_the_status(
+    unbroken, blip_folder, data, tmp_path, phase
+):
+    config = long_run(blip_folder, data, tmp_path / "run")
+
+    def prepare():
+        room, name = (training, phase) if phase != "the summary" else (
+            validation_captions.ValidationCaptions, "compare"
+        )
+        real = getattr(room, name)
+
+        def signalled(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            setattr(room, name, real)
+            return real(*args, **kwargs)
+
+        at_step(13, lambda: setattr(room, name, signalled))
+
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == cli.TERMINATED and "Traceback" not in ended.output, ended.output
+    assert "This run is not finished" not in (tmp_path / "run" / "report.html").read_text()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_signal_while_the_cache_is_closed_ends_the_wait(blip_folder, data, tmp_path):
+    config = long_run(
+        blip_folder, data, tmp_path / "run", max_steps=2, cache="disk", cache_dir=str(tmp_path)
+    )
+
+    def prepare():
+        feature_store.FeatureStore._write = lambda self, batch: time.sleep(100)
+        real = feature_store.FeatureStore.close
+
+        def close(self, timeout_s):
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            real(self, timeout_s)
+
+        feature_store.FeatureStore.close = close
+
+    begin_s = time.monotonic()
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == cli.TERMINATED and "Traceback" not in ended.output, ended.output
+    assert time.monotonic() - begin_s < 10  # of 30
+    assert newest_step(tmp_path / "run") == 2
+
+
+def hang_in_loading(how: str, has_begun: Path) -> None:
+    """After four training batches one does not come: its image is not read, or, once `has_begun`
+    is there, it is sent in part."""
+    main, real, send = os.getpid(), CaptionedImages.__getitem__, Connection._send_bytes
+    rows: list[int] = []
+    sent: list[int] = []
+
+    def get(self, place):
+        if self.substitute:
+            rows.append(place.row)
+        if how == "reading" and len(rows) > 12:
+            time.sleep(100)
+        return real(self, place)
+
+    def send_a_part(self, data):
+        if os.getpid() == main or threading.current_thread().name != "QueueFeederThread":
+            return send(self, data)
+        sent.append(len(data))
+        if len(sent) <= 4 or not rows:
+            return send(self, data)
+        while not has_begun.exists():
+            time.sleep(0.01)
+        os.write(self.fileno(), struct.pack("!i", len(data)) + bytes(data[:9]))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    CaptionedImages.__getitem__ = get
+    if how == "sending":
+        Connection._send_bytes = send_a_part
+
+
+@pytest.mark.parametrize("how, num_workers, end", [
+    ("reading", 0, "SIGTERM"), ("reading", 0, "--worker_timeout"), ("reading", 2, "SIGHUP"),
+    ("sending", 1, "SIGINT"), ("sending", 1, "--worker_timeout"),
+])
+def test_loading_that_hangs_is_ended_by_a_signal_or_the_time(
+    blip_folder, data, tmp_path, how, num_workers, end
+):
+    timeout_s = 2.0 if end == "--worker_timeout" else 300.0
+    config = long_run(
+        blip_folder, data, tmp_path / "run", num_workers=num_workers, worker_timeout=timeout_s,
+        save_every="99", grad_accum_steps=1, cache="off",
+    )
+
+    def begin():
+        (tmp_path / "has_begun").touch()
+        if end != "--worker_timeout":
+            threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, end))).start()
+
+    def prepare():
+        hang_in_loading(how, tmp_path / "has_begun")
+        at_step(1, begin)
+
+    begin_s = time.monotonic()
+    ended = ended_run(config, prepare, tmp_path)
+    assert "Traceback" not in ended.output, ended.output
+    assert time.monotonic() - begin_s < 15
+    if end == "--worker_timeout":
+        assert ended.status == cli.STOPPED and "loaded for 2 s (--worker_timeout)" in ended.output
+    else:
+        assert ended.status == 128 + getattr(signal, end), ended.output
+    assert newest_step(tmp_path / "run") >= 4
+    assert not children_of(tmp_path)
+
+
+def children_of(tmp_path: Path) -> list[str]:
+    """Processes that the child with this log has left behind."""
+    log = str(tmp_path / "log")
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and os.readlink(process / "fd" / "1") == log:
+                found.append(process.name)
+        except OSError:
+            pass
+    return found
+
+
+# --- what else ends a run -------------------------------------------------------------------
+
+
+def show_on(descriptor: int, *outputs: int) -> None:
+    """Put a descriptor in the place of stdout (1) and stderr (2)."""
+    for output in outputs:
+        os.dup2(descriptor, output)
+        setattr(sys, "stdout" if output == 1 else "stderr", open(output, "w", closefd=False))
+    os.close(descriptor)
+
+
+def test_a_reader_that_has_gone_ends_a_run_with_a_checkpoint(blip_folder, data, tmp_path):
+    """As `| head` does."""
+    config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
+
+    def prepare():
+        read_end, write_end = os.pipe()
+        show_on(write_end, 1)
+        at_step(3, lambda: os.close(read_end))
+
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == cli.PIPE_CLOSED and "Traceback" not in ended.output, ended.output
+    assert "--resume goes on from there" in ended.output
+    assert newest_step(tmp_path / "run") == 5  # whose validation was the next to be told
+
+
+def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(blip_folder, data, tmp_path):
+    config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
+
+    def prepare():
+        os.setsid()
+        master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSCTTY)
+        show_on(slave, 1, 2)
+        at_step(3, lambda: os.close(master))
+
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == 129
+    assert newest_step(tmp_path / "run") == 3
+    assert "This run is not finished" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_terminal_that_takes_nothing_more_ends_a_run_with_a_checkpoint(
+    blip_folder, data, tmp_path
+):
+    """Without a signal, as where the run has a session of its own."""
+    config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
+
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        master, slave = os.openpty()
+        show_on(slave, 1, 2)
+        at_step(3, lambda: os.close(master))
+
+    ended = ended_run(config, prepare, tmp_path)
+    assert ended.status == 129
+    assert newest_step(tmp_path / "run") >= 3
+
+
+def test_descriptors_that_run_out_end_a_run_in_words_with_a_checkpoint(
+    blip_folder, data, tmp_path
+):
+    config = long_run(
+        blip_folder, data, tmp_path / "run", save_every="99", num_workers=2, cache="off",
+        epochs=9, max_steps=99, grad_accum_steps=1,
+    )
+
+    def no_more():
+        lowest = os.dup(1)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, lowest))
+
+    ended = ended_run(config, lambda: at_step(3, no_more), tmp_path)
+    assert ended.status == cli.STOPPED and "Traceback" not in ended.output, ended.output
+    assert "too many open files: raise the limit (ulimit -n 4096)" in ended.output
+    assert newest_step(tmp_path / "run") >= 3
+
+
+@pytest.mark.parametrize("name, step", [
+    ("accumulate_gradients", 3), ("optimizer_step", 0), ("meter", 0)
+])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "a disk")], ids=repr)
+def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
+    unbroken, blip_folder, data, tmp_path, monkeypatch, name, step, error
+):
+    """A step that fails half way is not whole: the adapter has changed, or the log lacks a line."""
+    config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
+    real, calls = training.optimizer_step, []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < 4:
+            return real(*args, **kwargs)
+        raise error
+
+    if name == "meter":
+        monkeypatch.setattr(journal.Meter, "settle", fail)
+        real = journal.Meter.read
+        calls += [1, 1, 1]
+    else:
+        real = getattr(training, name)
+        monkeypatch.setattr(training, name, fail)
+    with pytest.raises(TrainingStopped if isinstance(error, OSError) else RuntimeError) as caught:
+        train(config)
+    told = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert f"the checkpoint of step {step} is in" in "\n".join(told)
+    assert newest_step(tmp_path / "run") == step
+    assert (tmp_path / "run" / "adapter_last").exists() == (step > 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", unbroken)
 
 
 # --- numbers --------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class CaptioningConfig:
     """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
     """
     worker_timeout: float = 300.0
-    """Seconds after which a process that loads images and does not answer ends the command."""
+    """Seconds to wait for images until the command ends."""
     force: bool = False
     """Use adapters even on a base model with other weights, configuration, tokenizer or
     preprocessor than they were trained on."""
