@@ -44,6 +44,7 @@ from lora_engine.features import FeatureSource, encode_pixels
 from lora_engine.images import ImageError, load_pixels
 from lora_engine.lora import cast_frozen, inject
 from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.stopping import StopSignal
 from lora_engine.summary import TrainingSummary
 from lora_engine.training import train
 from recipes import blip_cc3m
@@ -117,7 +118,7 @@ class Loader:
         config = TrainingConfig(model="", num_workers=num_workers)
         dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
         self.images = images
-        self.load = preparation.loader(dataset, source, captioner, config)
+        self.load = preparation.loader(dataset, source, captioner, config, StopSignal())
 
     def batches(self, *, size: int = 3) -> Iterator[Batch]:
         places = [Place(0, row, row) for row in range(len(self.images))]
