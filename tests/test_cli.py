@@ -467,10 +467,10 @@ def test_an_interruption_is_no_traceback(command, data, blip_folder, monkeypatch
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return training.optimizer_step.real(*args, **kwargs)
+        return training.accumulate_gradients.real(*args, **kwargs)
 
-    interrupt.real = training.optimizer_step
-    monkeypatch.setattr(training, "optimizer_step", interrupt)
+    interrupt.real = training.accumulate_gradients
+    monkeypatch.setattr(training, "accumulate_gradients", interrupt)
     status, _, err = command(blip_cc3m.main, *flags(blip_folder, data))
     assert status == 130 and err == "what the run had reached is in run\ninterrupted\n"
     assert (Path("run") / "adapter").is_dir() and (Path("run") / "adapter_last").is_dir()

@@ -844,7 +844,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(
 
 
 def train_up_to_6(monkeypatch, config):
-    real = training.optimizer_step
+    real = training.accumulate_gradients
     calls = []
 
     def step(*args, **kwargs):
@@ -854,7 +854,7 @@ def train_up_to_6(monkeypatch, config):
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "optimizer_step", step)
+        patch.setattr(training, "accumulate_gradients", step)
         train(config)
 
 

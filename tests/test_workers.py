@@ -135,3 +135,14 @@ def test_a_timer_and_its_handler_are_as_before():
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_loader_that_cannot_be_closed_is_left_behind(monkeypatch):
+    """As where a thread waits for the rest of a batch whose sender was killed."""
+    monkeypatch.setattr(workers, "_CLOSE_S", 0.05)
+    cancelled = []
+    workers._close(SimpleNamespace(
+        _shutdown_workers=lambda: time.sleep(1),
+        _worker_result_queue=SimpleNamespace(cancel_join_thread=lambda: cancelled.append(1)),
+    ))
+    assert cancelled
