@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,11 +130,16 @@ def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[R
 def read_text(path: str | Path) -> str:
     """An annotation file's text; raises AnnotationError where there is none in UTF-8."""
     try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise AnnotationError(f"{path}: is a folder, give the JSON file in it")
+        if not stat.S_ISREG(mode):  # a pipe or a device may never end
+            raise AnnotationError(f"{path}: is not a regular file, give a JSON file")
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such file, expected a JSON list of rows") from None
-    except IsADirectoryError:
-        raise AnnotationError(f"{path}: is a folder, give the JSON file in it") from None
+    except AnnotationError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise AnnotationError(f"{path}: cannot be read: {error}") from None
     try:

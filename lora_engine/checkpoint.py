@@ -14,8 +14,8 @@ position, so that a run that goes on is bit for bit the one that was never stopp
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,11 @@ def find_checkpoint(
         except CheckpointError as error:
             say(f"warning: passed over a checkpoint: {error}")
     if paths:
-        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be used")
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be used; a new run in another "
+            f"--output_path can start from the best adapter with --init_adapter "
+            f"{folder.with_name('adapter')}"
+        )
     return None
 
 
@@ -206,7 +210,10 @@ def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> N
     """Keep the last `keep_last`, the newest of which must be known to be whole, and the best."""
     for path in checkpoint_paths(folder)[:-keep_last]:
         if _step(path) != best_step:
-            shutil.rmtree(path, ignore_errors=True)  # one that stays is in nobody's way
+            with suppress(OSError):  # one that stays is in nobody's way, and may hold other files
+                for name in (MANIFEST_FILE, BEST_FILE, *_FILES):
+                    (path / name).unlink(missing_ok=True)
+                path.rmdir()
 
 
 def checkpoint_name(step: int) -> str:

@@ -98,26 +98,32 @@ def unused_name(path: Path) -> Path:
     return candidate
 
 
-def open_to_append(path: Path, *, create: bool = True) -> FileIO:
+def open_to_append(path: Path) -> FileIO:
     """An unbuffered file, to write at its end; a symbolic link is never followed. Raises OSError.
     """
-    flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    flags |= os.O_CREAT if create else 0
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return open(  # type: ignore[return-value]
         path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)
     )
 
 
-def append_line(path: Path, line: bytes, *, create: bool = True) -> None:
-    """Write a line at the end of a file, all of it or nothing. Raises OSError."""
-    with open_to_append(path, create=create) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[file.write(line):]  # a disk that fills up takes a part
-        except OSError as error:
-            os.truncate(file.fileno(), end)  # the next line would follow half a line
-            raise OSError(error.errno, error.strerror, str(path)) from None
+def append_line(file: FileIO, line: bytes) -> None:
+    """Write a line at the end of an unbuffered file, all of it or nothing. Raises OSError."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while line:
+            line = line[file.write(line):]  # a disk that fills up takes a part
+    except OSError as error:
+        os.truncate(file.fileno(), end)  # the next line would follow half a line
+        raise OSError(error.errno, error.strerror, file.name) from None
+
+
+def is_still_at(file: FileIO, path: Path) -> bool:
+    """Whether an open file has been neither removed nor renamed, nor its folder."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def free_bytes(folder: Path) -> int:

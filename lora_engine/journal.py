@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora_engine.files import append_line, open_to_append
+from lora_engine.files import append_line, is_still_at, open_to_append
 from lora_engine.schedule import Schedule
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import printable
@@ -48,7 +48,8 @@ class Journal:
         self.stream: Any = _Output(stream or sys.stdout, lose_output)
         self.tracker = tracker
         self._path = path
-        open_to_append(path).close()
+        # Kept open: a step must not lose its line for want of a descriptor.
+        self._file = open_to_append(path)
         self._total_steps = total_steps
         self._bar = tqdm(
             initial=first_step,
@@ -72,6 +73,7 @@ class Journal:
         if self.tracker is not None:
             self.tracker.close(say=self.say)
         self._bar.close()
+        self._file.close()
 
     def record(self, event: str, **values: Any) -> None:
         """Write one line of metrics.jsonl.
@@ -79,14 +81,12 @@ class Journal:
         Raises OSError where the disk does not take the line, of which nothing is left then, and
         TrainingStopped where the file has been removed since the run began.
         """
-        line = event_line(event, **values)
-        data = (json.dumps(line, allow_nan=False) + "\n").encode()
-        try:
-            append_line(self._path, data, create=False)
-        except FileNotFoundError:
+        if not is_still_at(self._file, self._path):
             raise TrainingStopped(
                 f"{self._path} is gone: the run folder was removed or renamed during the run"
-            ) from None
+            )
+        line = event_line(event, **values)
+        append_line(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
         del line["event"]
         self.track(event, **line)
 

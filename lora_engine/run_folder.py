@@ -35,7 +35,14 @@ from lora_engine.checkpoint import (
     is_checkpoint_name,
     set_aside_after,
 )
-from lora_engine.files import append_line, clear_leftovers, replaced_file, sync, unused_name
+from lora_engine.files import (
+    append_line,
+    clear_leftovers,
+    open_to_append,
+    replaced_file,
+    sync,
+    unused_name,
+)
 from lora_engine.journal import Journal
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import printable
@@ -51,6 +58,9 @@ FILES = frozenset((
 FOLDERS = frozenset((
     "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
 ))
+_BEFORE_THE_FIRST_LINE = frozenset((
+    "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", ".lock",
+))
 _OF_A_STEP = ("train", "skipped_step")  # what is logged before its validation
 MAX_SHOWN = 10  # skipped images named on the console
 
@@ -58,13 +68,15 @@ MAX_SHOWN = 10  # skipped images named on the console
 class RunFolder:
     """Paths of a run's files, and the writing of the small ones.
 
-    As a context that made the folder (`is_new`) it removes it again if the run fails before its
-    first line of metrics. Files of a run are never opened through links.
+    As a context of a folder that was empty (`is_new`) or not there (`is_made`), it removes again
+    what it wrote, and the folder that it made, if the run fails before its first line of metrics.
+    Files of a run are never opened through links.
     """
 
-    def __init__(self, path: Path, *, is_new: bool = False) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False, is_made: bool = False) -> None:
         self.path = path
         self.is_new = is_new
+        self.is_made = is_made
         self.metrics = path / "metrics.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.report = path / "report.html"
@@ -95,13 +107,15 @@ class RunFolder:
             self._remove()
 
     def _remove(self) -> None:
-        """Remove what a run writes before its first line of metrics; other files stay."""
-        for name in FILES:
+        """Remove what a run writes before its first line of metrics; other files stay, and so does
+        a folder that was there."""
+        for name in _BEFORE_THE_FIRST_LINE:
             (self.path / name).unlink(missing_ok=True)
         for name in ("tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        with suppress(OSError):  # somebody else's files are in it
-            self.path.rmdir()
+        if self.is_made:
+            with suppress(OSError):  # somebody else's files are in it
+                self.path.rmdir()
 
     @classmethod
     def check_free(cls, output_path: str | None, *, take_up: bool = False) -> None:
@@ -112,6 +126,8 @@ class RunFolder:
         if output_path is None:
             return
         path = Path(output_path)
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"--output_path {path} is a link to a folder that does not exist")
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_path {path} is a file; name a new folder")
         if path.is_dir() and any(path.iterdir()) and not (take_up and _has_no_step(path)):
@@ -133,9 +149,9 @@ class RunFolder:
         cls.check_free(output_path, take_up=take_up)
         if output_path is not None:
             path = Path(output_path)
-            is_new = not path.exists()
+            is_made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, is_new=is_new)._locked()
+            folder = cls(path, is_new=not any(path.iterdir()), is_made=is_made)._locked()
             for lines in (folder.metrics, folder.samples):
                 keep_lines(lines, lambda line: False)
             return folder
@@ -147,7 +163,7 @@ class RunFolder:
             path = parent / f"{prefix}-{number:03d}"
             try:
                 path.mkdir()  # another run may take the same number at the same moment
-                return cls(path, is_new=True)._locked()
+                return cls(path, is_new=True, is_made=True)._locked()
             except FileExistsError:
                 number += 1
 
@@ -207,7 +223,8 @@ class RunFolder:
         """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
         # A file's name may hold bytes that are not text.
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        append_line(path, text.encode("utf-8", errors="backslashreplace"))
+        with open_to_append(path) as file:
+            append_line(file, text.encode("utf-8", errors="backslashreplace"))
 
     def sync(self) -> None:
         """Wait until all that is logged is on the disk."""
@@ -223,7 +240,11 @@ class RunFolder:
 
 
 def _has_no_step(path: Path) -> bool:
-    """Whether a folder holds a run that ended before its first step, and nothing else."""
+    """Whether a folder holds a run that ended before its first step, and nothing else.
+
+    An adapter, captions or a report are of such a run only where metrics.jsonl has its first
+    validation: without that they are what is left of a run that got further.
+    """
     names = {entry.name for entry in path.iterdir()}
     if "config.json" not in names or names - FILES - FOLDERS:
         return False
@@ -232,8 +253,11 @@ def _has_no_step(path: Path) -> bool:
     try:
         lines = (path / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
-        return True
-    return not any(b'"event": "train"' in line or b"\0" in line for line in lines)
+        lines = []
+    if any(b'"event": "train"' in line or b"\0" in line for line in lines):
+        return False
+    is_validated = any(b'"event": "validation"' in line for line in lines)
+    return is_validated or names <= _BEFORE_THE_FIRST_LINE
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+from lora_engine.tensor_files import check_file
+
+_MAX_BYTES = 2**30  # of a file of a run, which may be a stranger's
+
 # Keys of a validation line
 NOT_SCORES = frozenset((
     "event", "step", "epoch", "loss", "num_images", "num_references", "mean_reference_length",
@@ -122,7 +126,7 @@ def read_records(path: str | Path, **required: type) -> list[dict[str, Any]]:
     Raises ValueError that names the line of whatever else is no JSON object with the `required`
     keys and types.
     """
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    lines = _read(Path(path)).rstrip("\n").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -216,12 +220,18 @@ def _object_if_there(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        value = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _read(path: Path) -> str:
+    """Raises ValueError for what is no regular file, or a very large one."""
+    check_file(path, max_bytes=_MAX_BYTES)
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _no_run(path: Path) -> str:

@@ -68,7 +68,7 @@ def test_fingerprints_are_those_of_earlier_versions(blip_folder, vit_gpt2_folder
         found = load_captioner(folder).fingerprints
         assert tuple(found) == PARTS and found["tokenizer"][:8] == tokenizer
         pixels = json.loads(found["preprocessor"])
-        assert sorted(pixels) == ["crop", "mean", "rescale_factor", "resample", "resize", "std"]
+        assert sorted(pixels) == ["crop", "mean", "resample", "rescale_factor", "resize", "std"]
     configuration = json.loads(load_captioner(blip_folder).fingerprints["configuration"])
     assert configuration["text_config.num_attention_heads"] == 4
     assert configuration["vision_config.layer_norm_eps"] == 1e-5

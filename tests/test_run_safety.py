@@ -17,6 +17,7 @@ from lora_engine.adapter import read_adapter, save_adapter
 from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
 from lora_engine.config import TrainingConfig
 from lora_engine.files import clear_leftovers
+from lora_engine.report import write_report
 from lora_engine.stopping import TrainingStopped
 from lora_engine.training import train
 from recipes import blip_cc3m
@@ -95,6 +96,57 @@ def test_a_folder_with_files_of_others_is_not_a_run_and_stays(run, blip_folder, 
     with pytest.raises(ValueError, match="already holds files, which is never overwritten"):
         train(go_on(short_run(blip_folder, data, folder)))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize("left", ["adapter", "report.html", "samples.jsonl"])
+def test_what_is_left_of_a_run_is_not_begun_anew(run, stopped_run, blip_folder, data, left):
+    """Without metrics.jsonl and checkpoints an adapter, or a report, is all that tells of it."""
+    for path in run.iterdir():
+        if path.name not in ("config.json", left):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = content(run)
+    with pytest.raises(ValueError, match="already holds files"):
+        train(go_on(short_run(blip_folder, data, run)))
+    assert content(run) == before
+
+
+def test_a_failed_start_can_be_tried_again(blip_folder, data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="--cache disk"):
+        train(short_run(blip_folder, data, folder, cache="disk", cache_dir="/proc/nope"))
+    assert list(folder.iterdir()) == []
+    train(short_run(blip_folder, data, folder, max_steps=1))
+
+
+def test_a_file_in_a_checkpoint_that_is_removed_stays(run, blip_folder, data):
+    note = run / "checkpoints" / "step-00000006" / "notes.txt"
+    note.write_text("mine")
+    train(go_on(short_run(blip_folder, data, run, keep_last=1)))
+    assert [path.name for path in note.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_link_to_nowhere_is_no_output_path(blip_folder, data, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a link to a folder that does not exist"):
+        train(short_run(blip_folder, data, tmp_path / "link"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl",
+                                  "samples.jsonl", "captions.jsonl", "skipped.jsonl"])
+def test_a_pipe_in_a_run_folder_does_not_hang_its_report(run, tmp_path, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(ValueError, match=name):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_a_pipe_or_a_device_is_no_annotation_file(blip_folder, data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        config = short_run(blip_folder, data, tmp_path / "run", train_data_path=str(path))
+        with pytest.raises(ValueError, match="is not a regular file"):
+            train(config)
 
 
 def test_a_failed_start_removes_only_what_it_made(blip_folder, data, tmp_path):

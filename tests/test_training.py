@@ -552,14 +552,14 @@ def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, mo
         lambda *args, **kwargs: real(*args, **kwargs)._replace(loss=next(script)),
     )
     saved = {}
-    save = adapter_keeper.save_adapter
+    files = adapter_keeper.adapter_files
 
-    def spy(model, folder, **kwargs):
+    def spy(model, **kwargs):
         step = int(kwargs["provenance"]["step"])
         saved[step] = {k: v.detach().clone() for k, v in lora_parameters(model).items()}
-        save(model, folder, **kwargs)
+        return files(model, **kwargs)
 
-    monkeypatch.setattr(adapter_keeper, "save_adapter", spy)
+    monkeypatch.setattr(adapter_keeper, "adapter_files", spy)
     summary = train(settings(blip_folder, data, tmp_path / "run", max_steps=8, eval_every=2))
     assert summary.losses == {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.0}
     assert summary.best_step == 4  # the first of two that are as good
