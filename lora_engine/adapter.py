@@ -281,7 +281,8 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
     complaints = [
         f"target_modules does not cover {path}" for path in paths if path not in targeted
     ]
-    complaints += [f"{path} is missing" for path in layers if path in targeted.difference(paths)]
+    without_matrices = targeted.difference(paths)
+    complaints += [f"{path} is missing" for path in layers if path in without_matrices]
     complaints += [f"the model has no linear layer {path}" for path in paths if path not in layers]
     ranks = by_pattern(
         config.get("rank_pattern"), sorted(layers.keys() & paths), default=config["r"]

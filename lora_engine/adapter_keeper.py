@@ -99,10 +99,12 @@ class AdapterKeeper:
     def _find_best(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """The best adapter's files, for a checkpoint of an earlier version, which lacks them."""
         best = self.folder.checkpoints / checkpoint_name(self.best_step)
+        reason = f"{best} does not hold it"
         try:
-            files = read_checkpoint(best).best_files
-            if files is not None:
-                return files
+            found = read_checkpoint(best)
+            is_its_own = found.state["validations"]["best_step"] == self.best_step
+            if is_its_own and found.best_files is not None:
+                return found.best_files
         except CheckpointError as error:
             reason = str(error)
         try:

@@ -31,11 +31,17 @@ from lora_engine.adapter import (
     is_same,
     read_adapter,
 )
-from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.checkpoint_state import FORMAT, state_complaint
+from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.files import replaced_folder, unused_name, write_synced
 from lora_engine.optim import FlatMatrices
-from lora_engine.tensor_files import Described, read_limited, read_tensors, tensor_bytes
+from lora_engine.tensor_files import (
+    Described,
+    check_file,
+    read_limited,
+    read_tensors,
+    tensor_bytes,
+)
 
 CHECKPOINTS_FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -339,7 +345,7 @@ def _refuse_moment(name: str, described: Described) -> str | None:
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
-    # Without a last line's end: cut by any byte, it is no JSON any more.
+    # No trailing newline, so that a truncated file is never valid JSON.
     return json.dumps(values, indent=1).encode()
 
 
@@ -354,7 +360,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, expected: Any) -> None:
-    size = path.stat().st_size
+    size = check_file(path, max_bytes=2**40)
     wanted = expected.get("bytes") if isinstance(expected, dict) else None
     if size != wanted:
         raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, not {wanted}")

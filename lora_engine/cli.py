@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -209,14 +210,14 @@ def _within_reach(
         value = getattr(config, name)
         if value not in [getattr(settings, name) for settings in given]:
             ours[name] = getattr(given[0], name)
-    flags = " ".join(f"--{name} {getattr(config, name)}" for name in ours)
+    flags = shlex.join(word for name in ours for word in (f"--{name}", str(getattr(config, name))))
     if "model" in ours or "revision" in ours:
         raise ValueError(
             f"{source} names another model than this command line, and a run folder is not trusted "
             f"to choose it; if it is the right one, add {flags}"
         )
     if ours:
-        print(f"not taken from {source}; give again what you want: {flags}", file=sys.stderr)
+        print(printable(f"not taken from {source}: {flags}"), file=sys.stderr)
     return dataclasses.replace(config, **ours)
 
 

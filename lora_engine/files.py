@@ -73,19 +73,27 @@ def clear_leftovers(parent: Path, is_ours: Callable[[str], object]) -> None:
     writes there.
     """
     for left in sorted(parent.glob(".*.*")):
-        folder = re.fullmatch(r"\.(.+)\.\d+\.(new|old)", left.name)
-        if folder and is_ours(folder[1]) and stat.S_ISDIR(left.lstat().st_mode):
-            path = parent / folder[1]
-            if folder[2] == "new":
-                shutil.rmtree(left, ignore_errors=True)
-            elif path.exists():
-                _retire(left, path)
-            else:
-                left.rename(path)
+        name = replaced_name(left.name)
+        if name is None or not is_ours(name):
             continue
-        file = re.fullmatch(r"\.(.+)\.\d+(\.\w+)?", left.name)
-        if file and is_ours(file[1] + (file[2] or "")) and stat.S_ISREG(left.lstat().st_mode):
+        mode = left.lstat().st_mode
+        if stat.S_ISREG(mode):
             left.unlink()
+        elif stat.S_ISDIR(mode) and left.name.endswith(".new"):
+            shutil.rmtree(left, ignore_errors=True)
+        elif stat.S_ISDIR(mode) and (parent / name).exists():
+            _retire(left, parent / name)
+        elif stat.S_ISDIR(mode):
+            left.rename(parent / name)
+
+
+def replaced_name(name: str) -> str | None:
+    """What `replaced_folder` or `replaced_file` would have renamed `name` to; None for others."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.(?:new|old)", name)
+    if match:
+        return match[1]
+    match = re.fullmatch(r"\.(.+)\.\d+(\.\w+)?", name)
+    return match[1] + (match[2] or "") if match else None
 
 
 def unused_name(path: Path) -> Path:

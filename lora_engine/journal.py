@@ -269,7 +269,6 @@ class Meter:
         if self.pending:
             self._read()
         interval_s = self._interval_s()
-        self.training_s += interval_s
         if self.finite:
             self.journal.record(
                 "train",
@@ -281,19 +280,20 @@ class Meter:
                 images_per_s=self.num_images / interval_s,
                 data_wait_share=self.waited_s / interval_s,
             )
+        self.training_s += interval_s
         self.restart()
         self._stop_if_needed()
 
     def _read(self) -> None:
-        losses = torch.stack([loss for _, loss, _, _ in self.pending]).tolist()
-        norms = torch.stack([norm for _, _, norm, _ in self.pending]).float().tolist()
-        for (step, _, _, images), loss, norm in zip(self.pending, losses, norms):
+        pending, self.pending = self.pending, []  # each counts once, whatever fails below
+        losses = torch.stack([loss for _, loss, _, _ in pending]).tolist()
+        norms = torch.stack([norm for _, _, norm, _ in pending]).float().tolist()
+        for (step, _, _, images), loss, norm in zip(pending, losses, norms):
             if math.isfinite(loss) and math.isfinite(norm):
                 self.finite.append((loss, norm))
                 self.num_non_finite = self.num_overflows = 0
             else:
                 self._count_non_finite(step, loss, images)
-        self.pending = []
         self.read_s = time.perf_counter()
         interval_s = self._interval_s()
         self.journal.progress(

@@ -180,7 +180,7 @@ def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None
     if shared:
         _warn(
             f"warning: {len(shared):,} of {len(images):,} validation images are trained on, too, "
-            f"such as {min(shared)}: validation says too much good"
+            f"such as {min(shared)}: the validation loss is too optimistic"
         )
 
 
@@ -244,7 +244,7 @@ def check_same_run(
     if unknown:
         _warn(
             f"warning: the run in {config.output_path} has no record of its {', '.join(unknown)}, "
-            f"so that these cannot be compared; from now on it has"
+            f"so they cannot be checked; they are recorded from now on"
         )
     return digests
 

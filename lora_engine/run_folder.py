@@ -40,6 +40,7 @@ from lora_engine.files import (
     clear_leftovers,
     open_to_append,
     replaced_file,
+    replaced_name,
     sync,
     unused_name,
 )
@@ -58,6 +59,9 @@ FILES = frozenset((
 FOLDERS = frozenset((
     "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
 ))
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.png",
+)
 _BEFORE_THE_FIRST_LINE = frozenset((
     "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", ".lock",
 ))
@@ -117,11 +121,24 @@ class RunFolder:
             with suppress(OSError):  # somebody else's files are in it
                 self.path.rmdir()
 
+    def _clear(self) -> None:
+        """Remove what a run that ended before its first step has left; it begins again."""
+        for name in FILES - {".lock"}:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.adapter, self.last_adapter):
+            for name in _ADAPTER_FILES:
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # not there, or somebody else's files are in it
+                folder.rmdir()
+
     @classmethod
-    def check_free(cls, output_path: str | None, *, take_up: bool = False) -> None:
+    def check_free(
+        cls, output_path: str | None, *, take_up: bool = False, is_locked: bool = False
+    ) -> None:
         """Raises ValueError if a run could not be created at `output_path`.
 
-        With `take_up` it may be where a run has ended before its first step.
+        With `take_up` it may be where a run has ended before its first step; `is_locked` says that
+        the folder has been locked for that.
         """
         if output_path is None:
             return
@@ -130,7 +147,8 @@ class RunFolder:
             raise ValueError(f"--output_path {path} is a link to a folder that does not exist")
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_path {path} is a file; name a new folder")
-        if path.is_dir() and any(path.iterdir()) and not (take_up and _has_no_step(path)):
+        is_empty = not path.is_dir() or _names(path) <= ({".lock"} if is_locked else set())
+        if not is_empty and not (take_up and _has_no_step(path)):
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
             init = path / "adapter"
             advice = f", or start from its adapter with --init_adapter {init}"
@@ -152,8 +170,9 @@ class RunFolder:
             is_made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, is_new=not any(path.iterdir()), is_made=is_made)._locked()
-            for lines in (folder.metrics, folder.samples):
-                keep_lines(lines, lambda line: False)
+            clear_leftovers(path, (FILES | FOLDERS).__contains__)
+            cls.check_free(output_path, take_up=take_up, is_locked=True)
+            folder._clear()
             return folder
         parent = Path("runs")
         parent.mkdir(exist_ok=True)
@@ -245,7 +264,7 @@ def _has_no_step(path: Path) -> bool:
     An adapter, captions or a report are of such a run only where metrics.jsonl has its first
     validation: without that they are what is left of a run that got further.
     """
-    names = {entry.name for entry in path.iterdir()}
+    names = _names(path)
     if "config.json" not in names or names - FILES - FOLDERS:
         return False
     if checkpoint_paths(path / CHECKPOINTS_FOLDER):
@@ -258,6 +277,12 @@ def _has_no_step(path: Path) -> bool:
         return False
     is_validated = any(b'"event": "validation"' in line for line in lines)
     return is_validated or names <= _BEFORE_THE_FIRST_LINE
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder, but for what a kill within a save left of a run's files."""
+    names = {entry.name for entry in folder.iterdir()}
+    return {name for name in names if replaced_name(name) not in FILES | FOLDERS}
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

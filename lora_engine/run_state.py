@@ -48,6 +48,7 @@ class RunState:
     step: int = 0
     is_whole: bool = True
     saved_step: int | None = None
+    saved_validated: bool = False
     saved_digests: bytes = b""  # the checksum of what is in their file
     saved_s: float = field(default_factory=lambda: time.monotonic())
 
@@ -78,6 +79,7 @@ class RunState:
         self.meter.load_state_dict(state["meter"])
         self.begin_s -= state["seconds"]
         self.step = self.saved_step = checkpoint.step
+        self.saved_validated = checkpoint.is_validated
         self.say(self._going_on(checkpoint))
         self.skipped.restore(self.parts.train_set, self._rows_tried())
         self.keeper.restore_best(checkpoint)
@@ -131,7 +133,9 @@ class RunState:
         Where the disk does not take it, or the adapter is not finite, that is said, and the run
         goes on: the checkpoints that are there stay.
         """
-        if self.step == self.saved_step or not self.has_begun or not self.is_whole:
+        is_validated = self.step in self.keeper.losses
+        is_saved = self.step == self.saved_step and is_validated == self.saved_validated
+        if is_saved or not self.has_begun or not self.is_whole:
             return
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints
@@ -153,7 +157,7 @@ class RunState:
         except (OSError, AdapterError) as error:
             self.say(f"warning: no checkpoint of step {self.step}: {error}")
             return
-        self.saved_step = self.step
+        self.saved_step, self.saved_validated = self.step, is_validated
         keep_last = self.parts.config.keep_last
         remove_old_checkpoints(folder, keep_last=keep_last, best_step=self.keeper.best_step)
 

@@ -16,7 +16,7 @@ class TrainingStopped(RuntimeError):
 
 
 class LoadingStopped(RuntimeError):
-    """Data that comes no more: a loading process has died, loading takes too long, or an image has
+    """Loading cannot continue: a loading process has died, loading takes too long, or an image has
     changed since the run began."""
 
 

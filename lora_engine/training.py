@@ -67,9 +67,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
 
     Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run under way cannot go on; Interrupted after SIGINT,
-    SIGTERM or SIGHUP, and when nobody reads the output any more. Whatever ends the steps, the last
-    whole one is in a checkpoint, where the disk takes it. Before the first validation is through, a
-    failure leaves no folder behind.
+    SIGTERM or SIGHUP, and when nobody reads the output any more. A checkpoint of the last whole
+    step is written first, unless the optimizer or the log of a step failed halfway. A failure
+    before the first validation removes what was written.
     """
     begin_s = time.monotonic()
     parts = prepare(config, family)
@@ -260,9 +260,9 @@ def _save_last_step(state: RunState) -> None:
     """Write a checkpoint when the steps have ended early; that it fails must not hide why."""
     try:
         state.save()
-    except TrainingStopped:  # of the very reason: the last steps are not worth a checkpoint
+    except TrainingStopped:  # raised again for the same reason
         pass
-    except Exception as error:  # a GPU that has failed answers nothing any more
+    except Exception as error:  # a GPU that has failed raises on every call
         state.say(f"warning: no checkpoint of step {state.step}: {error}")
 
 

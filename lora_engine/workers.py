@@ -72,10 +72,12 @@ def load(
                 with _deadline(timeout_s), waiting():
                     batch = next(batches, _END)
             except _Late:
-                full = shortage or shared_memory_shortage(batch_bytes)
+                full = shortage or shared_memory_shortage(batch_bytes if num_workers else 0)
                 raise _too_late(timeout_s, full) from None
+            except LoadingStopped:
+                raise
             except (OSError, EOFError, RuntimeError) as error:
-                full = shortage or shared_memory_shortage(batch_bytes)
+                full = shortage or shared_memory_shortage(batch_bytes if num_workers else 0)
                 if not str(error).startswith("DataLoader timed out"):  # after _PATIENCE_S
                     _explain(error, workers, full)
                     raise

@@ -499,3 +499,32 @@ def test_the_best_of_a_stranger_is_read_before_it_is_restored(run, blip_folder, 
     with pytest.raises(ValueError, match="best_adapter.safetensors"):
         train(replace(short_run(blip_folder, data, run), resume=str(newest)))
     assert (run / "adapter" / WEIGHTS).read_bytes() == good
+
+
+def test_a_first_start_that_is_killed_can_be_begun_again(blip_folder, data, tmp_path, monkeypatch):
+    """Also where a save was cut off, and where the second try fails, too."""
+    run = tmp_path / "run"
+    config = short_run(blip_folder, data, run, max_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
+        patch.setattr(run_state.RunState, "save", refuse)
+        train(config)
+    (run / ".environment.4242.json").write_text("{")
+    assert (run / "adapter").exists() and (run / "metrics.jsonl").stat().st_size
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
+            patch.setattr(training, "take_steps", refuse)
+            train(go_on(config))
+    train(go_on(config))
+    assert [line["step"] for line in json_lines(run / "samples.jsonl")].count(0) == 2
+    assert not (run / ".environment.4242.json").exists()
+
+
+def test_a_pipe_in_a_checkpoint_does_not_hang(run):
+    newest = checkpoint_paths(run / "checkpoints")[-1]
+    (newest / WEIGHTS).unlink()
+    os.mkfifo(newest / WEIGHTS)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest[WEIGHTS]["bytes"] = 0
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_checkpoint(newest)
