@@ -420,8 +420,10 @@ class FeatureSource:
         try:
             pixels, file, found = read_image(path, self.pixels)
         except ImageError as error:
-            reason = f"its features have gone from the cache, and it cannot be read: {error.reason}"
-            raise ImageError(path, reason) from error
+            raise LoadingStopped(
+                f"{path}: its features have gone from the cache, and it cannot be read: "
+                f"{error.reason}"
+            ) from error
         images.know(image, file, found)
         rows = self._encode(torch.from_numpy(pixels)[None])
         self._keep([digest], rows)

@@ -49,7 +49,7 @@ from lora_engine.devices import autocast
 from lora_engine.feature_format import FeatureFormat
 from lora_engine.feature_store import FeatureStore
 from lora_engine.features import FeatureSource, ImageList, encode_pixels
-from lora_engine.images import ImageError, load_pixels
+from lora_engine.images import load_pixels
 from lora_engine.lora import cast_frozen, inject
 from lora_engine.pretrained import Captioner, load_captioner
 from lora_engine.stopping import LoadingStopped, StopSignal
@@ -728,7 +728,7 @@ def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, 
         os.truncate(source.store.folder / "features.bin", 0)
         Path(images[1]).unlink()
         # No name for the error: with it DataLoader's workers would live until it is collected.
-        with pytest.raises(ImageError, match=f"^{re.escape(images[1])}: {reason}$"):
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
             list(batches)
 
 
