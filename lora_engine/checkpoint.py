@@ -153,7 +153,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         best_files = None
         if BEST_FILE in manifest or state["validations"]["best_step"] == _step(path):
             weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE
-            read_adapter(path, weights_file=weights)
+            if weights == BEST_FILE:
+                read_adapter(path, weights_file=weights)  # what it holds is an adapter
             best_files = {
                 name: (path / file).read_bytes()
                 for name, file in ((WEIGHTS_FILE, weights), (CONFIG_FILE, CONFIG_FILE))

@@ -149,7 +149,10 @@ class RunState:
             self.saved_digests = write_digests(folder / DIGESTS_FILE, digests, self.saved_digests)
             write_checkpoint(
                 folder / checkpoint_name(self.step),
-                adapter_files=self.keeper.files(self.step),
+                adapter_files=(
+                    self.keeper.best_files if self.keeper.best_step == self.step
+                    else self.keeper.files(self.step)
+                ),
                 best_files=self.keeper.best_files,
                 optimizer=self.parts.optimizer,
                 state=self._state(),

@@ -432,7 +432,7 @@ def fuzz_states(run: Path, state_of_run, *, num_inputs: int, seed: int) -> dict[
     """Restore a run from mutated states -> how many were refused and how many restored."""
     generator = random.Random(seed)
     newest = checkpoint_paths(run / "checkpoints")[-1]
-    original = json.loads((newest / "state.json").read_text())
+    original = state_of_run.parts.checkpoint.state
     counts = {"refused": 0, "restored": 0}
     for _ in range(num_inputs):
         state = original
