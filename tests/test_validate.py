@@ -146,3 +146,22 @@ def test_bad_flags_and_files_are_errors_in_words(command, flags, words):
     (command.work / "utf16.json").write_bytes('[{"text": "é"}]'.encode("utf-16"))
     status, out, err = command(verbs.run_verb, "validate", *flags)
     assert status == cli.USAGE_ERROR and words in err and out == ""
+
+
+def test_rows_of_the_validation_file_that_cannot_be_used_are_listed(command, folder):
+    images = sorted((folder / "images").iterdir())
+    val = folder / "val.json"
+    val.write_text("[" + ",\n".join(json.dumps(row) for row in [
+        {"text": "a dog", "image": str(images[0])}, {"text": "...", "image": str(images[1])},
+        {"text": " ", "image": str(images[1])},
+    ]) + "]")
+    report = folder / "found.json"
+    status, out, _ = command(
+        verbs.run_verb, "validate", "--data", folder / "train.json", "--val_data", val,
+        "--json", report,
+    )
+    assert status == PROBLEMS
+    assert f"1 captions have no words to compare:\n  {val}:2\n" in out
+    assert f"validation  1 rows cannot be used:\n  {val}:3: row 3: \"text\" is empty" in out
+    found = json.loads(report.read_text())
+    assert found["val_data_lines_without_words"] == [f"{val}:2"] and found["val_data_problems"]

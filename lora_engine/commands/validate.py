@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.annotations import CheckedRow, Row, checked_rows
+from lora_engine.annotations import BadRow, CheckedRow, Row, bad_row, checked_rows
 from lora_engine.caption_tokens import has_words
 from lora_engine.commands.loading import check_writable
 from lora_engine.config import TrainingConfig
@@ -79,6 +79,8 @@ class Findings:
     unit: str = "words"
     num_cut: int | None = None
     shared: int | None = None
+    bad_val_rows: list[BadRow] = field(default_factory=list)
+    wordless_val_rows: list[str] = field(default_factory=list)  # path:line
 
     @property
     def is_trainable(self) -> bool:
@@ -133,14 +135,26 @@ def validate(args: list[str]) -> int:
             findings.problems.append((checked.number, checked.line, f"{row.image}: {reason}"))
     findings.problems.sort()
     if config.val_data is not None:
-        others = {c.row.image for c in checked_rows(config.val_data) if isinstance(c.row, Row)}
-        findings.shared = len(others & findings.images.keys())
+        _compare(findings, config.val_data)
     print(printable(_told(config, findings)))
     if config.json is not None:
         with replaced_file(config.json) as new:
             text = json.dumps(_as_json(config, findings), indent=1, ensure_ascii=False)
             new.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    return PROBLEMS if findings.problems else 0
+    return PROBLEMS if findings.problems or findings.bad_val_rows else 0
+
+
+def _compare(findings: Findings, val_data: str) -> None:
+    """Note which images are in both files, and which rows of `val_data` cannot be used."""
+    images = set()
+    for checked in checked_rows(val_data):
+        if not isinstance(checked.row, Row):
+            findings.bad_val_rows.append(bad_row(val_data, checked))
+            continue
+        images.add(checked.row.image)
+        if not has_words(checked.row.text):
+            findings.wordless_val_rows.append(f"{val_data}:{checked.line}")
+    findings.shared = len(images & findings.images.keys())
 
 
 def _measure_captions(findings: Findings, texts: Sequence[str], config: ValidateConfig) -> None:
@@ -222,9 +236,14 @@ def _told(config: ValidateConfig, findings: Findings) -> str:
     )
     if findings.shared is not None:
         lines.append(f"shared      {findings.shared:,} images of {config.val_data} are among these")
-    if findings.wordless:
-        lines.append(f"scores      {len(findings.wordless):,} captions have no words to compare:")
-        lines += [f"  {config.data}:{row.line}" for row in findings.wordless[:MAX_SHOWN]]
+    wordless = [f"{config.data}:{row.line}" for row in findings.wordless]
+    wordless += findings.wordless_val_rows
+    if wordless:
+        lines.append(f"scores      {len(wordless):,} captions have no words to compare:")
+        lines += [f"  {place}" for place in wordless[:MAX_SHOWN]]
+    if findings.bad_val_rows:
+        lines.append(f"validation  {len(findings.bad_val_rows):,} rows cannot be used:")
+        lines += [f"  {bad}" for bad in findings.bad_val_rows[:MAX_SHOWN]]
     problems = findings.problems
     if not problems:
         return "\n".join([*lines, "no row has a problem"])
@@ -267,6 +286,8 @@ def _as_json(config: ValidateConfig, findings: Findings) -> dict[str, Any]:
             for size, count in Counter(sizes).most_common() if size
         ],
         "lines_without_words": [checked.line for checked in findings.wordless],
+        "val_data_lines_without_words": findings.wordless_val_rows,
+        "val_data_problems": [str(bad) for bad in findings.bad_val_rows],
         "problems": [
             {"row": number, "line": line, "reason": reason}
             for number, line, reason in findings.problems
