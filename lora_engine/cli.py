@@ -217,7 +217,10 @@ def _within_reach(
             f"to choose it; if it is the right one, add {flags}"
         )
     if ours:
-        print(printable(f"not taken from {source}: {flags}"), file=sys.stderr)
+        print(
+            printable(f"ignored in {source}; add to this command line to use: {flags}"),
+            file=sys.stderr,
+        )
     return dataclasses.replace(config, **ours)
 
 

@@ -48,7 +48,7 @@ class FeatureStoreError(RuntimeError):
 class FeatureStore:
     """The features of one encoder: `find` and `read` what is there, `offer` what is new.
 
-    A row that is not as it was written is found no longer; `num_damaged` counts them.
+    A damaged row is treated as missing; `num_damaged` counts them.
 
     description: all that the features depend on, as JSON; another description has another key.
     limit_bytes: for all keys in `cache_dir` together, but for what other processes are just
@@ -119,9 +119,9 @@ class FeatureStore:
         return np.array(rows or [-1] * len(digests), dtype=np.int64)
 
     def read(self, digest: bytes, out: np.ndarray) -> bool:
-        """Copy an image's row into `out`, uint8 (row_bytes,); returns whether it is whole.
+        """Copy an image's row into `out`, uint8 (row_bytes,); return whether it is there and whole.
 
-        It is not if it is missing, or damaged. A damaged row is forgotten: it may be offered anew.
+        A damaged row is removed from the index, so that it can be offered again.
         """
         found = self._ask("SELECT number, checksum FROM rows WHERE digest = ?", [digest])
         if not (found and found[0]) or found[0][0] >= self._rows_in_file():

@@ -30,7 +30,7 @@ MAX_PIXELS = 2**27
 # A JPEG's largest side. Resizing takes memory in proportion to a side, however short the other is.
 MAX_SIDE = 2**16 - 1
 
-# 4 bytes a pixel of the largest image; whatever lies behind is no image that is taken here.
+# 4 bytes per pixel of the largest image; larger files are not supported.
 MAX_FILE_BYTES = 4 * MAX_PIXELS
 
 # Processor time to decode one image. The largest images take a few seconds; a small file can be

@@ -362,8 +362,8 @@ class _Lock:
 
 
 class SkippedRows:
-    """Counts rows whose image could not be used; lists each image once in skipped.jsonl, behind
-    the rows of the annotation files that are skipped as they stand."""
+    """Counts rows whose image could not be used; lists each image once in skipped.jsonl, after the
+    rows that were rejected when the annotation files were read."""
 
     def __init__(
         self, folder: RunFolder, journal: Journal, *, max_share: float, num_rows: int
@@ -381,8 +381,7 @@ class SkippedRows:
         return len(self.seen)
 
     def begin(self, bad_rows: Sequence[BadRow], *, is_listed: bool) -> None:
-        """Name the first of the rows that are skipped, and list all, unless a run that goes on has
-        done so."""
+        """Print the first rejected rows, and list all of them unless a resumed run has done so."""
         if not bad_rows:
             return
         if not is_listed:
@@ -398,7 +397,7 @@ class SkippedRows:
         )
 
     def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
-        """Know again what a run knew that goes on: the rows tried, and skipped.jsonl."""
+        """Restore which rows of a resumed run were tried, and which images it skipped."""
         if self.folder.skipped.exists():
             lines = self.folder.skipped.read_text(encoding="utf-8").rstrip("\n").split("\n")
             self.seen = {

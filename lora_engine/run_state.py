@@ -116,8 +116,7 @@ class RunState:
 
     @contextmanager
     def undivided(self) -> Iterator[None]:
-        """What changes or is written within belongs together: where it fails half done there is no
-        checkpoint of it."""
+        """Changes within the context are all or nothing: if one fails, no checkpoint is written."""
         self.is_whole = False
         try:
             yield
@@ -128,7 +127,7 @@ class RunState:
 
     def save(self) -> None:
         """Write a checkpoint, unless that of this step is there, or nothing is to be lost yet, or
-        `undivided` was not.
+        a change that is `undivided` failed.
 
         Where the disk does not take it, or the adapter is not finite, that is said, and the run
         goes on: the checkpoints that are there stay.

@@ -33,7 +33,7 @@ def sample_digests(paths: Sequence[str]) -> np.ndarray:
 def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
     """Compare 64 images, evenly spread over the known ones; says which has changed, if one has.
 
-    One that cannot be read has not: it is skipped and listed when its turn comes.
+    Unreadable images are ignored here: they are skipped and listed when their turn comes.
     """
     if len(paths) != len(digests):
         return f"there are {len(paths):,}, not {len(digests):,}"
