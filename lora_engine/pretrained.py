@@ -657,7 +657,7 @@ def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionT
         num_special = len(set(tokenizer.all_special_ids))
         # Some wrong settings show only in use.
         tokenizer.decode(tokenizer("a photo", add_special_tokens=False)["input_ids"])
-    except BaseException as error:  # whatever it is, it means that the files do not serve
+    except BaseException as error:  # any error here means that the tokenizer files are unusable
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Ctrl-C and the like; tokenizers' own, from Rust, is no Exception either
         raise PretrainedError(

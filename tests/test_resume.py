@@ -648,7 +648,7 @@ def test_a_signal_that_is_ignored_stays_ignored(blip_folder, data, tmp_path, num
     assert newest_step(tmp_path / "run") == 4
 
 
-@pytest.mark.parametrize("phase", ["draw_loss_curve", "write_report", "the summary"])
+@pytest.mark.parametrize("phase", ["write_report", "the summary"])
 def test_a_signal_after_the_last_step_finishes_all_and_tells_by_the_status(
     unbroken, blip_folder, data, tmp_path, phase
 ):
