@@ -8,9 +8,10 @@ A step is an optimizer step of `grad_accum_steps` micro-steps. Its loss is the s
 target tokens divided by their number, across micro-steps: 4 x 16 rows are exactly 1 x 64.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
 
@@ -58,6 +59,8 @@ from lora_engine.summary import TrainingSummary
 from lora_engine.trackers import start_tracker
 from lora_engine.validation_captions import ValidationCaptions
 
+_NUM_SPARE = 8  # file descriptors
+
 
 def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:
     """Train an adapter as `config` says and leave it in a run folder: a new one, or with
@@ -85,7 +88,11 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             lose_output=stop.lose_output,
         ) as journal,
         feature_source(parts, say=journal.say) as features,
+        ExitStack() as spare,
     ):
+        # Where descriptors have run out, the last checkpoint can still be written with these.
+        for _ in range(_NUM_SPARE):
+            spare.enter_context(open(os.devnull))
         folder.write_json("config.json", config.as_dict())
         known = environment(describe(parts.device), parts.dtype, parts.kernels) | sizes(parts)
         folder.write_json("environment.json", known)
@@ -143,6 +150,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             known["peak_memory_bytes"] = peak_memory_bytes(parts.device)
             folder.write_json("environment.json", known)
         except (Exception, Interrupted) as error:
+            spare.close()
             _save_last_step(state)
             if isinstance(error, OSError):
                 raise TrainingStopped(
