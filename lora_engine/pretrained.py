@@ -14,7 +14,8 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
@@ -110,7 +111,7 @@ def load_captioner(
         fingerprints={
             "base": fingerprint(model),
             "configuration": _canonical(values),
-            "tokenizer": hashlib.sha256(json.dumps(tokenizer.behavior()).encode()).hexdigest(),
+            "tokenizer": _tokenizer_fingerprint(folder, tokenizer),
             "preprocessor": _canonical(dataclasses.asdict(pixels)),
         },
     )
@@ -645,30 +646,46 @@ def _tie_head(model: CaptionerBody) -> None:
 # --- tokenizer and pixels -------------------------------------------------------------------
 
 
+_TOKENIZER_FILES = (
+    "expected this model's tokenizer.json (or vocab.txt, or vocab.json and merges.txt)"
+)
+
+
+@contextmanager
+def _tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Any error within the context means that the tokenizer files are unusable."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C and the like; tokenizers' own, from Rust, is no Exception either
+        raise PretrainedError(
+            f"{folder} has no usable tokenizer: {_reason(error)}; {_TOKENIZER_FILES}"
+        ) from None
+
+
+def _tokenizer_fingerprint(folder: Path, tokenizer: CaptionTokenizer) -> str:
+    with _tokenizer_errors(folder):  # it tokenizes every word of the vocabulary
+        return hashlib.sha256(json.dumps(tokenizer.behavior()).encode()).hexdigest()
+
+
 def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionTokenizer:
     from transformers import AutoTokenizer
 
-    expected = "expected this model's tokenizer.json (or vocab.txt, or vocab.json and merges.txt)"
     _check_tokenizer_class(folder, config)
-    try:
+    with _tokenizer_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
         num_special = len(set(tokenizer.all_special_ids))
         # Some wrong settings show only in use.
         tokenizer.decode(tokenizer("a photo", add_special_tokens=False)["input_ids"])
-    except BaseException as error:  # any error here means that the tokenizer files are unusable
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C and the like; tokenizers' own, from Rust, is no Exception either
-        raise PretrainedError(
-            f"{folder} has no usable tokenizer: {_reason(error)}; {expected}"
-        ) from None
     # Without vocabulary files transformers makes an empty tokenizer, which knows no word.
     num_known, num_embedded = len(tokenizer), len(model.get_parameter(model.tied_head[1]))
     if not num_special < num_known <= num_embedded:
         raise PretrainedError(
             f"{folder} has no usable tokenizer: it knows {num_known} ids, the model "
-            f"{num_embedded}; {expected}"
+            f"{num_embedded}; {_TOKENIZER_FILES}"
         )
     start_id, end_id, pad_id = FAMILIES[config.model_type].special_ids(config)
     ids = (start_id, end_id, pad_id)

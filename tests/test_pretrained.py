@@ -600,7 +600,9 @@ def test_a_tokenizer_is_only_ever_a_tokenizer(folder, evil, nothing_reaches_out,
     assert not evil.exists()
 
 
-@pytest.mark.parametrize("changes", [{"model_max_length": "many"}, {"padding_side": 5}])
+@pytest.mark.parametrize("changes", [
+    {"model_max_length": "many"}, {"padding_side": 5}, {"unk_token": "nowhere"},
+])
 def test_a_tokenizer_that_fails_in_use_is_refused_when_it_is_loaded(blip, changes):
     edit_json(blip / "tokenizer_config.json", **changes)
     assert_refused(blip, "no usable tokenizer")
