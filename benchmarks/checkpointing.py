@@ -21,11 +21,11 @@ from benchmarks import plots
 from benchmarks.contenders import checkpoint
 from benchmarks.measure import cells, finish, flags, interleave, read_flags, spread, table, wait_for
 from benchmarks.ours import ALPHA, RANK
-from lora_engine.adapter import adapter_files
-from lora_engine.checkpoint import read_checkpoint, write_checkpoint
-from lora_engine.lora import inject, lora_layers
-from lora_engine.optim import FlatMatrices, build_optimizer
-from lora_engine.pretrained import load_body
+from lora_engine.lora.adapter import adapter_files
+from lora_engine.lora.injection import inject, lora_layers
+from lora_engine.models.pretrained import load_body
+from lora_engine.training.checkpoint import read_checkpoint, write_checkpoint
+from lora_engine.training.optim import FlatMatrices, build_optimizer
 
 CAPTIONS = {
     step: [[row, "a dog jumps over a fence in front of a house", True] for row in range(200)]

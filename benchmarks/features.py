@@ -34,17 +34,17 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import Ours
 from benchmarks.rows import Rows
+from lora_engine.data.images import to_pixels
 from lora_engine.demo import captioner_folder
 from lora_engine.demo.pretrain import batch_of
 from lora_engine.demo.scenes import Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.devices import autocast
-from lora_engine.evaluation import validation_loss
-from lora_engine.feature_format import CacheDtype, FeatureFormat
-from lora_engine.feature_store import read_rate
-from lora_engine.features import encode_pixels
-from lora_engine.images import to_pixels
-from lora_engine.lora import cast_frozen
-from lora_engine.pretrained import load_body, load_captioner
+from lora_engine.features.format import CacheDtype, FeatureFormat
+from lora_engine.features.source import encode_pixels
+from lora_engine.features.store import read_rate
+from lora_engine.lora.injection import cast_frozen
+from lora_engine.models.pretrained import load_body, load_captioner
+from lora_engine.training.validation import validation_loss
 
 FORMATS: tuple[CacheDtype, ...] = get_args(CacheDtype)
 NUM_SCENES, NUM_EPOCHS, TRAINING_BATCH, LEARNING_RATE = 512, 8, 32, 1e-3

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_engine.lora import LoRALinear
+from lora_engine.lora.layer import LoRALinear
 from lora_engine.models import CaptionerBody
 
 Linear = nn.Linear | LoRALinear

@@ -37,13 +37,13 @@ from benchmarks.measure import (
     table,
     wait_for,
 )
-from lora_engine.adapter import load_adapter
+from lora_engine.captioning.generation import generate
+from lora_engine.data.images import normalize
 from lora_engine.devices import autocast
-from lora_engine.features import encode_pixels
-from lora_engine.generation import generate
-from lora_engine.images import normalize
-from lora_engine.lora import cast_frozen, merge
-from lora_engine.pretrained import load_body
+from lora_engine.features.source import encode_pixels
+from lora_engine.lora.adapter import load_adapter
+from lora_engine.lora.injection import cast_frozen, merge
+from lora_engine.models.pretrained import load_body
 
 MAX_NEW_TOKENS = 20
 IDS = {"blip": (30522, 102, 0), "vit_gpt2": (50256, 50256, 50256)}  # start, end, pad

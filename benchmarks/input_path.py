@@ -6,7 +6,7 @@
 Four paths over the same JPEGs, drawn here at five sizes or taken from a folder of photos:
 
 - Pillow: what transformers' Pillow processors do; distances are levels (of 0 to 255) from there;
-- ours: `lora_engine.images.load_pixels`;
+- ours: `lora_engine.data.images.load_pixels`;
 - unguarded: ours without the checks, the orientation and the transparency of its `open_image`;
 - draft: ours, after libjpeg decoded a JPEG to 1/2, 1/4 or 1/8 of its size where that is still
   DRAFT_MARGIN times as large as needed. The engine does not: it leaves images of up to seven (BLIP)
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import interleave, spread, table, write_result
-from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.data.images import PixelSettings, find_images, load_pixels, to_pixels
 
 SETTINGS = {  # what is resized how; means do not matter here
     "blip": PixelSettings((384, 384), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

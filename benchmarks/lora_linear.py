@@ -34,8 +34,9 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import ALPHA, RANK
 from lora_engine.devices import autocast
-from lora_engine.lora import cast_frozen, inject, lora_layers, project
-from lora_engine.optim import FlatMatrices
+from lora_engine.lora.injection import cast_frozen, inject, lora_layers
+from lora_engine.lora.layer import project
+from lora_engine.training.optim import FlatMatrices
 
 SHAPES: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {  # (in, outs) of layers of one input
     "blip": {

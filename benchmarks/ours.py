@@ -1,4 +1,4 @@
-"""This engine as one more contender, made of the parts that `lora_engine.training` is made of.
+"""This engine as one more contender, made of the parts that `lora_engine.training.loop` is made of.
 
 Targets, rank, clipping and optimizer are those of the peers (peers.py). Two things are ours: rows
 of similar length go together, and features are kept, here in memory, where the first epoch leaves
@@ -19,14 +19,15 @@ import torch
 
 from benchmarks.measure import wait_for
 from benchmarks.rows import Rows
-from lora_engine import preparation, training
-from lora_engine.batches import Batch, Collate, Example, Identified, epoch_batches
 from lora_engine.config import TrainingConfig
-from lora_engine.features import FeatureSource, ImageList
-from lora_engine.images import PixelSettings
-from lora_engine.lora import inject, lora_layers
-from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
-from lora_engine.pretrained import Captioner, load_body
+from lora_engine.data.batches import Batch, Collate, Example, Identified, epoch_batches
+from lora_engine.data.images import PixelSettings
+from lora_engine.features.source import FeatureSource, ImageList
+from lora_engine.lora.injection import inject, lora_layers
+from lora_engine.models.pretrained import Captioner, load_body
+from lora_engine.training import loop as training
+from lora_engine.training import setup as preparation
+from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
 
 RANK, ALPHA = 8, 32
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0  # those of peers.py
@@ -124,7 +125,7 @@ class Ours:
         return len(self.rows.captions) / (time.perf_counter() - begin_s)
 
     def _step(self, batch: Batch) -> None:
-        """What `lora_engine.training.train` does in a step; the one place to follow it."""
+        """What `lora_engine.training.loop.train` does in a step; the one place to follow it."""
         self.num_steps += 1
         loss = training.accumulate_gradients(
             self.model, [batch], device=self.device, dtype=self.dtype, scaler=self.scaler,

@@ -47,10 +47,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.rows import Rows
-from lora_engine.batches import epoch_batches
-from lora_engine.captions import IGNORED, collate_captions
+from lora_engine.data.batches import epoch_batches
+from lora_engine.data.captions import IGNORED, collate_captions
+from lora_engine.data.images import PixelSettings, normalize
 from lora_engine.devices import autocast
-from lora_engine.images import PixelSettings, normalize
 
 RANK, ALPHA = 8, 32
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0

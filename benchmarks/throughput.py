@@ -43,8 +43,8 @@ from benchmarks.measure import (
     spread,
     table,
 )
+from lora_engine.lora.matmul import product
 from lora_engine.models import CaptionerBody
-from lora_engine.products import product
 
 PEERS_BY_DEFAULT = {
     "cpu": {"first": ["B2", "B2sdpa"], "later": ["B2", "B3"], "wall": ["B2", "B2sdpa"]},

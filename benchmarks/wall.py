@@ -31,7 +31,7 @@ def train_ours(
 ) -> None:
     """The whole engine, on image files, with a cache folder that is empty."""
     from lora_engine.config import TrainingConfig
-    from lora_engine.training import train
+    from lora_engine.training.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         train(TrainingConfig(

@@ -1,6 +1,6 @@
 """LoRA training for image captioning, written out: BLIP and ViT+GPT2.
 
-Importing this package is fast: each name below loads its room when it is first asked for, and
+Importing this package is fast: each name below loads its module when it is first asked for, and
 transformers loads with the first model.
 """
 
@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING
 from lora_engine.version import __version__
 
 if TYPE_CHECKING:
-    from lora_engine.adapter import load_adapter, save_adapter
-    from lora_engine.generation import generate
-    from lora_engine.lora import inject, merge, unmerge
-    from lora_engine.pretrained import load_captioner
-    from lora_engine.training import TrainingConfig, train
+    from lora_engine.captioning.generation import generate
+    from lora_engine.config import TrainingConfig
+    from lora_engine.lora.adapter import load_adapter, save_adapter
+    from lora_engine.lora.injection import inject, merge, unmerge
+    from lora_engine.models.pretrained import load_captioner
+    from lora_engine.training.loop import train
 
-_ROOMS = {
-    "inject": "lora",
-    "merge": "lora",
-    "unmerge": "lora",
-    "load_adapter": "adapter",
-    "save_adapter": "adapter",
-    "load_captioner": "pretrained",
-    "generate": "generation",
-    "train": "training",
-    "TrainingConfig": "training",
+_MODULES = {
+    "inject": "lora.injection",
+    "merge": "lora.injection",
+    "unmerge": "lora.injection",
+    "load_adapter": "lora.adapter",
+    "save_adapter": "lora.adapter",
+    "load_captioner": "models.pretrained",
+    "generate": "captioning.generation",
+    "train": "training.loop",
+    "TrainingConfig": "config",
 }
 
 __all__ = [
@@ -43,6 +44,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")
-    return getattr(import_module(f"lora_engine.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"lora_engine.{_MODULES[name]}"), name)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lora_engine.products import uses_onednn
-
 
 def resolve_device(name: str | None) -> torch.device:
     """The named device; without a name CUDA if there is one, else the CPU.
@@ -50,25 +48,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """Settle what torch leaves open, for this process -> the choice, in words.
-
-    fp32 means fp32: TF32, which torch allows for convolutions by itself, is not used.
-    """
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        is_half = dtype in (torch.float16, torch.bfloat16)
-        flash = is_half and torch.backends.cuda.flash_sdp_enabled()
-        return f"{'flash' if flash else 'memory-efficient'} attention, no TF32"
-    if dtype == torch.float32:
-        return f"matrix products by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
-    has_bf16 = any(
-        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
-    )
-    if dtype == torch.bfloat16 and has_bf16:
-        return "matrix products by the processor's bf16 instructions"
-    return "this processor may only imitate this format: fp32 may be faster"
+def disable_tf32() -> None:
+    """Make fp32 mean fp32 in this process: torch allows TF32 for convolutions by default."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def describe(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole or not at all."""
+"""Files and folders that are replaced whole or not at all, and foreign files read with limits."""
 
 import os
 import re
@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+
+
+class UnusableFileError(ValueError):
+    """A file that cannot be read: not a regular file, too large, or damaged."""
 
 
 @contextmanager
@@ -166,3 +170,29 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_limited(path: Path, max_bytes: int) -> str:
+    """A text file; raises OSError, and ValueError for one that is too large or not UTF-8."""
+    size = check_file(path, max_bytes=max_bytes)
+    with open(path, "rb") as file:
+        return file.read(size).decode()
+
+
+def check_file(path: Path, *, max_bytes: int) -> int:
+    """The size of a regular file, or of one that a link leads to.
+
+    Raises UnusableFileError for anything else (reading a pipe or a device may never end) and for a
+    file of more than `max_bytes`, and OSError.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a NUL, or half of a surrogate pair
+        raise UnusableFileError(f"{str(path)!r} is not a possible file name: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UnusableFileError(f"{path} is not a regular file")
+    if status.st_size > max_bytes:
+        raise UnusableFileError(
+            f"{path} has {status.st_size:,} bytes; this engine reads no more than {max_bytes:,}"
+        )
+    return status.st_size

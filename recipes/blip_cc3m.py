@@ -13,7 +13,8 @@ Without data paths the embedded demo runs instead: a tiny BLIP that ships with t
 import sys
 from dataclasses import replace
 
-from lora_engine.cli import run, run_recipe
+from lora_engine.cli import run
+from lora_engine.commands.recipe import run_recipe
 from lora_engine.config import TrainingConfig
 from lora_engine.demo import captioner_folder
 

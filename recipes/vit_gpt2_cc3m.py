@@ -13,7 +13,8 @@ and says "a red circle above a blue square" learns to speak like CC3M, in about 
 import sys
 from dataclasses import replace
 
-from lora_engine.cli import run, run_recipe
+from lora_engine.cli import run
+from lora_engine.commands.recipe import run_recipe
 from lora_engine.config import TrainingConfig
 from lora_engine.demo import captioner_folder
 

@@ -13,8 +13,9 @@ import torch
 from command_lines import plain
 from pictures import write_pictures
 
-from lora_engine import cli, training
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine import cli
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.training import loop as training
 
 # One thread: these models are so small that sharing the work costs several times the work, the
 # more so on a busy machine. Children inherit the environment.

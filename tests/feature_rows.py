@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_engine import feature_store
-from lora_engine.feature_store import FeatureStore
+from lora_engine.features import store as feature_store
+from lora_engine.features.store import FeatureStore
 
 ROW_BYTES = 5000  # no multiple of a page: two rows share one
 

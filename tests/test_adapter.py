@@ -14,9 +14,10 @@ from checkpoints import hugging_face, hugging_face_logits, random_pixels
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_engine import adapter as adapter_room
-from lora_engine import patterns
-from lora_engine.adapter import (
+from lora_engine.data.captions import IGNORED, collate_captions
+from lora_engine.lora import adapter as adapter_room
+from lora_engine.lora import patterns
+from lora_engine.lora.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterError,
@@ -24,9 +25,8 @@ from lora_engine.adapter import (
     read_adapter,
     save_adapter,
 )
-from lora_engine.captions import IGNORED, collate_captions
-from lora_engine.lora import inject, lora_layers, lora_parameters, merge
-from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.lora.injection import inject, lora_layers, lora_parameters, merge
+from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
 
 # PEFT still asks transformers under an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lora_engine.annotations import (
+from lora_engine.data.annotations import (
     AnnotationError,
     Row,
     hold_out,
@@ -208,7 +208,7 @@ def test_many_rows_take_little_memory(tmp_path):
     path = write(tmp_path, json.dumps(rows))
     program = (
         "import sys\n"
-        "from lora_engine.annotations import read_annotations\n"
+        "from lora_engine.data.annotations import read_annotations\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "used = lambda: int(status().split('VmHWM:')[1].split()[0])\n"
         "before = used()\n"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import write_pictures
 
-from lora_engine.annotations import read_annotations
-from lora_engine.batches import (
+from lora_engine.data.annotations import read_annotations
+from lora_engine.data.batches import (
     MAX_SUBSTITUTES,
     CaptionedImages,
     Collate,
@@ -24,9 +24,9 @@ from lora_engine.batches import (
     training_places,
     validation_places,
 )
-from lora_engine.captions import IGNORED, TokenizedCaptions
-from lora_engine.images import PixelSettings, open_image, to_pixels
-from lora_engine.packed_strings import PackedStrings
+from lora_engine.data.captions import IGNORED, TokenizedCaptions
+from lora_engine.data.images import PixelSettings, open_image, to_pixels
+from lora_engine.data.packed_strings import PackedStrings
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 COLLATE = Collate(image_size=PIXELS.size, prompt_length=2, pad_id=0)

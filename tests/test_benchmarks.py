@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 
-from benchmarks import contenders, flops, measure, memory, ours, peers, wall  # noqa: E402
 from benchmarks import all as all_benchmarks  # noqa: E402
+from benchmarks import contenders, flops, measure, memory, ours, peers, wall  # noqa: E402
 from benchmarks.cross_attention import crossing  # noqa: E402
-from lora_engine.adapter import read_adapter  # noqa: E402
-from lora_engine.lora import inject, lora_parameters  # noqa: E402
-from lora_engine.loss import caption_loss  # noqa: E402
+from lora_engine.lora.adapter import read_adapter  # noqa: E402
+from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models import cross_attention  # noqa: E402
-from lora_engine.pretrained import load_body  # noqa: E402
+from lora_engine.models.pretrained import load_body  # noqa: E402
+from lora_engine.training.loss import caption_loss  # noqa: E402
 
 MODELS = ("blip", "vit_gpt2")
 RUNS = {  # flags beyond those of all, number of results

@@ -7,8 +7,8 @@ from checkpoints import CAPTIONS, MAX_POSITIONS, WORDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_engine.captions import IGNORED, CaptionTokenizer, TokenizedCaptions, collate_captions
-from lora_engine.pretrained import load_captioner
+from lora_engine.data.captions import IGNORED, CaptionTokenizer, TokenizedCaptions, collate_captions
+from lora_engine.models.pretrained import load_captioner
 
 PROMPT = "a picture of"
 
@@ -71,7 +71,7 @@ def test_captions_lie_one_behind_the_other(tokenizer):
 
 def test_many_captions_are_tokenised_in_chunks_that_do_not_show(tokenizer, monkeypatch):
     expected = tokenizer.encode(CAPTIONS * 3, max_caption_tokens=5)
-    monkeypatch.setattr("lora_engine.captions._CHUNK", 4)
+    monkeypatch.setattr("lora_engine.data.captions._CHUNK", 4)
     tokens = tokenizer.encode(iter(CAPTIONS * 3), max_caption_tokens=5)
     assert rows(tokens) == rows(expected)
     assert tokens.num_truncated == expected.num_truncated == 3 * 4

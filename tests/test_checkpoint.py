@@ -13,23 +13,25 @@ import pytest
 import torch
 from forking import in_child
 
-from lora_engine import checkpoint as room
-from lora_engine.adapter import adapter_files
-from lora_engine.checkpoint import (
-    CheckpointError,
+from lora_engine.files import clear_leftovers
+from lora_engine.lora.adapter import adapter_files
+from lora_engine.lora.injection import inject, lora_layers
+from lora_engine.report.run_folder import (
     checkpoint_name,
     checkpoint_paths,
-    find_checkpoint,
     is_checkpoint_name,
+    set_aside_after,
+)
+from lora_engine.training import checkpoint as room
+from lora_engine.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
     read_checkpoint,
     remove_old_checkpoints,
     restore_moments,
-    set_aside_after,
     write_checkpoint,
 )
-from lora_engine.files import clear_leftovers
-from lora_engine.lora import inject, lora_layers
-from lora_engine.optim import FlatMatrices, build_optimizer
+from lora_engine.training.optim import FlatMatrices, build_optimizer
 
 FILES = [
     "adapter_config.json", "adapter_model.safetensors", "best_adapter.safetensors",

@@ -18,15 +18,17 @@ from pictures import json_lines, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
-from lora_engine import cli, preparation, training
-from lora_engine.adapter import read_adapter
-from lora_engine.annotations import read_annotations
+from lora_engine import cli
 from lora_engine.commands.caption import CaptionConfig
 from lora_engine.commands.evaluate import EvaluateConfig
 from lora_engine.commands.merge import MergeConfig
 from lora_engine.commands.report import ReportConfig
 from lora_engine.config import TrainingConfig
+from lora_engine.data.annotations import read_annotations
+from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
+from lora_engine.training import loop as training
+from lora_engine.training import setup as preparation
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
 RECIPES = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}

@@ -13,18 +13,18 @@ from pictures import json_lines, png_header
 
 import lora_engine
 from lora_engine import __main__ as verbs
-from lora_engine import cli, java_metrics, merging
-from lora_engine.adapter import save_adapter
-from lora_engine.annotations import read_annotations
-from lora_engine.captioning import Caption, Speaker, caption_pixels
+from lora_engine import cli
+from lora_engine.captioning import java_metrics, merging
+from lora_engine.captioning.captioner import Caption, Speaker, caption_pixels
+from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_room
 from lora_engine.commands import loading
-from lora_engine.images import open_image, to_pixels
-from lora_engine.lora import inject, lora_parameters
-from lora_engine.metrics import References
-from lora_engine.pretrained import load_captioner
+from lora_engine.data.annotations import read_annotations
+from lora_engine.data.images import open_image, to_pixels
+from lora_engine.lora.adapter import save_adapter
+from lora_engine.lora.injection import inject, lora_parameters
+from lora_engine.models.pretrained import load_captioner
 from recipes import blip_cc3m
-
 
 # --- python -m lora_engine caption ----------------------------------------------------------
 
@@ -115,7 +115,7 @@ def test_an_adapters_prompt_is_used_and_can_be_replaced(
 
 def test_a_caption_of_several_lines_is_printed_on_one(command, data, blip_folder, monkeypatch):
     monkeypatch.setattr(
-        "lora_engine.captioning.caption_pixels",
+        "lora_engine.captioning.captioner.caption_pixels",
         lambda *args, **kwargs: [(Caption("a dog\n on\ta  beach", ended=True),)],
     )
     image = read_annotations(data / "train.json")[0].image

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_engine.captions import IGNORED, collate_captions
-from lora_engine.dropout import dropout_mask
-from lora_engine.lora import LoRALinear, inject, lora_parameters
+from lora_engine.data.captions import IGNORED, collate_captions
+from lora_engine.lora.dropout import dropout_mask
+from lora_engine.lora.injection import inject, lora_parameters
+from lora_engine.lora.layer import LoRALinear
 from lora_engine.models import blip, cross_attention, vit_gpt2
 from lora_engine.models.cross_attention import absorbs, low_rank_features
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner, load_captioner
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 NUM_IMAGES, NUM_TOKENS, WIDTH, NUM_HEADS = 2, 11, 16, 4

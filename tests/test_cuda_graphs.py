@@ -6,8 +6,8 @@ import pytest
 import torch
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine.cuda_graphs import CudaGraphs
-from lora_engine.training import train
+from lora_engine.training.cuda_graphs import CudaGraphs
+from lora_engine.training.loop import train
 
 needs_cuda = [
     pytest.mark.cuda,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from lora_engine.demo import captioner_folder as demo_folder
 from lora_engine.demo import pretrain, scenes
 from lora_engine.demo.scenes import Figure, Scene, cc3m_caption, draw, plain_caption
-from lora_engine.lora import inject
-from lora_engine.pretrained import load_captioner
+from lora_engine.lora.injection import inject
+from lora_engine.models.pretrained import load_captioner
 
 FAMILIES = ["blip", "vit_gpt2"]
 MEASURED = {"blip": 0.985, "vit_gpt2": 0.981}  # exactly right captions, by demo/pretrain.py

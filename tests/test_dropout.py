@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_engine.dropout import dropout_mask, kept_part
+from lora_engine.lora.dropout import dropout_mask, kept_part
 
 
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])

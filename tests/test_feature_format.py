@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_engine.feature_format import FeatureFormat
+from lora_engine.features.format import FeatureFormat
 
 SHAPES = [(1, 1), (5, 7), (3, 4), (17, 64), (31, 33)]  # tokens and width, odd ones among them
 DTYPES = ["fp32", "bf16", "int8"]

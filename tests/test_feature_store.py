@@ -23,8 +23,8 @@ from feature_rows import (
     writing,
 )
 
-from lora_engine import feature_store
-from lora_engine.feature_store import FeatureStore, FeatureStoreError, read_rate
+from lora_engine.features import store as feature_store
+from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
 
 
 def features_size(store):

@@ -27,34 +27,31 @@ import numpy as np
 import pytest
 import torch
 from feature_rows import wait_until
-from PIL import Image
 from pictures import caption_of, json_lines, settings
+from PIL import Image
 from torch import Tensor
 
-from lora_engine import (
-    batches,
-    cli,
-    feature_store,
-    features,
-    image_identity,
-    preparation,
-    training,
-)
-from lora_engine.adapter import read_adapter
-from lora_engine.annotations import Row
-from lora_engine.batches import Batch, Place
-from lora_engine.checkpoint import CheckpointError
+from lora_engine import cli
 from lora_engine.config import TrainingConfig
+from lora_engine.data import batches, image_identity
+from lora_engine.data.annotations import Row
+from lora_engine.data.batches import Batch, Place
+from lora_engine.data.images import load_pixels
 from lora_engine.devices import autocast
-from lora_engine.feature_format import FeatureFormat
-from lora_engine.feature_store import FeatureStore
-from lora_engine.features import FeatureSource, ImageList, encode_pixels
-from lora_engine.images import load_pixels
-from lora_engine.lora import cast_frozen, inject
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.features import source as features
+from lora_engine.features import store as feature_store
+from lora_engine.features.format import FeatureFormat
+from lora_engine.features.source import FeatureSource, ImageList, encode_pixels
+from lora_engine.features.store import FeatureStore
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.injection import cast_frozen, inject
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
-from lora_engine.summary import TrainingSummary
-from lora_engine.training import train
+from lora_engine.training import loop as training
+from lora_engine.training import setup as preparation
+from lora_engine.training.checkpoint import CheckpointError
+from lora_engine.training.loop import train
 from recipes import blip_cc3m
 
 CPU = torch.device("cpu")

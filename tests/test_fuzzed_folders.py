@@ -19,9 +19,15 @@ import checkpoints
 import pytest
 import torch
 
-from lora_engine.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, load_adapter, save_adapter
-from lora_engine.lora import inject, lora_parameters
-from lora_engine.pretrained import PretrainedError, load_captioner
+from lora_engine.lora.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterError,
+    load_adapter,
+    save_adapter,
+)
+from lora_engine.lora.injection import inject, lora_parameters
+from lora_engine.models.pretrained import PretrainedError, load_captioner
 
 SECONDS = 0.7  # for each kind and family
 LONGEST = 15.0  # for one input: what is allowed for patterns, several times over

@@ -7,10 +7,10 @@ import torch
 from checkpoints import MAX_POSITIONS, hugging_face, random_pixels
 from torch import Tensor
 
-from lora_engine.generation import Sampling, _Sampler, generate
-from lora_engine.lora import inject
+from lora_engine.captioning.generation import Sampling, _Sampler, generate
+from lora_engine.lora.injection import inject
 from lora_engine.models import cross_attention
-from lora_engine.pretrained import load_captioner
+from lora_engine.models.pretrained import load_captioner
 
 NUM_IMAGES = 8
 PROMPT = "a picture of"

@@ -13,11 +13,13 @@ from checkpoints import hugging_face
 from peft import PeftModel
 from pictures import settings, write_pictures
 
-from lora_engine import hub, preparation, training
-from lora_engine.adapter import CONFIG_FILE, read_adapter
-from lora_engine.hub import check_repository, push_adapter
-from lora_engine.run_folder import RunFolder
-from lora_engine.training import train
+from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
+from lora_engine.report import hub
+from lora_engine.report.hub import check_repository, push_adapter
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.training import loop as training
+from lora_engine.training import setup as preparation
+from lora_engine.training.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -17,22 +17,25 @@ from pictures import settings, write_pictures
 from PIL import Image
 
 from lora_engine import __main__ as verbs
-from lora_engine import run_state, seen_images, training
-from lora_engine.adapter import is_same, read_adapter, save_adapter
-from lora_engine.annotations import read_annotations
-from lora_engine.checkpoint import CheckpointError, checkpoint_paths
 from lora_engine.config import TrainingConfig
-from lora_engine.lora import inject
-from lora_engine.pretrained import Captioner, load_captioner
-from lora_engine.seen_images import (
+from lora_engine.data import seen_images
+from lora_engine.data.annotations import read_annotations
+from lora_engine.data.seen_images import (
     DIGESTS_FILE,
     find_change,
     read_digests,
     sample_digests,
     write_digests,
 )
+from lora_engine.lora.adapter import is_same, read_adapter, save_adapter
+from lora_engine.lora.injection import inject
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted
-from lora_engine.training import train
+from lora_engine.training import loop as training
+from lora_engine.training import run_state
+from lora_engine.training.checkpoint import CheckpointError
+from lora_engine.training.loop import train
 from recipes import blip_cc3m
 
 PARTS = ("base", "configuration", "tokenizer", "preprocessor")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_engine import image_identity
-from lora_engine.image_identity import Identities, content_digest, stamp
+from lora_engine.data import image_identity
+from lora_engine.data.image_identity import Identities, content_digest, stamp
 
 ONE, OTHER = content_digest(b"one"), content_digest(b"other")
 

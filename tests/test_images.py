@@ -18,8 +18,8 @@ import torch
 from fuzz_images import loads_or_refuses, mutations
 from PIL import Image, ImageOps
 
-from lora_engine import images
-from lora_engine.images import (
+from lora_engine.data import images
+from lora_engine.data.images import (
     FAST_FROM,
     MAX_PIXELS,
     MAX_SIDE,

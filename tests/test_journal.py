@@ -8,10 +8,11 @@ import pytest
 import torch
 from pictures import json_lines
 
-from lora_engine import journal as module
 from lora_engine.config import TrainingConfig
-from lora_engine.journal import Journal, Meter, TrainingStopped, duration
-from lora_engine.schedule import Schedule
+from lora_engine.report import metrics_log as module
+from lora_engine.report.metrics_log import Journal, TrainingStopped, duration
+from lora_engine.training.meter import Meter
+from lora_engine.training.schedule import Schedule
 
 
 class Terminal(io.StringIO):

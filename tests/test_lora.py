@@ -14,9 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine.dropout import dropout_mask
-from lora_engine.lora import (
-    LoRALinear,
+from lora_engine.lora.dropout import dropout_mask
+from lora_engine.lora.injection import (
     cast_frozen,
     count_parameters,
     inject,
@@ -26,6 +25,7 @@ from lora_engine.lora import (
     select,
     unmerge,
 )
+from lora_engine.lora.layer import LoRALinear
 
 IN, OUT, RANK = 12, 20, 3
 

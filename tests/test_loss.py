@@ -14,16 +14,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_engine import loss as loss_module
-from lora_engine.batches import Batch, Collate, Example
-from lora_engine.captions import IGNORED
-from lora_engine.features import encode_pixels
-from lora_engine.lora import cast_frozen, inject, lora_layers, lora_parameters
-from lora_engine.loss import _FrozenHeadLoss, caption_loss
+from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.captions import IGNORED
+from lora_engine.features.source import encode_pixels
+from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
 from lora_engine.models import cross_attention
-from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
-from lora_engine.pretrained import Captioner, load_captioner
-from lora_engine.training import accumulate_gradients
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.training import loss as loss_module
+from lora_engine.training.loop import accumulate_gradients
+from lora_engine.training.loss import _FrozenHeadLoss, caption_loss
+from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from lora_engine import loss_curve
-from lora_engine.loss_curve import draw_loss_curve, smooth
+from lora_engine.report import loss_curve
+from lora_engine.report.loss_curve import draw_loss_curve, smooth
 
 BLUE, ORANGE = (42, 120, 181), (200, 80, 30)
 

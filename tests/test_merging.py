@@ -17,15 +17,16 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_engine import merging
-from lora_engine.adapter import WEIGHTS_FILE, load_adapter, save_adapter
+from lora_engine.captioning import merging
+from lora_engine.captioning.generation import generate
+from lora_engine.captioning.merging import MergeError, Parity, compare, export_merged
+from lora_engine.data.images import to_pixels
 from lora_engine.demo.scenes import draw, scene_at
-from lora_engine.features import encode_pixels
-from lora_engine.generation import generate
-from lora_engine.images import to_pixels
-from lora_engine.lora import LoRALinear, inject, lora_parameters
-from lora_engine.merging import MergeError, Parity, compare, export_merged
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.features.source import encode_pixels
+from lora_engine.lora.adapter import WEIGHTS_FILE, load_adapter, save_adapter
+from lora_engine.lora.injection import inject, lora_parameters
+from lora_engine.lora.layer import LoRALinear
+from lora_engine.models.pretrained import Captioner, load_captioner
 
 # PEFT still asks transformers under an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

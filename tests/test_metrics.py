@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_engine.caption_tokens import has_words, tokenize
-from lora_engine.metrics import BOOTSTRAPPED, References, bootstrap_intervals
+from lora_engine.captioning.caption_tokens import has_words, tokenize
+from lora_engine.captioning.metrics import BOOTSTRAPPED, References, bootstrap_intervals
 
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 

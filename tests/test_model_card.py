@@ -18,16 +18,18 @@ from markdown_it import MarkdownIt
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine import __main__ as verbs
-from lora_engine import evaluation, terminal, training
-from lora_engine.adapter import CONFIG_FILE, read_adapter
+from lora_engine import terminal
 from lora_engine.config import TrainingConfig
-from lora_engine.evaluation import ValidationLoss
+from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
+from lora_engine.report.markdown import escaped, table
+from lora_engine.report.model_card import write_model_card
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
-from lora_engine.markdown import escaped, table
-from lora_engine.model_card import write_model_card
-from lora_engine.run_folder import RunFolder
-from lora_engine.summary import TrainingSummary
-from lora_engine.training import train
+from lora_engine.training import loop as training
+from lora_engine.training import validation as evaluation
+from lora_engine.training.loop import train
+from lora_engine.training.validation import ValidationLoss
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
 RECIPES = {"blip_cc3m": blip_cc3m.main, "vit_gpt2_cc3m": vit_gpt2_cc3m.main}

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
 
-from lora_engine.captions import IGNORED, collate_captions
-from lora_engine.lora import inject, lora_parameters
+from lora_engine.data.captions import IGNORED, collate_captions
+from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.attention import KeyValueCache
-from lora_engine.pretrained import Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner, load_captioner
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

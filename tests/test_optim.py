@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_engine.lora import LoRALinear, cast_frozen
-from lora_engine.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.lora.injection import cast_frozen
+from lora_engine.lora.layer import LoRALinear
+from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 FINITE = torch.tensor(1.0)

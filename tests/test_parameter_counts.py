@@ -6,8 +6,8 @@ import published
 import pytest
 import torch
 
-from lora_engine.lora import count_parameters, inject, select
-from lora_engine.pretrained import build_from_config
+from lora_engine.lora.injection import count_parameters, inject, select
+from lora_engine.models.pretrained import build_from_config
 
 # What the published training scripts meant to adapt; their prefixes matched less.
 BLIP_INTENDED = (

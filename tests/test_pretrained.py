@@ -26,8 +26,8 @@ from checkpoints import (
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from lora_engine.images import PixelSettings
-from lora_engine.pretrained import (
+from lora_engine.data.images import PixelSettings
+from lora_engine.models.pretrained import (
     PREPROCESSORS,
     PretrainedError,
     build_from_config,
@@ -444,7 +444,7 @@ def with_image_size(folder: Path, size: tuple[int, int]) -> None:
 
 
 def pixels_of(folder: Path) -> PixelSettings:
-    from lora_engine import pretrained
+    from lora_engine.models import pretrained
 
     config = pretrained._read_config(folder, None)
     with torch.device("meta"):
@@ -806,7 +806,8 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
         "import sys, lora_engine\n"
         "print([n for n in ('torch', 'transformers', 'safetensors', 'matplotlib')"
         " if n in sys.modules])\n"
-        "import lora_engine.pretrained, lora_engine.adapter, lora_engine.generation\n"
+        "import lora_engine.models.pretrained, lora_engine.lora.adapter\n"
+        "import lora_engine.captioning.generation\n"
         "print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_engine import products
-from lora_engine.products import batched_product, feature_product, head_product, product
+from lora_engine.lora import matmul as products
+from lora_engine.lora.matmul import batched_product, feature_product, head_product, product
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SMALL, LARGE = (5, 7), (70, 90)  # (N, K), on either side of what is worth a call of oneDNN

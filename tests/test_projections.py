@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine import lora
-from lora_engine.dropout import dropout_mask
-from lora_engine.lora import LoRALinear, cast_frozen, project
-from lora_engine.optim import FlatMatrices
+from lora_engine.lora import layer as lora
+from lora_engine.lora.dropout import dropout_mask
+from lora_engine.lora.injection import cast_frozen
+from lora_engine.lora.layer import LoRALinear, project
+from lora_engine.training.optim import FlatMatrices
 
 IN = 12
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

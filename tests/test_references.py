@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lora_engine.annotations import AnnotationError
-from lora_engine.references import Referenced, read_references
+from lora_engine.captioning.references import Referenced, read_references
+from lora_engine.data.annotations import AnnotationError
 
 
 def write(tmp_path, value):

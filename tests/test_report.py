@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lora_engine import __main__ as verbs
-from lora_engine.report import write_report
+from lora_engine.report.page import write_report
 
 HOSTILE = '<script>alert("1")</script>&"\'><img src=x onerror=alert(2)>'
 FOREIGN = {"script", "iframe", "object", "form", "a", "base"}

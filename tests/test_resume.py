@@ -24,26 +24,23 @@ import torch
 from forking import Ended, in_child
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine import (
-    batches,
-    captioning,
-    cli,
-    evaluation,
-    feature_store,
-    journal,
-    preparation,
-    run_state,
-    training,
-    validation_captions,
-    workers,
-)
-from lora_engine.adapter import read_adapter
-from lora_engine.batches import CaptionedImages
-from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
+from lora_engine import cli
+from lora_engine.captioning import captioner as captioning
 from lora_engine.config import TrainingConfig
-from lora_engine.micro_batches import split
+from lora_engine.data import batches, workers
+from lora_engine.data.batches import CaptionedImages
+from lora_engine.features import store as feature_store
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.report import metrics_log as journal
+from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.training import train
+from lora_engine.training import loop as training
+from lora_engine.training import meter, run_state, validation_captions
+from lora_engine.training import setup as preparation
+from lora_engine.training import validation as evaluation
+from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
+from lora_engine.training.loop import train
+from lora_engine.training.micro_batches import split
 from recipes import blip_cc3m
 
 TIMES = ("images_per_s", "data_wait_share")
@@ -868,8 +865,8 @@ def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
         raise error
 
     if name == "meter":
-        monkeypatch.setattr(journal.Meter, "settle", fail)
-        real = journal.Meter.read
+        monkeypatch.setattr(meter.Meter, "settle", fail)
+        real = meter.Meter.read
         calls += [1, 1, 1]
     else:
         real = getattr(training, name)
@@ -979,7 +976,7 @@ def test_a_row_that_does_not_fit_stops_the_run_in_words(
 
 
 def test_the_parts_of_a_batch_are_the_batch(blip_folder, data):
-    from lora_engine.captions import collate_captions
+    from lora_engine.data.captions import collate_captions
 
     input_ids, targets = collate_captions(
         [torch.arange(n).numpy() for n in (3, 6, 4, 5, 2)], prompt_length=1, pad_id=0
@@ -1047,8 +1044,8 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
 
 
 def _lengths(model, data):
-    from lora_engine.annotations import read_annotations
-    from lora_engine.pretrained import load_captioner
+    from lora_engine.data.annotations import read_annotations
+    from lora_engine.models.pretrained import load_captioner
 
     config = TrainingConfig(model=str(model))
     rows = read_annotations(data / "train.json")

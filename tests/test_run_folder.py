@@ -4,9 +4,10 @@ import io
 
 import pytest
 
-from lora_engine.batches import Batch, Skipped
-from lora_engine.journal import Journal, TrainingStopped
-from lora_engine.run_folder import RunFolder, SkippedRows, allowed_failures
+from lora_engine.data.batches import Batch, Skipped
+from lora_engine.report.metrics_log import Journal, TrainingStopped
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.training.skipped_rows import SkippedRows, allowed_failures
 
 
 def batch(num_good: int, num_bad: int, begin: int = 0) -> Batch:

@@ -12,14 +12,17 @@ import pytest
 from pictures import json_lines, settings, write_pictures
 from test_resume import go_on, stopped_after, trajectory
 
-from lora_engine import cli, run_state, training
-from lora_engine.adapter import read_adapter, save_adapter
-from lora_engine.checkpoint import CheckpointError, checkpoint_paths, read_checkpoint
+from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.files import clear_leftovers
-from lora_engine.report import write_report
+from lora_engine.lora.adapter import read_adapter, save_adapter
+from lora_engine.report.page import write_report
+from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import TrainingStopped
-from lora_engine.training import train
+from lora_engine.training import loop as training
+from lora_engine.training import run_state
+from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
+from lora_engine.training.loop import train
 from recipes import blip_cc3m
 
 WEIGHTS = "adapter_model.safetensors"

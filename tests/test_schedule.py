@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_engine.schedule import learning_rate
+from lora_engine.training.schedule import learning_rate
 
 
 def curve(warmup_steps, total_steps, peak=1.0):

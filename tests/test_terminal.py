@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pictures import settings, write_pictures
 
 from lora_engine import __main__ as verbs
-from lora_engine import training
-from lora_engine.annotations import read_annotations
-from lora_engine.captioning import Caption
-from lora_engine.journal import Journal
+from lora_engine.captioning.captioner import Caption
+from lora_engine.data.annotations import read_annotations
+from lora_engine.report.metrics_log import Journal
 from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, printable
+from lora_engine.training import loop as training
 
 HOSTILE = "a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
 SHOWN = r"a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
@@ -79,7 +79,7 @@ def test_captions_and_names_are_printed_escaped_and_written_whole(
 ):
     caption = f"ein Hündchen 👩‍👩‍👧 {HOSTILE}"
     monkeypatch.setattr(
-        "lora_engine.captioning.caption_pixels",
+        "lora_engine.captioning.captioner.caption_pixels",
         lambda *args, **kwargs: [(Caption(caption, ended=True),)],
     )
     image = tmp_path / "é 名前\n\x1b[2J.png"

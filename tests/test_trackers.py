@@ -10,10 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine import preparation, trackers
-from lora_engine.journal import Journal
-from lora_engine.trackers import check_tracker, start_tracker
-from lora_engine.training import train
+from lora_engine.report import trackers
+from lora_engine.report.metrics_log import Journal
+from lora_engine.report.trackers import check_tracker, start_tracker
+from lora_engine.training import setup as preparation
+from lora_engine.training.loop import train
 
 NAMES = ["tensorboard", "wandb", "trackio"]
 

@@ -14,26 +14,29 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from PIL import Image
 from pictures import json_lines, png_header, settings, write_pictures
+from PIL import Image
 from torch import Tensor
 
-from lora_engine import adapter_keeper, evaluation, preparation, training
-from lora_engine.adapter import AdapterError, read_adapter
-from lora_engine.annotations import hold_out, read_annotations
-from lora_engine.batches import Batch, Collate, Example
-from lora_engine.captioning import Speaker, caption_pixels
-from lora_engine.captions import IGNORED, collate_captions
-from lora_engine.features import encode_pixels
-from lora_engine.images import open_image, to_pixels
+from lora_engine.captioning.captioner import Speaker, caption_pixels
+from lora_engine.captioning.metrics import Scores
+from lora_engine.data.annotations import hold_out, read_annotations
+from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.captions import IGNORED, collate_captions
+from lora_engine.data.images import open_image, to_pixels
+from lora_engine.features.source import encode_pixels
+from lora_engine.lora.adapter import AdapterError, read_adapter
+from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
-from lora_engine.lora import cast_frozen, inject, lora_layers, lora_parameters
-from lora_engine.loss import caption_loss
-from lora_engine.metrics import Scores
-from lora_engine.pretrained import Captioner, load_captioner
-from lora_engine.summary import TrainingSummary
 from lora_engine.terminal import escaped
-from lora_engine.training import accumulate_gradients, train
+from lora_engine.training import best_adapter as adapter_keeper
+from lora_engine.training import loop as training
+from lora_engine.training import setup as preparation
+from lora_engine.training import validation as evaluation
+from lora_engine.training.loop import accumulate_gradients, train
+from lora_engine.training.loss import caption_loss
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -719,7 +722,7 @@ def test_the_first_interval_does_not_count_the_validation_before_it(
         return clock[0]
 
     monkeypatch.setattr(evaluation, "validation_loss", slow)
-    monkeypatch.setattr("lora_engine.journal.time.perf_counter", perf_counter)
+    monkeypatch.setattr("lora_engine.report.metrics_log.time.perf_counter", perf_counter)
     summary = train(settings(blip_folder, data, tmp_path / "run", num_samples=0))
     lines = [line for line in json_lines(summary.path / "metrics.jsonl") if "grad_norm" in line]
     assert min(line["images_per_s"] for line in lines) > 100

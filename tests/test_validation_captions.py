@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine import evaluation, training
-from lora_engine.adapter import read_adapter
-from lora_engine.annotations import read_annotations
-from lora_engine.evaluation import ValidationLoss
-from lora_engine.metrics import References
-from lora_engine.run_record import read_run
-from lora_engine.training import train
+from lora_engine.captioning.metrics import References
+from lora_engine.data.annotations import read_annotations
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.report.run_record import read_run
+from lora_engine.training import loop as training
+from lora_engine.training import validation as evaluation
+from lora_engine.training.loop import train
+from lora_engine.training.validation import ValidationLoss
 
 
 @pytest.fixture(scope="module")

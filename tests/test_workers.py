@@ -11,11 +11,11 @@ import torch
 from pictures import settings
 from torch.utils.data import Dataset
 
-from lora_engine import workers
-from lora_engine.batches import Collate, Example
+from lora_engine.data import workers
+from lora_engine.data.batches import Collate, Example
+from lora_engine.data.workers import load, shared_memory_shortage
 from lora_engine.stopping import LoadingStopped
-from lora_engine.training import train
-from lora_engine.workers import load, shared_memory_shortage
+from lora_engine.training.loop import train
 
 
 class Numbers(Dataset):
@@ -93,7 +93,7 @@ def test_a_shortage_is_known_before_the_first_batch(
 ):
     assert shared_memory_shortage(9 * 10**6) is None
     assert "9 MB free, 10 MB are needed" in shared_memory_shortage(10**7)
-    monkeypatch.setattr("lora_engine.preparation.check_room", lambda *args: None)
+    monkeypatch.setattr("lora_engine.training.setup.check_room", lambda *args: None)
     config = settings(blip_folder, data, tmp_path / "run", max_steps=1, batch_size=400)
     train(config)
     assert "/dev/shm" not in capsys.readouterr().out

@@ -13,8 +13,8 @@ import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.adapter import read_adapter
-from lora_engine.captioning import Captioned, Speaker
+from lora_engine.captioning.captioner import Captioned, Speaker
+from lora_engine.captioning.generation import Sampling
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
@@ -22,10 +22,10 @@ from lora_engine.commands.loading import (
     load_base,
     speaker_of,
 )
+from lora_engine.data.images import find_images
 from lora_engine.files import replaced_file
-from lora_engine.generation import Sampling
-from lora_engine.images import find_images
-from lora_engine.run_record import read_records
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.report.run_record import read_records
 from lora_engine.terminal import escaped
 
 UNREADABLE = 1  # exit status: some images have no caption

@@ -103,7 +103,8 @@ def _versions(config: DoctorConfig) -> Iterator[Finding]:
 def _device(config: DoctorConfig) -> Iterator[Finding]:
     import torch
 
-    from lora_engine.devices import choose_kernels, describe, resolve_device, resolve_dtype
+    from lora_engine.devices import describe, resolve_device, resolve_dtype
+    from lora_engine.lora.matmul import describe_kernels
 
     try:
         device = resolve_device(config.device)
@@ -112,7 +113,8 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
         return
     dtype = resolve_dtype("auto", device)
     name = str(dtype).removeprefix("torch.")
-    yield Finding("good", "device", f"{describe(device)}, {name}: {choose_kernels(device, dtype)}")
+    kernels = describe_kernels(device, dtype)
+    yield Finding("good", "device", f"{describe(device)}, {name}: {kernels}")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         state = "good" if free > 4e9 else "note"
@@ -154,7 +156,7 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _disks(config: DoctorConfig) -> Iterator[Finding]:
-    from lora_engine.preparation import default_cache_dir
+    from lora_engine.training.setup import default_cache_dir
 
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     for topic, flag, path in (

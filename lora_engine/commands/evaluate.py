@@ -9,8 +9,16 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.adapter import read_adapter
-from lora_engine.captioning import Caption, Speaker
+from lora_engine.captioning.captioner import Caption, Speaker
+from lora_engine.captioning.java_metrics import JAVA_SCORES, check_java, java_score
+from lora_engine.captioning.metrics import (
+    BOOTSTRAPPED,
+    SCORE_NAMES,
+    CaptionScores,
+    References,
+    bootstrap_intervals,
+)
+from lora_engine.captioning.references import Referenced, read_references
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
@@ -19,15 +27,7 @@ from lora_engine.commands.loading import (
     speaker_of,
 )
 from lora_engine.files import replaced_file
-from lora_engine.java_metrics import JAVA_SCORES, check_java, java_score
-from lora_engine.metrics import (
-    BOOTSTRAPPED,
-    SCORE_NAMES,
-    CaptionScores,
-    References,
-    bootstrap_intervals,
-)
-from lora_engine.references import Referenced, read_references
+from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import printable
 
 UNREADABLE = 1  # exit status: some images or captions are left out of the scores

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_engine.adapter import Adapter
-from lora_engine.annotations import MAX_ROWS_SHOWN, BadRow
-from lora_engine.captioning import Captioned, Speaker, caption_images, with_adapter
+from lora_engine.captioning.captioner import Captioned, Speaker, caption_images, with_adapter
+from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
+from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
-from lora_engine.lora import cast_frozen
-from lora_engine.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.lora.adapter import Adapter
+from lora_engine.lora.injection import cast_frozen
+from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.terminal import printable
-from lora_engine.workers import default_num_workers
 
 
 @dataclass(frozen=True, kw_only=True)

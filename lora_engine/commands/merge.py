@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_engine import cli
-from lora_engine.adapter import load_adapter, read_adapter
+from lora_engine.captioning.merging import check_out, export_merged
 from lora_engine.commands.loading import check_base, load_base
-from lora_engine.images import PixelSettings, find_images, load_pixels, to_pixels
-from lora_engine.lora import lora_layers
-from lora_engine.merging import check_out, export_merged
-from lora_engine.pretrained import FAMILIES
+from lora_engine.data.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.lora.adapter import load_adapter, read_adapter
+from lora_engine.lora.injection import lora_layers
+from lora_engine.models.pretrained import FAMILIES
 from lora_engine.terminal import printable
 
 NUM_DRAWN = 4  # images that a merged model is compared on where none are given

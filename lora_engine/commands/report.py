@@ -8,7 +8,7 @@ import tyro
 
 from lora_engine import cli
 from lora_engine.commands.loading import check_writable
-from lora_engine.report import write_report
+from lora_engine.report.page import write_report
 from lora_engine.terminal import printable
 
 

@@ -15,15 +15,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.annotations import BadRow, CheckedRow, Row, bad_row, checked_rows
-from lora_engine.caption_tokens import has_words
+from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.commands.loading import check_writable
 from lora_engine.config import TrainingConfig
+from lora_engine.data.annotations import BadRow, CheckedRow, Row, bad_row, checked_rows
+from lora_engine.data.images import ImageError, open_image, read_image_file
+from lora_engine.data.workers import load
 from lora_engine.files import replaced_file
-from lora_engine.images import ImageError, open_image, read_image_file
-from lora_engine.pretrained import load_tokenizer
+from lora_engine.models.pretrained import load_tokenizer
 from lora_engine.terminal import printable
-from lora_engine.workers import load
 
 PROBLEMS = 1  # exit status: some rows cannot be used
 MAX_SHOWN = 20  # problems on the terminal; --json has all

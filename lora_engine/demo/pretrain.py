@@ -30,14 +30,14 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
 
-from lora_engine.batches import Batch, Collate, Example
-from lora_engine.captioning import Speaker, caption_pixels
+from lora_engine.captioning.captioner import Speaker, caption_pixels
+from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.images import normalize, to_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.files import replaced_file
-from lora_engine.images import normalize, to_pixels
-from lora_engine.loss import caption_loss
-from lora_engine.pretrained import Captioner, build_from_config, load_captioner
-from lora_engine.schedule import learning_rate
+from lora_engine.models.pretrained import Captioner, build_from_config, load_captioner
+from lora_engine.training.loss import caption_loss
+from lora_engine.training.schedule import learning_rate
 
 WIDTH = 128
 NUM_HEADS = 4

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_engine.lora import project
+from lora_engine.lora.layer import project
+from lora_engine.lora.matmul import compute_dtype
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
 from lora_engine.models.cross_attention import (
@@ -24,7 +25,6 @@ from lora_engine.models.cross_attention import (
     low_rank_features,
 )
 from lora_engine.models.vit import VisionTransformer, convert_names
-from lora_engine.products import compute_dtype
 
 
 class Attention(nn.Module):

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lora_engine.dropout import dropout_mask, kept_part
-from lora_engine.lora import LoRALinear, linear_parts
+from lora_engine.lora.dropout import dropout_mask, kept_part
+from lora_engine.lora.layer import LoRALinear, linear_parts
+from lora_engine.lora.matmul import batched_product, feature_product, head_product, product
 from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
-from lora_engine.products import batched_product, feature_product, head_product, product
 
 
 class FeatureProjection(NamedTuple):

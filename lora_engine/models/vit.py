@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lora_engine.lora import project
+from lora_engine.lora.layer import project
 from lora_engine.models.activations import ACTIVATIONS
 
 # Regular expressions over Hugging Face's names below the encoder, and the names here.

@@ -1,0 +1,1 @@
+"""How captions come out, and how good they are: generation, metrics, merged weights."""

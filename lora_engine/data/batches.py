@@ -1,0 +1,328 @@
+"""Rows -> batches: deterministic order, similar lengths together, loading in worker processes.
+
+The order is a function of (seed, epoch) alone, and an unreadable image's substitute one of (seed,
+epoch, position), so that nothing about workers or prefetching has to be remembered.
+
+Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded for it, H height,
+W width, P image tokens, D width of the features.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from lora_engine.data.captions import IGNORED, TokenizedCaptions, collate_captions
+from lora_engine.data.image_identity import FileStamp, content_digest, stamp
+from lora_engine.data.images import ImageError, PixelSettings, load_pixels, read_image_file
+from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.workers import load
+
+MAX_SUBSTITUTES = 20
+
+_WINDOW = 64  # batches sorted by length together: little padding, and an order still random
+
+
+class Place(NamedTuple):
+    """Which row stands at which position of which epoch's order, and whether it needs its image.
+    """
+
+    epoch: int
+    position: int
+    row: int
+    needs_pixels: bool = True
+
+
+class Skipped(NamedTuple):
+    """A row whose image cannot be used."""
+
+    row: int
+    image: str
+    reason: str
+
+
+class Identified(NamedTuple):
+    """An image that was read: number, digest, and the stamp of its file (None: not trustworthy)."""
+
+    image: int
+    file: FileStamp | None
+    digest: bytes
+
+
+class Example(NamedTuple):
+    """One row, loaded: token ids, and pixels uint8 (3, H, W) where its place needs some.
+
+    `is_usable` is False where no image could be read.
+    """
+
+    row: int
+    image: int
+    token_ids: np.ndarray
+    is_usable: bool = True
+    pixels: np.ndarray | None = None
+    identified: Identified | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Batch(NamedTuple):
+    """Rows ready for the model, on the CPU.
+
+    `input_ids` (B, T). The targets are kept flat, M of them: `target_ids` and their
+    `target_positions` in the flattened (B * T) positions; `num_targets` of them are not IGNORED.
+    `rows` are the B row numbers, `images` their images' numbers; `skipped` the rows that could not
+    be loaded. `pixels` uint8 (U, 3, H, W) are those of the images in `loaded`, until they become
+    `features` (B, P, D).
+    """
+
+    input_ids: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    num_targets: int
+    rows: list[int]
+    images: list[int]
+    skipped: list[Skipped]
+    pixels: Tensor
+    loaded: list[Identified]
+    features: Tensor | None = None
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
+        """(input_ids, target_positions, target_ids, features) on a device, as the loss takes them.
+
+        From pinned memory the copies do not block.
+        """
+        assert self.features is not None
+        tensors = self.input_ids, self.target_positions, self.target_ids, self.features
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def epoch_batches(
+    lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """One epoch's batches as arrays of row numbers: every row once, a function of (seed, epoch).
+
+    The epoch's permutation is cut into windows of 64 batches, each sorted by caption length and
+    cut into batches, and the batches are shuffled: as many steps as without sorting. At most one
+    batch is shorter than `batch_size`.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches = []
+    for begin in range(0, len(order), _WINDOW * batch_size):
+        window = order[begin : begin + _WINDOW * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def training_places(
+    lengths: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int,
+    first_epoch: int = 0,
+    num_done: int = 0,
+) -> Iterator[list[Place]]:
+    """All batches of a run, one epoch after the other; of the first epoch those behind `num_done`.
+    """
+    for epoch in range(first_epoch, num_epochs):
+        batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        position = sum(map(len, batches[:num_done]))
+        for rows in batches[num_done:]:
+            yield [Place(epoch, position + i, int(row)) for i, row in enumerate(rows)]
+            position += len(rows)
+        num_done = 0
+
+
+def validation_places(lengths: np.ndarray, *, batch_size: int) -> list[list[Place]]:
+    """Every row once, longest captions first: too large a batch fails at once, not at the end."""
+    order = np.argsort(-lengths, kind="stable")
+    return [
+        [Place(0, begin + i, int(row)) for i, row in enumerate(order[begin : begin + batch_size])]
+        for begin in range(0, len(order), batch_size)
+    ]
+
+
+class CaptionedImages(Dataset):
+    """Rows of captions and image paths, loaded by their `Place`.
+
+    `images` (one path a row) are kept once each, in `image_paths`; `image_of_row` are their
+    numbers. With `substitute`, a row whose image cannot be used is replaced by another one, drawn
+    from (seed, epoch, position); otherwise its batch is shorter.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[str],
+        captions: TokenizedCaptions,
+        pixels: PixelSettings,
+        *,
+        seed: int,
+        substitute: bool,
+    ) -> None:
+        numbers: dict[str, int] = {}
+        self.image_of_row = np.array([numbers.setdefault(path, len(numbers)) for path in images])
+        self.image_paths = PackedStrings(numbers)
+        self.captions = captions
+        self.pixels = pixels
+        self.seed = seed
+        self.substitute = substitute
+
+    def __len__(self) -> int:
+        return len(self.image_of_row)
+
+    def paths_of(self, batches: Iterable[Batch]) -> list[str]:
+        """The images of all rows of some batches."""
+        return [self.image_paths[image] for batch in batches for image in batch.images]
+
+    def __getitem__(self, place: Place) -> Example:
+        row = place.row
+        if not place.needs_pixels:
+            return Example(row, int(self.image_of_row[row]), self.captions[row])
+        generator = np.random.default_rng([self.seed, place.epoch, place.position])
+        skipped: list[Skipped] = []
+        for _ in range(MAX_SUBSTITUTES + 1):
+            image = int(self.image_of_row[row])
+            path = self.image_paths[image]
+            try:
+                pixels, file, digest = read_image(path, self.pixels)
+                return Example(
+                    row, image, self.captions[row], True, pixels, Identified(image, file, digest),
+                    tuple(skipped),
+                )
+            except ImageError as error:
+                skipped.append(Skipped(row, path, error.reason))
+            if not self.substitute:
+                break
+            row = int(generator.integers(len(self)))
+        return Example(row, image, self.captions[row], is_usable=False, skipped=tuple(skipped))
+
+
+def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStamp | None, bytes]:
+    """An image file's pixels uint8 (3, H, W), its stamp, and its digest; raises ImageError."""
+    file = stamp(path)
+    data = read_image_file(path)
+    if stamp(path) != file:  # it changed under us; what was read is good, the stamp is not
+        file = None
+    try:
+        return load_pixels(data, settings), file, content_digest(data)
+    except ImageError as error:
+        raise ImageError(path, error.reason) from error
+
+
+class Collate:
+    """Examples -> Batch, without rows where no image could be read; runs in the workers.
+
+    With `longest_bucket` captions are padded to the next of a few lengths, at most that one, and
+    targets, with IGNORED ones, to the next of eight numbers a length, so that full batches have
+    few shapes.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        prompt_length: int,
+        pad_id: int,
+        longest_bucket: int | None = None,
+    ) -> None:
+        self.image_size = image_size
+        self.longest_bucket = longest_bucket
+        self.prompt_length = prompt_length
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        usable = [example for example in examples if example.is_usable]
+        input_ids, targets = collate_captions(
+            [example.token_ids for example in usable],
+            prompt_length=self.prompt_length,
+            pad_id=self.pad_id,
+        )
+        if self.longest_bucket is not None:
+            num_more = min(bucket_length(input_ids.shape[1]), self.longest_bucket)
+            num_more -= input_ids.shape[1]
+            input_ids = F.pad(input_ids, (0, num_more), value=self.pad_id)
+            targets = F.pad(targets, (0, num_more), value=IGNORED)
+        num_positions = targets.numel()
+        targets = targets.flatten()
+        positions = (targets != IGNORED).nonzero().flatten()
+        num_targets = len(positions)
+        target_ids = targets[positions]
+        if self.longest_bucket is not None:
+            step = max(num_positions // 8, 1)
+            num_more = -(-num_targets // step) * step - num_targets
+            positions = F.pad(positions, (0, num_more))
+            target_ids = F.pad(target_ids, (0, num_more), value=IGNORED)
+        pixels = [torch.from_numpy(e.pixels) for e in usable if e.pixels is not None]
+        empty = torch.empty((0, 3, *self.image_size), dtype=torch.uint8)
+        return Batch(
+            input_ids=input_ids,
+            target_positions=positions,
+            target_ids=target_ids,
+            num_targets=num_targets,
+            rows=[example.row for example in usable],
+            images=[example.image for example in usable],
+            skipped=[problem for example in examples for problem in example.skipped],
+            # Puts them into shared memory itself: where there is none left, that fails here, and
+            # not later in a thread that nobody hears.
+            pixels=default_collate(pixels) if pixels else empty,
+            loaded=[e.identified for e in usable if e.identified is not None],
+        )
+
+
+def bucket_length(num_tokens: int) -> int:
+    """The next of 4, 8, ..., 32, 48, 64, 96, 128, ... tokens."""
+    step = 4 if num_tokens <= 32 else 16 if num_tokens <= 64 else 32
+    return -(-num_tokens // step) * step
+
+
+def load_batches(
+    dataset: CaptionedImages,
+    places: Iterable[list[Place]],
+    *,
+    collate: Collate,
+    num_workers: int,
+    has_features: Callable[[int], bool] = lambda image: False,
+    pin_memory: bool = False,
+    timeout_s: float = 0,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    batch_bytes: int = 0,
+) -> Iterator[Batch]:
+    """Load batches in the order of `places`, ahead of their use where there are workers.
+
+    An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
+    lets the copy to a GPU run beside the computation. `timeout_s`, `waiting` and `batch_bytes` are
+    as in `workers.load`.
+    """
+    asked = (
+        [
+            place._replace(needs_pixels=not has_features(int(dataset.image_of_row[place.row])))
+            for place in batch
+        ]
+        for batch in places
+    )
+    return load(
+        dataset,
+        batch_sampler=_Once(asked),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        timeout_s=timeout_s,
+        waiting=waiting,
+        batch_bytes=batch_bytes,
+    )
+
+
+class _Once:
+    """A batch sampler over an iterator; DataLoader asks for it once, in this process."""
+
+    def __init__(self, places: Iterator[list[Place]]) -> None:
+        self.places = places
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return self.places

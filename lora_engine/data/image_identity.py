@@ -1,0 +1,140 @@
+"""What an image file holds, in 16 bytes, without reading it again while it has not changed."""
+
+import hashlib
+import os
+import sqlite3
+import time
+from pathlib import Path
+from types import TracebackType
+
+from lora_engine.data.shared_database import folder_lock, is_current, open_database, remove_database
+
+# The coarsest clock of a file system in use (FAT) ticks every 2 s.
+_CLOCK_TICK_NS = 2 * 10**9
+
+# What a kill may lose. Only that: entries are few and small, and a commit waits for no disk.
+_COMMIT_EVERY_S = 1.0
+_COMMIT_EVERY = 256  # entries
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, stamp BLOB NOT NULL, digest BLOB NOT NULL
+) WITHOUT ROWID;
+"""
+_VERSION = 1  # 0 had stamps of size and modification time alone
+
+FileStamp = bytes  # 16 of them, of which a changed file has others
+
+
+def content_digest(data: bytes) -> bytes:
+    """The 16 bytes under which this content is known; others have other ones (BLAKE2b)."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def stamp(path: str | Path) -> FileStamp | None:
+    """The stamp of a file, to be taken before it is read; None where none can be trusted.
+
+    It covers size, inode, modification and status change time. The last two are what a replaced
+    file cannot keep: a copy can have its size and its modification time set, but not these.
+
+    A file that cannot be looked at has no stamp, nor has one that changed in the last 2 s: changed
+    a second time within one tick of the file system's clock it would keep its stamp (git calls this
+    racy).
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL, or half of a surrogate pair
+        return None
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _CLOCK_TICK_NS:
+        return None
+    # Not the numbers themselves: some file systems have larger ones than a database takes.
+    values = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    return content_digest(repr(values).encode())
+
+
+class Identities:
+    """Remembers the digests of files under their path and stamp, for one thread at a time.
+
+    `identities.sqlite` in the folder outlives the run and is shared with other processes. It is
+    only a memory: where it is damaged, or of another version, it is replaced, and where it cannot
+    be used, or `folder` is None, it lasts as long as this object. What is lost costs reading a file
+    again, never a result.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._fresh: dict[bytes, tuple[FileStamp, bytes]] = {}  # not in the database (yet)
+        self._database = None if folder is None else _open(folder)
+        self._committed_s = time.monotonic()
+
+    def __enter__(self) -> "Identities":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def recall(self, path: str | Path, stamp: FileStamp) -> bytes | None:
+        """The digest of the file's content, if it was remembered under this very stamp."""
+        name = _absolute(path)
+        known = self._fresh.get(name) or self._look_up(name)
+        return known[1] if known is not None and known[0] == stamp else None
+
+    def remember(self, path: str | Path, stamp: FileStamp, digest: bytes) -> None:
+        """Keep the digest of what was read from the file after its stamp was taken."""
+        self._fresh[_absolute(path)] = (stamp, digest)
+        is_due = time.monotonic() - self._committed_s >= _COMMIT_EVERY_S
+        if is_due or len(self._fresh) >= _COMMIT_EVERY:
+            self._commit()
+
+    def close(self) -> None:
+        """Write what is new; from then on the memory is this object's own."""
+        self._commit()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _look_up(self, name: bytes) -> tuple[FileStamp, bytes] | None:
+        if self._database is None:
+            return None
+        query = "SELECT stamp, digest FROM files WHERE path = ?"
+        try:
+            return self._database.execute(query, (name,)).fetchone()
+        except sqlite3.Error:
+            self._database = None
+            return None
+
+    def _commit(self) -> None:
+        if self._database is None:
+            return
+        rows = [(name, *entry) for name, entry in self._fresh.items()]
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
+            self._fresh.clear()
+        except sqlite3.Error:
+            self._database = None
+        self._committed_s = time.monotonic()
+
+
+def _absolute(path: str | Path) -> bytes:
+    return os.fsencode(os.path.abspath(path))
+
+
+def _open(folder: Path) -> sqlite3.Connection | None:
+    path = folder / "identities.sqlite"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            if not is_current(path, version=_VERSION):
+                remove_database(path)
+            database = open_database(path, _SCHEMA, version=_VERSION)
+        # Moving the log into the database waits for the disk: at each 64 MiB, and at closing.
+        database.execute("PRAGMA wal_autocheckpoint = 16384")
+        return database
+    except (OSError, sqlite3.Error):
+        return None

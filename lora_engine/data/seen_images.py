@@ -1,0 +1,79 @@
+"""What a run's images hold, by their digests, so that none changes unnoticed.
+
+    RUN/checkpoints/image_digests.bin    16 bytes per image, and their BLAKE2b
+
+The images are those of the training rows, then of the validation rows, in the order in which they
+first appear; one that the run has not read has zeros. The file is written with the newest
+checkpoint and holds for all of them, because a digest in it never changes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_engine.data.image_identity import content_digest
+from lora_engine.data.images import ImageError, read_image_file
+from lora_engine.files import replaced_file, write_synced
+
+DIGESTS_FILE = "image_digests.bin"
+UNKNOWN = bytes(16)
+NUM_SAMPLED = 64
+_MAX_BYTES = 2**30  # 67 million images
+
+
+def sample_digests(paths: Sequence[str]) -> np.ndarray:
+    """Digests of images, V16 (N,): of 64 evenly spread ones, `UNKNOWN` for the others."""
+    digests = np.zeros(len(paths), dtype="V16")
+    for image in _spread(np.arange(len(paths))):
+        digests[image] = np.void(_digest(paths[image]))
+    return digests
+
+
+def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
+    """Compare 64 images, evenly spread over the known ones; says which has changed, if one has.
+
+    Unreadable images are ignored here: they are skipped and listed when their turn comes.
+    """
+    if len(paths) != len(digests):
+        return f"there are {len(paths):,}, not {len(digests):,}"
+    is_known = digests.view(np.uint64).reshape(-1, 2).any(axis=1)
+    for image in _spread(np.flatnonzero(is_known)):
+        if _digest(paths[image]) not in (UNKNOWN, digests[image].tobytes()):
+            return f"{paths[image]} has changed"
+    return None
+
+
+def write_digests(path: Path, digests: np.ndarray, written: bytes = b"") -> bytes:
+    """Write the file whole, unless its last 16 bytes would be `written`; returns these."""
+    data = digests.tobytes()
+    checksum = content_digest(data)
+    if checksum != written:
+        with replaced_file(path) as new:
+            write_synced(new, data + checksum)
+    return checksum
+
+
+def read_digests(path: Path) -> np.ndarray | None:
+    """The digests (N,) of a file; None where there is none, or a damaged one."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            return None
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if len(data) % 16 or content_digest(data[:-16]) != data[-16:]:
+        return None
+    return np.frombuffer(data[:-16], dtype="V16").copy()
+
+
+def _digest(path: str) -> bytes:
+    try:
+        return content_digest(read_image_file(path))
+    except ImageError:
+        return UNKNOWN
+
+
+def _spread(images: np.ndarray) -> list[int]:
+    places = np.linspace(0, len(images) - 1, min(len(images), NUM_SAMPLED)).astype(int)
+    return images[places].tolist()

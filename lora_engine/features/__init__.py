@@ -1,0 +1,1 @@
+"""What is computed once: the frozen encoder's features of images, in memory and on disk."""

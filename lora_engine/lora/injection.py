@@ -1,0 +1,253 @@
+"""Which linear layers of a module tree get an adapter, and what that comes to in parameters.
+
+A module tree may tell `inject` what it knows about itself by two attributes: `lora_groups`, names
+for regular expressions over module paths (`{"attention": ...}`), and `lora_scope`, a regular
+expression over the paths that may be adapted at all.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as shortened
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_engine.lora.layer import LoRALinear, check_settings, is_conv1d, widths
+from lora_engine.lora.patterns import PatternError, first_matches
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One line of an injection plan."""
+
+    path: str
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+
+    @property
+    def num_parameters(self) -> int:
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """What `inject` did: every adapted module, and the model's parameters by kind."""
+
+    modules: tuple[AdaptedModule, ...]
+    num_trainable: int
+    num_frozen: int
+
+    @property
+    def totals(self) -> str:
+        share = 100 * self.num_trainable / (self.num_trainable + self.num_frozen)
+        return (
+            f"LoRA on {len(self.modules)} modules: {self.num_trainable:,} trainable, "
+            f"{self.num_frozen:,} frozen parameters ({share:.2f} % trainable)"
+        )
+
+    def __str__(self) -> str:
+        """A table with one line a module, and the totals."""
+        width = max(len(module.path) for module in self.modules)
+        lines = [f"{'module':<{width}}  {'in -> out':>12}  rank  scaling  parameters"]
+        lines += [_table_line(module.path, module, width) for module in self.modules]
+        return "\n".join([*lines, self.totals])
+
+    def folded(self) -> str:
+        """The same table with modules that differ only in their layer number on one line."""
+        groups: dict[tuple, list[AdaptedModule]] = {}
+        for module in self.modules:
+            name = re.sub(r"\.\d+(?=\.)", ".*", module.path)
+            shape = (module.in_features, module.out_features, module.rank, module.scaling)
+            groups.setdefault((name, *shape), []).append(module)
+        names = [f"{len(modules):>3} x {key[0]}" for key, modules in groups.items()]
+        width = max(map(len, names))
+        lines = [f"{'modules':<{width}}  {'in -> out':>12}  rank  scaling  parameters"]
+        for name, modules in zip(names, groups.values()):
+            lines.append(_table_line(name, modules[0], width, times=len(modules)))
+        return "\n".join([*lines, self.totals])
+
+
+def inject(
+    module: nn.Module,
+    targets: str | Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float = 32.0,
+    dropout: float = 0.1,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> InjectionPlan:
+    """Freeze `module` and replace its targeted linear layers, in place, by `LoRALinear`.
+
+    `targets` are matched as `select` describes. `rank_pattern` and `alpha_pattern` give single
+    layers another rank or alpha, by PEFT's rule: the key, a regular expression, matches the path
+    or what follows a dot in it. New A matrices are drawn from torch's global generator in the
+    order of the module tree. Only the new matrices require a gradient afterwards.
+
+    Raises ValueError as `select` does, for a pattern that is no regular expression or costs too
+    much, and for a rank below 1 or a dropout outside [0, 1), before anything is changed.
+    """
+    paths = select(module, targets)
+    ranks = by_pattern(rank_pattern, paths, default=rank)
+    alphas = by_pattern(alpha_pattern, paths, default=alpha)
+    for layer_rank in ranks.values():
+        check_settings(layer_rank, dropout)
+    module.requires_grad_(False)
+    adapted = []
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        parent = module.get_submodule(parent_path)
+        layer = LoRALinear(
+            getattr(parent, name),
+            rank=ranks[path],
+            alpha=alphas[path],
+            dropout=dropout,
+            rslora=rslora,
+        )
+        setattr(parent, name, layer)
+        adapted.append(
+            AdaptedModule(path, layer.in_features, layer.out_features, layer.rank, layer.scaling)
+        )
+    return InjectionPlan(tuple(adapted), *count_parameters(module))
+
+
+def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the linear layers that `targets` name, in the order of the module tree.
+
+    A single string is one regular expression over the whole path. In a sequence, each item is a
+    group that the module declares, a regular expression after "re:", or PEFT's kind of name: equal
+    to the path, or the path ends with "." + name.
+
+    Raises ValueError for a target that matches nothing (naming near ones) or matches only what
+    may not be adapted, and for a module that is already adapted.
+    """
+    if next(lora_layers(module), None) is not None:
+        raise ValueError("this module already has LoRA layers; inject once, with all targets")
+    patterns = [f"re:{targets}"] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("no LoRA targets given; name at least one group or module")
+    scope = re.compile(getattr(module, "lora_scope", ".*"))
+    linears = list(linear_layers(module))
+    allowed = [path for path in linears if scope.fullmatch(path)]
+    groups: Mapping[str, str] = getattr(module, "lora_groups", {})
+    selected: set[str] = set()
+    for pattern in patterns:
+        hits = _matching(allowed, pattern, groups)
+        if not hits:
+            raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
+        selected.update(hits)
+    return [path for path in allowed if path in selected]
+
+
+def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of every layer that can be adapted, by its path, in the order of the tree."""
+    return {
+        path: widths(child) for path, child in module.named_modules()
+        # Not subclasses: they compute something else, or are read past their forward
+        # (nn.MultiheadAttention's out_proj).
+        if type(child) is nn.Linear or is_conv1d(child)
+    }
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Every LoRA layer with its path."""
+    for path, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            yield path, child
+
+
+def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable matrix by its name, `<path>.lora_A` before `<path>.lora_B`."""
+    matrices = {}
+    for path, layer in lora_layers(module):
+        matrices[f"{path}.lora_A"] = layer.lora_A
+        matrices[f"{path}.lora_B"] = layer.lora_B
+    return matrices
+
+
+def merge(module: nn.Module) -> None:
+    """Fold every adapter into its frozen weight: same outputs, no extra work a call."""
+    for _, layer in lora_layers(module):
+        layer.merge()
+
+
+def unmerge(module: nn.Module) -> None:
+    """Undo `merge` exactly."""
+    for _, layer in lora_layers(module):
+        layer.unmerge()
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Number of (trainable, frozen) parameters; a tied weight counts once."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in module.parameters()) - trainable
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the frozen weights of matrix products in `dtype`, once.
+
+    Autocast would cast them anew in every step: it remembers casts only of weights that require a
+    gradient. Norms and embeddings stay as they are, as under autocast; a vocabulary head tied to
+    an embedding gets its own copy, so that the embedding keeps its precision.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d, LoRALinear)) or is_conv1d(child):
+            for name in ("weight", "bias"):
+                parameter = getattr(child, name)
+                is_frozen = parameter is not None and not parameter.requires_grad
+                if is_frozen and parameter.dtype != dtype:
+                    cast = parameter.detach().to(dtype)
+                    setattr(child, name, nn.Parameter(cast, requires_grad=False))
+
+
+def by_pattern(patterns: Mapping | None, paths: Sequence[str], *, default) -> dict[str, Any]:
+    """Each path's value: that of the first pattern which matches, by PEFT's rule; see `inject`."""
+    patterns = patterns or {}
+    found = first_matches(patterns, paths, or_tail=True)
+    return {path: patterns[found[path]] if path in found else default for path in paths}
+
+
+def _matching(paths: Sequence[str], target: str, groups: Mapping[str, str]) -> list[str]:
+    if target in groups:
+        return [path for path in paths if re.fullmatch(groups[target], path)]
+    if not target.startswith("re:"):
+        return [path for path in paths if path == target or path.endswith("." + target)]
+    try:
+        return list(first_matches([target[3:]], paths))
+    except PatternError as error:
+        raise ValueError(f"LoRA target {shortened(target)}: {error}") from None
+
+
+def _nothing_matched(
+    target: str, allowed: list[str], linears: list[str], groups: Mapping[str, str]
+) -> str:
+    outside = _matching([path for path in linears if path not in allowed], target, groups)
+    if outside:
+        return (
+            f"LoRA target {target!r} matches only modules that are never adapted here (encoder, "
+            f"embeddings, vocabulary head): {', '.join(outside[:3])}"
+            f"{' ...' if len(outside) > 3 else ''}"
+        )
+    # Every tail of every path is a name that would have matched.
+    parts = [path.split(".") for path in allowed]
+    tails = {".".join(p[i:]) for p in parts for i in range(len(p)) if not p[i].isdigit()}
+    wanted = target.removeprefix("re:")
+    near = difflib.get_close_matches(wanted, sorted(tails | set(groups)), n=5, cutoff=0.5)
+    known = sorted({path.rpartition(".")[2] for path in allowed})
+    advice = f"near names: {', '.join(near)}" if near else f"linear layers: {', '.join(known)}"
+    group_names = f"; groups: {', '.join(groups)}" if groups else ""
+    return f"LoRA target {target!r} matches no linear layer; {advice}{group_names}"
+
+
+def _table_line(name: str, module: AdaptedModule, width: int, times: int = 1) -> str:
+    shape = f"{module.in_features} -> {module.out_features}"
+    return (
+        f"{name:<{width}}  {shape:>12}  {module.rank:>4}  {module.scaling:>7g}  "
+        f"{times * module.num_parameters:>10,}"
+    )

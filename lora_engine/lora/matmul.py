@@ -1,0 +1,154 @@
+"""Matrix products beside frozen operands, on the fastest kernel that torch has for them.
+
+A frozen operand gets no gradient, so that of the three products of a linear layer (forward, input
+gradient, weight gradient) one is never formed.
+
+On AMD's processors with AVX-512 fp32 products go to oneDNN. `F.linear` and `torch.bmm` go to MKL,
+which does not use the full width of the vectors there and runs at less than half of oneDNN's rate.
+On Intel's it is MKL that is faster (benchmarks/LOG.md).
+
+Axes: M rows, N columns of the result, K the summed axis, B independent products, H heads.
+"""
+
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _is_amd() -> bool:
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
+
+
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+_USE_ONEDNN = _HAS_ONEDNN and _is_amd()
+_MIN_SIZE = 2**12  # elements of the second operand; for less a call of oneDNN costs too much
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of `x` runs in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, K), frozen (N, K), bias (N) -> x frozen^T + bias (M, N).
+
+    For the inside of autograd functions and for operands that need no gradient: oneDNN's way
+    records none. `frozen` may be a transposed view.
+    """
+    is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
+    if is_small or not uses_onednn(x.device, x.dtype) or frozen.dtype != torch.float32:
+        return F.linear(x, frozen, bias)
+    onednn = _onednn_op if torch.compiler.is_compiling() else _onednn
+    return onednn(x, frozen, bias)
+
+
+def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products there go to oneDNN, past torch's choice."""
+    return _USE_ONEDNN and device.type == "cpu" and dtype == torch.float32
+
+
+def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernels that compute in `dtype` on `device`, in words for the run's first lines."""
+    if device.type == "cuda":
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        flash = is_half and torch.backends.cuda.flash_sdp_enabled()
+        return f"{'flash' if flash else 'memory-efficient'} attention, no TF32"
+    if dtype == torch.float32:
+        return f"matrix products by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
+    has_bf16 = any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
+    )
+    if dtype == torch.bfloat16 and has_bf16:
+        return "matrix products by the processor's bf16 instructions"
+    return "this processor may only imitate this format: fp32 may be faster"
+
+
+def _onednn(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Given other strides than these oneDNN works with a reference kernel, a hundred times slower.
+    if not (frozen.is_contiguous() or frozen.T.is_contiguous()):
+        frozen = frozen.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), frozen, bias, "none", [], "")
+
+
+def _batched_onednn(x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([_onednn(rows, matrix) for rows, matrix in zip(x, y)])
+
+
+# For the compiler, which takes oneDNN's own operator with constant matrices only.
+_onednn_op = torch.library.custom_op("lora_engine::onednn", _onednn, mutates_args=())
+_onednn_op.register_fake(lambda x, frozen, bias=None: x.new_empty(x.shape[0], frozen.shape[0]))
+_batched_onednn_op = torch.library.custom_op(
+    "lora_engine::batched_onednn", _batched_onednn, mutates_args=()
+)
+_batched_onednn_op.register_fake(lambda x, y: x.new_empty(*x.shape[:2], y.shape[1]))
+
+
+class _FeatureProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return product(features, matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (features,) = ctx.saved_tensors
+        return None, product(gradient.T.contiguous(), features.T)
+
+
+def feature_product(features: Tensor, matrix: Tensor) -> Tensor:
+    """features (M, K), matrix (N, K) -> features matrix^T (M, N), with a gradient for `matrix`."""
+    return _FeatureProduct.apply(features, matrix)
+
+
+class _BatchedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        # Neither is kept where the other needs no gradient of it.
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, y if ctx.needs_input_grad[0] else None
+        )
+        return _batched(x, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, y = ctx.saved_tensors
+        dx = None if y is None else _batched(gradient, y.transpose(1, 2))
+        dy = None
+        if x is not None:  # gradient^T x, as the product that has fewer rows
+            if x.shape[2] < gradient.shape[2]:
+                dy = _batched(x.transpose(1, 2), gradient.transpose(1, 2)).transpose(1, 2)
+            else:
+                dy = _batched(gradient.transpose(1, 2), x.transpose(1, 2))
+        return dx, dy
+
+
+def _batched(x: Tensor, y: Tensor) -> Tensor:
+    if not uses_onednn(x.device, x.dtype):
+        return torch.bmm(x, y.transpose(1, 2))
+    return _batched_onednn_op(x, y) if torch.compiler.is_compiling() else _batched_onednn(x, y)
+
+
+def batched_product(x: Tensor, y: Tensor) -> Tensor:
+    """x (B, M, K), y (B, N, K) -> x y^T (B, M, N), with gradients for what needs one."""
+    return _BatchedProduct.apply(x, y)
+
+
+def head_product(x: Tensor, frozen: Tensor) -> Tensor:
+    """x (M, H, K), frozen (H, K, N) -> (M, H, N): the product of each head with its own matrix."""
+    out = batched_product(x.transpose(0, 1), frozen.transpose(1, 2))  # (H, M, N)
+    return out.transpose(0, 1).contiguous()

@@ -1,0 +1,61 @@
+"""safetensors files: equal tensors as equal bytes, and foreign files read with limits."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lora_engine.files import UnusableFileError, check_file
+
+
+class Described(NamedTuple):
+    """What a file's header says of a tensor; `dtype` as safetensors spells it ("F32")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {self.shape}"
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of tensors on the CPU; the same for the same tensors and metadata.
+
+    safetensors itself writes metadata in a random order. (Nor would files of its save_file have the
+    modes that the umask says: they are for their owner alone.)
+    """
+    data = save(dict(tensors), metadata={"format": "pt", **metadata})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def read_tensors(
+    path: Path, *, refuse: Callable[[str, Described], str | None], max_bytes: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata.
+
+    `refuse` is asked about every tensor before any is read, and says what is wrong with it, if
+    something is. Raises UnusableFileError, and FileNotFoundError.
+    """
+    try:
+        check_file(path, max_bytes=max_bytes)
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            for key in keys:
+                part = file.get_slice(key)
+                complaint = refuse(key, Described(part.get_dtype(), tuple(part.get_shape())))
+                if complaint is not None:
+                    name = key if len(key) < 300 else shortened(key)
+                    raise UnusableFileError(f"{path}: {name} {complaint}")
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise UnusableFileError(f"cannot read {path}: {error}") from None

@@ -1,0 +1,179 @@
+"""What a run says: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere."""
+
+import errno
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from lora_engine.files import append_line, is_still_at, open_to_append
+from lora_engine.report.trackers import Tracker
+from lora_engine.stopping import TrainingStopped
+from lora_engine.terminal import printable
+
+_EVERY_S = 5.0  # between two plain lines
+
+
+class Journal:
+    """Appends events to metrics.jsonl and shows progress on a stream.
+
+    metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
+    everything drawn later is derived from it. A `tracker` is told the same. Where nobody reads the
+    stream any more, `lose_output` is told once and what it would have shown is dropped.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        tracker: Tracker | None = None,
+        lose_output: Callable[[OSError], None] = lambda error: None,
+    ) -> None:
+        self.stream: Any = _Output(stream or sys.stdout, lose_output)
+        self.tracker = tracker
+        self._path = path
+        # Kept open: a step must not lose its line for want of a descriptor.
+        self._file = open_to_append(path)
+        self._total_steps = total_steps
+        self._bar = tqdm(
+            initial=first_step,
+            total=total_steps,
+            unit="step",
+            dynamic_ncols=True,
+            file=self.stream,
+            disable=not self.stream.isatty(),
+        )
+        self._last_line_s = time.monotonic()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.tracker is not None:
+            self.tracker.close(say=self.say)
+        self._bar.close()
+        self._file.close()
+
+    def record(self, event: str, **values: Any) -> None:
+        """Write one line of metrics.jsonl.
+
+        Raises OSError where the disk does not take the line, of which nothing is left then, and
+        TrainingStopped where the file has been removed since the run began.
+        """
+        if not is_still_at(self._file, self._path):
+            raise TrainingStopped(
+                f"{self._path} is gone: the run folder was removed or renamed during the run"
+            )
+        line = event_line(event, **values)
+        append_line(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
+        del line["event"]
+        self.track(event, **line)
+
+    def track(self, event: str, **values: Any) -> None:
+        """Tell the tracker, if there is one, and nobody else."""
+        if self.tracker is not None:
+            self.tracker.record(event, values, say=self.say)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar if there is one."""
+        text = printable(text)
+        if self._bar.disable:
+            print(text, file=self.stream, flush=True)
+        else:
+            self._bar.write(text, file=self.stream)
+
+    def tick(self, text: str) -> None:
+        """Something goes on: shown in the bar, or as a line if the last is seconds old."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+        elif time.monotonic() - self._last_line_s >= _EVERY_S:
+            self._last_line_s = time.monotonic()
+            print(text, file=self.stream, flush=True)
+
+    def progress(
+        self,
+        *,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        images_per_s: float,
+        data_wait_share: float,
+        remaining_s: float,
+    ) -> None:
+        """Move the bar, or print a line if the last one is a few seconds old."""
+        state = (
+            f"loss {loss:.4f} | lr {learning_rate:.2e} | {images_per_s:.1f} images/s | "
+            f"waiting for data {100 * data_wait_share:.0f} %"
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(state, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_line_s >= _EVERY_S or step == self._total_steps:
+            self._last_line_s = time.monotonic()
+            left = f"{duration(remaining_s)} left"
+            print(f"step {step}/{self._total_steps} | {state} | {left}", file=self.stream,
+                  flush=True)
+
+
+class _Output:
+    """A stream whose reader may go, within any write; no step must fail half done for that."""
+
+    def __init__(self, stream: TextIO, lose: Callable[[OSError], None]) -> None:
+        self._stream = stream
+        self._lose = lose
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> None:
+        if self._is_lost:
+            return
+        try:
+            act(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
+                raise
+            self._is_lost = True
+            self._lose(error)
+
+
+def event_line(event: str, **values: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl: floats in as many digits as carry meaning.
+
+    A float that is not finite becomes null, since JSON has no word for it.
+    """
+    for name, value in values.items():
+        if isinstance(value, float):
+            values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
+    return {"event": event, **values}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: 42 s, 3 min 05 s, 7 h 12 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,242 @@
+"""The model card of a run's adapter: adapter/README.md, as the Hugging Face Hub reads it.
+
+It is derived from what the run has written, and names no path of this machine: an adapter folder is
+made to be handed on. Format: https://huggingface.co/docs/hub/model-cards.
+"""
+
+import json
+import shlex
+import shutil
+from typing import Any
+
+from lora_engine.captioning.metrics import SCORE_NAMES
+from lora_engine.files import replaced_file
+from lora_engine.lora.adapter import Adapter, read_adapter
+from lora_engine.models.pretrained import FAMILIES
+from lora_engine.report.markdown import escaped, table
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.report.run_record import NOT_SCORES, read_records
+from lora_engine.version import __version__
+
+CARD_FILE = "README.md"
+MAX_SAMPLES = 8
+
+_LOCAL_BASE = "BASE_MODEL"  # stands in commands for a base that has no name on the Hub
+
+_SNIPPET = """\
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, {hugging_face_class}
+
+base, adapter = {base!r}, {adapter!r}
+model = {hugging_face_class}.from_pretrained(base{revision})
+model = PeftModel.from_pretrained(model, adapter).eval()
+processor = AutoImageProcessor.from_pretrained(base{revision})
+tokenizer = AutoTokenizer.from_pretrained(base{revision})
+
+image = Image.open("photo.jpg").convert("RGB")
+pixel_values = processor(image, return_tensors="pt").pixel_values
+{generate}
+print(tokenizer.decode(tokens[0, start:], skip_special_tokens=True).strip())"""
+
+_GENERATE = """\
+tokens = model.generate(pixel_values=pixel_values, max_new_tokens=30)
+start = 1  # behind the start token"""
+
+# By the class in transformers. BLIP's generate puts [DEC] in place of [CLS] and drops the [SEP].
+_GENERATE_BEHIND_PROMPT = {
+    "BlipForConditionalGeneration": """\
+prompt_ids = tokenizer({prompt!r}, return_tensors="pt").input_ids  # [CLS] prompt [SEP]
+tokens = model.generate(pixel_values=pixel_values, input_ids=prompt_ids, max_new_tokens=30)
+start = prompt_ids.shape[1] - 1  # behind [DEC] prompt""",
+    "VisionEncoderDecoderModel": """\
+prompt_ids = tokenizer(tokenizer.bos_token + {prompt!r}, return_tensors="pt").input_ids
+tokens = model.generate(
+    pixel_values=pixel_values, decoder_input_ids=prompt_ids, max_new_tokens=30
+)
+start = prompt_ids.shape[1]  # behind the start token and the prompt""",
+}
+
+
+def write_model_card(folder: RunFolder) -> None:
+    """Write README.md, and the loss curve that it shows, beside the run's best adapter.
+
+    The adapter is described as it lies there, whatever the run did after it was saved.
+    """
+    if folder.loss_curve.exists():
+        with replaced_file(folder.adapter / folder.loss_curve.name) as new:
+            shutil.copyfile(folder.loss_curve, new)
+    with replaced_file(folder.adapter / CARD_FILE) as new:
+        # A caption may hold half of a character pair, which is no text for UTF-8.
+        new.write_text(model_card(folder), encoding="utf-8", errors="replace")
+
+
+def model_card(folder: RunFolder) -> str:
+    adapter = read_adapter(folder.adapter)
+    config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    base = adapter.base_on_hub
+    # A name without an owner would be looked for among the Hub's own models.
+    name = config["push_to_hub"] if "/" in (config["push_to_hub"] or "") else None
+    of = base or adapter.config["auto_mapping"]["base_model_class"]
+    curve = (
+        f'<img src="{folder.loss_curve.name}" width="480" alt="Training and validation loss">'
+        if folder.loss_curve.exists() else ""
+    )
+    parts = [
+        _front_matter(base, config["licence"]),
+        f"# {escaped(name or f'LoRA adapter of {of}')}",
+        f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) that captions "
+        f"images, in PEFT's format, trained with lora_engine {__version__}.",
+        _origin(adapter, environment),
+        "## Scores",
+        _scores(folder, adapter),
+        curve,
+        _samples(folder, adapter),
+        "## Use it",
+        "" if base else
+        f"`{_LOCAL_BASE}` below is the base model's folder or Hub name; its weights have the "
+        f"fingerprint above.",
+        f"```python\n{_snippet(adapter, name)}\n```",
+        f"Training labels: {escaped(adapter.provenance['label_convention'])}. `generate` starts "
+        f"from the decoder's own start token (BLIP: `[DEC]`), as training did.",
+        _commands(adapter, name),
+        "## Settings",
+        _settings(adapter, config, environment),
+        "## Licence",
+        f"`{config['licence']}`" if config["licence"] else
+        "No licence has been chosen for this adapter.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(base: str | None, licence: str | None) -> str:
+    # JSON's strings are YAML's too.
+    lines = ["library_name: peft", "pipeline_tag: image-to-text"]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += [f"license: {json.dumps(licence)}"] if licence else []
+    return "\n".join(["---", *lines, "tags:", "- lora", "- image-captioning", "---"])
+
+
+def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
+    provenance, base = adapter.provenance, adapter.base_on_hub
+    revision = adapter.config["revision"]
+    at = f", revision {escaped(revision)}" if revision else ""
+    kind = adapter.config["auto_mapping"]["base_model_class"]
+    named = f"[{escaped(base)}](https://huggingface.co/{base}){at}" if base else "from a folder"
+    return table(["", ""], [
+        ["base model", f"{named} (`{kind}`)"],
+        ["fingerprint of its weights", f"`{provenance['base_fingerprint']}`"],
+        ["training data", _size(environment, "train")],
+        ["its fingerprint", f"`{provenance['data_fingerprint']}`"],
+        ["validation data", _size(environment, "val")],
+        *([["prompt", escaped(adapter.prompt)]] if adapter.prompt else []),
+    ])
+
+
+def _size(environment: dict[str, Any], part: str) -> str:
+    captions, images = (environment[f"num_{part}_{kind}"] for kind in ("captions", "images"))
+    return f"{captions:,} captions of {images:,} images"
+
+
+def _scores(folder: RunFolder, adapter: Adapter) -> str:
+    """The loss and every score that the validations gave, before training and of the adapter."""
+    records = read_records(folder.metrics)
+    validations = {r["step"]: r for r in records if r["event"] == "validation"}
+    best_step = int(adapter.provenance["step"])
+    first, best = validations[0], validations[best_step]
+    last_step = max(record.get("step", 0) for record in records)
+    rows = [
+        [_score_name(name), _score(first.get(name)), _score(value)]
+        for name, value in best.items()
+        if (name == "loss" or name not in NOT_SCORES) and isinstance(value, (int, float))
+    ]
+    of = f"step {best_step:,} of {last_step:,}, epoch {best['epoch']:.3g}"
+    scores = table(["validation", "before training", f"this adapter ({of})"], rows)
+    if best_step == 0:
+        return f"Training made nothing better: the adapter is the one it started from.\n\n{scores}"
+    return scores
+
+
+def _score_name(name: str) -> str:
+    return "loss (nats per token)" if name == "loss" else SCORE_NAMES.get(name, f"`{name}`")
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _samples(folder: RunFolder, adapter: Adapter) -> str:
+    lines = read_records(folder.samples) if folder.samples.exists() else []
+    best_step = int(adapter.provenance["step"])
+    before = {line["image"]: line["caption"] for line in lines if line["step"] == 0}
+    rows = [
+        [escaped(text) for text in (line["reference"], before[line["image"]], line["caption"])]
+        for line in lines if line["step"] == best_step
+    ]
+    if not rows:
+        return ""
+    shown = table(["reference", "before training", "with this adapter"], rows[:MAX_SAMPLES])
+    return f"Captions of validation images:\n\n{shown}"
+
+
+def _snippet(adapter: Adapter, name: str | None) -> str:
+    hugging_face_class = adapter.config["auto_mapping"]["base_model_class"]
+    revision, prompt = adapter.config["revision"], adapter.prompt.rstrip()
+    generate = _GENERATE
+    if prompt:
+        generate = _GENERATE_BEHIND_PROMPT[hugging_face_class].format(prompt=prompt)
+    return _SNIPPET.format(
+        hugging_face_class=hugging_face_class,
+        base=adapter.base_on_hub or _LOCAL_BASE,
+        revision=f", revision={revision!r}" if revision else "",
+        adapter=name or ".",
+        generate=generate,
+    )
+
+
+def _commands(adapter: Adapter, name: str | None) -> str:
+    """Captioning and further training with lora_engine, in a shell."""
+    base, revision = adapter.base_on_hub, adapter.config["revision"]
+    kind = adapter.config["auto_mapping"]["base_model_class"]
+    recipe = next(f.name for f in FAMILIES.values() if f.hugging_face_class == kind)
+    folder = "adapter" if name else "."
+    caption = ["python", "-m", "lora_engine", "caption", "--adapter", folder]
+    train = ["python", "-m", f"recipes.{recipe}_cc3m", "--init_adapter", folder]
+    train += ["--model", base or _LOCAL_BASE]
+    train += ["--revision", revision] if revision else []
+    train += ["--prompt", adapter.prompt] if adapter.prompt else []
+    caption += [] if base else ["--model", _LOCAL_BASE]
+    commands = "\n".join([
+        *([shlex.join(["hf", "download", name, "--local-dir", folder])] if name else []),
+        f"{shlex.join(caption)} photo.jpg",
+        f"{shlex.join(train)} --train_data_path train.json",
+    ])
+    here = "" if name else " from this folder"
+    return f"To caption and to train further with lora_engine{here}:\n\n```bash\n{commands}\n```"
+
+
+def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, Any]) -> str:
+    lora = adapter.config
+    targets = " ".join(config["lora_targets"])
+    if config["init_adapter"] is not None:
+        targets = "those of the adapter that it started from"
+    batch = f"{config['batch_size']} captions"
+    if config["grad_accum_steps"] > 1:
+        batch += f" in each of a step's {config['grad_accum_steps']} micro-steps"
+    return table(["", ""], [
+        ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
+        ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],
+        ["dropout", f"{lora['lora_dropout']:g}"],
+        ["targets", f"{escaped(targets)} ({len(lora['target_modules'])} modules)"],
+        ["peak learning rate", f"{config['lr']:g}"],
+        ["weight decay", f"{config['weight_decay']:g}"],
+        ["epochs", f"at most {config['epochs']}"],
+        ["batch", batch],
+        ["precision", environment["compute_dtype"]],
+        ["seed", str(config["seed"])],
+    ])
+
+
+def _others(pattern: dict[str, Any]) -> str:
+    return ", others in adapter_config.json" if pattern else ""

@@ -1,0 +1,260 @@
+"""What a run's record says, in words and figures; how they are laid out is the report's matter."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from lora_engine.captioning.metrics import SCORE_NAMES
+from lora_engine.config import TrainingConfig
+from lora_engine.report.metrics_log import duration
+from lora_engine.report.run_record import RunRecord, is_number
+
+NOTHING = "–"
+
+# Keys of environment.json that tell of the run, and not of versions and the machine.
+ABOUT_THE_RUN = frozenset((
+    "started", "total_s", "peak_memory_bytes", "num_train_captions", "num_train_images",
+    "num_val_captions", "num_val_images", "num_adapted_modules", "num_trainable", "num_frozen",
+))
+
+Better = Callable[[Iterable[float]], float] | None  # max, min, or neither
+
+
+# Which values of a score are better; of those that are not here, neither.
+BETTER: dict[str, Better] = dict.fromkeys(SCORE_NAMES, max) | {
+    "repetition": min, "mean_length": None,
+}
+
+
+class Result(NamedTuple):
+    """A figure as text, with a remark and, where runs can be ranked by it, as a number."""
+
+    text: str
+    remark: str = ""
+    value: float | None = None
+    better: Better = None
+
+
+def score_name(key: str) -> str:
+    return SCORE_NAMES.get(key, key)
+
+
+def score_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """The scores that any of the runs has, in the order of SCORE_NAMES and then in their own."""
+    found = dict.fromkeys(key for run in runs for key in run.scores)
+    return [key for key in SCORE_NAMES if key in found] + [
+        key for key in found if key not in SCORE_NAMES
+    ]
+
+
+def score_at(run: RunRecord, key: str, step: int) -> float | None:
+    return dict(zip(*run.validation(key))).get(step)
+
+
+def names(runs: Sequence[RunRecord]) -> list[str]:
+    """The folders' own names, or their paths where two names are alike."""
+    own = [run.path.resolve().name for run in runs]
+    return own if len(set(own)) == len(own) else [str(run.path) for run in runs]
+
+
+def subtitle(run: RunRecord) -> str:
+    model = text(run.config.get("model"))
+    parts = [f"LoRA on {Path(model).name if Path(model).is_absolute() else model}"]
+    if "started" in run.environment:
+        parts.append(f"started {text(run.environment['started'])}")
+    return ", ".join(parts)
+
+
+def headline(run: RunRecord) -> str:
+    """The outcome in a sentence."""
+    losses = run.validation("loss")
+    if not losses.steps:
+        return "No validation is recorded."
+    step = run.best_step
+    best = score_at(run, "loss", step)
+    first_step, last_step = losses.steps[0], losses.steps[-1]
+    if len(losses.steps) == 1:
+        when = f"step {step:,}" if step else "before training"
+        return f"The validation loss {when} is {figure(best)} nats per token."
+    if step == first_step:
+        return (
+            f"No validation was better than the one before training, of {figure(best)} nats per "
+            f"token: adapter/ holds what the run started from. At step {last_step:,} the loss is "
+            f"{figure(losses.values[-1])}."
+        )
+    told = (
+        f"The validation loss went from {figure(losses.values[0])} to {figure(best)} nats per "
+        f"token, best at step {step:,} of {_total(run)}"
+    )
+    for key in score_keys([run])[:1]:
+        before, after = (score_at(run, key, at) for at in (first_step, step))
+        if before is not None and after is not None:
+            change = "rose" if after > before else "fell" if after < before else "went"
+            told += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
+    return told + "."
+
+
+def scored(run: RunRecord) -> str:
+    """On what the scores were measured, and how."""
+    lines = [line for line in run.metrics if line["event"] == "validation"]
+    known = [line for line in lines if "num_images" in line and "num_references" in line]
+    if not known:
+        return ""
+    return (
+        f"Greedy captions of {count(known[-1]['num_images'])} validation images with "
+        f"{count(known[-1]['num_references'])} references, COCO's scores on PTB-like tokens."
+    )
+
+
+def notices(run: RunRecord) -> list[str]:
+    """What one must know to read the rest rightly."""
+    found = []
+    if not run.is_finished:
+        total = f" of {run.total_steps:,}" if run.total_steps else ""
+        reached = f"step {run.last_step:,}{total}" if run.last_step else "the start of training"
+        found.append(f"This run is not finished: its record ends at {reached}.")
+    for name, content in (("config.json", run.config), ("environment.json", run.environment)):
+        if not content:
+            found.append(f"The run folder has no {name}; what it would tell is missing here.")
+    skipped = Counter(
+        bool(line.get("by_grad_scaler")) for line in run.metrics
+        if line["event"] == "skipped_step"
+    )
+    if skipped[False]:
+        found.append(f"Steps that were not finite, and changed nothing: {skipped[False]:,}.")
+    if skipped[True]:
+        found.append(f"Steps that fp16 needed to find its loss scale: {skipped[True]:,}.")
+    return found
+
+
+def results(run: RunRecord) -> dict[str, Result]:
+    """What a run measured, by what it is called: the loss and the scores of the best step first."""
+    found = {}
+    losses = run.validation("loss")
+    if losses.steps:
+        step = run.best_step
+        best = score_at(run, "loss", step)
+        remark = f"{figure(losses.values[0])} before; step {step:,} of {_total(run)}"
+        found["Validation loss"] = Result(figure(best), remark, best, min)
+        for key in score_keys([run]):
+            before, after = (score_at(run, key, at) for at in (losses.steps[0], step))
+            found[score_name(key)] = Result(
+                figure(after), f"{figure(before)} before", after, BETTER.get(key)
+            )
+    speeds, waits = (run.training(key).values for key in ("images_per_s", "data_wait_share"))
+    if speeds:
+        remark = f"median; {fmean(waits):.0%} of the time waiting for data" if waits else "median"
+        found["Images per second"] = Result(f"{median(speeds):,.1f}", remark, median(speeds), max)
+    environment = run.environment
+    seconds, memory = environment.get("total_s"), environment.get("peak_memory_bytes")
+    if is_number(seconds):
+        found["Time"] = Result(duration(seconds), "with loading and validating", seconds, min)
+    if is_number(memory):
+        on_gpu = text(environment.get("device")).startswith("cuda")
+        remark = "of the GPU, at its peak" if on_gpu else "of the process, at its peak"
+        found["Memory"] = Result(_bytes(memory), remark, memory, min)
+    trainable, frozen = environment.get("num_trainable"), environment.get("num_frozen")
+    if is_number(trainable) and is_number(frozen):
+        share = 100.0 * trainable / max(trainable + frozen, 1)
+        found["Trainable parameters"] = Result(
+            count(trainable), f"{share:.2f} % of all; {count(frozen)} are frozen"
+        )
+    if run.skipped:
+        found["Skipped images and rows"] = Result(count(len(run.skipped)), "could not be used")
+    return found
+
+
+def main_settings(run: RunRecord) -> dict[str, str]:
+    """What was trained on what and how: the settings that people ask for first."""
+    config, environment = run.config, run.environment
+
+    def given(key: str) -> str:
+        return text(config.get(key))
+
+    def data(path: str, part: str) -> str:
+        captions = environment.get(f"num_{part}_captions")
+        images = environment.get(f"num_{part}_images")
+        told = given(path) if config.get(path) else "held out of the training data"
+        if captions is None:
+            return told
+        return f"{count(captions)} captions of {count(images)} images: {told}"
+
+    found: dict[str, str] = {}
+    if config:
+        num_modules = environment.get("num_adapted_modules")
+        modules = "" if num_modules is None else f", {count(num_modules)} modules"
+        found |= {
+            "Model": given("model"),
+            "Training data": data("train_data_path", "train"),
+            "Validation data": data("val_data_path", "val"),
+            "Adapted": f"{given('lora_targets')}{modules}",
+            "Rank": f"{given('lora_rank')}, alpha {given('lora_alpha')}, dropout "
+            f"{given('lora_dropout')}",
+            "Epochs": given("epochs"),
+            "Batch size": f"{given('batch_size')}, {given('grad_accum_steps')} to a step",
+            "Learning rate": f"{given('lr')}, {given('warmup_steps')} steps of warm-up",
+            "Seed": given("seed"),
+        }
+        optional = {
+            "Revision": "revision", "Adapter to start from": "init_adapter", "Prompt": "prompt",
+            "Steps at most": "max_steps",
+        }
+        found |= {label: given(key) for label, key in optional.items() if config.get(key)}
+    if environment:
+        found["Computed in"] = text(environment.get("compute_dtype"))
+        found["Device"] = text(environment.get("device"))
+    return found
+
+
+def settings(run: RunRecord) -> dict[str, str]:
+    """All settings but the run folder's own path."""
+    return {key: text(value) for key, value in run.config.items() if key != "output_path"}
+
+
+def default_settings() -> dict[str, str]:
+    """What a recipe's settings are unless a flag, or the recipe, says otherwise."""
+    fields = [
+        field for field in dataclasses.fields(TrainingConfig)
+        if field.default is not dataclasses.MISSING
+    ]
+    return {field.name: text(field.default) for field in fields}
+
+
+def versions_and_machine(run: RunRecord) -> dict[str, str]:
+    return {
+        key: text(value) for key, value in run.environment.items() if key not in ABOUT_THE_RUN
+    }
+
+
+def figure(value: float | None) -> str:
+    """Four digits that carry meaning."""
+    return NOTHING if value is None else f"{value:#.4g}".removesuffix(".")
+
+
+def count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else text(value)
+
+
+def text(value: Any) -> str:
+    """A value of a JSON file as people write it."""
+    if value is None or value == "":
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _total(run: RunRecord) -> str:
+    return count(run.total_steps or run.last_step)
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"

@@ -1,0 +1,248 @@
+"""A run folder's files -> what they say about the run, finished or not."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+from lora_engine.files import check_file
+
+_MAX_BYTES = 2**30  # of a file of a run, which may be a stranger's
+
+# Keys of a validation line
+NOT_SCORES = frozenset((
+    "event", "step", "epoch", "loss", "num_images", "num_references", "mean_reference_length",
+))
+
+
+class Series(NamedTuple):
+    """Finite values over optimizer steps, in the order in which they were written."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A validation image with its captions before training and of the best adapter.
+
+    What the run did not come to write is None.
+    """
+
+    image: str
+    references: tuple[str, ...]
+    before: str | None
+    after: str | None
+    cider_d_before: float | None = None
+    cider_d_after: float | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds; `skipped` are the reasons by image, or by row as path:line."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    images: tuple[CaptionedImage, ...]
+    skipped: dict[str, str]
+
+    def training(self, key: str) -> Series:
+        return series(self.metrics, "train", key)
+
+    def validation(self, key: str) -> Series:
+        return series(self.metrics, "validation", key)
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of what validations measured besides the loss, in the order of their lines."""
+        lines = [line for line in self.metrics if line["event"] == "validation"]
+        names = dict.fromkeys(key for line in lines for key in line if key not in NOT_SCORES)
+        return [name for name in names if self.validation(name).steps]
+
+    @property
+    def best_step(self) -> int:
+        """The step of the adapter that was kept: the first with the best validation, else 0."""
+        return _best_step(self.metrics, self.config)
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that metrics.jsonl tells of."""
+        steps = (line.get("step") for line in self.metrics)
+        return int(max((step for step in steps if is_number(step)), default=0))
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps the settings ask for; None if too little is recorded to tell."""
+        epochs, max_steps = self.config.get("epochs"), self.config.get("max_steps")
+        epochs_per_step = epoch_scale(self.metrics)
+        if not isinstance(epochs, int) or epochs_per_step is None:
+            return None
+        total = epochs * round(1 / epochs_per_step)  # a whole number of steps an epoch
+        return min(total, max_steps) if isinstance(max_steps, int) else total
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end, which it may have found early, as far as can be told."""
+        steps = self.validation("loss").steps
+        is_through = bool(steps) and steps[-1] > 0 and steps[-1] >= (self.total_steps or 0)
+        return is_through or "total_s" in self.environment
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run folder. Files that are missing, and last lines cut short, are passed over.
+
+    Captions are those of captions.jsonl, or of the few images of samples.jsonl.
+
+    Raises ValueError for a folder that holds no run, and for a damaged file, with its line.
+    """
+    path = Path(path)
+    if not (path / "metrics.jsonl").is_file():
+        raise ValueError(_no_run(path))
+    metrics = read_records(path / "metrics.jsonl", event=str)
+    captions = _records_if_there(
+        path / "captions.jsonl", image=str, references=list, before=str, after=str
+    )
+    samples = _records_if_there(
+        path / "samples.jsonl", step=int, image=str, reference=str, caption=str
+    )
+    skipped = _records_if_there(path / "skipped.jsonl", reason=str)
+    config = _object_if_there(path / "config.json")
+    best_step = _best_step(metrics, config)
+    return RunRecord(
+        path=path,
+        config=config,
+        environment=_object_if_there(path / "environment.json"),
+        metrics=metrics,
+        images=tuple(map(_captioned, captions)) or _followed(samples, best_step),
+        skipped={str(line.get("row", line.get("image"))): line["reason"] for line in skipped},
+    )
+
+
+def read_records(path: str | Path, **required: type) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, without a last line that a crash cut short.
+
+    Raises ValueError that names the line of whatever else is no JSON object with the `required`
+    keys and types.
+    """
+    lines = _read(Path(path)).rstrip("\n").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON line: {error}") from None
+            break
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]}")
+        for key, kind in required.items():
+            if not isinstance(record.get(key), kind):
+                raise ValueError(
+                    f"{path}:{number}: expected a {kind.__name__} as {key!r}, found {line[:80]}"
+                )
+        records.append(record)
+    return records
+
+
+def series(records: list[dict[str, Any]], event: str, key: str) -> Series:
+    """The finite values of a key: a step that was not finite is written as null, or as NaN."""
+    found = [
+        (record["step"], record[key]) for record in records
+        if record["event"] == event
+        and is_number(record.get("step")) and is_number(record.get(key))
+    ]
+    return Series([step for step, _ in found], [value for _, value in found])
+
+
+def lowest(values: Series) -> tuple[int, float]:
+    """(step, value) of the lowest value, the first of equal ones."""
+    value = min(values.values)
+    return values.steps[values.values.index(value)], value
+
+
+def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
+    metrics = [line for line in metrics if is_number(line.get("loss"))]
+    scores = series(metrics, "validation", str(config.get("best_by", "loss")))
+    if config.get("best_by", "loss") != "loss" and scores.steps:
+        return lowest(Series(scores.steps, [-value for value in scores.values]))[0]
+    losses = series(metrics, "validation", "loss")
+    return lowest(losses)[0] if losses.steps else 0
+
+
+def epoch_scale(records: list[dict[str, Any]]) -> float | None:
+    """Epochs a step, from the last line that has both; None before the first step."""
+    for record in reversed(records):
+        step, epoch = record.get("step"), record.get("epoch")
+        if is_number(step) and is_number(epoch) and step and epoch:
+            return epoch / step
+    return None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number to reckon with: no NaN, and none beyond a float's reach."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
+
+
+def _captioned(line: dict[str, Any]) -> CaptionedImage:
+    before, after = line.get("cider_d_before"), line.get("cider_d_after")
+    return CaptionedImage(
+        image=line["image"],
+        references=tuple(map(str, line["references"])),
+        before=line["before"],
+        after=line["after"],
+        cider_d_before=before if is_number(before) else None,
+        cider_d_after=after if is_number(after) else None,
+    )
+
+
+def _followed(samples: list[dict[str, Any]], best_step: int) -> tuple[CaptionedImage, ...]:
+    """The images of samples.jsonl, as they were captioned at step 0 and at the best step."""
+    captions = {(line["image"], line["step"]): line["caption"] for line in samples}
+    references = {line["image"]: line["reference"] for line in samples}
+    return tuple(
+        CaptionedImage(
+            image,
+            (reference,),
+            before=captions.get((image, 0)),
+            after=captions.get((image, best_step)) if best_step else None,
+        )
+        for image, reference in references.items()
+    )
+
+
+def _records_if_there(path: Path, **required: type) -> list[dict[str, Any]]:
+    return read_records(path, **required) if path.exists() else []
+
+
+def _object_if_there(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _read(path: Path) -> str:
+    """Raises ValueError for what is no regular file, or a very large one."""
+    check_file(path, max_bytes=_MAX_BYTES)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _no_run(path: Path) -> str:
+    """Why `path` is no run, with the runs that are near."""
+    if not path.exists():
+        return f"{path}: no such folder, expected the folder of a run"
+    if not path.is_dir():
+        return f"{path} is a file, expected the folder of a run"
+    near = [path.parent, *sorted(path.iterdir())]
+    runs = [str(folder) for folder in near if (folder / "metrics.jsonl").is_file()]
+    advice = "name a folder that a recipe made"
+    if runs:
+        advice = f"did you mean {' or '.join(runs[:3])}?"
+    return f"{path} holds no run (looked for metrics.jsonl in it); {advice}"

@@ -1,0 +1,106 @@
+"""What a run came to, in figures and for people."""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_engine.captioning.metrics import Scores
+from lora_engine.report.metrics_log import duration
+from lora_engine.terminal import escaped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A fixed validation image whose captions are followed through the run."""
+
+    image: str
+    reference: str
+    before: str
+    best: str
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a run came to; `str` of it is what people read at the end.
+
+    `losses` are the validation losses (nats per valid target token) by step, 0 among them, `scores`
+    those of captions, if there were any; `best_step` is the best by `best_by`, "loss" or
+    "cider_d". `seconds` is the wall-clock time of everything.
+    """
+
+    path: Path
+    losses: dict[int, float]
+    scores: dict[int, Scores]
+    best_by: str
+    best_step: int
+    num_skipped_images: int
+    num_skipped_rows: int
+    samples: tuple[Sample, ...]
+    seconds: float
+
+    @property
+    def last_step(self) -> int:
+        return max(self.losses)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for sample in self.samples:
+            lines += [
+                escaped(os.path.basename(sample.image)),
+                f"  reference  {escaped(sample.reference)}",
+                f"  before     {escaped(sample.before)}",
+                f"  after      {escaped(sample.best)}",
+            ]
+        lines += ["", self._verdict()]
+        counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}
+        skipped = [f"{number:,} {name}" for name, number in counts.items() if number]
+        if skipped:
+            lines.append(
+                f"{' and '.join(skipped)} could not be used; {self.path / 'skipped.jsonl'} lists "
+                f"them"
+            )
+        return "\n".join([
+            *lines,
+            f"adapter     {self.path / 'adapter'}",
+            f"loss curve  {self.path / 'loss_curve.png'}",
+            f"report      {self.path / 'report.html'}",
+            f"took        {duration(self.seconds)}",
+            f"to caption  {_interpreter()} -m lora_engine caption "
+            f"--adapter {self.path / 'adapter'} IMAGE_OR_FOLDER ...",
+        ])
+
+    def _verdict(self) -> str:
+        figures = {"validation loss": self.losses}
+        if self.scores:
+            figures["CIDEr-D"] = {step: scores.cider_d for step, scores in self.scores.items()}
+        if self.best_by == "cider_d":
+            figures = dict(reversed(figures.items()))
+        (name, values), *others = figures.items()
+        if self.best_step == 0:
+            # An adapter whose values are not finite is not saved.
+            is_finite = math.isfinite(self.losses[self.last_step])
+            return (
+                f"The {name} never became better than the {values[0]:.4f} of before training (at "
+                f"the end {values[self.last_step]:.4f}), so adapter/ holds the one it started from"
+                f"{' and adapter_last/ the last' if is_finite else ''}. Try another --lr."
+            )
+        lines = [
+            f"best {name} {values[self.best_step]:.4f} at step {self.best_step} of "
+            f"{self.last_step}; before training it was {values[0]:.4f}"
+        ]
+        lines += [
+            f"{name} {values[self.best_step]:.4f} there, {values[0]:.4f} before training"
+            for name, values in others
+        ]
+        if self.scores:
+            scores = self.scores[self.best_step]
+            lines[-1] += f" ({scores.num_images} images, {scores.num_references} references)"
+        return "\n".join(lines)
+
+
+def _interpreter() -> str:
+    """This Python as a person would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

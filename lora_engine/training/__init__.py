@@ -1,0 +1,1 @@
+"""How a run goes: setup, the loop, validation, checkpoints, and resuming."""

@@ -1,0 +1,343 @@
+"""A run's state at a step, on disk whole or not at all, and what a run goes on from.
+
+    checkpoints/step-00000100/
+        adapter_model.safetensors, adapter_config.json    PEFT's format: it captions as it is
+        optimizer.safetensors                             AdamW's moments
+        best_adapter.safetensors                          the best adapter, where it is another one
+        state.json                                        position, settings, fingerprints, history
+        manifest.json                                     size and SHA-256 of each of these
+
+Nothing random is kept: the order of the data, dropout and substitutes are functions of the
+position, so that a run that goes on is bit for bit the one that was never stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.config import NEWEST, TrainingConfig
+from lora_engine.files import check_file, read_limited, replaced_folder, write_synced
+from lora_engine.lora.adapter import (
+    CONFIG_FILE,
+    OTHER_BASE,
+    WEIGHTS_FILE,
+    Adapter,
+    is_same,
+    read_adapter,
+)
+from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
+from lora_engine.report.run_folder import (
+    CHECKPOINTS_FOLDER,
+    checkpoint_paths,
+    checkpoint_step,
+    is_checkpoint_name,
+)
+from lora_engine.training.checkpoint_state import FORMAT, state_complaint
+from lora_engine.training.optim import FlatMatrices
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best_adapter.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+
+_FILES = frozenset((WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, STATE_FILE))
+_MAX_JSON_BYTES = 256 * 2**20
+_SPARE_BYTES = 32 * 2**20  # for what is small beside adapters: metrics, samples, report
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or is not this run's."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, read and found whole: the adapter, AdamW's moments, and all else as JSON.
+
+    `best_files` are the files of the best adapter; None in a checkpoint of an earlier version,
+    unless the best is its own.
+    """
+
+    path: Path
+    adapter: Adapter
+    best_files: dict[str, bytes] | None
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.state["settings"]
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the validation after this step, if there is one, is done."""
+        return str(self.step) in self.state["validations"]["losses"]
+
+    def validations(self) -> list[tuple[int, float, dict[str, float]]]:
+        """(step, loss, known scores) of each validation so far, as metrics.jsonl has them."""
+        found = self.state["validations"]
+        return [
+            (int(step), loss, {
+                name: value for name, value in found["scores"].get(step, {}).items()
+                if value is not None
+            })
+            for step, loss in found["losses"].items()
+        ]
+
+
+def write_checkpoint(
+    path: Path,
+    *,
+    adapter_files: Mapping[str, bytes],
+    best_files: Mapping[str, bytes],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; at any moment there is all of it, all of the one before, or none.
+
+    `adapter_files` are those of `adapter.adapter_files`, `best_files` those of the best adapter.
+    Raises OSError, with nothing left behind.
+    """
+    moments = {name: value.cpu() for name, value in moments_of(optimizer).items()}
+    contents = {
+        **adapter_files,
+        OPTIMIZER_FILE: tensor_bytes(moments, {}),
+        STATE_FILE: _json({"format": FORMAT, **state}),
+    }
+    if best_files[WEIGHTS_FILE] != adapter_files[WEIGHTS_FILE]:
+        contents[BEST_FILE] = best_files[WEIGHTS_FILE]
+    manifest = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
+    with replaced_folder(path) as new:
+        for name, data in contents.items():
+            write_synced(new / name, data)
+        write_synced(new / MANIFEST_FILE, _json(manifest))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; raises CheckpointError, which names the file, if it is not whole."""
+    if not path.is_dir() or not is_checkpoint_name(path.name):
+        raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
+    try:
+        manifest = _object(path / MANIFEST_FILE)
+        if manifest.keys() - {BEST_FILE} != _FILES:
+            raise CheckpointError(
+                f"{path / MANIFEST_FILE} names {', '.join(sorted(manifest))}; expected "
+                f"{', '.join(sorted(_FILES))}"
+            )
+        for name in sorted(manifest):
+            _check_file(path / name, manifest[name])
+        state = _object(path / STATE_FILE)
+        complaint = state_complaint(state, step=checkpoint_step(path))
+        if complaint is not None:
+            raise CheckpointError(f"{path / STATE_FILE}: {complaint}")
+        size = manifest[OPTIMIZER_FILE]["bytes"]
+        moments, _ = read_tensors(
+            path / OPTIMIZER_FILE, refuse=_refuse_moment, max_bytes=size
+        )
+        best_files = None
+        if BEST_FILE in manifest or state["validations"]["best_step"] == checkpoint_step(path):
+            weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE
+            if weights == BEST_FILE:
+                read_adapter(path, weights_file=weights)  # what it holds is an adapter
+            best_files = {
+                name: (path / file).read_bytes()
+                for name, file in ((WEIGHTS_FILE, weights), (CONFIG_FILE, CONFIG_FILE))
+            }
+        return Checkpoint(path, read_adapter(path), best_files, moments, state)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} has no {Path(error.filename).name}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:  # an adapter's or a tensor file's
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def find_checkpoint(
+    folder: Path, named: Path | None = None, *, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`, or the named one; None where there is none.
+
+    Damaged ones are passed over with a word. Raises CheckpointError where the named one is damaged,
+    and where there are some but all of them are.
+    """
+    if named is not None:
+        return read_checkpoint(named)
+    paths = checkpoint_paths(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            say(f"warning: passed over a checkpoint: {error}")
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be used; a new run in another "
+            f"--output_path can start from the best adapter with --init_adapter "
+            f"{folder.with_name('adapter')}"
+        )
+    return None
+
+
+def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
+    """Keep the last `keep_last`, the newest of which must be known to be whole, and the best."""
+    for path in checkpoint_paths(folder)[:-keep_last]:
+        if checkpoint_step(path) != best_step:
+            with suppress(OSError):  # one that stays is in nobody's way, and may hold other files
+                for name in (MANIFEST_FILE, BEST_FILE, *_FILES):
+                    (path / name).unlink(missing_ok=True)
+                path.rmdir()
+
+
+# --- going on with a run ---------------------------------------------------------------------
+
+
+def checkpoint_to_resume(
+    config: TrainingConfig, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """What --resume asks for; None where there is no run, or none that got to its first step.
+
+    Raises CheckpointError.
+    """
+    if config.resume is None or config.output_path is None:
+        return None
+    folder = Path(config.output_path, CHECKPOINTS_FOLDER)
+    named = None if config.resume == NEWEST else Path(config.resume)
+    if named is not None and named.resolve().parent != folder.resolve():
+        paths = ", ".join(map(str, checkpoint_paths(folder))) or "none: there are no checkpoints"
+        raise CheckpointError(
+            f"--resume {named} is no checkpoint of the run in {config.output_path}; expected one "
+            f"of {paths}"
+        )
+    return find_checkpoint(folder, named, say=say)
+
+
+def check_fingerprints(
+    checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig
+) -> list[str]:
+    """Raises CheckpointError where model or rows are not those of the run.
+
+    Returns the names of the fingerprints that the checkpoint lacks: an earlier version wrote it.
+    """
+    words = {
+        **OTHER_BASE,
+        "training_data": "other training rows",
+        "validation_data": "other validation rows",
+    }
+    before = checkpoint.state["fingerprints"]
+    changed = [
+        words[name] for name in now if not is_same(before.get(name, now[name]), now[name])
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the run in {config.output_path} began with {' and '.join(changed)} than --model "
+            f"{config.model} and --train_data_path {config.train_data_path} give now; restore what "
+            f"has changed, or begin another run in another --output_path"
+        )
+    return [name for name in now if name not in before]
+
+
+def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:
+    """Raises CheckpointError where products would be in another format than the run's."""
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    before = checkpoint.state["compute_dtype"]
+    if before != str(dtype):
+        raise CheckpointError(
+            f"cannot go on with the run in {config.output_path} with another --precision: "
+            f"{config.precision} means {names[str(dtype)]} here, the run has "
+            f"{names.get(str(before), before)}; give that one"
+        )
+
+
+def checkpoint_bytes(num_elements: int) -> int:
+    """About what a checkpoint of so many trainable elements takes: two adapters, two moments."""
+    return 4 * 4 * num_elements + _SPARE_BYTES
+
+
+# --- the optimizer's state ------------------------------------------------------------------
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state of the one flat tensor: exp_avg and exp_avg_sq (N,), step ()."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    if not optimizer.state[parameter]:  # before the first step
+        zeros = torch.zeros_like(parameter)
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
+    return dict(optimizer.state[parameter])
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, matrices: FlatMatrices, checkpoint: Checkpoint
+) -> None:
+    """Raises CheckpointError if the moments are not those of these matrices."""
+    shapes = {"exp_avg": matrices.values.shape, "exp_avg_sq": matrices.values.shape, "step": ()}
+    found = {name: tuple(value.shape) for name, value in checkpoint.moments.items()}
+    if found != {name: tuple(shape) for name, shape in shapes.items()}:
+        raise CheckpointError(
+            f"{checkpoint.path / OPTIMIZER_FILE} holds {found}; this run has {shapes}"
+        )
+    for name, value in checkpoint.moments.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: {name} is not finite")
+    device = matrices.values.device
+    optimizer.state[matrices.values] = {
+        name: value.to(device) for name, value in checkpoint.moments.items()
+    }
+
+
+def _refuse_moment(name: str, described: Described) -> str | None:
+    num_axes = {"exp_avg": 1, "exp_avg_sq": 1, "step": 0}
+    if name not in num_axes or described.dtype != "F32" or (
+        len(described.shape) != num_axes[name]
+    ):
+        return f"is {described}; expected exp_avg and exp_avg_sq, F32 vectors, and step"
+    return None
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    # No trailing newline, so that a truncated file is never valid JSON.
+    return json.dumps(values, indent=1).encode()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_limited(path, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object")
+    return value
+
+
+def _check_file(path: Path, expected: Any) -> None:
+    size = check_file(path, max_bytes=2**40)
+    wanted = expected.get("bytes") if isinstance(expected, dict) else None
+    if size != wanted:
+        raise CheckpointError(f"{path} is damaged: it has {size:,} bytes, not {wanted}")
+    digest = hashlib.sha256()
+    for chunk in _chunks(path):
+        digest.update(chunk)
+    if digest.hexdigest() != expected.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            yield chunk

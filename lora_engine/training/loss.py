@@ -1,0 +1,94 @@
+"""The loss of captions under a captioner.
+
+Axes: B batch, T caption tokens, M targets, P image tokens, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_engine.data.captions import IGNORED
+from lora_engine.lora.matmul import compute_dtype, product
+from lora_engine.models import CaptionerBody
+
+_MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
+
+
+def caption_loss(
+    model: CaptionerBody,
+    input_ids: Tensor,
+    target_positions: Tensor,
+    target_ids: Tensor,
+    features: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
+
+    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as `batches.Batch` has them:
+    `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
+    through the vocabulary head. The caller divides by the number of targets of the whole step, so
+    that gradient accumulation over ragged captions is exact.
+    """
+    hidden = model.decode(input_ids, features)
+    hidden = model.head_input(hidden.flatten(0, 1).index_select(0, target_positions))  # (M, D)
+    hidden = hidden.to(compute_dtype(hidden))
+    weight, bias = model.vocabulary.weight, model.vocabulary.bias
+    return _FrozenHeadLoss.apply(
+        hidden,
+        weight.to(hidden.dtype),
+        None if bias is None else bias.to(hidden.dtype),
+        target_ids,
+        label_smoothing,
+    )
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of a frozen linear head, without ever holding all logits.
+
+    The head takes no gradient, so the gradient of its input is formed in the forward pass, a chunk
+    of rows at a time, while the logits are there: softmax(logits) less the target's distribution,
+    times W (as Liger kernels' fused linear cross-entropy does, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        vocab_size = len(weight)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradients: list[Tensor] = []
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=accurate, device=hidden.device)
+        num_rows = max(_MAX_LOGITS // vocab_size, 1)
+        for rows, ids in zip(hidden.split(num_rows), targets.split(num_rows)):
+            is_valid = ids != IGNORED
+            ids = ids.clamp_min(0)[:, None]
+            logits = product(rows, weight).to(accurate)  # (chunk of M, V)
+            if bias is not None:
+                logits += bias
+            at_target = logits.gather(1, ids)
+            if smoothing:
+                at_target = at_target.lerp(logits.mean(dim=1, keepdim=True), smoothing)
+            # In place from here on, as logits are many: their exponentials, then the softmax.
+            largest = logits.amax(dim=1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+            losses = largest + total.log() - at_target  # (chunk of M, 1)
+            loss += losses[:, 0].masked_fill(~is_valid, 0.0).sum()
+            if needs_gradient:
+                gradient = logits.div_(total)
+                if smoothing:
+                    gradient.sub_(smoothing / vocab_size)
+                gradient.scatter_add_(1, ids, torch.full_like(losses, smoothing - 1))
+                gradient.mul_(is_valid[:, None])
+                gradients.append(product(gradient.to(hidden.dtype), weight.T))
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (d_hidden,) = ctx.saved_tensors
+        # fp16's loss scale arrives here in fp32: multiply before rounding to the hidden's dtype.
+        return (gradient * d_hidden.to(gradient.dtype)).to(d_hidden.dtype), None, None, None, None

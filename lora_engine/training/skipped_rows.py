@@ -1,0 +1,116 @@
+"""Rows that cannot be used: counted against --max_bad_share, and listed in skipped.jsonl."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
+from lora_engine.data.batches import Batch, CaptionedImages, Skipped
+from lora_engine.report.metrics_log import Journal
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.stopping import TrainingStopped
+
+ADVICE = "Repair or remove them, or raise --max_bad_share"
+MAX_SHOWN = 10  # skipped images named on the console
+
+
+class SkippedRows:
+    """Counts rows whose image could not be used; lists each image once in skipped.jsonl, after the
+    rows that were rejected when the annotation files were read."""
+
+    def __init__(
+        self, folder: RunFolder, journal: Journal, *, max_share: float, num_rows: int
+    ) -> None:
+        self.folder = folder
+        self.journal = journal
+        self.max_share = max_share
+        self.tried = np.zeros(num_rows, dtype=bool)
+        self.failed = np.zeros(num_rows, dtype=bool)
+        self.seen: set[str] = set()
+        self.last: Skipped | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.seen)
+
+    def begin(self, bad_rows: Sequence[BadRow], *, is_listed: bool) -> None:
+        """Print the first rejected rows, and list all of them unless a resumed run has done so."""
+        if not bad_rows:
+            return
+        if not is_listed:
+            self.folder.write_lines(
+                self.folder.skipped,
+                ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
+            )
+        for bad in bad_rows[:MAX_ROWS_SHOWN]:
+            self.journal.say(f"skipped {bad}")
+        self.journal.say(
+            f"{len(bad_rows):,} rows cannot be used and are skipped; {self.folder.skipped} lists "
+            f"them"
+        )
+
+    def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
+        """Restore which rows of a resumed run were tried, and which images it skipped."""
+        if self.folder.skipped.exists():
+            lines = self.folder.skipped.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            self.seen = {
+                record["image"] for record in map(json.loads, filter(None, lines))
+                if "image" in record
+            }
+        self.tried[list(tried)] = True
+        failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
+        self.failed = self.tried & np.isin(dataset.image_of_row, failed)
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
+        problems = [problem for batch in batches for problem in batch.skipped]
+        rows = [row for batch in batches for row in batch.rows]
+        bad_rows = [problem.row for problem in problems]
+        self.tried[rows + bad_rows] = True
+        self.failed[bad_rows] = True
+        self.list(problems)
+        num_tried, num_failed = int(self.tried.sum()), int(self.failed.sum())
+        limit = allowed_failures(
+            num_tried, self.max_share, is_sample=num_tried < len(self.tried)
+        )
+        too_many = num_failed > limit and num_tried >= min(len(self.tried), 200)
+        if self.last and (too_many or not all(batch.rows for batch in batches)):
+            raise TrainingStopped(
+                f"{num_failed} of {num_tried} training rows tried have no usable image, more than "
+                f"--max_bad_share {self.max_share:g}; the last is {self.last.image}: "
+                f"{self.last.reason} (all are in {self.folder.skipped}). {ADVICE}"
+            )
+
+    def add_validation(self, problems: Sequence[Skipped], *, dataset_size: int) -> None:
+        """Raises TrainingStopped if too many of the validation rows, all tried, failed."""
+        self.list(problems)
+        if len(problems) > self.max_share * dataset_size:
+            raise TrainingStopped(
+                f"{len(problems)} of {dataset_size} validation rows have no usable image, more "
+                f"than --max_bad_share {self.max_share:g}; the first is {problems[0].image}: "
+                f"{problems[0].reason}. {ADVICE}"
+            )
+
+    def list(self, problems: Sequence[Skipped]) -> None:
+        for problem in problems:
+            self.last = problem
+            if problem.image in self.seen:
+                continue
+            self.seen.add(problem.image)
+            line = {"image": problem.image, "reason": problem.reason}
+            self.folder.append(self.folder.skipped, line)
+            if len(self.seen) <= MAX_SHOWN:
+                self.journal.say(f"skipped {problem.image}: {problem.reason}")
+            elif len(self.seen) == MAX_SHOWN + 1:
+                self.journal.say(f"further skipped images are only listed in {self.folder.skipped}")
+
+
+def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> float:
+    """How many of `num_tried` may fail; of a sample three standard deviations more.
+
+    A set with just less than the allowed share would else be refused by chance.
+    """
+    chance = 3 * math.sqrt(max_share * (1 - max_share) * num_tried) if is_sample else 0.0
+    return max_share * num_tried + chance

@@ -1,0 +1,179 @@
+"""Greedy captions of fixed validation images, followed through a run, and their scores."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from lora_engine.captioning.caption_tokens import has_words
+from lora_engine.captioning.captioner import Caption, caption_features
+from lora_engine.captioning.metrics import CaptionScores, References, Scores
+from lora_engine.data.annotations import Row
+from lora_engine.data.batches import Batch, Place
+from lora_engine.models.pretrained import Captioner
+from lora_engine.report.run_folder import RunFolder
+from lora_engine.report.summary import Sample
+
+MAX_NEW_TOKENS = 30
+
+
+class ValidationCaptions:
+    """Captions of different images, spread over `rows`: `num_scored` of them, or of all.
+
+    Each is scored against all captions with words that `rows` have of its image; an image without
+    any is left out. `num_samples` of the images, spread over them again, are shown to people
+    (samples.jsonl), scored or not. An image that cannot be read is left out; the validation beside
+    this counts and lists it.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        rows: Sequence[Row],
+        load: Callable[..., Generator[Batch]],
+        *,
+        num_scored: int,
+        num_samples: int,
+        prompt: str,
+        batch_size: int,
+    ) -> None:
+        self.captioner = captioner
+        self.rows = rows
+        self.load = load
+        self.num_samples = num_samples
+        self.prompt = prompt
+        self.batch_size = batch_size
+        self.texts: dict[str, list[str]] = {}  # all captions of an image that can be scored against
+        first_rows: dict[str, int] = {}
+        for number, row in enumerate(rows):
+            if has_words(row.text):
+                self.texts.setdefault(row.image, []).append(row.text)
+            first_rows.setdefault(row.image, number)
+        self.is_scored = num_scored > 0 and bool(self.texts)
+        candidates = [
+            row for image, row in first_rows.items() if image in self.texts or not self.is_scored
+        ]
+        self.wanted = _spread(candidates, max(num_scored, num_samples))
+        self.references: tuple[list[int], References] | None = None  # and whose: rows
+        self.captions: dict[int, dict[int, Caption]] = {}  # by step, by row
+        self.scores: dict[int, CaptionScores] = {}  # by step
+
+    def caption(self, step: int) -> Scores | None:
+        """Caption the images with the adapter of now, and remember it as that of `step`.
+
+        Returns the scores, if there are to be any.
+        """
+        tokenizer = self.captioner.tokenizer
+        room = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
+        captions: dict[int, Caption] = {}
+        with closing(self.load(self._places())) as batches:
+            for batch in batches:
+                if not batch.rows:
+                    continue
+                assert batch.features is not None
+                found = caption_features(
+                    self.captioner,
+                    batch.features,
+                    prompt=self.prompt,
+                    max_new_tokens=min(MAX_NEW_TOKENS, room),
+                )
+                captions |= dict(zip(batch.rows, found))
+        self.captions[step] = captions
+        return self._score(step)
+
+    def _score(self, step: int) -> Scores | None:
+        captions = self.captions[step]
+        if not self.is_scored or not captions:
+            return None
+        self.scores[step] = self._references(list(captions)).score(
+            [caption.text for caption in captions.values()],
+            ended=[caption.ended for caption in captions.values()],
+        )
+        return self.scores[step].corpus
+
+    def state_dict(self, best_step: int) -> dict[str, Any]:
+        """The captions that are needed later on: before training, and of the best step."""
+        return {
+            str(step): [[row, *caption] for row, caption in self.captions[step].items()]
+            for step in dict.fromkeys((0, best_step))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for captions of rows that are not captioned here."""
+        wanted = set(self.wanted)
+        for step, captions in state.items():
+            if not wanted.issuperset(row for row, *_ in captions):
+                raise ValueError(
+                    f"the captions of step {step} are of other validation rows than this run's"
+                )
+            self.captions[int(step)] = {row: Caption(*rest) for row, *rest in captions}
+            self._score(int(step))
+
+    def _places(self) -> list[list[Place]]:
+        places = [Place(0, position, row) for position, row in enumerate(self.wanted)]
+        return [
+            places[begin : begin + self.batch_size]
+            for begin in range(0, len(places), self.batch_size)
+        ]
+
+    def _references(self, rows: list[int]) -> References:
+        """Those of the images that could be read this time, which are nearly always the same."""
+        if self.references is None or self.references[0] != rows:
+            self.references = rows, References([self.texts[self.rows[row].image] for row in rows])
+        return self.references[1]
+
+    def _samples(self, *steps: int) -> list[int]:
+        """The rows that are shown, of those with a caption at all of these steps."""
+        rows = [row for row in self.wanted if all(row in self.captions[step] for step in steps)]
+        return _spread(rows, self.num_samples)
+
+    def write(self, folder: RunFolder, step: int) -> None:
+        """Add the samples of `step` to samples.jsonl."""
+        for row in self._samples(step):
+            folder.append(folder.samples, {
+                "step": step,
+                "image": self.rows[row].image,
+                "reference": self.rows[row].text,
+                "caption": self.captions[step][row].text,
+            })
+
+    def write_best(self, folder: RunFolder, step: int) -> None:
+        """Put every scored image's captions of before training and of `step` into captions.jsonl.
+        """
+        if step in self.scores and 0 in self.scores:
+            folder.write_lines(folder.captions, self._lines(step))
+
+    def _lines(self, step: int) -> Iterator[dict]:
+        before, after = (
+            dict(zip(self.captions[at], self.scores[at].cider_d.round(4).tolist()))
+            for at in (0, step)
+        )
+        for row in before:
+            if row not in after:
+                continue
+            yield {
+                "image": self.rows[row].image,
+                "references": self.texts[self.rows[row].image],
+                "before": self.captions[0][row].text,
+                "after": self.captions[step][row].text,
+                "cider_d_before": before[row],
+                "cider_d_after": after[row],
+            }
+
+    def compare(self, step: int) -> tuple[Sample, ...]:
+        """Each sample's captions before training and at `step`."""
+        return tuple(
+            Sample(
+                self.rows[row].image,
+                self.rows[row].text,
+                self.captions[0][row].text,
+                self.captions[step][row].text,
+            )
+            for row in self._samples(0, step)
+        )
+
+
+def _spread(rows: Sequence[int], count: int) -> list[int]:
+    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    return [rows[index] for index in chosen]
