@@ -25,7 +25,7 @@ from lora_engine.lora.adapter import adapter_files
 from lora_engine.lora.injection import inject, lora_layers
 from lora_engine.models.pretrained import load_body
 from lora_engine.training.checkpoint import read_checkpoint, write_checkpoint
-from lora_engine.training.optim import FlatMatrices, build_optimizer
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
 
 CAPTIONS = {
     step: [[row, "a dog jumps over a fence in front of a house", True] for row in range(200)]
@@ -74,7 +74,7 @@ def _operations(
     """Functions that write and read a checkpoint -> seconds, and its bytes."""
     model = load_body(model_folder).to(arguments.device)
     inject(model, ["attention", "feed_forward"], rank=arguments.rank, alpha=ALPHA)
-    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), arguments.dtype)
+    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), arguments.dtype)
     optimizer = build_optimizer(matrices, lr=1e-4, weight_decay=0.0)
     matrices.gradient.normal_()
     optimizer.step()

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from lora_engine.lora.layer import LoRALinear
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 
 Linear = nn.Linear | LoRALinear
 
 
-def encoder_flops(model: CaptionerBody) -> int:
+def encoder_flops(model: CaptioningModel) -> int:
     """Of one image through the frozen encoder, forward.
 
     A layer: the products of its four linear layers, 2 P (weights), and attention, 4 P P D.
@@ -32,7 +32,7 @@ def encoder_flops(model: CaptionerBody) -> int:
     return patches + 2 * num_tokens * weights + attention
 
 
-def decoder_flops(model: CaptionerBody, num_tokens: int) -> int:
+def decoder_flops(model: CaptioningModel, num_tokens: int) -> int:
     """Of one caption of T = `num_tokens` inputs on kept features, forward and backward.
 
     Every token predicts the next. Pads are not counted: they could be left out. A layer takes
@@ -84,7 +84,7 @@ def _first_input_gradient(layer: Any, num_tokens: int) -> int:
     return 2 * num_tokens * (weights + adapters)
 
 
-def _head(model: CaptionerBody) -> Iterator[Linear]:
+def _head(model: CaptioningModel) -> Iterator[Linear]:
     return _linears([getattr(model.decoder, "cls", model.vocabulary)])
 
 

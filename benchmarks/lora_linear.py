@@ -36,7 +36,7 @@ from benchmarks.ours import ALPHA, RANK
 from lora_engine.devices import autocast
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers
 from lora_engine.lora.layer import project
-from lora_engine.training.optim import FlatMatrices
+from lora_engine.training.optim import FlatLoRAParameters
 
 SHAPES: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {  # (in, outs) of layers of one input
     "blip": {
@@ -135,7 +135,7 @@ def layer_calls(
         cast_frozen(ours, dtype)
         ours.to(device).train()
         # The matrices' copies in the compute dtype are of no use without it.
-        FlatMatrices((layer for _, layer in lora_layers(ours)), dtype)
+        FlatLoRAParameters((layer for _, layer in lora_layers(ours)), dtype)
         calls[f"ours {dropout}"] = partial(both, partial(_project, ours), _trained(ours))
 
         theirs = peft.get_peft_model(_layers(width, outs, is_conv1d), peft.LoraConfig(

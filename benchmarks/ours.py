@@ -27,7 +27,7 @@ from lora_engine.lora.injection import inject, lora_layers
 from lora_engine.models.pretrained import Captioner, load_body
 from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
-from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
 
 RANK, ALPHA = 8, 32
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0  # those of peers.py
@@ -69,7 +69,7 @@ class Ours:
         )
         config = TrainingConfig(model=str(folder), compile=compile)
         self.model = preparation.place_model(model, device, dtype, config)
-        self.matrices = FlatMatrices((layer for _, layer in lora_layers(self.model)), dtype)
+        self.matrices = FlatLoRAParameters((layer for _, layer in lora_layers(self.model)), dtype)
         self.optimizer = build_optimizer(self.matrices, lr=lr, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.graphs = training.cuda_graphs_for(

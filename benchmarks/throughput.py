@@ -43,8 +43,7 @@ from benchmarks.measure import (
     spread,
     table,
 )
-from lora_engine.lora.matmul import product
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 
 PEERS_BY_DEFAULT = {
     "cpu": {"first": ["B2", "B2sdpa"], "later": ["B2", "B3"], "wall": ["B2", "B2sdpa"]},
@@ -156,7 +155,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
 
 
 def matrix_rates(
-    case: Case, model: CaptionerBody, size: int
+    case: Case, model: CaptioningModel, size: int
 ) -> dict[str, Callable[[int], float]]:
     """Contenders whose figures are GFLOP/s: torch.mm at its best, and `product` at our shapes."""
     width = model.vocabulary.in_features
@@ -169,11 +168,13 @@ def matrix_rates(
 
     return {
         f"torch.mm {size} x {size} x {size}": partial(rate, torch.mm, size, size),
-        f"product {num_rows} x {width} x {width}": partial(rate, product, num_rows, width),
+        f"frozen_linear {num_rows} x {width} x {width}": partial(
+            rate, frozen_linear, num_rows, width
+        ),
     }
 
 
-def flops_of_a_caption(case: Case, model: CaptionerBody, phase: str) -> dict[str, float]:
+def flops_of_a_caption(case: Case, model: CaptioningModel, phase: str) -> dict[str, float]:
     lengths = case.rows.lengths - 1  # the last token is no input
     decoder = float(np.mean([decoder_flops(model, length) for length in lengths.tolist()]))
     if phase == "later":

@@ -16,13 +16,13 @@ from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
     Example,
-    Place,
+    SampleIndex,
     Skipped,
     bucket_length,
     epoch_batches,
     load_batches,
-    training_places,
-    validation_places,
+    training_order,
+    validation_order,
 )
 from lora_engine.data.captions import IGNORED, TokenizedCaptions
 from lora_engine.data.images import PixelSettings, open_image, to_pixels
@@ -100,7 +100,7 @@ def test_sorting_within_windows_saves_most_of_the_padding(batch_size, at_most):
 
 @given(sets_of_lengths, batch_sizes, seeds)
 def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size, seed):
-    places = list(training_places(lengths, batch_size=batch_size, seed=seed, num_epochs=2))
+    places = list(training_order(lengths, batch_size=batch_size, seed=seed, num_epochs=2))
     flat = [place for batch in places for place in batch]
     numbers = list(range(len(lengths)))
     assert [place.epoch for place in flat] == [0] * len(lengths) + [1] * len(lengths)
@@ -113,7 +113,7 @@ def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size,
 
 @given(sets_of_lengths, batch_sizes)
 def test_validation_takes_every_row_once_longest_first(lengths, batch_size):
-    batches = validation_places(lengths, batch_size=batch_size)
+    batches = validation_order(lengths, batch_size=batch_size)
     flat = [place for batch in batches for place in batch]
     assert sorted(place.row for place in flat) == list(range(len(lengths)))
     taken = [lengths[place.row] for place in flat]
@@ -161,7 +161,7 @@ def damaged_folder(whole_folder, tmp_path_factory):
 def test_a_row_is_its_image_and_its_caption(whole_folder):
     data = dataset(whole_folder)
     for row in (0, 19):
-        example = data[Place(epoch=0, position=5, row=row)]
+        example = data[SampleIndex(epoch=0, position=5, row=row)]
         assert example.row == row and example.skipped == ()
         expected = to_pixels(open_image(data.image_paths[row]), PIXELS)
         assert example.pixels.dtype == np.uint8 and np.array_equal(example.pixels, expected)
@@ -172,7 +172,7 @@ def test_an_unreadable_image_is_replaced_by_a_whole_other_row_and_listed(damaged
     data, whole = dataset(damaged_folder), set(range(20)) - {3, 7, 11}
     reasons = {3: "no such file", 7: "damaged or truncated", 11: "not an image in a known format"}
     for row, reason in reasons.items():
-        example = data[Place(epoch=0, position=0, row=row)]
+        example = data[SampleIndex(epoch=0, position=0, row=row)]
         assert example.row in whole
         expected = to_pixels(open_image(data.image_paths[example.image]), PIXELS)
         assert np.array_equal(example.pixels, expected)
@@ -183,7 +183,7 @@ def test_an_unreadable_image_is_replaced_by_a_whole_other_row_and_listed(damaged
 
 def substitutes(data, **place):
     """The rows that come for row 3 at 40 places; `place` fixes epoch or position."""
-    places = [Place(**({"epoch": 0, "position": i} | place), row=3) for i in range(40)]
+    places = [SampleIndex(**({"epoch": 0, "position": i} | place), row=3) for i in range(40)]
     return [data[p].row for p in places]
 
 
@@ -193,7 +193,8 @@ def test_a_substitute_is_a_function_of_seed_epoch_and_position(damaged_folder):
     np.random.seed(1)
     torch.manual_seed(1)
     assert substitutes(dataset(damaged_folder, seed=5)) == by_position
-    assert list(reversed([data[Place(0, i, 3)].row for i in reversed(range(40))])) == by_position
+    backwards = [data[SampleIndex(0, i, 3)].row for i in reversed(range(40))]
+    assert backwards[::-1] == by_position
     assert len(set(by_position)) > 10
     others = [substitutes(data, epoch=1), substitutes(dataset(damaged_folder, seed=6))]
     assert by_position not in others and others[0] != others[1]
@@ -201,10 +202,10 @@ def test_a_substitute_is_a_function_of_seed_epoch_and_position(damaged_folder):
 
 def test_validation_leaves_an_unreadable_image_out(damaged_folder):
     data = dataset(damaged_folder, substitute=False)
-    example = data[Place(epoch=0, position=0, row=7)]
+    example = data[SampleIndex(epoch=0, position=0, row=7)]
     assert not example.is_usable and [problem.row for problem in example.skipped] == [7]
     batches = list(load_batches(
-        data, validation_places(data.captions.lengths, batch_size=6), collate=COLLATE,
+        data, validation_order(data.captions.lengths, batch_size=6), collate=COLLATE,
         num_workers=0,
     ))
     rows = [row for batch in batches for row in batch.rows]
@@ -216,7 +217,7 @@ def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
     data = CaptionedImages(
         [str(tmp_path / f"{i}.png") for i in range(5)], tokens(5), PIXELS, seed=0, substitute=True
     )
-    example = data[Place(epoch=0, position=0, row=2)]
+    example = data[SampleIndex(epoch=0, position=0, row=2)]
     assert not example.is_usable and len(example.skipped) == MAX_SUBSTITUTES + 1
     batch = COLLATE([example, example])
     assert batch.rows == [] and len(batch.target_ids) == 0
@@ -228,7 +229,7 @@ def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
 
 def loaded(folder, num_workers):
     data = dataset(folder, seed=3)
-    places = training_places(data.captions.lengths, batch_size=3, seed=3, num_epochs=2)
+    places = training_order(data.captions.lengths, batch_size=3, seed=3, num_epochs=2)
     return list(load_batches(data, places, collate=COLLATE, num_workers=num_workers))
 
 
@@ -266,7 +267,7 @@ def test_a_batch_keeps_targets_flat_without_prompt_and_padding():
 def test_an_image_whose_features_are_there_is_not_read(damaged_folder):
     """Not even a file that is missing; the others of its batch are."""
     data = dataset(damaged_folder, substitute=False)
-    places = validation_places(data.captions.lengths, batch_size=20)
+    places = validation_order(data.captions.lengths, batch_size=20)
     (batch,) = load_batches(
         data, places, collate=COLLATE, num_workers=0, has_features=lambda image: image < 10
     )

@@ -31,7 +31,7 @@ from lora_engine.training.checkpoint import (
     restore_moments,
     write_checkpoint,
 )
-from lora_engine.training.optim import FlatMatrices, build_optimizer
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
 
 FILES = [
     "adapter_config.json", "adapter_model.safetensors", "best_adapter.safetensors",
@@ -58,7 +58,7 @@ class Trainee:
     """A small model with adapters, and its optimizer after some steps."""
 
     model: torch.nn.Module
-    matrices: FlatMatrices
+    matrices: FlatLoRAParameters
     optimizer: torch.optim.AdamW
 
     def step(self) -> None:
@@ -82,7 +82,7 @@ class Trainee:
 def trainee() -> Trainee:
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
     inject(model, ["0", "1"], rank=2)
-    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), torch.float32)
+    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
     trainee = Trainee(model, matrices, build_optimizer(matrices, lr=0.1, weight_decay=0.0))
     trainee.step()
     return trainee
@@ -352,7 +352,7 @@ def test_moments_of_other_matrices_are_refused(trainee, tmp_path):
     read = read_checkpoint(trainee.write(tmp_path, 1))
     model = torch.nn.Sequential(torch.nn.Linear(600, 500))
     inject(model, ["0"], rank=2)
-    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), torch.float32)
+    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
     optimizer = build_optimizer(matrices, lr=0.1, weight_decay=0.0)
     with pytest.raises(CheckpointError, match="exp_avg"):
         restore_moments(optimizer, matrices, read)

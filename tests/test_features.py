@@ -35,7 +35,7 @@ from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import Batch, Place
+from lora_engine.data.batches import Batch, SampleIndex
 from lora_engine.data.images import load_pixels
 from lora_engine.devices import autocast
 from lora_engine.features import source as features
@@ -133,7 +133,7 @@ class Loader:
         )
 
     def batches(self, *, size: int = 3) -> Iterator[Batch]:
-        places = [Place(0, row, row) for row in range(len(self.images))]
+        places = [SampleIndex(0, row, row) for row in range(len(self.images))]
         return self.load([places[i : i + size] for i in range(0, len(places), size)])
 
     def epoch(self, *, size: int = 3) -> list[Tensor]:

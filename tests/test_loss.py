@@ -23,7 +23,7 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.training import loss as loss_module
 from lora_engine.training.loop import accumulate_gradients
 from lora_engine.training.loss import _FrozenHeadLoss, caption_loss
-from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -88,13 +88,13 @@ def allow(monkeypatch):
 def products(monkeypatch) -> list[tuple[int, int]]:
     """(rows, columns) of every product that the loss forms."""
     shapes = []
-    product = loss_module.product
+    frozen_linear = loss_module.frozen_linear
 
     def spy(x, frozen, bias=None):
         shapes.append((len(x), len(frozen)))
-        return product(x, frozen, bias)
+        return frozen_linear(x, frozen, bias)
 
-    monkeypatch.setattr(loss_module, "product", spy)
+    monkeypatch.setattr(loss_module, "frozen_linear", spy)
     return shapes
 
 
@@ -311,7 +311,8 @@ def plain_losses(folder) -> list[float]:
 
 def run(captioner: Captioner) -> list[float]:
     """The losses of the same steps by the engine's own parts."""
-    matrices = FlatMatrices((layer for _, layer in lora_layers(captioner.model)), torch.float32)
+    layers = (layer for _, layer in lora_layers(captioner.model))
+    matrices = FlatLoRAParameters(layers, torch.float32)
     optimizer = build_optimizer(matrices, lr=LR, weight_decay=0.01)
     losses = []
     for number, step in enumerate(step_batches(captioner)):
@@ -379,7 +380,7 @@ def test_bf16_gradients_of_micro_batches_are_added_up_in_fp32(folder):
     for matrix in lora_parameters(model).values():
         nn.init.normal_(matrix, std=0.1)
     cast_frozen(model, torch.bfloat16)
-    flat = FlatMatrices((layer for _, layer in lora_layers(model)), torch.bfloat16)
+    flat = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.bfloat16)
 
     alone = []
     for batch in step:

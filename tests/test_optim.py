@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.lora.layer import LoRALinear
-from lora_engine.training.optim import FlatMatrices, build_optimizer, optimizer_step
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 FINITE = torch.tensor(1.0)
@@ -28,9 +28,9 @@ def matrices_of(layers) -> list[nn.Parameter]:
     return [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
 
-def flat_matrices() -> tuple[FlatMatrices, list[nn.Parameter]]:
+def flat_matrices() -> tuple[FlatLoRAParameters, list[nn.Parameter]]:
     made = layers()
-    return FlatMatrices(made, torch.float32), matrices_of(made)
+    return FlatLoRAParameters(made, torch.float32), matrices_of(made)
 
 
 def give_gradients(parameters, step, scale=1.0):
@@ -125,7 +125,7 @@ def test_with_a_grad_scaler_an_overflow_is_skipped_too():
     reference = matrices_of(twins)
     for r, p in zip(reference, parameters):
         r.data.copy_(p)
-    flat_reference = FlatMatrices(twins, torch.float32)
+    flat_reference = FlatLoRAParameters(twins, torch.float32)
     plain = build_optimizer(flat_reference, lr=0.1, weight_decay=0.1)
     for step in range(4):
         give_gradients(reference, step)
@@ -177,7 +177,7 @@ def test_a_flat_matrix_is_the_layers_own_and_its_gradient_too():
     """Also after a step, and with the matrices' first values."""
     made = layers()
     before = [matrix.detach().clone() for matrix in matrices_of(made)]
-    flat = FlatMatrices(made, torch.float32)
+    flat = FlatLoRAParameters(made, torch.float32)
     optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.0)
     assert all(map(torch.equal, matrices_of(made), before))
     x = torch.randn(4, 5)
@@ -194,7 +194,7 @@ def test_a_flat_matrix_is_the_layers_own_and_its_gradient_too():
 
 def test_layers_compute_with_one_cast_a_step_and_gradients_stay_fp32():
     made = layers()
-    flat = FlatMatrices(made, torch.bfloat16)
+    flat = FlatLoRAParameters(made, torch.bfloat16)
     optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.0)
     cast_frozen(made[0], torch.bfloat16)
     x = torch.randn(4, 5, dtype=torch.bfloat16)

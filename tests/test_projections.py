@@ -16,7 +16,7 @@ from lora_engine.lora import layer as lora
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.lora.layer import LoRALinear, project
-from lora_engine.training.optim import FlatMatrices
+from lora_engine.training.optim import FlatLoRAParameters
 
 IN = 12
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -367,7 +367,7 @@ def test_under_autocast_values_and_gradients_stay_near_the_formula(kind, dtype):
 def test_gradients_of_cast_matrices_are_added_up_in_fp32():
     """Over micro-batches: exactly the sum of those of each by itself."""
     layers = half("ranks and scalings", torch.bfloat16)
-    flat = FlatMatrices(adapters(layers), torch.bfloat16)
+    flat = FlatLoRAParameters(adapters(layers), torch.bfloat16)
     batches = [torch.randn(5, IN) * 10.0 ** -number for number in range(4)]
 
     def add_gradients(x: Tensor) -> None:
@@ -412,7 +412,7 @@ def test_compiled_projections_equal_eager_ones(kind, dropout):
 def test_compiled_projections_with_cast_matrices_equal_eager_ones():
     torch._dynamo.reset()
     layers = half("query and value", torch.bfloat16)
-    flat = FlatMatrices(adapters(layers), torch.bfloat16)
+    flat = FlatLoRAParameters(adapters(layers), torch.bfloat16)
     compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 5, IN, requires_grad=True)
     results = []

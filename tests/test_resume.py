@@ -31,7 +31,7 @@ from lora_engine.data import batches, workers
 from lora_engine.data.batches import CaptionedImages
 from lora_engine.features import store as feature_store
 from lora_engine.lora.adapter import read_adapter
-from lora_engine.report import metrics_log as journal
+from lora_engine.report import metrics_log as metrics
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.training import loop as training
@@ -1061,7 +1061,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def write():
-        with journal.Journal(path, total_steps=9, stream=io.StringIO()) as log:
+        with metrics.MetricsLogger(path, total_steps=9, stream=io.StringIO()) as log:
             log.record("train", step=1, loss=1.0)
             limit = path.stat().st_size + 20
             unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1079,7 +1079,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("room, name", [
-    (journal, "append_line"), (validation_captions.ValidationCaptions, "write"),
+    (metrics, "append_line"), (validation_captions.ValidationCaptions, "write"),
     (validation_captions.ValidationCaptions, "write_best"),
 ], ids=["metrics", "samples", "captions"])
 def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from lora_engine.data.batches import Batch, Skipped
-from lora_engine.report.metrics_log import Journal, TrainingStopped
+from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.training.skipped_rows import SkippedRows, allowed_failures
 
@@ -20,9 +20,9 @@ def batch(num_good: int, num_bad: int, begin: int = 0) -> Batch:
 
 @pytest.fixture
 def skipped(tmp_path):
-    with Journal(tmp_path / "metrics.jsonl", total_steps=9, stream=io.StringIO()) as journal:
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=9, stream=io.StringIO()) as metrics:
         yield lambda num_rows: SkippedRows(
-            RunFolder(tmp_path), journal, max_share=0.05, num_rows=num_rows
+            RunFolder(tmp_path), metrics, max_share=0.05, num_rows=num_rows
         )
 
 

@@ -14,7 +14,7 @@ from pictures import settings, write_pictures
 from lora_engine import __main__ as verbs
 from lora_engine.captioning.captioner import Caption
 from lora_engine.data.annotations import read_annotations
-from lora_engine.report.metrics_log import Journal
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, printable
 from lora_engine.training import loop as training
 
@@ -69,8 +69,8 @@ def test_an_error_shows_what_a_file_holds_without_obeying_it(command, tmp_path):
 
 def test_messages_of_a_run_are_printable(tmp_path):
     stream = io.StringIO()
-    with Journal(tmp_path / "metrics.jsonl", total_steps=1, stream=stream) as journal:
-        journal.say(f"skipped {HOSTILE}")
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=1, stream=stream) as metrics:
+        metrics.say(f"skipped {HOSTILE}")
     assert stream.getvalue() == f"skipped {SHOWN}\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine.report import trackers
-from lora_engine.report.metrics_log import Journal
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.trackers import check_tracker, start_tracker
 from lora_engine.training import setup as preparation
 from lora_engine.training.loop import train
@@ -86,12 +86,13 @@ def data(tmp_path_factory) -> Path:
 
 
 def record_a_run(tmp_path, name: str, *, num_lines=3) -> str:
-    """What the console shows of a journal of a few lines with this tracker."""
+    """What the console shows of a metrics of a few lines with this tracker."""
     stream = io.StringIO()
     tracker = start_tracker(name, tmp_path, {"lr": 1e-3})
-    with Journal(tmp_path / "metrics", total_steps=9, stream=stream, tracker=tracker) as journal:
+    path = tmp_path / "metrics"
+    with MetricsLogger(path, total_steps=9, stream=stream, tracker=tracker) as metrics:
         for step in range(num_lines):
-            journal.record("train", step=step, loss=1.0)
+            metrics.record("train", step=step, loss=1.0)
     assert len(json_lines(tmp_path / "metrics")) == num_lines  # whatever the tracker does
     return stream.getvalue()
 
@@ -137,11 +138,11 @@ def test_a_tracker_gets_every_number_of_the_metrics_the_settings_and_the_samples
 
 def test_scores_and_bad_steps_arrive_and_what_is_not_finite_does_not(tmp_path, fake):
     tracker = start_tracker("wandb", tmp_path, {})
-    with Journal(
+    with MetricsLogger(
         tmp_path / "metrics", total_steps=9, stream=io.StringIO(), tracker=tracker
-    ) as journal:
-        journal.record("validation", step=1, epoch=0.5, loss=float("nan"), bleu_4=0.25)
-        journal.record("skipped_step", step=2, by_grad_scaler=False)
+    ) as metrics:
+        metrics.record("validation", step=1, epoch=0.5, loss=float("nan"), bleu_4=0.25)
+        metrics.record("skipped_step", step=2, by_grad_scaler=False)
     assert fake.numbers == {
         ("validation/epoch", 1): 0.5, ("validation/bleu_4", 1): 0.25,
         ("skipped_step/by_grad_scaler", 2): False,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.models.attention import KeyValueCache
 
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: CaptionerBody,
+    model: CaptioningModel,
     features: Tensor,
     *,
     prompt_ids: list[int],
@@ -88,7 +88,7 @@ def generate(
 class _NextLogits:
     """(N, T new tokens) -> fp32 logits (N, V) of the token after the last, or their log_softmax."""
 
-    def __init__(self, model: CaptionerBody, longest: int, first_end: int, end_id: int) -> None:
+    def __init__(self, model: CaptioningModel, longest: int, first_end: int, end_id: int) -> None:
         self.model = model
         self.cache = KeyValueCache(longest)
         self.first_end = first_end  # tokens before an end token may come

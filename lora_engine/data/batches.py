@@ -21,6 +21,7 @@ from lora_engine.data.captions import IGNORED, TokenizedCaptions, collate_captio
 from lora_engine.data.image_identity import FileStamp, content_digest, stamp
 from lora_engine.data.images import ImageError, PixelSettings, load_pixels, read_image_file
 from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.seen_images import ImageList
 from lora_engine.data.workers import load
 
 MAX_SUBSTITUTES = 20
@@ -28,7 +29,7 @@ MAX_SUBSTITUTES = 20
 _WINDOW = 64  # batches sorted by length together: little padding, and an order still random
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """Which row stands at which position of which epoch's order, and whether it needs its image.
     """
 
@@ -69,14 +70,13 @@ class Example(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
 
-class Batch(NamedTuple):
-    """Rows ready for the model, on the CPU.
+class PixelBatch(NamedTuple):
+    """Rows on the CPU, with the pixels of those images whose features are not kept.
 
     `input_ids` (B, T). The targets are kept flat, M of them: `target_ids` and their
     `target_positions` in the flattened (B * T) positions; `num_targets` of them are not IGNORED.
     `rows` are the B row numbers, `images` their images' numbers; `skipped` the rows that could not
-    be loaded. `pixels` uint8 (U, 3, H, W) are those of the images in `loaded`, until they become
-    `features` (B, P, D).
+    be loaded. `pixels` uint8 (U, 3, H, W) are those of the images in `loaded`.
     """
 
     input_ids: Tensor
@@ -88,14 +88,29 @@ class Batch(NamedTuple):
     skipped: list[Skipped]
     pixels: Tensor
     loaded: list[Identified]
-    features: Tensor | None = None
+
+    def with_features(self, features: Tensor) -> "FeatureBatch":
+        """The same rows, with the features (B, P, D) of their images."""
+        return FeatureBatch(*self[:7], features=features)
+
+
+class FeatureBatch(NamedTuple):
+    """Rows with the features (B, P, D) of their images; else as in `PixelBatch`."""
+
+    input_ids: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    num_targets: int
+    rows: list[int]
+    images: list[int]
+    skipped: list[Skipped]
+    features: Tensor
 
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """(input_ids, target_positions, target_ids, features) on a device, as the loss takes them.
 
         From pinned memory the copies do not block.
         """
-        assert self.features is not None
         tensors = self.input_ids, self.target_positions, self.target_ids, self.features
         return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
@@ -119,7 +134,7 @@ def epoch_batches(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_places(
+def training_order(
     lengths: np.ndarray,
     *,
     batch_size: int,
@@ -127,32 +142,35 @@ def training_places(
     num_epochs: int,
     first_epoch: int = 0,
     num_done: int = 0,
-) -> Iterator[list[Place]]:
+) -> Iterator[list[SampleIndex]]:
     """All batches of a run, one epoch after the other; of the first epoch those behind `num_done`.
     """
     for epoch in range(first_epoch, num_epochs):
         batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
         position = sum(map(len, batches[:num_done]))
         for rows in batches[num_done:]:
-            yield [Place(epoch, position + i, int(row)) for i, row in enumerate(rows)]
+            yield [SampleIndex(epoch, position + i, int(row)) for i, row in enumerate(rows)]
             position += len(rows)
         num_done = 0
 
 
-def validation_places(lengths: np.ndarray, *, batch_size: int) -> list[list[Place]]:
+def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
     """Every row once, longest captions first: too large a batch fails at once, not at the end."""
     order = np.argsort(-lengths, kind="stable")
     return [
-        [Place(0, begin + i, int(row)) for i, row in enumerate(order[begin : begin + batch_size])]
+        [
+            SampleIndex(0, begin + i, int(row))
+            for i, row in enumerate(order[begin : begin + batch_size])
+        ]
         for begin in range(0, len(order), batch_size)
     ]
 
 
 class CaptionedImages(Dataset):
-    """Rows of captions and image paths, loaded by their `Place`.
+    """Rows of captions and image paths, loaded by their `SampleIndex`.
 
-    `images` (one path a row) are kept once each, in `image_paths`; `image_of_row` are their
-    numbers. With `substitute`, a row whose image cannot be used is replaced by another one, drawn
+    `images` (one path per row) are kept once each, in an `ImageList` with their `digests` V16 (N,)
+    as far as they are known; `image_of_row` are their numbers. With `substitute`, a row whose image cannot be used is replaced by another one, drawn
     from (seed, epoch, position); otherwise its batch is shorter.
     """
 
@@ -164,10 +182,11 @@ class CaptionedImages(Dataset):
         *,
         seed: int,
         substitute: bool,
+        digests: np.ndarray | None = None,
     ) -> None:
         numbers: dict[str, int] = {}
         self.image_of_row = np.array([numbers.setdefault(path, len(numbers)) for path in images])
-        self.image_paths = PackedStrings(numbers)
+        self.images = ImageList(PackedStrings(numbers), digests)
         self.captions = captions
         self.pixels = pixels
         self.seed = seed
@@ -176,11 +195,15 @@ class CaptionedImages(Dataset):
     def __len__(self) -> int:
         return len(self.image_of_row)
 
-    def paths_of(self, batches: Iterable[Batch]) -> list[str]:
+    @property
+    def image_paths(self) -> Sequence[str]:
+        return self.images.paths
+
+    def paths_of(self, batches: Iterable[FeatureBatch]) -> list[str]:
         """The images of all rows of some batches."""
         return [self.image_paths[image] for batch in batches for image in batch.images]
 
-    def __getitem__(self, place: Place) -> Example:
+    def __getitem__(self, place: SampleIndex) -> Example:
         row = place.row
         if not place.needs_pixels:
             return Example(row, int(self.image_of_row[row]), self.captions[row])
@@ -216,7 +239,7 @@ def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStam
 
 
 class Collate:
-    """Examples -> Batch, without rows where no image could be read; runs in the workers.
+    """Examples -> PixelBatch, without rows where no image could be read; runs in the workers.
 
     With `longest_bucket` captions are padded to the next of a few lengths, at most that one, and
     targets, with IGNORED ones, to the next of eight numbers a length, so that full batches have
@@ -236,7 +259,7 @@ class Collate:
         self.prompt_length = prompt_length
         self.pad_id = pad_id
 
-    def __call__(self, examples: list[Example]) -> Batch:
+    def __call__(self, examples: list[Example]) -> PixelBatch:
         usable = [example for example in examples if example.is_usable]
         input_ids, targets = collate_captions(
             [example.token_ids for example in usable],
@@ -260,7 +283,7 @@ class Collate:
             target_ids = F.pad(target_ids, (0, num_more), value=IGNORED)
         pixels = [torch.from_numpy(e.pixels) for e in usable if e.pixels is not None]
         empty = torch.empty((0, 3, *self.image_size), dtype=torch.uint8)
-        return Batch(
+        return PixelBatch(
             input_ids=input_ids,
             target_positions=positions,
             target_ids=target_ids,
@@ -283,7 +306,7 @@ def bucket_length(num_tokens: int) -> int:
 
 def load_batches(
     dataset: CaptionedImages,
-    places: Iterable[list[Place]],
+    places: Iterable[list[SampleIndex]],
     *,
     collate: Collate,
     num_workers: int,
@@ -292,7 +315,7 @@ def load_batches(
     timeout_s: float = 0,
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     batch_bytes: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[PixelBatch]:
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
     An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
@@ -321,8 +344,8 @@ def load_batches(
 class _Once:
     """A batch sampler over an iterator; DataLoader asks for it once, in this process."""
 
-    def __init__(self, places: Iterator[list[Place]]) -> None:
+    def __init__(self, places: Iterator[list[SampleIndex]]) -> None:
         self.places = places
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         return self.places

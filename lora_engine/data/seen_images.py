@@ -12,14 +12,38 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_engine.data.image_identity import content_digest
+from lora_engine.data.image_identity import FileStamp, content_digest
 from lora_engine.data.images import ImageError, read_image_file
 from lora_engine.files import replaced_file, write_synced
+from lora_engine.stopping import LoadingStopped
 
 DIGESTS_FILE = "image_digests.bin"
 UNKNOWN = bytes(16)
 NUM_SAMPLED = 64
 _MAX_BYTES = 2**30  # 67 million images
+
+
+class ImageList:
+    """The images of a dataset, and what is known of each file: its stamp and digest.
+
+    Arrays, not objects, because there may be millions. `digests` V16 (N,) are what a run has seen
+    of them already.
+    """
+
+    def __init__(self, paths: Sequence[str], digests: np.ndarray | None = None) -> None:
+        self.paths = paths
+        self.stamps = np.zeros(len(paths), dtype="V16")
+        self.digests = np.zeros(len(paths), dtype="V16") if digests is None else digests
+
+    def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
+        """Raises LoadingStopped if the image had another digest before."""
+        if self.digests[image].tobytes() not in (UNKNOWN, digest):
+            raise LoadingStopped(
+                f"{self.paths[image]} has changed since the run began; restore it, or begin "
+                f"another run"
+            )
+        self.stamps[image] = np.void(file or UNKNOWN)
+        self.digests[image] = np.void(digest)
 
 
 def sample_digests(paths: Sequence[str]) -> np.ndarray:

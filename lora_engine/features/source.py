@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.data.batches import Batch, read_image
+from lora_engine.data.batches import FeatureBatch, PixelBatch, read_image
 from lora_engine.data.image_identity import FileStamp, Identities, stamp
 from lora_engine.data.images import PIXELS_VERSION, ImageError, PixelSettings, normalize
-from lora_engine.data.seen_images import UNKNOWN
+from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast, free_memory_bytes
 from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.pretrained import Captioner, fingerprint
 from lora_engine.models.vit import EncoderLayer
@@ -39,32 +39,9 @@ _NUM_AHEAD = {"cpu": 0, "cuda": 1}  # groups that are begun before one is traine
 
 
 @torch.no_grad()
-def encode_pixels(model: CaptionerBody, pixels: Tensor, settings: PixelSettings) -> Tensor:
+def encode_pixels(model: CaptioningModel, pixels: Tensor, settings: PixelSettings) -> Tensor:
     """uint8 pixels (B, 3, H, W) -> features (B, P, D); they become floats on their device."""
     return model.encode(normalize(pixels, settings))
-
-
-class ImageList:
-    """The images of a dataset, and what is known of each file: its stamp and digest.
-
-    Arrays, not objects, because there may be millions. `digests` V16 (N,) are what a run has seen
-    of them already.
-    """
-
-    def __init__(self, paths: Sequence[str], digests: np.ndarray | None = None) -> None:
-        self.paths = paths
-        self.stamps = np.zeros(len(paths), dtype="V16")
-        self.digests = np.zeros(len(paths), dtype="V16") if digests is None else digests
-
-    def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
-        """Raises LoadingStopped if the image had another digest before."""
-        if self.digests[image].tobytes() not in (UNKNOWN, digest):
-            raise LoadingStopped(
-                f"{self.paths[image]} has changed since the run began; restore it, or begin "
-                f"another run"
-            )
-        self.stamps[image] = np.void(file or UNKNOWN)
-        self.digests[image] = np.void(digest)
 
 
 class _Memory:
@@ -88,7 +65,7 @@ class _Memory:
 class _Group(NamedTuple):
     """Batches whose missing images are being encoded: rows (U, row_bytes) in order of digests."""
 
-    batches: list[Batch]
+    batches: list[PixelBatch]
     digests: dict[bytes, int]
     rows: Tensor
     is_encoded: torch.cuda.Event | None
@@ -280,7 +257,7 @@ class FeatureSource:
 
     # --- batches ----------------------------------------------------------------------------
 
-    def attach(self, batches: Iterable[Batch], images: ImageList) -> Generator[Batch]:
+    def attach(self, batches: Iterable[PixelBatch], images: ImageList) -> Generator[FeatureBatch]:
         """The batches, with features (B, P, D) on the device in place of pixels.
 
         A GPU encodes on a stream of its own, while the batches before are trained on.
@@ -307,7 +284,7 @@ class FeatureSource:
         return self.format.unpack(self._gather(images, [0], {}, None), self.dtype)[0]
 
     def _start(
-        self, batches: list[Batch], images: ImageList, under_way: Iterable[_Group]
+        self, batches: list[PixelBatch], images: ImageList, under_way: Iterable[_Group]
     ) -> _Group:
         """Encode those images of some batches whose features are not there.
 
@@ -343,18 +320,17 @@ class FeatureSource:
                 event.record()
         return _Group(batches, digests, rows, event)
 
-    def _finish(self, group: _Group, images: ImageList) -> Iterator[Batch]:
+    def _finish(self, group: _Group, images: ImageList) -> Iterator[FeatureBatch]:
         if group.is_encoded is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(group.is_encoded)
             group.rows.record_stream(stream)
         self._keep(list(group.digests), group.rows)
         for batch in group.batches:
-            features = None
+            rows = group.rows[:0]
             if batch.rows:
                 rows = self._gather(images, batch.images, group.digests, group.rows)
-                features = self.format.unpack(rows, self.dtype)
-            yield batch._replace(pixels=batch.pixels[:0], loaded=[], features=features)
+            yield batch.with_features(self.format.unpack(rows, self.dtype))
 
     def _gather(
         self,
@@ -472,7 +448,7 @@ def _encoder_batch_size(device: torch.device, num_tokens: int) -> int:
     return 64 if device.type == "cuda" else min(max(512 // num_tokens, 1), 4)
 
 
-def _describe_encoder(model: CaptionerBody) -> dict[str, Any]:
+def _describe_encoder(model: CaptioningModel) -> dict[str, Any]:
     """All of a captioner that its features depend on: weights, and what is no weight."""
     parts = {name: part for name, part in model.named_children() if part is not model.decoder}
     layer = model.encoder.layers[0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_engine.lora.dropout import dropout_mask, kept_part
-from lora_engine.lora.matmul import compute_dtype, product
+from lora_engine.lora.matmul import compute_dtype, frozen_linear
 
 
 class LoRALinear(nn.Module):
@@ -184,11 +184,11 @@ class _Projections(torch.autograd.Function):
         Ws, biases, As, Bs = (tensors[i::4] for i in range(4))
         ctx.scalings = scalings
         ctx.ranks = [0 if A is None else len(A) for A in As]
-        Ys = [product(X, W, bias) for W, bias in zip(Ws, biases)]
+        Ys = [frozen_linear(X, W, bias) for W, bias in zip(Ws, biases)]
         A = low_rank = None
         if any(ctx.ranks):
             A = torch.cat([A for A in As if A is not None])
-            low_rank = product(kept_part(X, kept), A)  # (M, sum of R)
+            low_rank = frozen_linear(kept_part(X, kept), A)  # (M, sum of R)
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
                     Y.addmm_(part, B.T, alpha=s)
@@ -203,11 +203,11 @@ class _Projections(torch.autograd.Function):
         Ws, Bs = rest[: len(dYs)], rest[len(dYs) :]
         dX, dAs, dBs = None, [None] * len(dYs), [None] * len(dYs)
         if ctx.needs_input_grad[0]:
-            products = [product(dY, W.T) for dY, W in zip(dYs, Ws)]
+            products = [frozen_linear(dY, W.T) for dY, W in zip(dYs, Ws)]
             dX = sum(products[1:], products[0])
         if A is not None:
             Gs = [
-                product(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings)
+                frozen_linear(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings)
                 if B is not None
             ]
             G = torch.cat(Gs, dim=1)  # (M, sum of R)

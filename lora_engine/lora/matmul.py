@@ -42,7 +42,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def product(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K), frozen (N, K), bias (N) -> x frozen^T + bias (M, N).
 
     For the inside of autograd functions and for operands that need no gradient: oneDNN's way
@@ -96,25 +96,25 @@ _batched_onednn_op = torch.library.custom_op(
 _batched_onednn_op.register_fake(lambda x, y: x.new_empty(*x.shape[:2], y.shape[1]))
 
 
-class _FeatureProduct(torch.autograd.Function):
+class _FeatureMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor, matrix: Tensor) -> Tensor:
         ctx.save_for_backward(features)
-        return product(features, matrix)
+        return frozen_linear(features, matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (features,) = ctx.saved_tensors
-        return None, product(gradient.T.contiguous(), features.T)
+        return None, frozen_linear(gradient.T.contiguous(), features.T)
 
 
-def feature_product(features: Tensor, matrix: Tensor) -> Tensor:
+def feature_matmul(features: Tensor, matrix: Tensor) -> Tensor:
     """features (M, K), matrix (N, K) -> features matrix^T (M, N), with a gradient for `matrix`."""
-    return _FeatureProduct.apply(features, matrix)
+    return _FeatureMatmul.apply(features, matrix)
 
 
-class _BatchedProduct(torch.autograd.Function):
+class _BatchedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
         # Neither is kept where the other needs no gradient of it.
@@ -143,12 +143,12 @@ def _batched(x: Tensor, y: Tensor) -> Tensor:
     return _batched_onednn_op(x, y) if torch.compiler.is_compiling() else _batched_onednn(x, y)
 
 
-def batched_product(x: Tensor, y: Tensor) -> Tensor:
+def batched_matmul(x: Tensor, y: Tensor) -> Tensor:
     """x (B, M, K), y (B, N, K) -> x y^T (B, M, N), with gradients for what needs one."""
-    return _BatchedProduct.apply(x, y)
+    return _BatchedMatmul.apply(x, y)
 
 
-def head_product(x: Tensor, frozen: Tensor) -> Tensor:
+def per_head_matmul(x: Tensor, frozen: Tensor) -> Tensor:
     """x (M, H, K), frozen (H, K, N) -> (M, H, N): the product of each head with its own matrix."""
-    out = batched_product(x.transpose(0, 1), frozen.transpose(1, 2))  # (H, M, N)
+    out = batched_matmul(x.transpose(0, 1), frozen.transpose(1, 2))  # (H, M, N)
     return out.transpose(0, 1).contiguous()

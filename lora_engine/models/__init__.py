@@ -21,4 +21,4 @@ Axes: B batch, T caption tokens, P image tokens, D width, H heads, K head width,
 from lora_engine.models.blip import BlipCaptioner
 from lora_engine.models.vit_gpt2 import ViTGPT2Captioner
 
-CaptionerBody = BlipCaptioner | ViTGPT2Captioner
+CaptioningModel = BlipCaptioner | ViTGPT2Captioner

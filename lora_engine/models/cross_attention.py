@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_engine.lora.dropout import dropout_mask, kept_part
 from lora_engine.lora.layer import LoRALinear, linear_parts
-from lora_engine.lora.matmul import batched_product, feature_product, head_product, product
+from lora_engine.lora.matmul import batched_matmul, feature_matmul, frozen_linear, per_head_matmul
 from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
 
 
@@ -81,7 +81,7 @@ def _low_rank_features(
     if dropout:
         kept, kept_share = dropout_mask(rows, dropout)
         rows, A = kept_part(rows, kept), A / kept_share
-    low_rank = feature_product(rows, A).unflatten(0, features.shape[:2])
+    low_rank = feature_matmul(rows, A).unflatten(0, features.shape[:2])
     ranks = [adapter.rank for adapter in adapters]
     split = (part.contiguous() for part in low_rank.split(ranks, dim=-1))
     parts: dict[nn.Module, Tensor] = dict(zip(adapters, split))
@@ -165,19 +165,19 @@ def absorbed(
     def by_head(rows: Tensor) -> Tensor:
         return rearrange(rows, "b (t h) x -> (b t) h x", h=num_heads)
 
-    queries = by_image(head_product(query, W_k))  # (B, T H, E)
-    scores = batched_product(queries, features)  # (B, T H, P)
+    queries = by_image(per_head_matmul(query, W_k))  # (B, T H, E)
+    scores = batched_matmul(queries, features)  # (B, T H, P)
     if key.low_rank is not None:
         low_rank = torch.einsum("mhk,hkr->mhr", query, key.lora_B.unflatten(0, heads))
-        scores = scores + batched_product(by_image(low_rank), key.low_rank)
+        scores = scores + batched_matmul(by_image(low_rank), key.low_rank)
     # In fp32 whatever the compute dtype. (A fused kernel would not have rounded the scores either.)
     probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     probs = F.dropout(probs.to(scores.dtype), dropout)
 
-    context = by_head(batched_product(probs, features.transpose(1, 2)))  # (B T, H, E)
-    context = head_product(context, W_v.transpose(1, 2))  # (B T, H, K)
+    context = by_head(batched_matmul(probs, features.transpose(1, 2)))  # (B T, H, E)
+    context = per_head_matmul(context, W_v.transpose(1, 2))  # (B T, H, K)
     if value.low_rank is not None:
-        low_rank = by_head(batched_product(probs, value.low_rank.transpose(1, 2)))
+        low_rank = by_head(batched_matmul(probs, value.low_rank.transpose(1, 2)))
         context = context + torch.einsum("mhr,hkr->mhk", low_rank, value.lora_B.unflatten(0, heads))
     if value.bias is not None:
         bias = value.bias.unflatten(0, heads)  # (H, K)
@@ -213,7 +213,7 @@ def _projected(
 def _keys_or_values(features: Tensor, projection: FeatureProjection) -> Tensor:
     """Keys or values (B, P, D) of all image tokens, which are many: each pass over them counts."""
     weight, bias, low_rank, lora_B = projection
-    rows = product(features.flatten(0, 1), weight)
+    rows = frozen_linear(features.flatten(0, 1), weight)
     if bias is not None:
         rows.add_(bias)
     if low_rank is not None:

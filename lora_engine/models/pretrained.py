@@ -28,7 +28,7 @@ from lora_engine.data.captions import CaptionTokenizer
 from lora_engine.data.images import PixelSettings
 from lora_engine.files import UnusableFileError, check_file, read_limited
 from lora_engine.lora.tensor_files import read_tensors
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.blip import BlipCaptioner, TextDecoder
 from lora_engine.models.blip import convert_state as convert_blip
@@ -50,7 +50,7 @@ class Captioner:
     is the Hub name or the folder that was asked for; `folder` holds its files.
     """
 
-    model: CaptionerBody
+    model: CaptioningModel
     tokenizer: CaptionTokenizer
     pixels: PixelSettings
     family: str
@@ -76,7 +76,7 @@ class Family:
     """
 
     name: str
-    build: Callable[[Any], CaptionerBody]
+    build: Callable[[Any], CaptioningModel]
     convert_state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     special_ids: Callable[[Any], tuple[int, int, int]]
     hugging_face_class: str
@@ -127,12 +127,12 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> CaptionT
     return _read_tokenizer(folder, config, model)
 
 
-def load_body(folder: str | Path) -> CaptionerBody:
+def load_body(folder: str | Path) -> CaptioningModel:
     """The body alone, from a folder that needs no tokenizer or preprocessor files."""
     return _load_body(Path(folder), _read_config(Path(folder), None))
 
 
-def build_from_config(folder: str | Path) -> CaptionerBody:
+def build_from_config(folder: str | Path) -> CaptioningModel:
     """The body that a folder's config.json describes, with its head tied and no weights filled in.
 
     Under `torch.device("meta")` it costs no memory: good for counting parameters.
@@ -172,7 +172,7 @@ def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
-def _load_body(folder: Path, config: Any) -> CaptionerBody:
+def _load_body(folder: Path, config: Any) -> CaptioningModel:
     with torch.device("meta"):
         model = _build(folder, config)
     tensors = _read_tensors(folder)
@@ -186,7 +186,7 @@ def _load_body(folder: Path, config: Any) -> CaptionerBody:
     return model.eval()
 
 
-def _build(folder: Path, config: Any) -> CaptionerBody:
+def _build(folder: Path, config: Any) -> CaptioningModel:
     """The body that a configuration describes, with weights to be filled in."""
     try:
         return FAMILIES[config.model_type].build(config)
@@ -220,7 +220,7 @@ def _build_encoder(config: Any, **differences) -> VisionTransformer:
     )
 
 
-def _build_blip(config: Any) -> CaptionerBody:
+def _build_blip(config: Any) -> CaptioningModel:
     text = config.text_config
     decoder = TextDecoder(
         width=_whole(text, "hidden_size", "width"),
@@ -238,7 +238,7 @@ def _build_blip(config: Any) -> CaptionerBody:
     return BlipCaptioner(_build_encoder(config.vision_config), decoder)
 
 
-def _build_vit_gpt2(config: Any) -> CaptionerBody:
+def _build_vit_gpt2(config: Any) -> CaptioningModel:
     encoder, decoder = config.encoder, config.decoder
     width = _whole(decoder, "n_embd", "width")
     body = GPT2Decoder(
@@ -597,7 +597,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _fill(model: CaptionerBody, state: dict[str, Tensor], *, source: str) -> None:
+def _fill(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
     """Give a body on the meta device its tensors; everything must fit exactly."""
     head, embedding = model.tied_head
     stored_apart = head in state and embedding in state
@@ -639,7 +639,7 @@ def _fill(model: CaptionerBody, state: dict[str, Tensor], *, source: str) -> Non
         _tie_head(model)
 
 
-def _tie_head(model: CaptionerBody) -> None:
+def _tie_head(model: CaptioningModel) -> None:
     head, embedding = model.tied_head
     model.get_submodule(head.rpartition(".")[0]).weight = model.get_parameter(embedding)
 
@@ -670,7 +670,7 @@ def _tokenizer_fingerprint(folder: Path, tokenizer: CaptionTokenizer) -> str:
         return hashlib.sha256(json.dumps(tokenizer.behavior()).encode()).hexdigest()
 
 
-def _read_tokenizer(folder: Path, config: Any, model: CaptionerBody) -> CaptionTokenizer:
+def _read_tokenizer(folder: Path, config: Any, model: CaptioningModel) -> CaptionTokenizer:
     from transformers import AutoTokenizer
 
     _check_tokenizer_class(folder, config)
@@ -747,7 +747,7 @@ PREPROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
-def _read_pixel_settings(folder: Path, config: Any, model: CaptionerBody) -> PixelSettings:
+def _read_pixel_settings(folder: Path, config: Any, model: CaptioningModel) -> PixelSettings:
     """The preprocessor's settings; its pixels must have the size that the encoder takes."""
     try:
         given = _preprocessor_of(folder)

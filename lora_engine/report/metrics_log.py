@@ -20,7 +20,7 @@ from lora_engine.terminal import printable
 _EVERY_S = 5.0  # between two plain lines
 
 
-class Journal:
+class MetricsLogger:
     """Appends events to metrics.jsonl and shows progress on a stream.
 
     metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
@@ -54,7 +54,7 @@ class Journal:
         )
         self._last_line_s = time.monotonic()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricsLogger":
         return self
 
     def __exit__(

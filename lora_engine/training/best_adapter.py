@@ -16,7 +16,7 @@ from lora_engine.lora.adapter import (
     read_adapter,
     write_adapter,
 )
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.report.run_folder import RunFolder, checkpoint_name
 from lora_engine.training.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
@@ -33,7 +33,7 @@ class AdapterKeeper:
 
     def __init__(
         self,
-        model: CaptionerBody,
+        model: CaptioningModel,
         folder: RunFolder,
         *,
         best_by: str,

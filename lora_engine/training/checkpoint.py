@@ -40,7 +40,7 @@ from lora_engine.report.run_folder import (
     is_checkpoint_name,
 )
 from lora_engine.training.checkpoint_state import FORMAT, state_complaint
-from lora_engine.training.optim import FlatMatrices
+from lora_engine.training.optim import FlatLoRAParameters
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best_adapter.safetensors"
@@ -280,7 +280,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_moments(
-    optimizer: torch.optim.Optimizer, matrices: FlatMatrices, checkpoint: Checkpoint
+    optimizer: torch.optim.Optimizer, matrices: FlatLoRAParameters, checkpoint: Checkpoint
 ) -> None:
     """Raises CheckpointError if the moments are not those of these matrices."""
     shapes = {"exp_avg": matrices.values.shape, "exp_avg_sq": matrices.values.shape, "step": ()}

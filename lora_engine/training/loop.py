@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from lora_engine.config import TrainingConfig
-from lora_engine.data.batches import Batch, training_places
+from lora_engine.data.batches import FeatureBatch, training_order
 from lora_engine.devices import autocast, describe, peak_memory_bytes
 from lora_engine.features.source import FeatureSource
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.report.hub import push_adapter
 from lora_engine.report.loss_curve import draw_loss_curve
-from lora_engine.report.metrics_log import Journal
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.model_card import write_model_card
 from lora_engine.report.page import write_report
 from lora_engine.report.run_folder import RunFolder, environment
@@ -43,7 +43,7 @@ from lora_engine.training.cuda_graphs import CudaGraphs
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.meter import Meter
 from lora_engine.training.micro_batches import FittingBatches
-from lora_engine.training.optim import FlatMatrices, optimizer_step
+from lora_engine.training.optim import FlatLoRAParameters, optimizer_step
 from lora_engine.training.run_state import RunState
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.setup import (
@@ -82,14 +82,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     with (
         run_folder(parts) as folder,
         signals_held() as stop,
-        Journal(
+        MetricsLogger(
             folder.metrics,
             first_step=parts.first_step,
             total_steps=schedule.total_steps,
             tracker=start_tracker(config.track, folder.path, config.as_dict()),
             lose_output=stop.lose_output,
-        ) as journal,
-        feature_source(parts, say=journal.say) as features,
+        ) as metrics,
+        feature_source(parts, say=metrics.say) as features,
         ExitStack() as spare,
     ):
         # Where descriptors have run out, the last checkpoint can still be written with these.
@@ -98,14 +98,14 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         folder.write_json("config.json", config.as_dict())
         known = environment(describe(parts.device), parts.dtype, parts.kernels) | sizes(parts)
         folder.write_json("environment.json", known)
-        journal.say(opening(parts))
-        journal.say(f"run folder {folder.path}")
-        journal.say(features.plan)
+        metrics.say(opening(parts))
+        metrics.say(f"run folder {folder.path}")
+        metrics.say(features.plan)
         if (advice := loading_advice(parts)) is not None:
-            journal.say(f"warning: {advice}")
+            metrics.say(f"warning: {advice}")
         keeper = adapter_keeper(parts, folder)
         skipped = SkippedRows(
-            folder, journal, max_share=config.max_bad_share, num_rows=len(parts.train_set)
+            folder, metrics, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
         skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
         load_validation = loader(
@@ -128,7 +128,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             ),
             skipped=skipped,
             folder=folder,
-            journal=journal,
+            metrics=metrics,
             device=parts.device,
             dtype=parts.dtype,
         )
@@ -136,13 +136,13 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             parts=parts,
             schedule=schedule,
             folder=folder,
-            fitting=FittingBatches(say=journal.say),
+            fitting=FittingBatches(say=metrics.say),
             keeper=keeper,
             captions=validation.captions,
             skipped=skipped,
-            meter=Meter(journal, schedule, has_grad_scaler=parts.scaler.is_enabled()),
+            meter=Meter(metrics, schedule, has_grad_scaler=parts.scaler.is_enabled()),
             begin_s=begin_s,
-            say=journal.say,
+            say=metrics.say,
         )
         if parts.checkpoint is not None:
             state.restore(parts.checkpoint)
@@ -169,7 +169,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             raise
         finally:
             if state.has_begun and not stop.is_at_once:
-                _tell(folder, keeper, state, journal.say)
+                _tell(folder, keeper, state, metrics.say)
         summary = TrainingSummary(
             path=folder.path,
             losses=keeper.losses,
@@ -181,9 +181,9 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             samples=validation.captions.compare(keeper.best_step),
             seconds=state.seconds,
         )
-        journal.say(f"\n{summary}")
+        metrics.say(f"\n{summary}")
         if config.push_to_hub is not None:
-            push_adapter(folder, config.push_to_hub, say=journal.say)
+            push_adapter(folder, config.push_to_hub, say=metrics.say)
         stop.answer_at_once()  # only the cache and the tracker are still to be closed
     return summary
 
@@ -206,7 +206,7 @@ def take_steps(
         )
     state.save()
     epoch, num_done = schedule.position(state.step)
-    places = training_places(
+    places = training_order(
         parts.train_set.captions.lengths,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -294,8 +294,8 @@ def _tell(
 
 
 def accumulate_gradients(
-    model: CaptionerBody,
-    batches: Sequence[Batch],
+    model: CaptioningModel,
+    batches: Sequence[FeatureBatch],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -333,7 +333,7 @@ def accumulate_gradients(
     return total * weight
 
 
-def clear_gradients(matrices: FlatMatrices, graphs: CudaGraphs | None) -> None:
+def clear_gradients(matrices: FlatLoRAParameters, graphs: CudaGraphs | None) -> None:
     """Undo what a step that found no memory has begun."""
     matrices.gradient.zero_()
     if graphs is not None:
@@ -343,7 +343,7 @@ def clear_gradients(matrices: FlatMatrices, graphs: CudaGraphs | None) -> None:
 
 
 def cuda_graphs_for(
-    matrices: FlatMatrices,
+    matrices: FlatLoRAParameters,
     optimizer: torch.optim.AdamW,
     config: TrainingConfig,
     say: Callable[[str], None],

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_engine.data.captions import IGNORED
-from lora_engine.lora.matmul import compute_dtype, product
-from lora_engine.models import CaptionerBody
+from lora_engine.lora.matmul import compute_dtype, frozen_linear
+from lora_engine.models import CaptioningModel
 
 _MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
 
 
 def caption_loss(
-    model: CaptionerBody,
+    model: CaptioningModel,
     input_ids: Tensor,
     target_positions: Tensor,
     target_ids: Tensor,
@@ -25,7 +25,7 @@ def caption_loss(
 ) -> Tensor:
     """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
 
-    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as `batches.Batch` has them:
+    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as `batches.PixelBatch` has them:
     `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
     through the vocabulary head. The caller divides by the number of targets of the whole step, so
     that gradient accumulation over ragged captions is exact.
@@ -64,7 +64,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for rows, ids in zip(hidden.split(num_rows), targets.split(num_rows)):
             is_valid = ids != IGNORED
             ids = ids.clamp_min(0)[:, None]
-            logits = product(rows, weight).to(accurate)  # (chunk of M, V)
+            logits = frozen_linear(rows, weight).to(accurate)  # (chunk of M, V)
             if bias is not None:
                 logits += bias
             at_target = logits.gather(1, ids)
@@ -81,7 +81,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     gradient.sub_(smoothing / vocab_size)
                 gradient.scatter_add_(1, ids, torch.full_like(losses, smoothing - 1))
                 gradient.mul_(is_valid[:, None])
-                gradients.append(product(gradient.to(hidden.dtype), weight.T))
+                gradients.append(frozen_linear(gradient.to(hidden.dtype), weight.T))
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return loss

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_engine.report.metrics_log import Journal
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.stopping import TrainingStopped
 from lora_engine.training.schedule import Schedule
 
@@ -26,8 +26,10 @@ class Meter:
     the processor wait for the GPU in every step.
     """
 
-    def __init__(self, journal: Journal, schedule: Schedule, *, has_grad_scaler: bool) -> None:
-        self.journal = journal
+    def __init__(
+        self, metrics: MetricsLogger, schedule: Schedule, *, has_grad_scaler: bool
+    ) -> None:
+        self.metrics = metrics
         self.schedule = schedule
         self.has_grad_scaler = has_grad_scaler
         self.num_non_finite = 0  # in a row
@@ -113,7 +115,7 @@ class Meter:
             self._read()
         interval_s = self._interval_s()
         if self.finite:
-            self.journal.record(
+            self.metrics.record(
                 "train",
                 step=step,
                 epoch=step / self.schedule.steps_per_epoch,
@@ -139,7 +141,7 @@ class Meter:
                 self._count_non_finite(step, loss, images)
         self.read_s = time.perf_counter()
         interval_s = self._interval_s()
-        self.journal.progress(
+        self.metrics.progress(
             step=step,
             loss=self._mean_loss(),
             learning_rate=self.rate,
@@ -163,14 +165,14 @@ class Meter:
         self.num_overflows += by_scaler
         by_scaler = by_scaler and self.num_overflows <= MAX_OVERFLOWS
         if by_scaler:
-            self.journal.record("skipped_step", step=step, by_grad_scaler=True)
+            self.metrics.record("skipped_step", step=step, by_grad_scaler=True)
             return
-        self.journal.record(
+        self.metrics.record(
             "skipped_step", step=step, by_grad_scaler=False, images=list(images)
         )
         self.num_non_finite += 1
         what = "gradient" if math.isfinite(loss) else "loss"
-        self.journal.say(f"step {step}: the {what} is not finite; the step changed nothing")
+        self.metrics.say(f"step {step}: the {what} is not finite; the step changed nothing")
         if self.num_non_finite == MAX_NON_FINITE:
             self.stop_reason = (
                 f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, up to step "

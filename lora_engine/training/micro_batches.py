@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lora_engine.data.batches import Batch
+from lora_engine.data.batches import FeatureBatch
 from lora_engine.data.captions import IGNORED
 
 
@@ -23,8 +23,8 @@ class FittingBatches:
 
     def run(
         self,
-        function: Callable[[list[Batch]], Tensor],
-        batches: Sequence[Batch],
+        function: Callable[[list[FeatureBatch]], Tensor],
+        batches: Sequence[FeatureBatch],
         *,
         clear: Callable[[], None],
     ) -> Tensor:
@@ -49,7 +49,7 @@ class FittingBatches:
             )
 
 
-def split(batch: Batch, num_rows: int | None) -> list[Batch]:
+def split(batch: FeatureBatch, num_rows: int | None) -> list[FeatureBatch]:
     """The batch in parts of at most `num_rows` rows, without those that have no target."""
     if num_rows is None or len(batch.rows) <= num_rows:
         return [batch]

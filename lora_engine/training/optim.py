@@ -11,7 +11,7 @@ from lora_engine.training.cuda_graphs import CudaGraphs
 _ALIGNMENT = 64  # elements: every matrix begins at a multiple, as fast kernels want their operands
 
 
-class FlatMatrices:
+class FlatLoRAParameters:
     """All LoRA matrices as views of one fp32 tensor, and their gradients as views of another.
 
     So one kernel measures the gradient, one clips it and one takes the step, instead of some of
@@ -62,7 +62,7 @@ class FlatMatrices:
 
 
 def build_optimizer(
-    matrices: FlatMatrices, *, lr: float, weight_decay: float
+    matrices: FlatLoRAParameters, *, lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices.
 
@@ -84,7 +84,7 @@ def build_optimizer(
 def optimizer_step(
     optimizer: torch.optim.AdamW,
     scaler: torch.amp.GradScaler,
-    matrices: FlatMatrices,
+    matrices: FlatLoRAParameters,
     loss: Tensor,
     *,
     lr: float,

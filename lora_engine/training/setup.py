@@ -22,7 +22,7 @@ from lora_engine.data.annotations import (
     usable_rows,
 )
 from lora_engine.data.batches import (
-    Batch,
+    FeatureBatch,
     CaptionedImages,
     Collate,
     load_batches,
@@ -41,7 +41,7 @@ from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject, lora_layers
 from lora_engine.lora.matmul import describe_kernels
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
@@ -58,7 +58,7 @@ from lora_engine.training.checkpoint import (
     checkpoint_bytes,
     checkpoint_to_resume,
 )
-from lora_engine.training.optim import FlatMatrices, build_optimizer
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.skipped_rows import allowed_failures
 
@@ -86,7 +86,7 @@ class Prepared:
     val_set: CaptionedImages
     train_images: ImageList
     val_images: ImageList
-    matrices: FlatMatrices
+    matrices: FlatLoRAParameters
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
 
@@ -138,7 +138,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
     val_set = captioned_images(val_rows, captioner, config, substitute=False)
     num_train_images = len(train_set.image_paths)
     model = place_model(captioner.model, device, dtype, config)
-    matrices = FlatMatrices((layer for _, layer in lora_layers(model)), dtype)
+    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), dtype)
     return Prepared(
         config=config,
         checkpoint=checkpoint,
@@ -304,8 +304,8 @@ def captioned_images(
 
 
 def place_model(
-    model: CaptionerBody, device: torch.device, dtype: torch.dtype, config: TrainingConfig
-) -> CaptionerBody:
+    model: CaptioningModel, device: torch.device, dtype: torch.dtype, config: TrainingConfig
+) -> CaptioningModel:
     """Put the model where and how it runs, in training mode."""
     cast_frozen(model, dtype)
     model.to(device)
@@ -316,7 +316,7 @@ def place_model(
     return model
 
 
-def _compile(model: CaptionerBody, device: torch.device, dtype: torch.dtype) -> None:
+def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -> None:
     """Compile the decoder's layers, and on a GPU the encoder's, each by itself.
 
     So the layers of a kind share one compilation; the decoder's hold for all lengths. It is tried
@@ -412,7 +412,7 @@ def loader(
     captioner: Captioner,
     config: TrainingConfig,
     stop: StopSignal,
-) -> Callable[..., Generator[Batch]]:
+) -> Callable[..., Generator[FeatureBatch]]:
     """A function of places, in whose order it gives batches with their images' features.
 
     `images` are those of the dataset. Close what it gives where it is not exhausted: processes may

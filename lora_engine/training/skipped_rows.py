@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
-from lora_engine.data.batches import Batch, CaptionedImages, Skipped
-from lora_engine.report.metrics_log import Journal
+from lora_engine.data.batches import FeatureBatch, CaptionedImages, Skipped
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.stopping import TrainingStopped
 
@@ -21,10 +21,10 @@ class SkippedRows:
     rows that were rejected when the annotation files were read."""
 
     def __init__(
-        self, folder: RunFolder, journal: Journal, *, max_share: float, num_rows: int
+        self, folder: RunFolder, metrics: MetricsLogger, *, max_share: float, num_rows: int
     ) -> None:
         self.folder = folder
-        self.journal = journal
+        self.metrics = metrics
         self.max_share = max_share
         self.tried = np.zeros(num_rows, dtype=bool)
         self.failed = np.zeros(num_rows, dtype=bool)
@@ -45,8 +45,8 @@ class SkippedRows:
                 ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
             )
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
-            self.journal.say(f"skipped {bad}")
-        self.journal.say(
+            self.metrics.say(f"skipped {bad}")
+        self.metrics.say(
             f"{len(bad_rows):,} rows cannot be used and are skipped; {self.folder.skipped} lists "
             f"them"
         )
@@ -63,7 +63,7 @@ class SkippedRows:
         failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)
 
-    def add(self, batches: Sequence[Batch]) -> None:
+    def add(self, batches: Sequence[FeatureBatch]) -> None:
         """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
         problems = [problem for batch in batches for problem in batch.skipped]
         rows = [row for batch in batches for row in batch.rows]
@@ -102,9 +102,9 @@ class SkippedRows:
             line = {"image": problem.image, "reason": problem.reason}
             self.folder.append(self.folder.skipped, line)
             if len(self.seen) <= MAX_SHOWN:
-                self.journal.say(f"skipped {problem.image}: {problem.reason}")
+                self.metrics.say(f"skipped {problem.image}: {problem.reason}")
             elif len(self.seen) == MAX_SHOWN + 1:
-                self.journal.say(f"further skipped images are only listed in {self.folder.skipped}")
+                self.metrics.say(f"further skipped images are only listed in {self.folder.skipped}")
 
 
 def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> float:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from lora_engine.data.batches import Batch, CaptionedImages, Skipped, validation_places
+from lora_engine.data.batches import FeatureBatch, CaptionedImages, Skipped, validation_order
 from lora_engine.devices import autocast
-from lora_engine.models import CaptionerBody
+from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
-from lora_engine.report.metrics_log import Journal
+from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.training.best_adapter import AdapterKeeper
 from lora_engine.training.loss import caption_loss
@@ -30,8 +30,8 @@ class ValidationLoss(NamedTuple):
 
 @torch.no_grad()
 def validation_loss(
-    model: CaptionerBody,
-    batches: Iterable[Batch],
+    model: CaptioningModel,
+    batches: Iterable[FeatureBatch],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -65,13 +65,13 @@ class Validation:
 
     captioner: Captioner
     dataset: CaptionedImages
-    load: Callable[..., Generator[Batch]]
+    load: Callable[..., Generator[FeatureBatch]]
     batch_size: int
     keeper: AdapterKeeper
     captions: ValidationCaptions
     skipped: SkippedRows
     folder: RunFolder
-    journal: Journal
+    metrics: MetricsLogger
     device: torch.device
     dtype: torch.dtype
 
@@ -84,7 +84,7 @@ class Validation:
         Raises TrainingStopped for too many unusable images, and ValueError where nothing can be
         learnt: no image at all, or a loss that is not finite before any training.
         """
-        places = validation_places(self.dataset.captions.lengths, batch_size=self.batch_size)
+        places = validation_order(self.dataset.captions.lengths, batch_size=self.batch_size)
         with closing(self.load(places)) as batches:
             result = validation_loss(
                 self.captioner.model,
@@ -102,22 +102,22 @@ class Validation:
         scores = self.captions.caption(step)
         values = {} if scores is None else scores.as_dict()
         with undivided():
-            self.journal.record("validation", step=step, epoch=epoch, loss=result.loss, **values)
+            self.metrics.record("validation", step=step, epoch=epoch, loss=result.loss, **values)
             is_best = self.keeper.offer(step, result.loss, scores)
             found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}"
             best = " (best so far)" if is_best and step else ""
-            self.journal.say(f"step {step}: validation loss {result.loss:.4f}{found}{best}")
+            self.metrics.say(f"step {step}: validation loss {result.loss:.4f}{found}{best}")
             self.captions.write(self.folder, step)
             if is_best:
                 self.captions.write_best(self.folder, step)
-        self.journal.track("samples", step=step, rows=[
+        self.metrics.track("samples", step=step, rows=[
             (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
             for sample in self.captions.compare(step)
         ])
 
-    def _with_progress(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+    def _with_progress(self, batches: Iterator[FeatureBatch], step: int) -> Iterator[FeatureBatch]:
         num_rows = 0
         for batch in batches:
             yield batch
             num_rows += len(batch.rows) + len(batch.skipped)
-            self.journal.tick(f"step {step}: validated {num_rows} of {len(self.dataset)} captions")
+            self.metrics.tick(f"step {step}: validated {num_rows} of {len(self.dataset)} captions")

@@ -10,7 +10,7 @@ from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import Batch, Place
+from lora_engine.data.batches import FeatureBatch, SampleIndex
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample
@@ -31,7 +31,7 @@ class ValidationCaptions:
         self,
         captioner: Captioner,
         rows: Sequence[Row],
-        load: Callable[..., Generator[Batch]],
+        load: Callable[..., Generator[FeatureBatch]],
         *,
         num_scored: int,
         num_samples: int,
@@ -110,8 +110,8 @@ class ValidationCaptions:
             self.captions[int(step)] = {row: Caption(*rest) for row, *rest in captions}
             self._score(int(step))
 
-    def _places(self) -> list[list[Place]]:
-        places = [Place(0, position, row) for position, row in enumerate(self.wanted)]
+    def _places(self) -> list[list[SampleIndex]]:
+        places = [SampleIndex(0, position, row) for position, row in enumerate(self.wanted)]
         return [
             places[begin : begin + self.batch_size]
             for begin in range(0, len(places), self.batch_size)

@@ -10,7 +10,7 @@ from pictures import json_lines
 
 from lora_engine.config import TrainingConfig
 from lora_engine.report import metrics_log as module
-from lora_engine.report.metrics_log import Journal, TrainingStopped, duration
+from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped, duration
 from lora_engine.training.meter import Meter
 from lora_engine.training.schedule import Schedule
 
@@ -29,8 +29,8 @@ def clock(monkeypatch):
     return now
 
 
-def report(journal, step):
-    journal.progress(
+def report(metrics, step):
+    metrics.progress(
         step=step, loss=2.34567, learning_rate=1e-4, images_per_s=123.44, data_wait_share=0.071,
         remaining_s=125.0,
     )
@@ -38,10 +38,10 @@ def report(journal, step):
 
 def test_elsewhere_than_on_a_terminal_there_is_a_plain_line_every_few_seconds(tmp_path, clock):
     stream = io.StringIO()
-    with Journal(tmp_path / "metrics.jsonl", total_steps=100, stream=stream) as journal:
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=100, stream=stream) as metrics:
         for step in range(1, 101):
             clock[0] += 0.5
-            report(journal, step)
+            report(metrics, step)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10
     assert lines[0] == (
@@ -53,18 +53,18 @@ def test_elsewhere_than_on_a_terminal_there_is_a_plain_line_every_few_seconds(tm
 
 def test_the_last_step_has_a_line_however_short_the_run(tmp_path, clock):
     stream = io.StringIO()
-    with Journal(tmp_path / "metrics.jsonl", total_steps=3, stream=stream) as journal:
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=3, stream=stream) as metrics:
         for step in (1, 2, 3):
-            report(journal, step)
+            report(metrics, step)
     assert stream.getvalue().startswith("step 3/3 | ")
 
 
 def test_on_a_terminal_there_is_a_bar_and_messages_above_it(tmp_path):
     stream = Terminal()
-    with Journal(tmp_path / "metrics.jsonl", total_steps=4, stream=stream) as journal:
-        report(journal, 2)
-        journal.say("step 2: validation loss 2.0000")
-        report(journal, 4)
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=4, stream=stream) as metrics:
+        report(metrics, 2)
+        metrics.say("step 2: validation loss 2.0000")
+        report(metrics, 4)
     text = stream.getvalue()
     assert "4/4" in text and "loss 2.3457" in text and "\r" in text
     assert "step 2: validation loss 2.0000\n" in text
@@ -73,16 +73,16 @@ def test_on_a_terminal_there_is_a_bar_and_messages_above_it(tmp_path):
 
 def test_each_event_is_a_whole_line_at_once_with_seven_digits(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with Journal(path, total_steps=1, stream=io.StringIO()) as journal:
-        journal.record("train", step=1, loss=1 / 3)
+    with MetricsLogger(path, total_steps=1, stream=io.StringIO()) as metrics:
+        metrics.record("train", step=1, loss=1 / 3)
         assert path.read_text() == '{"event": "train", "step": 1, "loss": 0.3333333}\n'
-        journal.record("validation", step=1, loss=123456.789)
+        metrics.record("validation", step=1, loss=123456.789)
         assert json.loads(path.read_text().splitlines()[1])["loss"] == 123456.8
 
 
-def meter_of(journal, **settings):
+def meter_of(metrics, **settings):
     schedule = Schedule(TrainingConfig(model="", epochs=10, batch_size=1), num_rows=10)
-    return Meter(journal, schedule, **{"has_grad_scaler": False} | settings)
+    return Meter(metrics, schedule, **{"has_grad_scaler": False} | settings)
 
 
 def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
@@ -93,8 +93,8 @@ def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
             clock[0] += 1.0
             yield None
 
-    with Journal(path, total_steps=100, stream=io.StringIO()) as journal:
-        meter = meter_of(journal)
+    with MetricsLogger(path, total_steps=100, stream=io.StringIO()) as metrics:
+        meter = meter_of(metrics)
         batches = meter.waiting(slow_batches())
         for step in (1, 2):
             assert next(batches) is next(batches) is None
@@ -125,8 +125,8 @@ GOOD, BAD_LOSS, BAD_GRADIENT = (1.0, 1.0), (math.nan, math.nan), (1.0, math.inf)
 
 
 def test_three_in_a_row_are_counted_across_lines_and_a_good_one_begins_anew(tmp_path):
-    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
-        meter = meter_of(journal)
+    with MetricsLogger(tmp_path / "m", total_steps=100, stream=io.StringIO()) as metrics:
+        meter = meter_of(metrics)
         settle(meter, [BAD_LOSS, BAD_GRADIENT, GOOD, BAD_LOSS, BAD_LOSS])
         with pytest.raises(TrainingStopped, match=r"gradient was not finite.*step 6\."):
             settle(meter, [BAD_GRADIENT], first_step=6)
@@ -135,8 +135,8 @@ def test_three_in_a_row_are_counted_across_lines_and_a_good_one_begins_anew(tmp_
 
 
 def test_overflows_that_a_grad_scaler_meets_are_listed_but_stop_nothing(tmp_path):
-    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
-        meter = meter_of(journal, has_grad_scaler=True)
+    with MetricsLogger(tmp_path / "m", total_steps=100, stream=io.StringIO()) as metrics:
+        meter = meter_of(metrics, has_grad_scaler=True)
         settle(meter, 5 * [BAD_GRADIENT] + [GOOD])
         with pytest.raises(TrainingStopped, match="loss was not finite"):
             settle(meter, 3 * [BAD_LOSS], first_step=7)
@@ -147,23 +147,23 @@ def test_overflows_that_a_grad_scaler_meets_are_listed_but_stop_nothing(tmp_path
 
 def test_a_grad_scaler_is_not_excused_for_ever(tmp_path):
     """Its scale has fallen from 65536 to 1 after 17 overflows: then the gradients are to blame."""
-    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
-        meter = meter_of(journal, has_grad_scaler=True)
+    with MetricsLogger(tmp_path / "m", total_steps=100, stream=io.StringIO()) as metrics:
+        meter = meter_of(metrics, has_grad_scaler=True)
         settle(meter, 20 * [BAD_GRADIENT])
         with pytest.raises(TrainingStopped, match="gradient was not finite.*step 23"):
             settle(meter, 3 * [BAD_GRADIENT], first_step=21)
 
 
 def test_what_came_after_the_bad_steps_is_recorded_before_the_run_stops(tmp_path):
-    with Journal(tmp_path / "m", total_steps=100, stream=io.StringIO()) as journal:
+    with MetricsLogger(tmp_path / "m", total_steps=100, stream=io.StringIO()) as metrics:
         with pytest.raises(TrainingStopped, match="up to step 3"):
-            settle(meter_of(journal), 3 * [BAD_LOSS] + [GOOD])
+            settle(meter_of(metrics), 3 * [BAD_LOSS] + [GOOD])
     assert json_lines(tmp_path / "m")[-1]["event"] == "train"
 
 
 def test_a_value_that_is_not_finite_is_null_in_the_metrics(tmp_path):
-    with Journal(tmp_path / "m", total_steps=1, stream=io.StringIO()) as journal:
-        journal.record("validation", step=1, loss=math.nan)
+    with MetricsLogger(tmp_path / "m", total_steps=1, stream=io.StringIO()) as metrics:
+        metrics.record("validation", step=1, loss=math.nan)
     assert json_lines(tmp_path / "m") == [{"event": "validation", "step": 1, "loss": None}]
 
 

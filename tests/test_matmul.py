@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine.lora import matmul as products
-from lora_engine.lora.matmul import batched_product, feature_product, head_product, product
+from lora_engine.lora.matmul import batched_matmul, feature_matmul, frozen_linear, per_head_matmul
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SMALL, LARGE = (5, 7), (70, 90)  # (N, K), on either side of what is worth a call of oneDNN
@@ -76,7 +76,7 @@ def test_a_product_is_x_times_the_transpose_plus_bias_in_every_layout(
         x = LAYOUTS[x_layout](n=num_rows, k=k, dtype=dtype)
         frozen = LAYOUTS[layout](n=n, k=k, dtype=dtype)
         bias = torch.randn(n, dtype=dtype) if has_bias else None
-        out = product(x, frozen, bias)
+        out = frozen_linear(x, frozen, bias)
         expected = x.double() @ frozen.double().T
         if bias is not None:
             expected += bias.double()
@@ -88,12 +88,13 @@ def test_a_product_is_x_times_the_transpose_plus_bias_in_every_layout(
 def test_oneDNN_takes_fp32_products_of_some_size_alone(take):
     take("onednn")
     x = torch.randn(3, 64)
-    assert onednn_calls(lambda: product(x, torch.randn(65, 64))) == 1
-    assert onednn_calls(lambda: product(x, torch.randn(64, 65).T)) == 1
-    assert not onednn_calls(lambda: product(x, torch.randn(64, 64)))
-    assert not onednn_calls(lambda: product(x[:0], torch.randn(65, 64)))
+    assert onednn_calls(lambda: frozen_linear(x, torch.randn(65, 64))) == 1
+    assert onednn_calls(lambda: frozen_linear(x, torch.randn(64, 65).T)) == 1
+    assert not onednn_calls(lambda: frozen_linear(x, torch.randn(64, 64)))
+    assert not onednn_calls(lambda: frozen_linear(x[:0], torch.randn(65, 64)))
     for dtype in (torch.float64, torch.bfloat16):
-        assert not onednn_calls(lambda: product(x.to(dtype), torch.randn(65, 64, dtype=dtype)))
+        frozen = torch.randn(65, 64, dtype=dtype)
+        assert not onednn_calls(lambda: frozen_linear(x.to(dtype), frozen))
 
 
 class Operands(TorchDispatchMode):
@@ -115,7 +116,7 @@ def test_oneDNN_never_sees_strides_that_it_is_slow_at_and_a_transpose_is_not_cop
     for x_layout, layout in itertools.product(LAYOUTS, LAYOUTS):
         x, frozen = LAYOUTS[x_layout](n=3, k=90), LAYOUTS[layout](n=70, k=90)
         with Operands() as operands:
-            product(x, frozen)
+            frozen_linear(x, frozen)
         (seen_x, seen), = operands.seen
         assert seen_x.is_contiguous(), x_layout
         assert seen.is_contiguous() or seen.T.is_contiguous(), layout
@@ -140,7 +141,7 @@ def test_a_batched_product_and_its_gradients_equal_plain_torchs(take, way, dtype
     for x_layout, y_layout, b, m, n, k in batched_cases():
         x = LAYOUTS[x_layout](b, n=m, k=k, dtype=dtype).requires_grad_()
         y = LAYOUTS[y_layout](b, n=n, k=k, dtype=dtype).requires_grad_()
-        out = batched_product(x, y)
+        out = batched_matmul(x, y)
         # Of a sum the gradient is one number repeated, without strides of its own.
         for cotangent in (torch.randn(b, m, n, dtype=dtype), torch.ones((), dtype=dtype)):
             cotangent = cotangent.expand(b, m, n)
@@ -161,7 +162,7 @@ def test_one_operand_can_serve_a_whole_batch(take, way, dtype):
     x = torch.randn(4, 3, 6, dtype=dtype, requires_grad=True)
     y = torch.randn(5, 6, dtype=dtype, requires_grad=True)
     cotangent = torch.randn(4, 3, 5, dtype=dtype)
-    ours = torch.autograd.grad(batched_product(x, y.expand(4, 5, 6)), (x, y), cotangent)
+    ours = torch.autograd.grad(batched_matmul(x, y.expand(4, 5, 6)), (x, y), cotangent)
     expected = torch.autograd.grad(x @ y.T, (x, y), cotangent)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -171,7 +172,7 @@ def test_gradients_of_a_batched_product_equal_finite_differences(sizes):
     b, m, n, k = sizes
     x = torch.randn(b, m, k, dtype=torch.float64, requires_grad=True)
     y = torch.randn(b, k, n, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x, y: batched_product(x, y.mT), (x, y))
+    assert gradcheck(lambda x, y: batched_matmul(x, y.mT), (x, y))
 
 
 @pytest.mark.parametrize("x_needs", [False, True])
@@ -185,7 +186,7 @@ def test_only_gradients_that_are_needed_are_formed_and_only_what_they_need_is_ke
     x = torch.randn(2, 3, 5, requires_grad=x_needs)
     y = torch.randn(2, 4, 5, requires_grad=y_needs)
     with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        out = batched_product(x, y)
+        out = batched_matmul(x, y)
     assert len(formed) == 1
     assert kept == [t.data_ptr() for t, needed in ((x, y_needs), (y, x_needs)) if needed]
     if x_needs or y_needs:
@@ -198,10 +199,10 @@ def test_only_gradients_that_are_needed_are_formed_and_only_what_they_need_is_ke
 def test_oneDNN_takes_batched_products_of_fp32_forward_and_backward(take):
     take("onednn")
     x, y = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 4, 5, requires_grad=True)
-    assert onednn_calls(lambda: batched_product(x, y)) == 2
-    out = batched_product(x, y).sum()
+    assert onednn_calls(lambda: batched_matmul(x, y)) == 2
+    out = batched_matmul(x, y).sum()
     assert onednn_calls(out.backward) == 4
-    assert not onednn_calls(lambda: batched_product(x.double(), y.double()))
+    assert not onednn_calls(lambda: batched_matmul(x.double(), y.double()))
 
 
 def test_the_maker_of_the_processor_is_read_from_where_the_system_says_it(monkeypatch):
@@ -230,7 +231,7 @@ def test_a_product_of_heads_is_one_for_each_head_with_the_inputs_gradient_alone(
     for layout in LAYOUTS:
         x = torch.randn(9, 3, k, dtype=dtype, requires_grad=True)
         matrices = LAYOUTS[layout](3, n=k, k=n, dtype=dtype)
-        out = head_product(x, matrices)
+        out = per_head_matmul(x, matrices)
         assert out.is_contiguous()
         expected = torch.einsum("mhk,hkn->mhn", x.double(), matrices.double())
         assert_equal(out, expected.detach(), summed=k, what=layout)
@@ -251,7 +252,7 @@ def test_a_product_of_features_has_the_matrixs_gradient_alone(take, way, dtype, 
     for layout, matrix_layout in itertools.product(LAYOUTS, LAYOUTS):
         features = LAYOUTS[layout](n=130, k=k, dtype=dtype)
         matrix = LAYOUTS[matrix_layout](n=n, k=k, dtype=dtype).requires_grad_()
-        out = feature_product(features, matrix)
+        out = feature_matmul(features, matrix)
         what = layout, matrix_layout
         assert_equal(out, features.double() @ matrix.double().T, summed=k, what=what)
         for cotangent in (torch.randn(130, n, dtype=dtype), torch.ones((), dtype=dtype)):
@@ -263,7 +264,7 @@ def test_a_product_of_features_has_the_matrixs_gradient_alone(take, way, dtype, 
 def test_the_gradient_of_a_product_of_features_equals_finite_differences():
     features = torch.randn(6, 4, dtype=torch.float64)
     matrix = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda matrix: feature_product(features, matrix), (matrix,))
+    assert gradcheck(lambda matrix: feature_matmul(features, matrix), (matrix,))
 
 
 # --- compiled -------------------------------------------------------------------------------
@@ -272,9 +273,9 @@ def test_the_gradient_of_a_product_of_features_equals_finite_differences():
 def all_products(x: Tensor, y: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """One of each kind, of x (B, M, K), y (B, N, K), features (P, K) and bias (P)."""
     return (
-        product(x.detach().flatten(0, 1), features, bias),
-        batched_product(x, y),
-        feature_product(features, y[0]),
+        frozen_linear(x.detach().flatten(0, 1), features, bias),
+        batched_matmul(x, y),
+        feature_matmul(features, y[0]),
     )
 
 
