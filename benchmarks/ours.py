@@ -20,7 +20,14 @@ import torch
 from benchmarks.measure import wait_for
 from benchmarks.rows import Rows
 from lora_engine.config import TrainingConfig
-from lora_engine.data.batches import Batch, Collate, Example, Identified, epoch_batches
+from lora_engine.data.batches import (
+    Collate,
+    Example,
+    FeatureBatch,
+    Identified,
+    PixelBatch,
+    epoch_batches,
+)
 from lora_engine.data.images import PixelSettings
 from lora_engine.features.source import FeatureSource, ImageList
 from lora_engine.lora.injection import inject, lora_layers
@@ -111,7 +118,7 @@ class Ours:
             pass
 
     def _epoch(
-        self, number: int, source: FeatureSource, batch_of: Callable[[np.ndarray], Batch]
+        self, number: int, source: FeatureSource, batch_of: Callable[[np.ndarray], PixelBatch]
     ) -> float:
         order = epoch_batches(
             self.rows.lengths, batch_size=self.batch_size, seed=self.seed, epoch=number
@@ -124,7 +131,7 @@ class Ours:
         wait_for(self.device)
         return len(self.rows.captions) / (time.perf_counter() - begin_s)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: FeatureBatch) -> None:
         """What `lora_engine.training.loop.train` does in a step; the one place to follow it."""
         self.num_steps += 1
         loss = training.accumulate_gradients(
@@ -150,11 +157,11 @@ class Ours:
             say=print,
         )
 
-    def _with_pixels(self) -> Callable[[np.ndarray], Batch]:
+    def _with_pixels(self) -> Callable[[np.ndarray], PixelBatch]:
         """Batches of an epoch in which the first row of an image brings its pixels."""
         return partial(self._batch, seen=set())
 
-    def _batch(self, indices: np.ndarray, seen: set[int] | None = None) -> Batch:
+    def _batch(self, indices: np.ndarray, seen: set[int] | None = None) -> PixelBatch:
         examples = []
         for row in indices.tolist():
             image = int(self.rows.image_of_row[row])

@@ -43,6 +43,7 @@ from benchmarks.measure import (
     spread,
     table,
 )
+from lora_engine.lora.matmul import frozen_linear
 from lora_engine.models import CaptioningModel
 
 PEERS_BY_DEFAULT = {

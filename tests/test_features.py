@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import checkpoints
@@ -35,13 +36,13 @@ from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import Batch, SampleIndex
+from lora_engine.data.batches import FeatureBatch, SampleIndex
 from lora_engine.data.images import load_pixels
 from lora_engine.devices import autocast
 from lora_engine.features import source as features
 from lora_engine.features import store as feature_store
 from lora_engine.features.format import FeatureFormat
-from lora_engine.features.source import FeatureSource, ImageList, encode_pixels
+from lora_engine.features.source import FeatureSource, encode_pixels
 from lora_engine.features.store import FeatureStore
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.lora.injection import cast_frozen, inject
@@ -127,14 +128,18 @@ class Loader:
         config = TrainingConfig(model="", num_workers=num_workers)
         dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
         self.images = images
-        known = ImageList(dataset.image_paths)
-        self.load = preparation.loader(
-            dataset, known, source, captioner, config, StopSignal()
+        self.load = partial(
+            preparation.feature_loader,
+            dataset,
+            features=source,
+            captioner=captioner,
+            config=config,
+            stop=StopSignal(),
         )
 
-    def batches(self, *, size: int = 3) -> Iterator[Batch]:
+    def batches(self, *, size: int = 3) -> Iterator[FeatureBatch]:
         places = [SampleIndex(0, row, row) for row in range(len(self.images))]
-        return self.load([places[i : i + size] for i in range(0, len(places), size)])
+        return iter(self.load([places[i : i + size] for i in range(0, len(places), size)]))
 
     def epoch(self, *, size: int = 3) -> list[Tensor]:
         """The features of each row, in order."""

@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED
 from lora_engine.features.source import encode_pixels
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
@@ -215,7 +215,7 @@ NUM_STEPS, LR, MAX_GRAD_NORM = 50, 5e-3, 1.0
 TARGETS = ["attention", "feed_forward"]
 
 
-def batches(captioner: Captioner, sizes: list[int]) -> list[Batch]:
+def batches(captioner: Captioner, sizes: list[int]) -> list[FeatureBatch]:
     """Pictures of noise with captions of many lengths, and their features."""
     lengths = sorted(1 + 5 * i % 19 for i in range(sum(sizes)))  # alike within a batch, as ever
     texts = [" ".join(checkpoints.WORDS[i : i + length]) for i, length in enumerate(lengths)]
@@ -231,12 +231,12 @@ def batches(captioner: Captioner, sizes: list[int]) -> list[Batch]:
     )
     made = [collate(examples[end - n : end]) for n, end in zip(sizes, np.cumsum(sizes))]
     return [
-        batch._replace(features=encode_pixels(captioner.model, batch.pixels, captioner.pixels))
+        batch.with_features(encode_pixels(captioner.model, batch.pixels, captioner.pixels))
         for batch in made
     ]
 
 
-def step_batches(captioner: Captioner) -> Iterator[list[Batch]]:
+def step_batches(captioner: Captioner) -> Iterator[list[FeatureBatch]]:
     """Two micro-batches a step, over and over."""
     made = batches(captioner, [5, 3, 6, 2])
     for step in range(NUM_STEPS):

@@ -983,9 +983,9 @@ def test_the_parts_of_a_batch_are_the_batch(blip_folder, data):
     )
     flat = targets.flatten()
     positions = (flat != -100).nonzero().flatten()
-    whole = batches.Batch(
+    whole = batches.FeatureBatch(
         input_ids, positions, flat[positions], len(positions), [*range(5)], [*range(5)], [],
-        torch.empty(0), [], torch.randn(5, 3, 4),
+        torch.randn(5, 3, 4),
     )
     parts = split(whole, 2)
     assert [part.rows for part in parts] == [[0, 1], [2, 3], [4]]

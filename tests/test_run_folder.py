@@ -4,18 +4,18 @@ import io
 
 import pytest
 
-from lora_engine.data.batches import Batch, Skipped
+from lora_engine.data.batches import FeatureBatch, Skipped
 from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.training.skipped_rows import SkippedRows, allowed_failures
 
 
-def batch(num_good: int, num_bad: int, begin: int = 0) -> Batch:
+def batch(num_good: int, num_bad: int, begin: int = 0) -> FeatureBatch:
     """Rows from `begin` on, the bad ones first."""
     bad = range(begin, begin + num_bad)
     problems = [Skipped(row, f"{row}.jpg", "truncated") for row in bad]
     good = range(begin + num_bad, begin + num_bad + num_good)
-    return Batch(None, None, None, 0, list(good), list(good), problems, None, [])
+    return FeatureBatch(None, None, None, 0, list(good), list(good), problems, None)
 
 
 @pytest.fixture

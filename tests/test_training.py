@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_engine.captioning.captioner import Speaker, caption_pixels
 from lora_engine.captioning.metrics import Scores
 from lora_engine.data.annotations import hold_out, read_annotations
-from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.images import open_image, to_pixels
 from lora_engine.features.source import encode_pixels
@@ -334,7 +334,7 @@ def test_bf16_gradients_stay_near_fp32s_and_frozen_weights_may_be_cast_once(capt
 # --- accumulation ---------------------------------------------------------------------------
 
 
-def ragged_batches(captioner: Captioner, sizes: list[int]) -> list[Batch]:
+def ragged_batches(captioner: Captioner, sizes: list[int]) -> list[FeatureBatch]:
     """Batches of these sizes from one list of pictures of noise with captions of all lengths."""
     words = checkpoints.WORDS
     texts = [" ".join(words[i % 7 : i % 7 + 1 + i * i % 13]) for i in range(sum(sizes))]
@@ -352,8 +352,8 @@ def ragged_batches(captioner: Captioner, sizes: list[int]) -> list[Batch]:
     batches = [collate(examples[i : i + n]) for i, n in zip(np.cumsum([0, *sizes]), sizes)]
     dtype = captioner.model.vocabulary.weight.dtype
     return [
-        batch._replace(
-            features=encode_pixels(captioner.model, batch.pixels, captioner.pixels).to(dtype)
+        batch.with_features(
+            encode_pixels(captioner.model, batch.pixels, captioner.pixels).to(dtype)
         )
         for batch in batches
     ]
@@ -370,7 +370,7 @@ def adapted(
     return captioner
 
 
-def loss_and_gradients(captioner: Captioner, batches: list[Batch], **settings):
+def loss_and_gradients(captioner: Captioner, batches: list[FeatureBatch], **settings):
     """The step's loss, and all gradients as one vector."""
     matrices = lora_parameters(captioner.model)
     for matrix in matrices.values():

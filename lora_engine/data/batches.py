@@ -170,8 +170,9 @@ class CaptionedImages(Dataset):
     """Rows of captions and image paths, loaded by their `SampleIndex`.
 
     `images` (one path per row) are kept once each, in an `ImageList` with their `digests` V16 (N,)
-    as far as they are known; `image_of_row` are their numbers. With `substitute`, a row whose image cannot be used is replaced by another one, drawn
-    from (seed, epoch, position); otherwise its batch is shorter.
+    as far as they are known; `image_of_row` are their numbers. With `substitute`, a row whose image
+    cannot be used is replaced by another one, drawn from (seed, epoch, position); otherwise its
+    batch is shorter.
     """
 
     def __init__(

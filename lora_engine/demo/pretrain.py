@@ -31,7 +31,7 @@ from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
 
 from lora_engine.captioning.captioner import Speaker, caption_pixels
-from lora_engine.data.batches import Batch, Collate, Example
+from lora_engine.data.batches import Collate, Example, PixelBatch
 from lora_engine.data.images import normalize, to_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.files import replaced_file
@@ -163,7 +163,7 @@ def train(captioner: Captioner, *, num_steps: int, seed: int) -> None:
 
 def batch_of(
     captioner: Captioner, drawn: list[Scene], caption: Callable[[Scene], str]
-) -> Batch:
+) -> PixelBatch:
     """Scenes with their captions, ready for the model."""
     captions = captioner.tokenizer.encode(map(caption, drawn))
     collate = Collate(
@@ -175,12 +175,12 @@ def batch_of(
     ])
 
 
-def mean_loss(captioner: Captioner, batch: Batch) -> Tensor:
+def mean_loss(captioner: Captioner, batch: PixelBatch) -> Tensor:
     """Nats per target token, (); with gradients for the encoder, too."""
     features = captioner.model.encode(  # type: ignore[operator]
         normalize(batch.pixels, captioner.pixels)
     )
-    tensors = batch._replace(features=features).tensors(torch.device("cpu"))
+    tensors = batch.with_features(features).tensors(torch.device("cpu"))
     return caption_loss(captioner.model, *tensors) / batch.num_targets
 
 

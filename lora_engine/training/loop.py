@@ -49,8 +49,8 @@ from lora_engine.training.schedule import Schedule
 from lora_engine.training.setup import (
     Prepared,
     adapter_keeper,
+    feature_loader,
     feature_source,
-    loader,
     loading_advice,
     opening,
     prepare,
@@ -108,19 +108,23 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             folder, metrics, max_share=config.max_bad_share, num_rows=len(parts.train_set)
         )
         skipped.begin(parts.bad_rows, is_listed=parts.checkpoint is not None)
-        load_validation = loader(
-            parts.val_set, parts.val_images, features, parts.captioner, config, stop
+        load = partial(
+            feature_loader,
+            features=features,
+            captioner=parts.captioner,
+            config=config,
+            stop=stop,
         )
         validation = Validation(
             captioner=parts.captioner,
             dataset=parts.val_set,
-            load=load_validation,
+            load=partial(load, parts.val_set),
             batch_size=config.batch_size,
             keeper=keeper,
             captions=ValidationCaptions(
                 parts.captioner,
                 parts.val_rows,
-                load_validation,
+                partial(load, parts.val_set),
                 num_scored=config.eval_captions,
                 num_samples=config.num_samples,
                 prompt=config.prompt,
@@ -214,10 +218,13 @@ def take_steps(
         first_epoch=epoch,
         num_done=num_done,
     )
-    load = loader(parts.train_set, parts.train_images, features, parts.captioner, config, stop)
+    loader = feature_loader(
+        parts.train_set, places, features=features, captioner=parts.captioner, config=config,
+        stop=stop,
+    )
     graphs = cuda_graphs_for(parts.matrices, parts.optimizer, config, state.say)
     meter.begin()
-    with closing(load(places, waiting=meter.waiting)) as micro_batches:
+    with closing(iter(loader)) as micro_batches:
         for step in range(state.step + 1, schedule.total_steps + 1):
             stop.check()
             if config.patience is not None and keeper.num_worse >= config.patience:
@@ -251,7 +258,9 @@ def take_steps(
                     graphs=graphs,
                 )
                 state.step = step
-                meter.add(step, loss, grad_norm, rate, parts.train_set.paths_of(batches))
+                meter.add(
+                    step, loss, grad_norm, rate, parts.train_set.paths_of(batches), loader.waited_s
+                )
                 if schedule.is_logged(step):
                     meter.settle(step)
                 elif meter.is_overdue:

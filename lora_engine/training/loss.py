@@ -25,7 +25,7 @@ def caption_loss(
 ) -> Tensor:
     """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
 
-    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as `batches.PixelBatch` has them:
+    `input_ids` (B, T), `features` (B, P, D), and the targets flat, as in `batches.PixelBatch`:
     `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
     through the vocabulary head. The caller divides by the number of targets of the whole step, so
     that gradient accumulation over ragged captions is exact.

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from lora_engine.training.schedule import Schedule
 MAX_NON_FINITE = 3  # steps in a row
 MAX_OVERFLOWS = 20  # steps in a row that fp16 may need to find its loss scale
 
-T = TypeVar("T")
 _EVERY_S = 5.0  # between two reads
 
 
@@ -37,6 +36,7 @@ class Meter:
         self.stop_reason: str | None = None
         self.training_s = 0.0
         self.rate = 0.0
+        self._waited_before_s = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -52,21 +52,21 @@ class Meter:
         """Begin to count time, in an interval that may have begun in an earlier process."""
         self.begin_s = self.read_s = time.perf_counter()
 
-    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time that it takes to get each is counted as waiting."""
-        while True:
-            begin_s = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited_s += time.perf_counter() - begin_s
-            yield batch
-
     def add(
-        self, step: int, loss: Tensor, grad_norm: Tensor, rate: float, images: Sequence[str]
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        rate: float,
+        images: Sequence[str],
+        waited_s: float,
     ) -> None:
-        """Remember a step; `images` are the paths of its rows' images."""
+        """Remember a step; `images` are the paths of its rows' images.
+
+        `waited_s` is the time that the process has waited for data so far.
+        """
+        self.waited_s += waited_s - self._waited_before_s
+        self._waited_before_s = waited_s
         self.pending.append((step, loss, grad_norm, images))
         self.rate = rate
         self.num_images += len(images)

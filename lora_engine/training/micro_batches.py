@@ -70,6 +70,6 @@ def split(batch: FeatureBatch, num_rows: int | None) -> list[FeatureBatch]:
                 rows=batch.rows[rows],
                 images=batch.images[rows],
                 skipped=[],
-                features=None if batch.features is None else batch.features[rows],
+                features=batch.features[rows],
             ))
     return parts

@@ -138,8 +138,8 @@ class RunState:
             return
         self.saved_s = time.monotonic()
         folder = self.folder.checkpoints
-        images = (self.parts.train_images, self.parts.val_images)
-        digests = np.concatenate([part.digests for part in images])
+        parts = self.parts
+        digests = np.concatenate([part.images.digests for part in (parts.train_set, parts.val_set)])
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even where the run folder was removed
             needed = checkpoint_bytes(self.parts.matrices.values.numel()) + digests.nbytes

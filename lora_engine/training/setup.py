@@ -3,9 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,9 @@ from lora_engine.data.annotations import (
     usable_rows,
 )
 from lora_engine.data.batches import (
-    FeatureBatch,
     CaptionedImages,
     Collate,
-    load_batches,
+    SampleIndex,
 )
 from lora_engine.data.seen_images import DIGESTS_FILE, find_change, read_digests, sample_digests
 from lora_engine.data.workers import default_num_workers, prefetched_bytes, shared_memory_shortage
@@ -36,7 +34,8 @@ from lora_engine.devices import (
     resolve_device,
     resolve_dtype,
 )
-from lora_engine.features.source import FeatureSource, ImageList
+from lora_engine.features.loader import FeatureLoader
+from lora_engine.features.source import FeatureSource
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject, lora_layers
@@ -84,8 +83,6 @@ class Prepared:
     plan: InjectionPlan
     train_set: CaptionedImages
     val_set: CaptionedImages
-    train_images: ImageList
-    val_images: ImageList
     matrices: FlatLoRAParameters
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -134,9 +131,13 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
     check_room(config, plan)
-    train_set = captioned_images(train_rows, captioner, config, substitute=True)
-    val_set = captioned_images(val_rows, captioner, config, substitute=False)
-    num_train_images = len(train_set.image_paths)
+    num_train_images = len({row.image for row in train_rows})
+    train_set = captioned_images(
+        train_rows, captioner, config, substitute=True, digests=digests[:num_train_images]
+    )
+    val_set = captioned_images(
+        val_rows, captioner, config, substitute=False, digests=digests[num_train_images:]
+    )
     model = place_model(captioner.model, device, dtype, config)
     matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), dtype)
     return Prepared(
@@ -153,8 +154,6 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         plan=plan,
         train_set=train_set,
         val_set=val_set,
-        train_images=ImageList(train_set.image_paths, digests[:num_train_images]),
-        val_images=ImageList(val_set.image_paths, digests[num_train_images:]),
         matrices=matrices,
         optimizer=build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -290,7 +289,12 @@ def add_lora(
 
 
 def captioned_images(
-    rows: Sequence[Row], captioner: Captioner, config: TrainingConfig, *, substitute: bool
+    rows: Sequence[Row],
+    captioner: Captioner,
+    config: TrainingConfig,
+    *,
+    substitute: bool,
+    digests: np.ndarray | None = None,
 ) -> CaptionedImages:
     captions = captioner.tokenizer.encode(
         (row.text for row in rows),
@@ -299,7 +303,12 @@ def captioned_images(
     )
     images = [row.image for row in rows]
     return CaptionedImages(
-        images, captions, captioner.pixels, seed=config.seed, substitute=substitute
+        images,
+        captions,
+        captioner.pixels,
+        seed=config.seed,
+        substitute=substitute,
+        digests=digests,
     )
 
 
@@ -405,23 +414,21 @@ def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSou
     )
 
 
-def loader(
+def feature_loader(
     dataset: CaptionedImages,
-    images: ImageList,
+    order: Iterable[list[SampleIndex]],
+    *,
     features: FeatureSource,
     captioner: Captioner,
     config: TrainingConfig,
     stop: StopSignal,
-) -> Callable[..., Generator[FeatureBatch]]:
-    """A function of places, in whose order it gives batches with their images' features.
-
-    `images` are those of the dataset. Close what it gives where it is not exhausted: processes may
-    be loading.
-    """
+) -> FeatureLoader:
+    """The batches of a dataset in an order, as the settings say that they are loaded."""
     tokenizer = captioner.tokenizer
-    load = partial(
-        load_batches,
+    return FeatureLoader(
         dataset,
+        order,
+        features=features,
         collate=Collate(
             image_size=captioner.pixels.size,
             longest_bucket=tokenizer.max_positions if features.device.type == "cuda" else None,
@@ -429,13 +436,10 @@ def loader(
             pad_id=tokenizer.pad_id,
         ),
         num_workers=default_num_workers(features.device, config.num_workers),
-        has_features=partial(features.has, images),
-        pin_memory=features.device.type == "cuda",
         timeout_s=config.worker_timeout,
         waiting=stop.waiting,
         batch_bytes=_batch_bytes(captioner, config),
     )
-    return lambda places, waiting=iter: features.attach(waiting(load(places)), images)
 
 
 def _batch_bytes(captioner: Captioner, config: TrainingConfig) -> int:

@@ -2,15 +2,16 @@
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from lora_engine.data.batches import FeatureBatch, CaptionedImages, Skipped, validation_order
+from lora_engine.data.batches import CaptionedImages, FeatureBatch, Skipped, validation_order
 from lora_engine.devices import autocast
+from lora_engine.features.loader import FeatureLoader
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.metrics_log import MetricsLogger
@@ -65,7 +66,7 @@ class Validation:
 
     captioner: Captioner
     dataset: CaptionedImages
-    load: Callable[..., Generator[FeatureBatch]]
+    load: Callable[..., FeatureLoader]
     batch_size: int
     keeper: AdapterKeeper
     captions: ValidationCaptions
@@ -85,7 +86,7 @@ class Validation:
         learnt: no image at all, or a loss that is not finite before any training.
         """
         places = validation_order(self.dataset.captions.lengths, batch_size=self.batch_size)
-        with closing(self.load(places)) as batches:
+        with closing(iter(self.load(places))) as batches:
             result = validation_loss(
                 self.captioner.model,
                 self._with_progress(batches, step),

@@ -1,6 +1,6 @@
 """Greedy captions of fixed validation images, followed through a run, and their scores."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -10,7 +10,8 @@ from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import FeatureBatch, SampleIndex
+from lora_engine.data.batches import SampleIndex
+from lora_engine.features.loader import FeatureLoader
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample
@@ -31,7 +32,7 @@ class ValidationCaptions:
         self,
         captioner: Captioner,
         rows: Sequence[Row],
-        load: Callable[..., Generator[FeatureBatch]],
+        load: Callable[..., FeatureLoader],
         *,
         num_scored: int,
         num_samples: int,
@@ -67,11 +68,10 @@ class ValidationCaptions:
         tokenizer = self.captioner.tokenizer
         room = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
         captions: dict[int, Caption] = {}
-        with closing(self.load(self._places())) as batches:
+        with closing(iter(self.load(self._places()))) as batches:
             for batch in batches:
                 if not batch.rows:
                     continue
-                assert batch.features is not None
                 found = caption_features(
                     self.captioner,
                     batch.features,
