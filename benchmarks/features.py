@@ -110,9 +110,7 @@ def measure_losses(
         for name in FORMATS:
             form = FeatureFormat(features.shape[1], features.shape[2], name)
             kept = batch.with_features(form.unpack(form.pack(features), torch.float32))
-            losses[name] = validation_loss(
-                ours.model, [kept], device=device, dtype=torch.float32
-            ).loss
+            losses[name] = validation_loss(ours.model, [kept]).loss
         return losses
 
     plain = by_format(plain_caption)  # new adapters change nothing

@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.measure import wait_for
 from benchmarks.rows import Rows
-from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import (
     Collate,
     Example,
@@ -30,11 +29,10 @@ from lora_engine.data.batches import (
 )
 from lora_engine.data.images import PixelSettings
 from lora_engine.features.source import FeatureSource, ImageList
-from lora_engine.lora.injection import inject, lora_layers
+from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import Captioner, load_body
-from lora_engine.training import loop as training
-from lora_engine.training import setup as preparation
-from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
+from lora_engine.training.setup import place_model
+from lora_engine.training.trainer import Trainer
 
 RANK, ALPHA = 8, 32
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0  # those of peers.py
@@ -74,13 +72,15 @@ class Ours:
         inject(
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
         )
-        config = TrainingConfig(model=str(folder), compile=compile)
-        self.model = preparation.place_model(model, device, dtype, config)
-        self.matrices = FlatLoRAParameters((layer for _, layer in lora_layers(self.model)), dtype)
-        self.optimizer = build_optimizer(self.matrices, lr=lr, weight_decay=WEIGHT_DECAY)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.graphs = training.cuda_graphs_for(
-            self.matrices, self.optimizer, config, say=print
+        self.model = place_model(model, device, dtype, compile=compile)
+        self.trainer = Trainer(
+            self.model,
+            device=device,
+            dtype=dtype,
+            lr=lr,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM,
+            seed=seed,
         )
         self.num_steps = 0
         self.collate = Collate(
@@ -134,14 +134,8 @@ class Ours:
     def _step(self, batch: FeatureBatch) -> None:
         """What `lora_engine.training.loop.train` does in a step; the one place to follow it."""
         self.num_steps += 1
-        loss = training.accumulate_gradients(
-            self.model, [batch], device=self.device, dtype=self.dtype, scaler=self.scaler,
-            seed=(self.seed, self.num_steps), graphs=self.graphs,
-        )
-        optimizer_step(
-            self.optimizer, self.scaler, self.matrices, loss,
-            lr=self.lr, max_grad_norm=MAX_GRAD_NORM, graphs=self.graphs,
-        )
+        loss = self.trainer.accumulate([batch], self.num_steps)
+        self.trainer.update(loss, lr=self.lr)
 
     def _empty_source(self) -> FeatureSource:
         self.source = None  # or both would be there for a moment
@@ -154,7 +148,6 @@ class Ours:
             cache_dir=Path("nothing is kept on disk"),
             cache_dtype=None,
             cache_limit_bytes=0,
-            say=print,
         )
 
     def _with_pixels(self) -> Callable[[np.ndarray], PixelBatch]:

@@ -1,10 +1,15 @@
-"""Text of strangers on its way to a terminal: control characters are shown instead of obeyed.
+"""What is shown on a terminal: log records, and foreign text with its control characters escaped.
 
-Captions, file names, tensor names and JSON values may hold escape sequences, and may be as long as
-the file that they come from. Files that are written keep all of it.
+Captions, file names, tensor names and JSON values may contain escape sequences, and may be as long
+as the file that they come from. Files that are written keep all of it.
 """
 
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 MAX_LINE = 4_000
 MAX_TEXT = 100_000
@@ -27,6 +32,35 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     r"""A value within a message, on one line: all control characters written as \x1b or \u202e."""
     return _IN_A_VALUE.sub(_shown, text)
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log records to people: information on stdout, warnings on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        text = printable(record.getMessage())
+        self.write(
+            f"warning: {text}" if is_warning else text, sys.stderr if is_warning else sys.stdout
+        )
+
+    def write(self, text: str, stream: TextIO) -> None:
+        """Print `text`; raises OSError where the stream cannot take it."""
+        print(text, file=stream, flush=True)
+
+
+@contextmanager
+def logging_to(handler: logging.Handler) -> Iterator[None]:
+    """Within the context the package logs to `handler` alone."""
+    logger = logging.getLogger("lora_engine")
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
 
 
 def _shown(match: re.Match[str]) -> str:

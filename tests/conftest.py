@@ -15,7 +15,7 @@ from pictures import write_pictures
 
 from lora_engine import cli
 from lora_engine.models.pretrained import Captioner, load_captioner
-from lora_engine.training import loop as training
+from lora_engine.training import run as run_module
 
 # One thread: these models are so small that sharing the work costs several times the work, the
 # more so on a busy machine. Children inherit the environment.
@@ -75,7 +75,7 @@ def command(monkeypatch, capsys, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
     def run(main, *args):
         monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])

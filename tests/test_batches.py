@@ -288,7 +288,7 @@ def test_rows_of_one_image_share_its_number(whole_folder):
 
 
 def test_the_loss_takes_a_batchs_tensors_on_the_device():
-    batch = COLLATE([example(5, [1, 2, 30, 31, 9])])._replace(features=torch.zeros(1, 2, 3))
+    batch = COLLATE([example(5, [1, 2, 30, 31, 9])]).with_features(torch.zeros(1, 2, 3))
     moved = batch.tensors(torch.device("meta"))
     assert [tensor.shape for tensor in moved] == [(1, 4), (3,), (3,), (1, 2, 3)]
     assert all(tensor.device.type == "meta" for tensor in moved)

@@ -29,6 +29,7 @@ from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
+from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
 RECIPES = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}
@@ -57,7 +58,7 @@ def flags(folder: Path | None, data: Path, **changes) -> list[str]:
     ("[]", ["rows.json: an empty list"]),
     ('[\n\n{"text": " ", "image": "a.png"}]', ['rows.json:3: row 1: "text" is empty']),
     ('[{"text": "a", "image": "absent.png"}]',
-     ["rows.json: 1 of 1 rows looked at name an image that does not exist",
+     ["rows.json: 1 of 1 rows checked name an image that does not exist",
       "--max_bad_share 0.05", "absent.png"]),
 ])
 @pytest.mark.parametrize("which", ["train_data_path", "val_data_path"])
@@ -99,7 +100,7 @@ def test_a_run_with_too_many_bad_images_stops_with_its_own_status(
     for row in rows[:6]:
         Path(row.image).write_text("<html>404</html>")
     status, _, err = command(blip_cc3m.main, *flags(blip_folder, tmp_path, batch_size=1))
-    assert status == cli.STOPPED and "\nstopped: " in err and "reached is in run" in err
+    assert status == cli.STOPPED and err.startswith("stopped: ") and "so far are in run" in err
     assert "--max_bad_share 0.05" in err and "run/skipped.jsonl" in err
     assert "not an image in a known format" in err
     listed = json_lines(command.work / "run" / "skipped.jsonl")
@@ -113,8 +114,8 @@ def test_a_run_that_diverges_keeps_the_best_adapter_and_names_it(command, data, 
                eval_every=100),
     )
     assert status == cli.STOPPED and "was not finite in 3 steps in a row" in err
-    assert err.endswith("the best adapter so far, of step 0 (before training), is in run/adapter\n")
-    assert "learnt" not in err and "an adapter with NaN or infinite values is not saved" in out
+    assert "\nthe best adapter so far, of step 0 (before training), is in run/adapter\n" in err
+    assert "learnt" not in err and "an adapter with NaN or infinite values is not saved" in err
     run = command.work / "run"
     saved = [run / "adapter", *(run / "checkpoints").glob("step-*"), *run.glob("adapter_last")]
     for folder in saved:
@@ -469,12 +470,12 @@ def test_an_interruption_is_no_traceback(command, data, blip_folder, monkeypatch
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return training.accumulate_gradients.real(*args, **kwargs)
+        return Trainer.accumulate.real(*args, **kwargs)
 
-    interrupt.real = training.accumulate_gradients
-    monkeypatch.setattr(training, "accumulate_gradients", interrupt)
+    interrupt.real = Trainer.accumulate
+    monkeypatch.setattr(Trainer, "accumulate", interrupt)
     status, _, err = command(blip_cc3m.main, *flags(blip_folder, data))
-    assert status == 130 and err == "what the run had reached is in run\ninterrupted\n"
+    assert status == 130 and err == "interrupted\nthe results of the run so far are in run\n"
     assert (Path("run") / "adapter").is_dir() and (Path("run") / "adapter_last").is_dir()
 
 

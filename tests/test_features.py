@@ -49,10 +49,12 @@ from lora_engine.lora.injection import cast_frozen, inject
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
-from lora_engine.training import loop as training
+from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
+from lora_engine.training.run_data import captioned_images
+from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m
 
 CPU = torch.device("cpu")
@@ -68,7 +70,7 @@ def _a_fast_disk_a_fine_clock_and_no_picture(monkeypatch):
     """
     monkeypatch.setattr(features, "read_rate", lambda cache_dir: 1e12)
     monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 # --- pictures, sources, epochs --------------------------------------------------------------
@@ -104,7 +106,7 @@ def open_source(captioner: Captioner, cache_dir: Path, **changes) -> FeatureSour
     said: list[str] = []
     given = {
         "device": CPU, "dtype": torch.float32, "num_images": 8, "cache": "disk",
-        "cache_dir": cache_dir, "cache_dtype": None, "cache_limit_bytes": 1e9, "say": said.append,
+        "cache_dir": cache_dir, "cache_dtype": None, "cache_limit_bytes": 1e9,
     }
     source = FeatureSource(captioner, **given | changes)
     source.said = said
@@ -126,7 +128,7 @@ class Loader:
     ) -> None:
         rows = [Row(caption_of(n), image) for n, image in enumerate(images)]
         config = TrainingConfig(model="", num_workers=num_workers)
-        dataset = preparation.captioned_images(rows, captioner, config, substitute=False)
+        dataset = captioned_images(rows, captioner, config, substitute=False)
         self.images = images
         self.load = partial(
             preparation.feature_loader,
@@ -964,7 +966,7 @@ def train_uncached(model: Path, data: Path, folder: Path) -> tuple[TrainingConfi
     """A run without a cache: its settings, and how it went."""
     config = few_steps(model, data, folder / "run", folder / "cache", cache="off")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         done = run(config)
     assert not (folder / "cache").exists()
     assert len(done.trajectory[-1]) == 3
@@ -1043,12 +1045,12 @@ def test_an_image_that_changes_during_a_run_stops_it_and_restored_it_goes_on(
     blip_folder, data, tmp_path, monkeypatch, cache
 ):
     """It changes in the first epoch, and its turn comes again in the second, after step 5."""
-    accumulate, path = training.accumulate_gradients, data / "7.bmp"
+    accumulate, path = Trainer.accumulate, data / "7.bmp"
 
-    def change_and_accumulate(*args, seed, **kwargs):
-        if seed[1] == 4:
+    def change_and_accumulate(trainer, batches, step):
+        if step == 4:
             write_image(path, 100)
-        return accumulate(*args, seed=seed, **kwargs)
+        return accumulate(trainer, batches, step)
 
     config = few_steps(
         blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0, cache=cache
@@ -1056,12 +1058,12 @@ def test_an_image_that_changes_during_a_run_stops_it_and_restored_it_goes_on(
     constant = run(config)
     config = replace(config, output_path=str(tmp_path / "run"))
     with monkeypatch.context() as patch, pytest.raises(LoadingStopped) as caught:
-        patch.setattr(training, "accumulate_gradients", change_and_accumulate)
+        patch.setattr(Trainer, "accumulate", change_and_accumulate)
         run(config)
     assert str(caught.value) == (
         f"{path} has changed since the run began; restore it, or begin another run"
     )
-    assert "--resume goes on from there" in caught.value.__notes__[0]
+    assert "--resume to continue from there" in caught.value.__notes__[0]
     with pytest.raises(CheckpointError, match=f"other images: {re.escape(str(path))} has changed"):
         run(config, resume="newest")
     write_image(path, 7)
@@ -1247,22 +1249,22 @@ def _main(*arguments: str) -> None:
 
 def _train(config: TrainingConfig, kill_before: int) -> None:
     stores: list[FeatureStore] = []
-    accumulate = training.accumulate_gradients
+    accumulate = Trainer.accumulate
 
     def open_and_remember(*args, **kwargs):
         stores.append(FeatureStore(*args, **kwargs))
         return stores[0]
 
-    def accumulate_or_die(*args, seed, **kwargs):
-        if seed[1] == kill_before:
+    def accumulate_or_die(trainer, batches, step):
+        if step == kill_before:
             wait_until(lambda: not stores[0]._queue)
             os.kill(os.getpid(), signal.SIGKILL)
-        return accumulate(*args, seed=seed, **kwargs)
+        return accumulate(trainer, batches, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         patch.setattr(features, "FeatureStore", open_and_remember)
-        patch.setattr(training, "accumulate_gradients", accumulate_or_die)
+        patch.setattr(Trainer, "accumulate", accumulate_or_die)
         train(replace(config, lora_targets=tuple(config.lora_targets)))
 
 

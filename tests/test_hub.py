@@ -17,9 +17,9 @@ from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
 from lora_engine.report import hub
 from lora_engine.report.hub import check_repository, push_adapter
 from lora_engine.report.run_folder import RunFolder
-from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
 from lora_engine.training.loop import train
+from lora_engine.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +243,7 @@ def test_a_run_that_does_not_finish_pushes_nothing(config, uploads, monkeypatch,
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(training, "optimizer_step", fail)
+    monkeypatch.setattr(Trainer, "update", fail)
     with pytest.raises(type(error)):
         train(config)
     assert (Path(config.output_path) / "adapter" / "README.md").exists() and not uploads

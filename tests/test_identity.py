@@ -32,8 +32,7 @@ from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted
-from lora_engine.training import loop as training
-from lora_engine.training import run_state
+from lora_engine.training import run as run_module
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
 from recipes import blip_cc3m
@@ -43,7 +42,7 @@ PARTS = ("base", "configuration", "tokenizer", "preprocessor")
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:
@@ -232,7 +231,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def stop(config: TrainingConfig, *, at_step: int) -> None:
     """Run until it has a checkpoint of this step."""
-    real = run_state.write_checkpoint
+    real = run_module.write_checkpoint
 
     def write(path, **kwargs):
         real(path, **kwargs)
@@ -240,7 +239,7 @@ def stop(config: TrainingConfig, *, at_step: int) -> None:
             raise Interrupted(15)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(run_state, "write_checkpoint", write)
+        patch.setattr(run_module, "write_checkpoint", write)
         train(config)
 
 
@@ -253,7 +252,7 @@ def whole(blip_folder, pictures, tmp_path_factory) -> Path:
     """A run of six steps that nothing has stopped."""
     path = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         train(short_run(blip_folder, pictures, path))
     return path
 
@@ -263,7 +262,7 @@ def stopped(blip_folder, pictures, tmp_path_factory) -> Path:
     """The same run, stopped after two steps."""
     path = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         stop(short_run(blip_folder, pictures, path), at_step=2)
     return path
 

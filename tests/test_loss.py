@@ -1,6 +1,6 @@
 """The loss equals torch's own, without all logits at once; and it falls as a plain loop's does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +14,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_engine.data.batches import Collate, Example, FeatureBatch
+from lora_engine.data.batches import Collate, Example, FeatureBatch, PixelBatch
 from lora_engine.data.captions import IGNORED
 from lora_engine.features.source import encode_pixels
-from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
+from lora_engine.lora.injection import cast_frozen, inject, lora_parameters
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.training import loss as loss_module
-from lora_engine.training.loop import accumulate_gradients
 from lora_engine.training.loss import _FrozenHeadLoss, caption_loss
-from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
+from lora_engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -215,8 +214,8 @@ NUM_STEPS, LR, MAX_GRAD_NORM = 50, 5e-3, 1.0
 TARGETS = ["attention", "feed_forward"]
 
 
-def batches(captioner: Captioner, sizes: list[int]) -> list[FeatureBatch]:
-    """Pictures of noise with captions of many lengths, and their features."""
+def pixel_batches(captioner: Captioner, sizes: list[int]) -> list[PixelBatch]:
+    """Pictures of noise with captions of many lengths."""
     lengths = sorted(1 + 5 * i % 19 for i in range(sum(sizes)))  # alike within a batch, as ever
     texts = [" ".join(checkpoints.WORDS[i : i + length]) for i, length in enumerate(lengths)]
     tokens = captioner.tokenizer.encode(texts)
@@ -229,16 +228,22 @@ def batches(captioner: Captioner, sizes: list[int]) -> list[FeatureBatch]:
     collate = Collate(
         image_size=(height, width), prompt_length=1, pad_id=captioner.tokenizer.pad_id
     )
-    made = [collate(examples[end - n : end]) for n, end in zip(sizes, np.cumsum(sizes))]
+    return [collate(examples[end - n : end]) for n, end in zip(sizes, np.cumsum(sizes))]
+
+
+def batches(captioner: Captioner, sizes: list[int]) -> list[FeatureBatch]:
+    """The same batches with their features."""
     return [
         batch.with_features(encode_pixels(captioner.model, batch.pixels, captioner.pixels))
-        for batch in made
+        for batch in pixel_batches(captioner, sizes)
     ]
 
 
-def step_batches(captioner: Captioner) -> Iterator[list[FeatureBatch]]:
-    """Two micro-batches a step, over and over."""
-    made = batches(captioner, [5, 3, 6, 2])
+def step_batches(
+    captioner: Captioner, make: Callable[[Captioner, list[int]], list] = batches
+) -> Iterator[list]:
+    """Two micro-batches per step, over and over."""
+    made = make(captioner, [5, 3, 6, 2])
     for step in range(NUM_STEPS):
         yield made[:2] if step % 2 else made[2:]
 
@@ -291,7 +296,7 @@ def plain_losses(folder) -> list[float]:
     settings = captioner.pixels
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (settings.mean, settings.std))
     losses = []
-    for step in step_batches(captioner):
+    for step in step_batches(captioner, pixel_batches):
         total = sum(batch.num_targets for batch in step)
         loss_of_step = 0.0
         for batch in step:
@@ -311,18 +316,13 @@ def plain_losses(folder) -> list[float]:
 
 def run(captioner: Captioner) -> list[float]:
     """The losses of the same steps by the engine's own parts."""
-    layers = (layer for _, layer in lora_layers(captioner.model))
-    matrices = FlatLoRAParameters(layers, torch.float32)
-    optimizer = build_optimizer(matrices, lr=LR, weight_decay=0.01)
+    trainer = Trainer(
+        captioner.model, device=CPU, dtype=torch.float32, lr=LR, max_grad_norm=MAX_GRAD_NORM
+    )
     losses = []
-    for number, step in enumerate(step_batches(captioner)):
-        loss = accumulate_gradients(
-            captioner.model, step, device=CPU, dtype=torch.float32, scaler=NO_SCALER,
-            seed=(0, number),
-        )
-        optimizer_step(
-            optimizer, NO_SCALER, matrices, loss, lr=LR, max_grad_norm=MAX_GRAD_NORM
-        )
+    for number, batches in enumerate(step_batches(captioner)):
+        loss = trainer.accumulate(batches, number)
+        trainer.update(loss, lr=LR)
         losses.append(float(loss))
     return losses
 
@@ -380,7 +380,8 @@ def test_bf16_gradients_of_micro_batches_are_added_up_in_fp32(folder):
     for matrix in lora_parameters(model).values():
         nn.init.normal_(matrix, std=0.1)
     cast_frozen(model, torch.bfloat16)
-    flat = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.bfloat16)
+    trainer = Trainer(model, device=CPU, dtype=torch.bfloat16, lr=LR)
+    flat = trainer.lora
 
     alone = []
     for batch in step:
@@ -389,7 +390,7 @@ def test_bf16_gradients_of_micro_batches_are_added_up_in_fp32(folder):
         loss.backward(torch.tensor(1 / sum(batch.num_targets for batch in step)))
         alone.append(flat.gradient.clone())
         flat.gradient.zero_()
-    accumulate_gradients(model, step, device=CPU, dtype=torch.bfloat16, scaler=NO_SCALER)
+    trainer.accumulate(step, 1)
     assert flat.gradient.dtype == torch.float32
     assert all(gradient.any() for gradient in alone)
     assert torch.equal(flat.gradient, sum(alone[1:], alone[0]))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 
 import pytest
@@ -13,6 +14,8 @@ from lora_engine.report import metrics_log as module
 from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped, duration
 from lora_engine.training.meter import Meter
 from lora_engine.training.schedule import Schedule
+
+logger = logging.getLogger("lora_engine.a_module")
 
 
 class Terminal(io.StringIO):
@@ -63,7 +66,7 @@ def test_on_a_terminal_there_is_a_bar_and_messages_above_it(tmp_path):
     stream = Terminal()
     with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=4, stream=stream) as metrics:
         report(metrics, 2)
-        metrics.say("step 2: validation loss 2.0000")
+        logger.info("step 2: validation loss 2.0000")
         report(metrics, 4)
     text = stream.getvalue()
     assert "4/4" in text and "loss 2.3457" in text and "\r" in text
@@ -88,23 +91,17 @@ def meter_of(metrics, **settings):
 def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
     path = tmp_path / "metrics.jsonl"
 
-    def slow_batches():
-        while True:
-            clock[0] += 1.0
-            yield None
-
     with MetricsLogger(path, total_steps=100, stream=io.StringIO()) as metrics:
         meter = meter_of(metrics)
-        batches = meter.waiting(slow_batches())
         for step in (1, 2):
-            assert next(batches) is next(batches) is None
-            clock[0] += 3.0
-            meter.add(step, torch.tensor(2.0 + step), torch.tensor(0.5), 1e-3, ["a"] * 20)
+            clock[0] += 5.0
+            loss, norm = torch.tensor(2.0 + step), torch.tensor(0.5)
+            meter.add(step, loss, norm, 1e-3, ["a"] * 20, waited_s=2.0 * step)
         meter.settle(2)
         clock[0] += 1000.0  # a validation
         meter.restart()
         clock[0] += 4.0
-        meter.add(3, torch.tensor(1.0), torch.tensor(0.25), 1e-4, ["a"] * 20)
+        meter.add(3, torch.tensor(1.0), torch.tensor(0.25), 1e-4, ["a"] * 20, waited_s=4.0)
         meter.settle(3)
         meter.settle(3)  # nothing new: nothing written
     assert json_lines(path) == [
@@ -117,7 +114,7 @@ def test_speed_and_waiting_are_of_the_interval(tmp_path, clock):
 
 def settle(meter, points, first_step=1):
     for step, (loss, norm) in enumerate(points, start=first_step):
-        meter.add(step, torch.tensor(loss), torch.tensor(norm), 1e-3, [f"{step}.png"])
+        meter.add(step, torch.tensor(loss), torch.tensor(norm), 1e-3, [f"{step}.png"], 0.0)
     meter.settle(step)
 
 

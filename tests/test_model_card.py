@@ -26,9 +26,9 @@ from lora_engine.report.model_card import write_model_card
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
-from lora_engine.training import loop as training
 from lora_engine.training import validation as evaluation
 from lora_engine.training.loop import train
+from lora_engine.training.trainer import Trainer
 from lora_engine.training.validation import ValidationLoss
 from recipes import blip_cc3m, vit_gpt2_cc3m
 
@@ -305,7 +305,7 @@ def test_the_curve_lies_beside_the_card(finished):
 def test_a_run_that_ends_early_leaves_the_card_of_the_adapter_that_is_there(
     blip_folder, data, tmp_path, monkeypatch, error
 ):
-    real, calls = training.optimizer_step, []
+    real, calls = Trainer.update, []
 
     def step(*args, **kwargs):
         calls.append(1)
@@ -313,7 +313,7 @@ def test_a_run_that_ends_early_leaves_the_card_of_the_adapter_that_is_there(
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "optimizer_step", step)
+    monkeypatch.setattr(Trainer, "update", step)
     with pytest.raises((type(error), TrainingStopped)):
         train(settings(blip_folder, data, tmp_path / "run"))
     card = card_of(tmp_path / "run")

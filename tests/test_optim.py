@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.lora.layer import LoRALinear
-from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
+from lora_engine.training.trainer import Trainer
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 FINITE = torch.tensor(1.0)
@@ -28,9 +28,10 @@ def matrices_of(layers) -> list[nn.Parameter]:
     return [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
 
-def flat_matrices() -> tuple[FlatLoRAParameters, list[nn.Parameter]]:
-    made = layers()
-    return FlatLoRAParameters(made, torch.float32), matrices_of(made)
+def a_trainer(made=None, **settings) -> tuple[Trainer, list[nn.Parameter]]:
+    made = made or layers()
+    settings = {"dtype": torch.float32, "lr": 0.1, "weight_decay": 0.1} | settings
+    return Trainer(nn.ModuleList(made), device=torch.device("cpu"), **settings), matrices_of(made)
 
 
 def give_gradients(parameters, step, scale=1.0):
@@ -61,17 +62,14 @@ def reference_adamw(weights, gradients, rates, *, decay, max_grad_norm):
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0, 1e6])
 def test_steps_equal_adamw_written_by_hand(max_grad_norm):
-    flat, parameters = flat_matrices()
+    trainer, parameters = a_trainer(lr=123.0, max_grad_norm=max_grad_norm)  # the steps' lr counts
     start = [p.detach().clone() for p in parameters]
-    optimizer = build_optimizer(flat, lr=123.0, weight_decay=0.1)  # the steps' lr counts
     rates = [0.01, 0.02, 0.015, 0.01, 0.005]
     gradients = []
     for step, rate in enumerate(rates):
         give_gradients(parameters, step, scale=0.3)
         gradients.append([p.grad.clone() for p in parameters])
-        optimizer_step(
-            optimizer, NO_SCALER, flat, FINITE, lr=rate, max_grad_norm=max_grad_norm
-        )
+        trainer.update(FINITE, lr=rate)
     expected = reference_adamw(
         start, gradients, rates, decay=0.1, max_grad_norm=max_grad_norm
     )
@@ -80,35 +78,33 @@ def test_steps_equal_adamw_written_by_hand(max_grad_norm):
     assert (ours - torch.cat([x.flatten() for x in start])).abs().min() > 1e-5  # all have moved
 
 
-def state_of(optimizer, flat):
-    names = ("exp_avg", "exp_avg_sq", "step")
-    return [flat.values.detach().clone(), *(optimizer.state[flat.values][n].clone() for n in names)]
+def state_of(trainer):
+    values = trainer.lora.values
+    state = trainer.optimizer.state[values]
+    return [values.detach().clone(), *(state[n].clone() for n in ("exp_avg", "exp_avg_sq", "step"))]
 
 
 def after(poisoned, where=(4,), num_steps=6):
     """Matrices and state after some steps, those of the numbers `where` poisoned or left out."""
     torch.manual_seed(0)
-    flat, parameters = flat_matrices()
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.1)
+    trainer, parameters = a_trainer()
     for step in range(num_steps):
         give_gradients(parameters, step)
         loss = FINITE
         if step in where:
             if poisoned == "left out":
                 continue
-            before = state_of(optimizer, flat)
+            before = state_of(trainer)
             if poisoned == "loss":
                 loss = torch.tensor(float("nan"))
             else:
                 parameters[1].grad[2, 0] = float(poisoned)
-        norm = optimizer_step(
-            optimizer, NO_SCALER, flat, loss, lr=0.1, max_grad_norm=1.0
-        )
+        norm = trainer.update(loss, lr=0.1)
         assert not any(p.grad.any() for p in parameters)
         if step in where:
-            assert all(map(torch.equal, state_of(optimizer, flat), before))
+            assert all(map(torch.equal, state_of(trainer), before))
             assert loss.isnan() or not norm.isfinite()
-    return state_of(optimizer, flat)
+    return state_of(trainer)
 
 
 @pytest.mark.parametrize("poisoned", ["loss", "nan", "inf", "-inf"])
@@ -118,32 +114,26 @@ def test_a_step_that_is_not_finite_changes_neither_matrices_nor_moments_nor_coun
 
 
 def test_with_a_grad_scaler_an_overflow_is_skipped_too():
-    flat, parameters = flat_matrices()
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer, parameters = a_trainer()
+    trainer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     twins = layers()
     reference = matrices_of(twins)
     for r, p in zip(reference, parameters):
         r.data.copy_(p)
-    flat_reference = FlatLoRAParameters(twins, torch.float32)
-    plain = build_optimizer(flat_reference, lr=0.1, weight_decay=0.1)
+    plain, _ = a_trainer(twins)
     for step in range(4):
         give_gradients(reference, step)
         for p, r in zip(parameters, reference):
             p.grad.copy_(r.grad * scaler.scale(torch.ones(())))
         if step == 2:
             parameters[0].grad[0, 0] = float("inf")
-            before, scale = state_of(optimizer, flat), scaler.get_scale()
-        norm = optimizer_step(
-            optimizer, scaler, flat, FINITE, lr=0.1, max_grad_norm=1.0
-        )
+            before, scale = state_of(trainer), scaler.get_scale()
+        norm = trainer.update(FINITE, lr=0.1)
         if step == 2:
-            assert all(map(torch.equal, state_of(optimizer, flat), before))
+            assert all(map(torch.equal, state_of(trainer), before))
             assert scaler.get_scale() < scale and not norm.isfinite()
             continue
-        expected = optimizer_step(
-            plain, NO_SCALER, flat_reference, FINITE, lr=0.1, max_grad_norm=1.0
-        )
+        expected = plain.update(FINITE, lr=0.1)
         torch.testing.assert_close(norm, expected)
     for p, r in zip(parameters, reference):
         torch.testing.assert_close(p, r)
@@ -151,24 +141,20 @@ def test_with_a_grad_scaler_an_overflow_is_skipped_too():
 
 @pytest.mark.parametrize("scale", [0.001, 10.0])
 def test_the_norm_is_of_all_gradients_together_before_clipping(scale):
-    flat, parameters = flat_matrices()
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.0)
+    trainer, parameters = a_trainer(weight_decay=0.0)
     give_gradients(parameters, 0, scale)
     expected = torch.cat([p.grad.flatten() for p in parameters]).norm()
-    norm = optimizer_step(optimizer, NO_SCALER, flat, FINITE, lr=0.1, max_grad_norm=1.0)
+    norm = trainer.update(FINITE, lr=0.1)
     torch.testing.assert_close(norm, expected)
 
 
 def test_a_zero_gradient_is_finite_and_only_decays():
-    flat, parameters = flat_matrices()
+    trainer, parameters = a_trainer(weight_decay=0.5)
     start = [p.detach().clone() for p in parameters]
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.5)
-    for max_grad_norm in (0.0, 1.0):
+    for trainer.max_grad_norm in (0.0, 1.0):
         for p in parameters:
             p.grad.zero_()
-        optimizer_step(
-            optimizer, NO_SCALER, flat, FINITE, lr=0.1, max_grad_norm=max_grad_norm
-        )
+        trainer.update(FINITE, lr=0.1)
     for p, before in zip(parameters, start):
         torch.testing.assert_close(p.detach(), before * 0.95**2)
 
@@ -177,8 +163,8 @@ def test_a_flat_matrix_is_the_layers_own_and_its_gradient_too():
     """Also after a step, and with the matrices' first values."""
     made = layers()
     before = [matrix.detach().clone() for matrix in matrices_of(made)]
-    flat = FlatLoRAParameters(made, torch.float32)
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.0)
+    trainer, _ = a_trainer(made, weight_decay=0.0, max_grad_norm=0.0)
+    flat = trainer.lora
     assert all(map(torch.equal, matrices_of(made), before))
     x = torch.randn(4, 5)
     made[0](x).square().sum().backward()
@@ -186,7 +172,7 @@ def test_a_flat_matrix_is_the_layers_own_and_its_gradient_too():
     made[0](x).square().sum().backward()
     torch.testing.assert_close(made[0].lora_A.grad, 2 * one_gradient)
     torch.testing.assert_close(flat.values.grad[:15].view(3, 5), 2 * one_gradient)
-    optimizer_step(optimizer, NO_SCALER, flat, FINITE, lr=0.1, max_grad_norm=0.0)
+    trainer.update(FINITE, lr=0.1)
     assert not torch.equal(made[0].lora_A, before[0])
     assert torch.equal(made[0].lora_A, flat.values[:15].view(3, 5))
     assert torch.equal(made[1].lora_A, before[2])  # had no gradient
@@ -194,8 +180,7 @@ def test_a_flat_matrix_is_the_layers_own_and_its_gradient_too():
 
 def test_layers_compute_with_one_cast_a_step_and_gradients_stay_fp32():
     made = layers()
-    flat = FlatLoRAParameters(made, torch.bfloat16)
-    optimizer = build_optimizer(flat, lr=0.1, weight_decay=0.0)
+    trainer, _ = a_trainer(made, dtype=torch.bfloat16, weight_decay=0.0, max_grad_norm=0.0)
     cast_frozen(made[0], torch.bfloat16)
     x = torch.randn(4, 5, dtype=torch.bfloat16)
     for _ in range(3):
@@ -206,4 +191,4 @@ def test_layers_compute_with_one_cast_a_step_and_gradients_stay_fp32():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             made[0](x).float().square().sum().backward()
         assert made[0].lora_A.grad.dtype == torch.float32 and made[0].lora_A.grad.any()
-        optimizer_step(optimizer, NO_SCALER, flat, FINITE, lr=0.1, max_grad_norm=0.0)
+        trainer.update(FINITE, lr=0.1)

@@ -34,13 +34,15 @@ from lora_engine.lora.adapter import read_adapter
 from lora_engine.report import metrics_log as metrics
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.training import loop as training
-from lora_engine.training import meter, run_state, validation_captions
+from lora_engine.training import meter, trainer, validation_captions
+from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
 from lora_engine.training import validation as evaluation
 from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
 from lora_engine.training.loop import train
 from lora_engine.training.micro_batches import split
+from lora_engine.training.run_data import captioned_images
+from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m
 
 TIMES = ("images_per_s", "data_wait_share")
@@ -56,7 +58,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 def long_run(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
@@ -75,7 +77,7 @@ def unbroken(blip_folder, data, tmp_path_factory) -> Path:
     """The run folder of a run that nothing has stopped."""
     path = tmp_path_factory.mktemp("unbroken") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         train(long_run(blip_folder, data, path))
     return path
 
@@ -102,10 +104,10 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert names[0] == names[1]
 
 
-def killing(config: TrainingConfig, at_step: int, name: str = "accumulate_gradients"):
+def killing(config: TrainingConfig, at_step: int, name: str = "accumulate"):
     """A run that kills itself when a step calls a function."""
     def run():
-        real = getattr(training, name)
+        real = getattr(Trainer, name)
         calls = []
 
         def die(*args, **kwargs):
@@ -114,7 +116,7 @@ def killing(config: TrainingConfig, at_step: int, name: str = "accumulate_gradie
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
-        setattr(training, name, die)
+        setattr(Trainer, name, die)
         train(config)
 
     return run
@@ -143,7 +145,7 @@ def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
         ended = in_child(killing(config, at_step), tmp_path / "log")
         assert ended.status == -signal.SIGKILL, ended.output
         if attempt:
-            assert "going on after step" in ended.output
+            assert "resuming after step" in ended.output
     train(go_on(config, num_workers=0))
     assert_same_run(tmp_path / "run", expected)
 
@@ -230,7 +232,7 @@ def copy_of(run: Path, tmp_path: Path) -> Path:
 
 def stopped_after(config: TrainingConfig, step: int) -> None:
     """Run until a signal comes in this step."""
-    real = training.optimizer_step
+    real = Trainer.update
     calls: list[int] = []
 
     def signalled(*args, **kwargs):
@@ -240,7 +242,7 @@ def stopped_after(config: TrainingConfig, step: int) -> None:
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(training, "optimizer_step", signalled)
+        patch.setattr(Trainer, "update", signalled)
         train(config)
 
 
@@ -255,7 +257,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     with pytest.raises(CheckpointError, match="optimizer.safetensors is damaged"):
         train(replace(config, resume=str(newest)))
     train(go_on(config))
-    assert "passed over a checkpoint" in capsys.readouterr().err
+    assert "skipped a checkpoint" in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints" / "step-00000009.set_aside").rename(tmp_path / "aside")
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -285,14 +287,14 @@ def test_checkpoints_are_as_often_as_asked(blip_folder, data, tmp_path):
 
 def test_checkpoints_by_time(blip_folder, data, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_state.time, "monotonic", lambda: now[0])
-    real = training.optimizer_step
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    real = Trainer.update
 
     def half_a_minute(*args, **kwargs):
         now[0] += 30
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "optimizer_step", half_a_minute)
+    monkeypatch.setattr(Trainer, "update", half_a_minute)
     config = long_run(blip_folder, data, tmp_path / "run", keep_last=99, save_every="2min")
     train(config)
     steps = [int(p.name[5:]) for p in checkpoint_paths(tmp_path / "run" / "checkpoints")]
@@ -305,14 +307,14 @@ def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
     read_end, write_end = os.pipe()
 
     def hold():
-        real = training.take_steps
+        real = run_module.Run.training_loader
 
         def wait(*args):
             os.write(write_end, b".")
             time.sleep(60)
-            real(*args)
+            return real(*args)
 
-        training.take_steps = wait
+        run_module.Run.training_loader = wait
         train(go_on(config))
 
     child = os.fork()
@@ -341,7 +343,7 @@ def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
 def halfway(blip_folder, data, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("halfway") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         stopped_after(long_run(blip_folder, data, path), 7)
     return path
 
@@ -451,7 +453,7 @@ def test_the_command_line_needs_nothing_but_the_folder_and_the_model(
     run = copy_of(halfway, tmp_path)
     model = ("--model", blip_folder)
     status, out, err = command(blip_cc3m.main, "--output_path", run, "--resume", *model)
-    assert status == 0 and "going on after step 7 of 13" in out
+    assert status == 0 and "resuming after step 7 of 13" in out
     assert_same_run(run, unbroken)
     status, out, err = command(
         blip_cc3m.main, "--resume", "--output_path", run, "--lr", "1", *model
@@ -480,11 +482,11 @@ def test_save_every_is_steps_or_a_time(value):
 # --- signals --------------------------------------------------------------------------------
 
 PHASES = {  # a function that runs in this phase, and from which of its calls on
-    "a step": (training, "optimizer_step", 3),
+    "a step": (Trainer, "update", 3),
     "the first validation": (evaluation, "caption_loss", 1),
     "a later validation": (evaluation, "caption_loss", 4),
     "captioning": (validation_captions, "caption_features", 4),
-    "saving": (run_state, "write_checkpoint", 3),
+    "saving": (run_module, "write_checkpoint", 3),
 }
 
 
@@ -517,7 +519,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
         assert not run.exists()
         return
     assert "This run is not finished" in (run / "report.html").read_text(encoding="utf-8")
-    assert "--resume goes on from there" in ended.output
+    assert "--resume to continue from there" in ended.output
     newest = read_checkpoint(checkpoint_paths(run / "checkpoints")[-1])
     expected = {"a step": 3, "a later validation": 5, "captioning": 5, "saving": 4}[phase]
     assert newest.step == expected
@@ -547,7 +549,7 @@ def test_a_second_signal_stops_at_once_and_loading_processes_end(blip_folder, da
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not reached")
 
-        training.optimizer_step = send
+        Trainer.update = send
         return cli.run(lambda args: train(config) and 0)
 
     ended = in_child(signalled, tmp_path / "log")
@@ -574,14 +576,14 @@ def test_loading_processes_leave_signals_to_who_started_them(blip_folder, data, 
 
     def signalled():
         os.setsid()
-        real = training.optimizer_step
+        real = Trainer.update
 
         def send(*args, **kwargs):
             os.killpg(0, signal.SIGTERM)
             time.sleep(0.2)
             return real(*args, **kwargs)
 
-        training.optimizer_step = send
+        Trainer.update = send
         return cli.run(lambda args: train(config) and 0)
 
     ended = in_child(signalled, tmp_path / "log")
@@ -590,9 +592,9 @@ def test_loading_processes_leave_signals_to_who_started_them(blip_folder, data, 
     assert checkpoint_paths(tmp_path / "run" / "checkpoints")[-1].name == "step-00000001"
 
 
-def at_step(step: int, act, name: str = "optimizer_step") -> None:
+def at_step(step: int, act, name: str = "update") -> None:
     """From the step's call of a function on, `act` comes before it; for use in a child."""
-    real, calls = getattr(training, name), []
+    real, calls = getattr(Trainer, name), []
 
     def acting(*args, **kwargs):
         calls.append(1)
@@ -600,7 +602,7 @@ def at_step(step: int, act, name: str = "optimizer_step") -> None:
             act()
         return real(*args, **kwargs)
 
-    setattr(training, name, acting)
+    setattr(Trainer, name, acting)
 
 
 def ended_run(config: TrainingConfig, prepare, tmp_path: Path) -> Ended:
@@ -652,7 +654,7 @@ def test_a_signal_after_the_last_step_finishes_all_and_tells_by_the_status(
     config = long_run(blip_folder, data, tmp_path / "run")
 
     def prepare():
-        room, name = (training, phase) if phase != "the summary" else (
+        room, name = (run_module, phase) if phase != "the summary" else (
             validation_captions.ValidationCaptions, "compare"
         )
         real = getattr(room, name)
@@ -791,7 +793,7 @@ def test_a_reader_that_has_gone_ends_a_run_with_a_checkpoint(blip_folder, data, 
 
     ended = ended_run(config, prepare, tmp_path)
     assert ended.status == cli.PIPE_CLOSED and "Traceback" not in ended.output, ended.output
-    assert "--resume goes on from there" in ended.output
+    assert "--resume to continue from there" in ended.output
     assert newest_step(tmp_path / "run") == 5  # whose validation was the next to be told
 
 
@@ -848,7 +850,7 @@ def test_descriptors_that_run_out_end_a_run_in_words_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("name, step", [
-    ("accumulate_gradients", 3), ("optimizer_step", 0), ("meter", 0)
+    ("accumulate", 3), ("update", 0), ("meter", 0)
 ])
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "a disk")], ids=repr)
 def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
@@ -856,7 +858,7 @@ def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
 ):
     """A step that fails half way is not whole: the adapter has changed, or the log lacks a line."""
     config = long_run(blip_folder, data, tmp_path / "run", save_every="99")
-    real, calls = training.optimizer_step, []
+    real, calls = Trainer.update, []
 
     def fail(*args, **kwargs):
         calls.append(1)
@@ -869,8 +871,8 @@ def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
         real = meter.Meter.read
         calls += [1, 1, 1]
     else:
-        real = getattr(training, name)
-        monkeypatch.setattr(training, name, fail)
+        real = getattr(Trainer, name)
+        monkeypatch.setattr(Trainer, name, fail)
     with pytest.raises(TrainingStopped if isinstance(error, OSError) else RuntimeError) as caught:
         train(config)
     told = [str(caught.value), *getattr(caught.value, "__notes__", [])]
@@ -878,7 +880,7 @@ def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
     assert newest_step(tmp_path / "run") == step
     assert (tmp_path / "run" / "adapter_last").exists() == (step > 0)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     train(go_on(config))
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -889,13 +891,13 @@ def test_whatever_ends_the_steps_the_last_whole_one_is_saved(
 def test_the_images_of_steps_that_are_not_finite_are_named(
     blip_folder, data, tmp_path, monkeypatch
 ):
-    real = training.accumulate_gradients
+    real = Trainer.accumulate
 
-    def poisoned(*args, seed, **kwargs):
-        loss = real(*args, seed=seed, **kwargs)
-        return loss * float("nan") if seed[1] > 6 else loss
+    def poisoned(trainer, batches, step):
+        loss = real(trainer, batches, step)
+        return loss * float("nan") if step > 6 else loss
 
-    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
     config = long_run(blip_folder, data, tmp_path / "run", log_every=1, save_every="1")
     with pytest.raises(TrainingStopped, match=r"step 9.*train_\d\d\.png") as caught:
         train(config)
@@ -911,13 +913,13 @@ def test_the_images_of_steps_that_are_not_finite_are_named(
 
 def test_what_a_stopped_interval_counted_goes_on(blip_folder, data, tmp_path, monkeypatch):
     """Two steps that are not finite before the stop, and one after it, are three in a row."""
-    real = training.accumulate_gradients
+    real = Trainer.accumulate
 
-    def poisoned(*args, seed, **kwargs):
-        loss = real(*args, seed=seed, **kwargs)
-        return loss * float("nan") if seed[1] in (6, 7, 8) else loss
+    def poisoned(trainer, batches, step):
+        loss = real(trainer, batches, step)
+        return loss * float("nan") if step in (6, 7, 8) else loss
 
-    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
     config = long_run(blip_folder, data, tmp_path / "run", log_every=100)
     stopped_after(config, 7)
     with pytest.raises(TrainingStopped, match="3 steps in a row, up to step 8"):
@@ -928,7 +930,7 @@ def test_what_a_stopped_interval_counted_goes_on(blip_folder, data, tmp_path, mo
 
 
 def short_of_memory(monkeypatch, most_rows: int) -> list[int]:
-    real, sizes = training.caption_loss, []
+    real, sizes = trainer.caption_loss, []
 
     def loss(model, input_ids, *args, **kwargs):
         if len(input_ids) > most_rows:
@@ -936,7 +938,7 @@ def short_of_memory(monkeypatch, most_rows: int) -> list[int]:
         sizes.append(len(input_ids))
         return real(model, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(training, "caption_loss", loss)
+    monkeypatch.setattr(trainer, "caption_loss", loss)
     return sizes
 
 
@@ -950,8 +952,8 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_step(
     config = replace(plain, output_path=str(tmp_path / "run"))
     stopped_after(config, 5)
     said = capsys.readouterr().out
-    assert said.count("out of GPU memory with 8 captions at a time: going on with 4") == 1
-    assert said.count("out of GPU memory with 4 captions at a time: going on with 2") == 1
+    assert said.count("out of GPU memory with 8 captions at a time: continuing with 4") == 1
+    assert said.count("out of GPU memory with 4 captions at a time: continuing with 2") == 1
     sizes.clear()
     train(go_on(config))
     assert "out of GPU memory" not in capsys.readouterr().out  # it knows
@@ -1038,7 +1040,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
     newest = checkpoint_paths(tmp_path / "run" / "checkpoints")[-1]
     assert newest.name in ("step-00000000", "step-00000002")  # batches before it may be lost, too
     monkeypatch.undo()
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     train(go_on(config, num_workers=0))
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -1050,7 +1052,7 @@ def _lengths(model, data):
     config = TrainingConfig(model=str(model))
     rows = read_annotations(data / "train.json")
     captioner = load_captioner(model)
-    return preparation.captioned_images(rows, captioner, config, substitute=True).captions.lengths
+    return captioned_images(rows, captioner, config, substitute=True).captions.lengths
 
 
 # --- full disks -----------------------------------------------------------------------------
@@ -1095,10 +1097,10 @@ def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
         return real(*args, **more)
 
     monkeypatch.setattr(room, name, full)
-    with pytest.raises(TrainingStopped, match="No space left .*somewhere.*--resume goes on"):
+    with pytest.raises(TrainingStopped, match="No space left .*somewhere.*--resume to continue"):
         train(config)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     train(go_on(config))
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -1106,7 +1108,7 @@ def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
 def test_a_checkpoint_that_finds_no_room_is_told_and_tried_again(
     unbroken, blip_folder, data, tmp_path, monkeypatch, capsys
 ):
-    real, calls = run_state.write_checkpoint, []
+    real, calls = run_module.write_checkpoint, []
 
     def full(path, **more):
         calls.append(path.name)
@@ -1114,9 +1116,9 @@ def test_a_checkpoint_that_finds_no_room_is_told_and_tried_again(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, **more)
 
-    monkeypatch.setattr(run_state, "write_checkpoint", full)
+    monkeypatch.setattr(run_module, "write_checkpoint", full)
     train(long_run(blip_folder, data, tmp_path / "run"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.count("warning: no checkpoint of step") == 2 and "No space left" in said
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -1126,12 +1128,12 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
 ):
     monkeypatch.setattr("lora_engine.files.free_bytes", lambda folder: 10**6)
     config = long_run(blip_folder, data, tmp_path / "run")
-    with pytest.raises(ValueError, match="no room for 4 checkpoints: 1 MB are free in"):
+    with pytest.raises(ValueError, match="no space for 4 checkpoints: 1 MB are free in"):
         train(config)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(preparation, "check_room", lambda *args: None)
+    monkeypatch.setattr(preparation, "check_space_for_run", lambda *args: None)
     train(config)
-    assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().out
+    assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().err
     assert not checkpoint_paths(tmp_path / "run" / "checkpoints")
 
 
@@ -1150,7 +1152,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
     real = Path.write_text
     monkeypatch.setattr(Path, "write_text", full)
     train(go_on(config))
-    assert "warning: write_report failed" in capsys.readouterr().out
+    assert "warning: the report could not be written" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").read_bytes() == before
 
 

@@ -1,12 +1,11 @@
 """The share of images that may be unusable."""
 
-import io
 
 import pytest
 
 from lora_engine.data.batches import FeatureBatch, Skipped
-from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped
 from lora_engine.report.run_folder import RunFolder
+from lora_engine.stopping import TrainingStopped
 from lora_engine.training.skipped_rows import SkippedRows, allowed_failures
 
 
@@ -20,10 +19,7 @@ def batch(num_good: int, num_bad: int, begin: int = 0) -> FeatureBatch:
 
 @pytest.fixture
 def skipped(tmp_path):
-    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=9, stream=io.StringIO()) as metrics:
-        yield lambda num_rows: SkippedRows(
-            RunFolder(tmp_path), metrics, max_share=0.05, num_rows=num_rows
-        )
+    return lambda num_rows: SkippedRows(RunFolder(tmp_path), max_share=0.05, num_rows=num_rows)
 
 
 def test_a_set_below_the_share_is_not_refused_by_chance(skipped):

@@ -20,9 +20,10 @@ from lora_engine.report.page import write_report
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import TrainingStopped
 from lora_engine.training import loop as training
-from lora_engine.training import run_state
+from lora_engine.training import run as run_module
 from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
 from lora_engine.training.loop import train
+from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 def short_run(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
@@ -53,7 +54,7 @@ def stopped_run(blip_folder, data, tmp_path_factory) -> Path:
     """A run stopped after step 8: its best adapter is that of step 6."""
     path = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss_curve", lambda *paths: None)
+        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         stopped_after(short_run(blip_folder, data, path), 8)
     assert read_adapter(path / "adapter").provenance["step"] == "6"
     return path
@@ -170,7 +171,7 @@ def test_what_somebody_puts_into_a_new_folder_stays_when_the_start_fails(
         (folder / "notes.txt").write_text("mine")
         raise ValueError("no features today")
 
-    monkeypatch.setattr(training, "feature_source", fail)
+    monkeypatch.setattr(run_module, "feature_source", fail)
     with pytest.raises(ValueError, match="no features today"):
         train(short_run(blip_folder, data, folder))
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
@@ -218,7 +219,7 @@ def test_a_damaged_checkpoint_of_the_best_adapter_costs_nothing(
 ):
     good = (run / "adapter" / WEIGHTS).read_bytes()
     damage_best(run, how)
-    monkeypatch.setattr(training, "take_steps", refuse)
+    monkeypatch.setattr(run_module.Run, "training_loader", refuse)
     for content_of_adapter in (good, b"of a discarded future"):
         (run / "adapter" / WEIGHTS).write_bytes(content_of_adapter)
         with pytest.raises(ValueError, match="enough"):
@@ -254,7 +255,7 @@ def test_a_run_of_the_version_before_resumes_and_its_good_adapter_stays(run, bli
     good = (run / "adapter" / WEIGHTS).read_bytes()
     damage_best(run, "one bit")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="enough"):
-        patch.setattr(training, "take_steps", refuse)
+        patch.setattr(run_module.Run, "training_loader", refuse)
         train(go_on(short_run(blip_folder, data, run)))
     assert (run / "adapter" / WEIGHTS).read_bytes() == good
     (run / "adapter" / WEIGHTS).write_bytes(b"")
@@ -312,19 +313,19 @@ def test_a_run_folder_that_goes_away_stops_the_run_with_a_checkpoint(
     blip_folder, data, tmp_path, monkeypatch, how
 ):
     path = tmp_path / "run"
-    real = training.accumulate_gradients
+    real = Trainer.accumulate
 
-    def act(*args, seed, **kwargs):
-        if seed[1] == 4:
+    def act(trainer, batches, step):
+        if step == 4:
             shutil.rmtree(path) if how == "removed" else path.rename(tmp_path / "elsewhere")
-        return real(*args, seed=seed, **kwargs)
+        return real(trainer, batches, step)
 
-    monkeypatch.setattr(training, "accumulate_gradients", act)
+    monkeypatch.setattr(Trainer, "accumulate", act)
     config = short_run(blip_folder, data, path, save_every="99")
     with pytest.raises(TrainingStopped, match="run folder was removed or renamed"):
         train(config)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     newest = checkpoint_paths(path / "checkpoints")[-1]
     assert read_checkpoint(newest).step == 4
     train(go_on(config))
@@ -435,7 +436,7 @@ def fuzz_states(run: Path, state_of_run, *, num_inputs: int, seed: int) -> dict[
     """Restore a run from mutated states -> how many were refused and how many restored."""
     generator = random.Random(seed)
     newest = checkpoint_paths(run / "checkpoints")[-1]
-    original = state_of_run.parts.checkpoint.state
+    original = state_of_run.setup.checkpoint.state
     counts = {"refused": 0, "restored": 0}
     for _ in range(num_inputs):
         state = original
@@ -454,18 +455,16 @@ def fuzz_states(run: Path, state_of_run, *, num_inputs: int, seed: int) -> dict[
 
 @pytest.fixture
 def state_of_run(run, blip_folder, data, monkeypatch):
-    """The RunState of a run about to take its steps, which its checkpoint has been restored into.
-    """
+    """A run about to take its steps, restored to its checkpoint."""
     kept = []
 
-    def keep(*args):
-        kept.append(next(arg for arg in args if isinstance(arg, run_state.RunState)))
+    def keep(run):
+        kept.append(run)
         raise ValueError("enough")
 
-    monkeypatch.setattr(training, "take_steps", keep)
+    monkeypatch.setattr(run_module.Run, "training_loader", keep)
     with pytest.raises(ValueError, match="enough"):
         train(go_on(short_run(blip_folder, data, run)))
-    kept[0].say = lambda text: None
     return kept[0]
 
 
@@ -509,13 +508,13 @@ def test_a_first_start_that_is_killed_can_be_begun_again(blip_folder, data, tmp_
     run = tmp_path / "run"
     config = short_run(blip_folder, data, run, max_steps=2)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
-        patch.setattr(run_state.RunState, "save", refuse)
+        patch.setattr(run_module.Run, "save", refuse)
         train(config)
     (run / ".environment.4242.json").write_text("{")
     assert (run / "adapter").exists() and (run / "metrics.jsonl").stat().st_size
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="enough"):
-            patch.setattr(training, "take_steps", refuse)
+            patch.setattr(run_module.Run, "validate", refuse)
             train(go_on(config))
     train(go_on(config))
     assert [line["step"] for line in json_lines(run / "samples.jsonl")].count(0) == 2

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import unicodedata
 from pathlib import Path
@@ -16,7 +17,8 @@ from lora_engine.captioning.captioner import Caption
 from lora_engine.data.annotations import read_annotations
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, printable
-from lora_engine.training import loop as training
+from lora_engine.training import run as run_module
+from lora_engine.training.loop import train
 
 HOSTILE = "a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
 SHOWN = r"a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
@@ -69,8 +71,8 @@ def test_an_error_shows_what_a_file_holds_without_obeying_it(command, tmp_path):
 
 def test_messages_of_a_run_are_printable(tmp_path):
     stream = io.StringIO()
-    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=1, stream=stream) as metrics:
-        metrics.say(f"skipped {HOSTILE}")
+    with MetricsLogger(tmp_path / "metrics.jsonl", total_steps=1, stream=stream):
+        logging.getLogger("lora_engine.x").info(f"skipped {HOSTILE}")
     assert stream.getvalue() == f"skipped {SHOWN}\n"
 
 
@@ -104,8 +106,8 @@ def test_a_run_on_hostile_captions_prints_none_of_their_controls(
     rows = json.loads(write_pictures(tmp_path, num_images=4, name="val.json").read_text())
     rows = [row | {"text": f"{HOSTILE}\nadapter {row['text']}"} for row in rows]
     (tmp_path / "val.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
-    training.train(settings(
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
+    train(settings(
         blip_folder, tmp_path, tmp_path / "run", max_steps=1, eval_captions=num_scored
     ))
     out = capsys.readouterr().out

@@ -33,10 +33,13 @@ from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import escaped
 from lora_engine.training import best_adapter as adapter_keeper
 from lora_engine.training import loop as training
+from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
+from lora_engine.training import trainer as trainer_module
 from lora_engine.training import validation as evaluation
-from lora_engine.training.loop import accumulate_gradients, train
+from lora_engine.training.loop import train
 from lora_engine.training.loss import caption_loss
+from lora_engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -58,7 +61,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
     """Drawing the loss curve takes longer than most of these runs; `trained` has one."""
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 @dataclass
@@ -370,15 +373,17 @@ def adapted(
     return captioner
 
 
-def loss_and_gradients(captioner: Captioner, batches: list[FeatureBatch], **settings):
+def loss_and_gradients(
+    captioner: Captioner, batches: list[FeatureBatch], step: int = 1, **settings
+):
     """The step's loss, and all gradients as one vector."""
     matrices = lora_parameters(captioner.model)
     for matrix in matrices.values():
         matrix.grad = None
-    loss = accumulate_gradients(
-        captioner.model, batches, device=CPU,
-        **{"dtype": torch.float32, "scaler": NO_SCALER} | settings,
+    trainer = Trainer(
+        captioner.model, device=CPU, lr=1e-3, **{"dtype": torch.float32} | settings
     )
+    loss = trainer.accumulate(batches, step)
     return float(loss), torch.cat([matrix.grad.flatten() for matrix in matrices.values()])
 
 
@@ -410,8 +415,8 @@ def test_dropout_is_a_function_of_seed_step_and_micro_step(captioner_folder):
     captioner.model.train()
     batch, = ragged_batches(captioner, [8])
 
-    def gradients(*seed, batches=(batch,)):
-        return loss_and_gradients(captioner, batches, seed=seed)[1]
+    def gradients(seed, step, batches=(batch,)):
+        return loss_and_gradients(captioner, batches, step, seed=seed)[1]
 
     first = gradients(1, 2)
     torch.manual_seed(99)
@@ -428,12 +433,14 @@ def test_every_row_is_trained_on_once_an_epoch_also_by_a_last_short_step(
     """20 rows in batches of 3, two a step: 7 batches, 4 steps, the last of one batch of 2 rows."""
     steps = []
 
-    def spy(model, batches, **settings):
-        assert model.training  # the validation before it has put the model back
-        steps.append([list(batch.rows) for batch in batches])
-        return accumulate_gradients(model, batches, **settings)
+    accumulate = Trainer.accumulate
 
-    monkeypatch.setattr(training, "accumulate_gradients", spy)
+    def spy(trainer, batches, step):
+        assert trainer.model.training  # the validation before it has put the model back
+        steps.append([list(batch.rows) for batch in batches])
+        return accumulate(trainer, batches, step)
+
+    monkeypatch.setattr(Trainer, "accumulate", spy)
     summary = train(settings(
         blip_folder, data, tmp_path / "run", batch_size=3, grad_accum_steps=2, num_samples=0
     ))
@@ -461,8 +468,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     batches = ragged_batches(captioner, [5, 3])
     captioner.model.train()
     loss, gradients = loss_and_gradients(captioner, batches)
-    config = training.TrainingConfig(model="", compile=True)
-    preparation.place_model(captioner.model, CPU, torch.float32, config)
+    preparation.place_model(captioner.model, CPU, torch.float32, compile=True)
     assert all(layer._compiled_call_impl for layer in captioner.model.decoder.layers)
     compiled_loss, compiled = loss_and_gradients(captioner, batches)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
@@ -748,31 +754,28 @@ def test_loss_and_label_smoothing_equal_torchs_in_fp64(captioner_folder, smoothi
 def test_every_setting_reaches_the_step(blip_folder, data, tmp_path, monkeypatch):
     seen = []
 
-    def spy(name, room=training):
-        real = getattr(room, name)
+    def spy(name):
+        real = getattr(Trainer, name)
 
-        def call(*args, **kwargs):
-            seen.append((name, kwargs))
-            return real(*args, **kwargs)
+        def call(trainer, *args, **kwargs):
+            seen.append((name, trainer, args, kwargs))
+            return real(trainer, *args, **kwargs)
 
-        monkeypatch.setattr(room, name, call)
+        monkeypatch.setattr(Trainer, name, call)
 
-    spy("build_optimizer", preparation)
-    spy("accumulate_gradients")
-    spy("optimizer_step")
+    spy("accumulate")
+    spy("update")
     config = settings(
         blip_folder, data, tmp_path / "run", num_samples=0, max_steps=2, seed=7,
         weight_decay=0.3, label_smoothing=0.2, max_grad_norm=0.4, lora_dropout=0.25,
     )
     done = run(config)
-    (first, built), *rest = seen
-    assert first == "build_optimizer" and built["weight_decay"] == 0.3
-    steps = [kwargs for name, kwargs in rest if name == "accumulate_gradients"]
-    assert [kwargs["seed"] for kwargs in steps] == [(7, 1), (7, 2)]
-    assert all(kwargs["label_smoothing"] == 0.2 for kwargs in steps)
-    updates = [kwargs for name, kwargs in rest if name == "optimizer_step"]
-    assert [kwargs["lr"] for kwargs in updates] == pytest.approx([1e-3, 0.5e-3])
-    assert all(kwargs["max_grad_norm"] == 0.4 for kwargs in updates)
+    (trainer,) = {trainer for _, trainer, _, _ in seen}
+    assert (trainer.seed, trainer.label_smoothing, trainer.max_grad_norm) == (7, 0.2, 0.4)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert [args[1] for name, _, args, _ in seen if name == "accumulate"] == [1, 2]
+    rates = [kwargs["lr"] for name, _, _, kwargs in seen if name == "update"]
+    assert rates == pytest.approx([1e-3, 0.5e-3])
     layers = dict(lora_layers(done.captioner.model)).values()
     assert {(x.rank, x.scaling, x.dropout) for x in layers} == {(8, 4.0, 0.25)}
 
@@ -791,19 +794,19 @@ def test_label_smoothing_is_for_training_and_not_for_validation(trained, tmp_pat
 
 
 def poison(monkeypatch, steps):
-    """Make the training loss of these steps NaN; the number of the step is the first seed's."""
-    real = training.accumulate_gradients
+    """Make the training loss of these steps NaN, and not that of others."""
+    real = Trainer.accumulate
 
-    def accumulate(model, batches, *, seed, **kwargs):
-        if seed[1] not in steps:
-            return real(model, batches, seed=seed, **kwargs)
+    def accumulate(trainer, batches, step):
+        if step not in steps:
+            return real(trainer, batches, step)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                training, "caption_loss", lambda *a, **k: caption_loss(*a, **k) * math.nan
+                trainer_module, "caption_loss", lambda *a, **k: caption_loss(*a, **k) * math.nan
             )
-            return real(model, batches, seed=seed, **kwargs)
+            return real(trainer, batches, step)
 
-    monkeypatch.setattr(training, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(Trainer, "accumulate", accumulate)
 
 
 def test_a_single_step_that_is_not_finite_is_skipped_and_counted(
@@ -836,7 +839,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(
     best, last = (read_adapter(tmp_path / "run" / name) for name in ("adapter", "adapter_last"))
     assert best.provenance["step"] == "5"
     monkeypatch.undo()
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     poison(monkeypatch, {2})
     # The same run up to step 6: what comes after it changes neither rates nor order.
     train_up_to_6(monkeypatch, replace(config, output_path=str(tmp_path / "short")))
@@ -847,7 +850,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(
 
 
 def train_up_to_6(monkeypatch, config):
-    real = training.accumulate_gradients
+    real = Trainer.accumulate
     calls = []
 
     def step(*args, **kwargs):
@@ -857,7 +860,7 @@ def train_up_to_6(monkeypatch, config):
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "accumulate_gradients", step)
+        patch.setattr(Trainer, "accumulate", step)
         train(config)
 
 
@@ -865,7 +868,7 @@ def test_an_interrupted_run_keeps_its_last_adapter_and_draws_its_curve(
     blip_folder, data, tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: drawn.append(paths))
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: drawn.append(paths))
     train_up_to_6(monkeypatch, settings(blip_folder, data, tmp_path / "run", num_samples=0))
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [

@@ -12,9 +12,10 @@ from lora_engine.captioning.metrics import References
 from lora_engine.data.annotations import read_annotations
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report.run_record import read_run
-from lora_engine.training import loop as training
+from lora_engine.training import run as run_module
 from lora_engine.training import validation as evaluation
 from lora_engine.training.loop import train
+from lora_engine.training.trainer import Trainer
 from lora_engine.training.validation import ValidationLoss
 
 
@@ -118,7 +119,7 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
 ):
     with_bad_rows(tmp_path)
     config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=3, save_every="1")
-    monkeypatch.setattr(training, "draw_loss_curve", lambda *paths: None)
+    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     summary = train(config)
     out, err = capsys.readouterr()
     listed = [f"{tmp_path / name}.json:7" for name in ("train", "val")]
@@ -139,7 +140,7 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
         val_data_path=str(tmp_path / "good_val.json"), output_path=str(tmp_path / "good"),
     )
     again = replace(config, output_path=str(tmp_path / "again"))
-    real, calls = training.optimizer_step, []
+    real, calls = Trainer.update, []
 
     def step(*args, **kwargs):
         calls.append(1)
@@ -148,7 +149,7 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
         return real(*args, **kwargs)
 
     train(good)
-    monkeypatch.setattr(training, "optimizer_step", step)
+    monkeypatch.setattr(Trainer, "update", step)
     with pytest.raises(KeyboardInterrupt):
         train(again)
     train(replace(again, resume="newest"))

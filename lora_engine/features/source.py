@@ -9,9 +9,10 @@ Axes: B rows, U images without features, H height, W width, P image tokens, D wi
 """
 
 import dataclasses
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.pretrained import Captioner, fingerprint
 from lora_engine.models.vit import EncoderLayer
 from lora_engine.stopping import LoadingStopped
+
+logger = logging.getLogger(__name__)
 
 _MEMORY_SHARE = 0.5  # of what is free, for features in memory
 _GROUP = 4  # batches whose images are encoded together: few encoder batches are then part empty
@@ -94,7 +97,6 @@ class FeatureSource:
         cache_dir: Path | None,
         cache_dtype: CacheDtype | None,
         cache_limit_bytes: float,
-        say: Callable[[str], None],
     ) -> None:
         self.model = captioner.model
         self.pixels = captioner.pixels
@@ -102,7 +104,6 @@ class FeatureSource:
         self.dtype = dtype
         self.num_images = num_images
         self.cache = cache
-        self.say = say
         self.encoder_batch_size = _encoder_batch_size(device, captioner.model.encoder.num_tokens)
         self.group_size = _GROUP if self.encoder_batch_size > 1 else 1
         self.num_ahead = _NUM_AHEAD[device.type]
@@ -139,7 +140,7 @@ class FeatureSource:
             self._say_why_stopped()
             if self.store.num_damaged:
                 rows = "row" if self.store.num_damaged == 1 else "rows"
-                self.say(f"{self.store.num_damaged:,} damaged {rows} of features encoded again")
+                logger.info(f"{self.store.num_damaged:,} damaged {rows} of features encoded again")
 
     # --- where features are kept ------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class FeatureSource:
     def _say_why_stopped(self) -> None:
         if self.store is not None and self.store.stopped_because and not self._said_why:
             self._said_why = True
-            self.say(self.store.stopped_because)
+            logger.warning(self.store.stopped_because)
 
     # --- batches ----------------------------------------------------------------------------
 

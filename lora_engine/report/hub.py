@@ -1,6 +1,7 @@
 """A finished adapter goes to the Hugging Face Hub, or stays here with the command to send it."""
 
 import json
+import logging
 import shlex
 import shutil
 from collections.abc import Callable
@@ -17,10 +18,12 @@ UPLOAD_LIMIT_S = 600.0  # huggingface_hub waits for a silent server for ever
 TOKEN_LIMIT_S = 10.0  # a token of a browser's login may have to be renewed
 NO_TOKEN = "there is no Hugging Face token on this machine; `hf auth login` stores one"
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
-def check_repository(name: str, *, say: Callable[[str], None]) -> None:
+def check_repository(name: str) -> None:
     """Say at the start of a run what would fail at its end.
 
     Raises ValueError for a name that no repository can have. A missing token is only a warning: it
@@ -36,10 +39,10 @@ def check_repository(name: str, *, say: Callable[[str], None]) -> None:
             f"({_in_a_line(error)})"
         ) from None
     if not _has_token():
-        say(f"warning: --push_to_hub: {NO_TOKEN}")
+        logger.warning(f"--push_to_hub: {NO_TOKEN}")
 
 
-def push_adapter(folder: RunFolder, name: str, *, say: Callable[[str], None]) -> None:
+def push_adapter(folder: RunFolder, name: str) -> None:
     """Upload the run's best adapter with its card; say where it is, or why not and what to type.
 
     What goes wrong here never fails the run, whose adapter is saved.
@@ -48,9 +51,9 @@ def push_adapter(folder: RunFolder, name: str, *, say: Callable[[str], None]) ->
     try:
         path = _without_local_paths(folder)
         url = _within(UPLOAD_LIMIT_S, lambda: _upload(path, name))
-        say(f"pushed      {url}")
+        logger.info(f"pushed      {url}")
     except Exception as error:  # the network, the Hub and the disk have many words for it
-        say(
+        logger.warning(
             f"not pushed to the Hub: {_in_a_line(error)}; to try again: "
             f"hf upload {name} {shlex.quote(str(path))}"
         )

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere."""
+"""metrics.jsonl, and what people see meanwhile: a progress bar on a terminal, lines elsewhere."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -15,17 +16,18 @@ from tqdm import tqdm
 from lora_engine.files import append_line, is_still_at, open_to_append
 from lora_engine.report.trackers import Tracker
 from lora_engine.stopping import TrainingStopped
-from lora_engine.terminal import printable
+from lora_engine.terminal import ConsoleHandler, logging_to
 
-_EVERY_S = 5.0  # between two plain lines
+_EVERY_S = 5.0  # between two lines of progress
 
 
 class MetricsLogger:
-    """Appends events to metrics.jsonl and shows progress on a stream.
+    """Appends events to metrics.jsonl and shows progress; within its context, log records too.
 
     metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
-    everything drawn later is derived from it. A `tracker` is told the same. Where nobody reads the
-    stream any more, `lose_output` is told once and what it would have shown is dropped.
+    everything drawn later is derived from it. A `tracker` gets the same events. When the output
+    can no longer be written (its reader has gone), `on_lost_output` is called once, and further
+    output is dropped.
     """
 
     def __init__(
@@ -36,12 +38,12 @@ class MetricsLogger:
         first_step: int = 0,
         stream: TextIO | None = None,
         tracker: Tracker | None = None,
-        lose_output: Callable[[OSError], None] = lambda error: None,
+        on_lost_output: Callable[[OSError], None] = lambda error: None,
     ) -> None:
-        self.stream: Any = _Output(stream or sys.stdout, lose_output)
+        self.stream: Any = _Output(stream or sys.stdout, on_lost_output)
         self.tracker = tracker
         self._path = path
-        # Kept open: a step must not lose its line for want of a descriptor.
+        # Kept open: a step must not lose its line because file descriptors have run out.
         self._file = open_to_append(path)
         self._total_steps = total_steps
         self._bar = tqdm(
@@ -52,9 +54,12 @@ class MetricsLogger:
             file=self.stream,
             disable=not self.stream.isatty(),
         )
+        self._handler = _BarHandler(self.stream, _Output(sys.stderr, on_lost_output), self._bar)
+        self._open = ExitStack()
         self._last_line_s = time.monotonic()
 
     def __enter__(self) -> "MetricsLogger":
+        self._open.enter_context(logging_to(self._handler))
         return self
 
     def __exit__(
@@ -63,16 +68,17 @@ class MetricsLogger:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.tracker is not None:
-            self.tracker.close(say=self.say)
-        self._bar.close()
-        self._file.close()
+        with self._open:
+            if self.tracker is not None:
+                self.tracker.close()
+            self._bar.close()
+            self._file.close()
 
     def record(self, event: str, **values: Any) -> None:
         """Write one line of metrics.jsonl.
 
-        Raises OSError where the disk does not take the line, of which nothing is left then, and
-        TrainingStopped where the file has been removed since the run began.
+        Raises OSError if the line cannot be written, and leaves no part of it; TrainingStopped if
+        the file has been removed since the run began.
         """
         if not is_still_at(self._file, self._path):
             raise TrainingStopped(
@@ -84,20 +90,12 @@ class MetricsLogger:
         self.track(event, **line)
 
     def track(self, event: str, **values: Any) -> None:
-        """Tell the tracker, if there is one, and nobody else."""
+        """Pass an event to the tracker only, if there is one."""
         if self.tracker is not None:
-            self.tracker.record(event, values, say=self.say)
-
-    def say(self, text: str) -> None:
-        """A line for people, above the bar if there is one."""
-        text = printable(text)
-        if self._bar.disable:
-            print(text, file=self.stream, flush=True)
-        else:
-            self._bar.write(text, file=self.stream)
+            self.tracker.record(event, values)
 
     def tick(self, text: str) -> None:
-        """Something goes on: shown in the bar, or as a line if the last is seconds old."""
+        """Show that work is going on: in the bar, or as a line if the last is seconds old."""
         if not self._bar.disable:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._last_line_s >= _EVERY_S:
@@ -129,12 +127,25 @@ class MetricsLogger:
                   flush=True)
 
 
-class _Output:
-    """A stream whose reader may go, within any write; no step must fail half done for that."""
+class _BarHandler(ConsoleHandler):
+    """Shows log records above the progress bar, if there is one."""
 
-    def __init__(self, stream: TextIO, lose: Callable[[OSError], None]) -> None:
+    def __init__(self, stdout: Any, stderr: Any, bar: tqdm) -> None:
+        super().__init__()
+        self.stdout, self.stderr, self.bar = stdout, stderr, bar
+
+    def write(self, text: str, stream: TextIO) -> None:
+        self.bar.clear()
+        super().write(text, self.stderr if stream is sys.stderr else self.stdout)
+        self.bar.refresh()
+
+
+class _Output:
+    """A stream whose reader may go away during any write, which must not end a step halfway."""
+
+    def __init__(self, stream: TextIO, on_lost: Callable[[OSError], None]) -> None:
         self._stream = stream
-        self._lose = lose
+        self._on_lost = on_lost
         self._is_lost = False
 
     def __getattr__(self, name: str) -> Any:
@@ -155,7 +166,7 @@ class _Output:
             if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
                 raise
             self._is_lost = True
-            self._lose(error)
+            self._on_lost(error)
 
 
 def event_line(event: str, **values: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@
 """
 
 import json
+import logging
 import os
 import platform
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -34,8 +34,9 @@ from lora_engine.files import (
     sync,
     unused_name,
 )
-from lora_engine.terminal import printable
 from lora_engine.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # What a run writes: nothing else in its folder is ever changed or removed.
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -92,8 +93,7 @@ class RunFolder:
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
-            with suppress(OSError):  # a terminal that has gone must not hide the error
-                print(printable(f"what the run had reached is in {self.path}"), file=sys.stderr)
+            error.add_note(f"the results of the run so far are in {self.path}")
         elif error is not None and self.is_new:
             self._remove()
 
@@ -194,7 +194,7 @@ class RunFolder:
         clear_leftovers(folder.checkpoints, is_checkpoint_name)
         set_aside = set_aside_after(folder.checkpoints, step)
         for path in set_aside:
-            print(printable(f"no longer part of the run, kept as {path}"), file=sys.stderr)
+            logger.info(f"no longer part of the run, kept as {path}")
         for path in (folder.metrics, folder.samples):
             keep_lines(path, lambda line: (
                 line["step"] < step
@@ -292,8 +292,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     if num_damaged:
         copy = unused_name(path.with_name(f"{path.name}.damaged"))
         shutil.copyfile(path, copy)
-        print(f"warning: {num_damaged} lines of {path} are damaged; {copy} keeps the file as it "
-              f"was", file=sys.stderr)
+        logger.warning(f"{num_damaged} lines of {path} are damaged; {copy} is a copy of the file")
     if len(kept) < len(lines):
         with replaced_file(path) as new:
             new.write_bytes(b"".join(kept))
@@ -310,10 +309,9 @@ def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
     lines = sorted([*lines, *lost], key=lambda line: line["step"])
     with replaced_file(path) as new:
         new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(
-        f"warning: {path} was missing or damaged: {len(lost)} validations are written again from "
-        f"the checkpoint; lines of training steps cannot be",
-        file=sys.stderr,
+    logger.warning(
+        f"{path} was missing or damaged: {len(lost)} validations are written again from the "
+        f"checkpoint; lines of training steps cannot be"
     )
 
 

@@ -1,6 +1,7 @@
 """Trackers: what a run writes is sent to TensorBoard, W&B or Trackio, too, and never in its way."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from threading import Thread
 from typing import Any, Protocol
 
 from lora_engine.report.markdown import escaped, table
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1000  # events that a slow tracker may be behind; further ones are dropped
 CLOSE_S = 5.0  # what a tracker may take to finish before it is left behind
@@ -47,16 +50,16 @@ class Tracker:
         self._thread = Thread(target=self._work, args=(start,), daemon=True)
         self._thread.start()
 
-    def record(self, event: str, values: dict[str, Any], *, say: Callable[[str], None]) -> None:
+    def record(self, event: str, values: dict[str, Any]) -> None:
         """Pass on an event: numbers by name, or the `rows` of "samples"; `step` among them."""
-        if self._is_off or self._has_failed(say):
+        if self._is_off or self._has_failed():
             return
         try:
             self._waiting.put_nowait((event, values))
         except Full:
             self._num_dropped += 1
 
-    def close(self, *, say: Callable[[str], None]) -> None:
+    def close(self) -> None:
         """Wait for what is still to be sent, a few seconds at most."""
         if self._is_off:
             return
@@ -66,18 +69,18 @@ class Tracker:
         except Full:
             pass
         self._thread.join(max(deadline_s - time.monotonic(), 0))
-        if self._has_failed(say):
+        if self._has_failed():
             return
         if self._thread.is_alive():
-            say(f"warning: --track {self.name} did not finish within {CLOSE_S:g} s; it may lack "
+            logger.warning(f"--track {self.name} did not finish within {CLOSE_S:g} s; it may lack "
                 f"the run's last lines")
         elif self._num_dropped:
-            say(f"warning: --track {self.name} was too slow: it lacks {self._num_dropped} lines")
+            logger.warning(f"--track {self.name} was too slow: it lacks {self._num_dropped} lines")
 
-    def _has_failed(self, say: Callable[[str], None]) -> bool:
+    def _has_failed(self) -> bool:
         if self._failure is not None:
             self._is_off = True
-            say(f"warning: --track {self.name} is off: {self._failure}")
+            logger.warning(f"--track {self.name} is off: {self._failure}")
         return self._is_off
 
     def _work(self, start: Callable[[], Service]) -> None:

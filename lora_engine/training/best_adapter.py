@@ -1,4 +1,4 @@
-"""Which adapters of a run are kept: the best by its validations, and the last."""
+"""The adapters that a run saves: the best by its validations, and the last."""
 
 import math
 import shutil
@@ -21,14 +21,14 @@ from lora_engine.report.run_folder import RunFolder, checkpoint_name
 from lora_engine.training.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 
 
-class AdapterKeeper:
-    """Keeps the best adapter in the run's adapter/, and the last, where it is another one, in
-    adapter_last/.
+class BestAdapter:
+    """Selects the best adapter and saves it in the run's adapter/; the last, where it is another
+    one, goes to adapter_last/.
 
-    `best_by` is "loss" or the name of a score. `losses` are the validation losses by step, `scores`
-    those of captions. Before training counts too, so that `best_step` 0 says that nothing has
-    become better. `provenance` is written into every adapter; `settings` go to `save_adapter` as
-    they are.
+    `by` is "loss" or the name of a score. `losses` are the validation losses by step, `scores`
+    those of captions. The adapter before training counts too: `step` 0 means that nothing was
+    better. `files` are the contents of the best adapter's files. `provenance` is written into
+    every adapter; `settings` are passed to `adapter_files`.
     """
 
     def __init__(
@@ -36,68 +36,67 @@ class AdapterKeeper:
         model: CaptioningModel,
         folder: RunFolder,
         *,
-        best_by: str,
+        by: str,
         provenance: dict[str, str],
         **settings: Any,
     ) -> None:
         self.model = model
         self.folder = folder
-        self.best_by = best_by
+        self.by = by
         self.provenance = provenance
         self.settings = settings
         self.losses: dict[int, float] = {}
         self.scores: dict[int, Scores] = {}
-        self.best_step = 0
-        self.best_files: dict[str, bytes] = {}
+        self.step = 0
+        self.files: dict[str, bytes] = {}
         self.num_worse = 0  # validations since the best
 
     def offer(self, step: int, loss: float, scores: Scores | None) -> bool:
         """Save the adapter if it is the best so far; return whether it was.
 
-        One whose loss is not finite never is, whatever its scores.
+        An adapter whose loss is not finite is never the best, whatever its scores.
         """
         self.losses[step] = loss
         if scores is not None:
             self.scores[step] = scores
-        is_better = math.isfinite(loss) and self._worth(step) > self._worth(self.best_step)
+        is_better = math.isfinite(loss) and self._worth(step) > self._worth(self.step)
         is_best = step == 0 or is_better
         self.num_worse = 0 if is_best else self.num_worse + 1
         if is_best:
-            self.best_step = step
-            self.best_files = self.files(step)
-            write_adapter(self.folder.adapter, self.best_files)
+            self.step = step
+            self.files = self.files_after(step)
+            write_adapter(self.folder.adapter, self.files)
         return is_best
 
     def _worth(self, step: int) -> float:
-        if self.best_by == "loss":
+        if self.by == "loss":
             return -self.losses[step]
-        return getattr(self.scores[step], self.best_by)
+        return getattr(self.scores[step], self.by)
 
-    def keep_last(self, step: int) -> None:
-        """Keep the adapter as it is after `step` too, where it is not the best."""
-        if step != self.best_step:
-            write_adapter(self.folder.last_adapter, self.files(step))
-        else:  # there may be one of a run that went on from there
+    def save_last(self, step: int) -> None:
+        """Save the adapter as it is after `step` too, unless it is the best."""
+        if step != self.step:
+            write_adapter(self.folder.last_adapter, self.files_after(step))
+        else:  # a run that was resumed from here may have left one
             shutil.rmtree(self.folder.last_adapter, ignore_errors=True)
 
-    def restore_best(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Restore the best adapter as of this checkpoint; a discarded later step may have written
-        another. `load_state_dict` comes before.
+        another. Call `load_state_dict` first.
 
-        Raises CheckpointError where no good copy of it is left.
+        Raises CheckpointError if no intact copy of it is left.
         """
-        files = checkpoint.best_files or self._find_best(checkpoint)
-        self.best_files = files
-        if any(_content(self.folder.adapter / name) != data for name, data in files.items()):
-            write_adapter(self.folder.adapter, files)
+        self.files = checkpoint.best_files or self._find_best(checkpoint)
+        if any(_content(self.folder.adapter / name) != data for name, data in self.files.items()):
+            write_adapter(self.folder.adapter, self.files)
 
     def _find_best(self, checkpoint: Checkpoint) -> dict[str, bytes]:
-        """The best adapter's files, for a checkpoint of an earlier version, which lacks them."""
-        best = self.folder.checkpoints / checkpoint_name(self.best_step)
+        """The best adapter's files, for a checkpoint of an earlier version that lacks them."""
+        best = self.folder.checkpoints / checkpoint_name(self.step)
         reason = f"{best} does not hold it"
         try:
             found = read_checkpoint(best)
-            is_its_own = found.state["validations"]["best_step"] == self.best_step
+            is_its_own = found.state["validations"]["best_step"] == self.step
             if is_its_own and found.best_files is not None:
                 return found.best_files
         except CheckpointError as error:
@@ -107,18 +106,18 @@ class AdapterKeeper:
         except AdapterError as error:
             reason += f"; {error}"
         else:
-            if adapter.provenance.get("step") == str(self.best_step):
+            if adapter.provenance.get("step") == str(self.step):
                 names = (WEIGHTS_FILE, CONFIG_FILE)
                 return {name: (self.folder.adapter / name).read_bytes() for name in names}
-            reason += f"; {self.folder.adapter} holds that of another step"
+            reason += f"; {self.folder.adapter} holds the adapter of another step"
         raise CheckpointError(
-            f"the best adapter of this run, of step {self.best_step}, is lost: {reason}. Resume "
+            f"the best adapter of this run, of step {self.step}, is lost: {reason}. Resume "
             f"from another checkpoint (--resume CHECKPOINT), or begin a new run with "
             f"--init_adapter {checkpoint.path}"
         )
 
-    def files(self, step: int) -> dict[str, bytes]:
-        """What the files of the adapter as it is after `step` hold, by their names."""
+    def files_after(self, step: int) -> dict[str, bytes]:
+        """Contents of the files of the adapter as it is after `step`, by name."""
         loss = f"{self.losses[step]:.7g}" if step in self.losses else ""
         provenance = {**self.provenance, "step": str(step), "validation_loss": loss}
         return adapter_files(self.model, **self.settings, provenance=provenance)
@@ -127,19 +126,19 @@ class AdapterKeeper:
         return {
             "losses": self.losses,
             "scores": {step: asdict(scores) for step, scores in self.scores.items()},
-            "best_step": self.best_step,
+            "best_step": self.step,
             "num_worse": self.num_worse,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, whose steps JSON may have made strings."""
+        """Restore a `state_dict`, whose steps may have become strings in JSON."""
         self.losses = {int(step): loss for step, loss in state["losses"].items()}
         names = [field.name for field in fields(Scores)]
         self.scores = {
             int(step): Scores(**{name: values[name] for name in names})
             for step, values in state["scores"].items()
         }
-        self.best_step = state["best_step"]
+        self.step = state["best_step"]
         self.num_worse = state["num_worse"]
 
 

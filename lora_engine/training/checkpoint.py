@@ -13,7 +13,8 @@ position, so that a run that goes on is bit for bit the one that was never stopp
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ from lora_engine.report.run_folder import (
 )
 from lora_engine.training.checkpoint_state import FORMAT, state_complaint
 from lora_engine.training.optim import FlatLoRAParameters
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best_adapter.safetensors"
@@ -167,13 +170,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
-def find_checkpoint(
-    folder: Path, named: Path | None = None, *, say: Callable[[str], None]
-) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, or the named one; None where there is none.
+def find_checkpoint(folder: Path, named: Path | None = None) -> Checkpoint | None:
+    """The newest intact checkpoint in `folder`, or the named one; None if there is none.
 
-    Damaged ones are passed over with a word. Raises CheckpointError where the named one is damaged,
-    and where there are some but all of them are.
+    Damaged ones are skipped with a warning. Raises CheckpointError if the named one is damaged, or
+    if all of them are.
     """
     if named is not None:
         return read_checkpoint(named)
@@ -182,7 +183,7 @@ def find_checkpoint(
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            say(f"warning: passed over a checkpoint: {error}")
+            logger.warning(f"skipped a checkpoint: {error}")
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be used; a new run in another "
@@ -205,9 +206,7 @@ def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> N
 # --- going on with a run ---------------------------------------------------------------------
 
 
-def checkpoint_to_resume(
-    config: TrainingConfig, say: Callable[[str], None]
-) -> Checkpoint | None:
+def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
     """What --resume asks for; None where there is no run, or none that got to its first step.
 
     Raises CheckpointError.
@@ -222,7 +221,7 @@ def checkpoint_to_resume(
             f"--resume {named} is no checkpoint of the run in {config.output_path}; expected one "
             f"of {paths}"
         )
-    return find_checkpoint(folder, named, say=say)
+    return find_checkpoint(folder, named)
 
 
 def check_fingerprints(

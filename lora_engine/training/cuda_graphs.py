@@ -1,14 +1,17 @@
-"""CUDA graphs: the kernels of a function recorded once a shape, and launched at once ever after.
+"""CUDA graphs: the kernels of a function are recorded once per shape, then launched together.
 
 A training step of these models is some thousand small kernels; launching them one by one takes
 longer than running them.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 64  # each keeps the activations of its shape; further shapes run as they are
 
@@ -20,29 +23,26 @@ class _Recorded(NamedTuple):
 
 
 class CudaGraphs:
-    """Calls functions of tensors on a GPU, as graphs from the second time on that a shape comes.
+    """Calls functions of tensors on a GPU, as graphs from the second call with a shape on.
 
-    A function takes tensors, returns one, and may change only what lies still in memory: flat
-    gradients, moments and such, which `changed` lists, so that recording leaves no trace in them.
-    Graphs share their memory: a call is over before the next one begins. Dropout draws from the
-    global generator as it does without a graph.
+    A function takes tensors, returns one, and may change only tensors that stay where they are in
+    memory, such as flat gradients and moments. `changed` lists these, so that recording can restore
+    them. Graphs share their memory: a call is over before the next one begins. Dropout draws from
+    the global generator as it does without a graph.
 
-    What cannot be recorded runs as it is from then on; `say` is told why in a line.
+    If recording fails, the reason is logged and functions run without graphs from then on.
     """
 
-    def __init__(
-        self, changed: Callable[[], Sequence[Tensor]], *, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, changed: Callable[[], Sequence[Tensor]]) -> None:
         self.changed = changed
-        self.say = say
         self._pool: Any = None  # the memory that all graphs share
         self._recorded: dict[tuple, _Recorded] = {}
         self._seen: set[tuple] = set()
         self._works = True
 
-    def __call__(self, function: Callable[..., Tensor], name: str, *inputs: Tensor) -> Tensor:
-        """function(*inputs), by a graph where there is one for this name and these shapes."""
-        key = (name, *((tensor.shape, tensor.dtype) for tensor in inputs))
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs), by the graph for its name and these shapes, if there is one."""
+        key = (function.__name__, *((tensor.shape, tensor.dtype) for tensor in inputs))
         if key not in self._recorded and not self._record(key, function, inputs):
             return function(*inputs)
         graph, kept, output = self._recorded[key]
@@ -52,15 +52,15 @@ class CudaGraphs:
         return output.clone()  # the next replay writes to the same place
 
     def clear(self) -> None:
-        """Give up all graphs, and with them their memory."""
+        """Discard all graphs and their memory."""
         self._recorded.clear()
         self._pool = None
 
     def _record(
         self, key: tuple, function: Callable[..., Tensor], inputs: Sequence[Tensor]
     ) -> bool:
-        # A shape's first time runs as it is: whatever is set up lazily is set up then, and shapes
-        # that come once are not worth their memory.
+        # The first call with a shape runs without a graph: lazy initialization happens then, and a
+        # shape that occurs once is not worth the memory.
         is_first = key not in self._seen
         self._seen.add(key)
         if is_first or not self._works or len(self._recorded) >= _MAX_GRAPHS:
@@ -70,7 +70,7 @@ class CudaGraphs:
         except Exception as error:  # torch's many reasons why something cannot be recorded
             self._works = False
             reason = " ".join(str(error).split())[:200]
-            self.say(f"CUDA graphs do not work here ({reason}): training without them")
+            logger.warning(f"CUDA graphs do not work here ({reason}): training without them")
         return key in self._recorded
 
     def _run_and_record(

@@ -1,5 +1,6 @@
 """Losses and speed of a run's steps, read from the device at log lines only."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from torch import Tensor
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.stopping import TrainingStopped
 from lora_engine.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 MAX_NON_FINITE = 3  # steps in a row
 MAX_OVERFLOWS = 20  # steps in a row that fp16 may need to find its loss scale
@@ -172,7 +175,7 @@ class Meter:
         )
         self.num_non_finite += 1
         what = "gradient" if math.isfinite(loss) else "loss"
-        self.metrics.say(f"step {step}: the {what} is not finite; the step changed nothing")
+        logger.info(f"step {step}: the {what} is not finite; the step changed nothing")
         if self.num_non_finite == MAX_NON_FINITE:
             self.stop_reason = (
                 f"the {what} was not finite in {MAX_NON_FINITE} steps in a row, up to step "

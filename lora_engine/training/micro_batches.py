@@ -1,52 +1,40 @@
 """Batches split where the GPU's memory is too small for them; the step stays the same."""
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
+import logging
+from collections.abc import Sequence
 
 from lora_engine.data.batches import FeatureBatch
 from lora_engine.data.captions import IGNORED
 
+logger = logging.getLogger(__name__)
 
-class FittingBatches:
+
+class BatchSplitter:
     """Splits batches into what fits into memory, which it learns from what does not.
 
     A step's loss is a sum over all of its targets, divided by their number, so that the split
-    changes neither loss nor gradients, beyond their last bits and the draws of dropout. `num_rows`
-    (None: no limit) is part of a run's state: a run that goes on splits as it did.
+    changes neither loss nor gradients, except for their last bits and dropout's draws. `num_rows`
+    (None: no limit) is part of a run's state: a resumed run splits as before.
     """
 
-    def __init__(self, *, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.num_rows: int | None = None
-        self.say = say
 
-    def run(
-        self,
-        function: Callable[[list[FeatureBatch]], Tensor],
-        batches: Sequence[FeatureBatch],
-        *,
-        clear: Callable[[], None],
-    ) -> Tensor:
-        """function(batches), with smaller batches until they fit; `clear` undoes a failed try.
+    def split(self, batches: Sequence[FeatureBatch]) -> list[FeatureBatch]:
+        """The batches in parts of at most `num_rows` rows."""
+        return [part for batch in batches for part in split(batch, self.num_rows)]
 
-        Raises torch.OutOfMemoryError where not even one row fits.
-        """
-        while True:
-            parts = [part for batch in batches for part in split(batch, self.num_rows)]
-            try:
-                return function(parts)
-            except torch.OutOfMemoryError:
-                largest = max(len(part.rows) for part in parts)
-                if largest == 1:
-                    raise
-            # Out here nothing refers to the failed try's tensors any more.
-            self.num_rows = largest // 2
-            clear()
-            self.say(
-                f"out of GPU memory with {largest} captions at a time: going on with "
-                f"{self.num_rows}, and as many micro-steps more (the step stays the same)"
-            )
+    def shrink(self, batches: Sequence[FeatureBatch]) -> bool:
+        """Halve the limit after batches that did not fit; returns whether there is less to try."""
+        largest = max(len(batch.rows) for batch in batches)
+        if largest == 1:
+            return False
+        self.num_rows = largest // 2
+        logger.info(
+            f"out of GPU memory with {largest} captions at a time: continuing with "
+            f"{self.num_rows}, and as many more micro-steps (the step stays the same)"
+        )
+        return True
 
 
 def split(batch: FeatureBatch, num_rows: int | None) -> list[FeatureBatch]:

@@ -1,44 +1,34 @@
-"""What a run is made of, from its settings: rows, adapters, datasets, features, loaders."""
+"""What a run is made of, from its settings: data, model, adapters, trainer, folder, loaders."""
 
-import hashlib
+import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig, changes_on_resume
-from lora_engine.data.annotations import (
-    MAX_ROWS_SHOWN,
-    BadRow,
-    Row,
-    hold_out,
-    places_of,
-    usable_rows,
+from lora_engine.data.batches import CaptionedImages, Collate, SampleIndex
+from lora_engine.data.seen_images import (
+    DIGESTS_FILE,
+    find_change,
+    read_digests,
+    sample_digests,
 )
-from lora_engine.data.batches import (
-    CaptionedImages,
-    Collate,
-    SampleIndex,
+from lora_engine.data.workers import (
+    default_num_workers,
+    prefetched_bytes,
+    shared_memory_shortage,
 )
-from lora_engine.data.seen_images import DIGESTS_FILE, find_change, read_digests, sample_digests
-from lora_engine.data.workers import default_num_workers, prefetched_bytes, shared_memory_shortage
-from lora_engine.devices import (
-    autocast,
-    describe,
-    disable_tf32,
-    resolve_device,
-    resolve_dtype,
-)
+from lora_engine.devices import autocast, describe, disable_tf32, resolve_device, resolve_dtype
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
-from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject, lora_layers
+from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
@@ -47,8 +37,7 @@ from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
-from lora_engine.terminal import printable
-from lora_engine.training.best_adapter import AdapterKeeper
+from lora_engine.training.best_adapter import BestAdapter
 from lora_engine.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -57,190 +46,94 @@ from lora_engine.training.checkpoint import (
     checkpoint_bytes,
     checkpoint_to_resume,
 )
-from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
+from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
 from lora_engine.training.schedule import Schedule
-from lora_engine.training.skipped_rows import allowed_failures
+from lora_engine.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a run is made of, before it has a folder: the model in its place, and its data.
+class RunSetup:
+    """What a run needs before it has a folder; `checkpoint` is what it resumes from, if it does.
 
-    `checkpoint` is what it goes on from, `changes` say which settings are others than then.
-    `bad_rows` are those of the annotation files that are skipped.
+    `begin_s` is the time when preparing it began, on the monotonic clock.
     """
 
     config: TrainingConfig
     checkpoint: Checkpoint | None
-    changes: list[str]
-    val_rows: list[Row]
-    bad_rows: list[BadRow]
-    device: torch.device
-    dtype: torch.dtype
-    kernels: str
     captioner: Captioner
-    fingerprints: dict[str, str]
     plan: InjectionPlan
-    train_set: CaptionedImages
-    val_set: CaptionedImages
-    matrices: FlatLoRAParameters
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
+    data: RunData
+    trainer: Trainer
+    begin_s: float
 
     @property
-    def first_step(self) -> int:
-        """The step after which it goes on; 0 for a run that begins."""
-        return 0 if self.checkpoint is None else self.checkpoint.step
+    def fingerprints(self) -> dict[str, str]:
+        return self.captioner.fingerprints | self.data.rows.fingerprints
 
 
-def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
+def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
     """Read and check all that a run needs, the cheapest first; nothing is written yet."""
+    begin_s = time.monotonic()
     config.check()
-    checkpoint = checkpoint_to_resume(config, say=_warn)
-    changes: list[str] = []
+    checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
         RunFolder.check_free(config.output_path, take_up=config.resume is not None)
     else:
-        changes = changes_on_resume(checkpoint.settings, config)
+        changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
     check_tracker(config.track)
     if config.push_to_hub is not None:
-        check_repository(config.push_to_hub, say=_warn)
-    train_rows, val_rows, bad_rows = read_rows(config)
+        check_repository(config.push_to_hub)
+    rows = read_rows(config)
     device = resolve_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dtype = resolve_dtype(config.precision, device)
     disable_tf32()
-    kernels = describe_kernels(device, dtype)
     if checkpoint is not None:
         check_dtype(checkpoint, dtype, config)
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
-    fingerprints = {
-        **captioner.fingerprints,
-        "training_data": data_fingerprint(train_rows),
-        "validation_data": data_fingerprint(val_rows),
-    }
-    images = [
-        path for rows in (train_rows, val_rows) for path in dict.fromkeys(row.image for row in rows)
-    ]
     if checkpoint is None:
-        digests = sample_digests(images)
+        digests = sample_digests(rows.images)
     else:
-        digests = check_same_run(checkpoint, fingerprints, images, config)
+        digests = check_same_run(checkpoint, captioner, rows, config)
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
-    check_room(config, plan)
-    num_train_images = len({row.image for row in train_rows})
-    train_set = captioned_images(
-        train_rows, captioner, config, substitute=True, digests=digests[:num_train_images]
+    check_space_for_run(config, plan)
+    data = build_data(rows, captioner, config, digests=digests)
+    model = place_model(
+        captioner.model,
+        device,
+        dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
     )
-    val_set = captioned_images(
-        val_rows, captioner, config, substitute=False, digests=digests[num_train_images:]
-    )
-    model = place_model(captioner.model, device, dtype, config)
-    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), dtype)
-    return Prepared(
-        config=config,
-        checkpoint=checkpoint,
-        changes=changes,
-        val_rows=val_rows,
-        bad_rows=bad_rows,
+    trainer = Trainer(
+        model,
         device=device,
         dtype=dtype,
-        kernels=kernels,
-        captioner=captioner,
-        fingerprints=fingerprints,
-        plan=plan,
-        train_set=train_set,
-        val_set=val_set,
-        matrices=matrices,
-        optimizer=build_optimizer(matrices, lr=config.lr, weight_decay=config.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        label_smoothing=config.label_smoothing,
+        seed=config.seed,
+        cuda_graphs=config.cuda_graphs,
     )
-
-
-def _warn(text: str) -> None:
-    print(printable(text), file=sys.stderr)
-
-
-def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row], list[BadRow]]:
-    """The rows to train on, those to validate on, and those of both files that are skipped."""
-    if config.train_data_path is None:
-        raise ValueError("--train_data_path is missing: a JSON list of {\"text\", \"image\"} rows")
-    rows, bad_rows = usable_rows(config.train_data_path, max_bad_share=config.max_bad_share)
-    if config.val_data_path is not None:
-        train_rows = rows
-        val_rows, more = usable_rows(config.val_data_path, max_bad_share=config.max_bad_share)
-        bad_rows += more
-    else:
-        train_rows, val_rows = hold_out(rows, fraction=config.val_fraction, seed=config.seed)
-    for path, part in ((config.train_data_path, train_rows), (config.val_data_path, val_rows)):
-        _check_images_exist(path or config.train_data_path, part, config.max_bad_share)
-    _warn_of_overlap(train_rows, val_rows)
-    if config.eval_captions:
-        _warn_of_captions_without_words(config, val_rows)
-    return train_rows, val_rows, bad_rows
-
-
-def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None:
-    images = {row.image for row in val_rows}
-    shared = images & {row.image for row in train_rows}
-    if shared:
-        _warn(
-            f"warning: {len(shared):,} of {len(images):,} validation images are trained on, too, "
-            f"such as {min(shared)}: the validation loss is too optimistic"
-        )
-
-
-def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[Row]) -> None:
-    """Name the captions that no score can be computed against, by file and line.
-
-    Raises ValueError where none is left and a score is to choose the best adapter.
-    """
-    wordless = {row for row in val_rows if not has_words(row.text)}
-    if not wordless:
-        return
-    path = config.val_data_path or config.train_data_path
-    assert path is not None
-    if config.best_by != "loss" and len(wordless) == len(set(val_rows)):
-        raise ValueError(
-            f"--best_by {config.best_by} needs captions with words to compare, but no validation "
-            f"caption of {path} has any"
-        )
-    places = places_of(path, wordless)
-    rest = len(places) - MAX_ROWS_SHOWN
-    more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
-    _warn(
-        f"warning: {len(places):,} validation captions have no words to compare and are not "
-        f"scored: {', '.join(places[:MAX_ROWS_SHOWN])}{more}"
-    )
-
-
-def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
-    """Say at once, from 200 of the rows, that the images are not where the file says."""
-    looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
-    missing = [row.image for row in looked_at if not os.path.isfile(row.image)]
-    if len(missing) > allowed_failures(len(looked_at), max_share, is_sample=len(rows) > 200):
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(looked_at)} rows looked at name an image that does "
-            f"not exist, more than --max_bad_share {max_share:g}; the first is {missing[0]} (image "
-            f"paths are absolute or relative to the annotation file)"
-        )
+    return RunSetup(config, checkpoint, captioner, plan, data, trainer, begin_s)
 
 
 def check_same_run(
-    checkpoint: Checkpoint,
-    fingerprints: dict[str, str],
-    images: Sequence[str],
-    config: TrainingConfig,
+    checkpoint: Checkpoint, captioner: Captioner, rows: Rows, config: TrainingConfig
 ) -> np.ndarray:
-    """The digests of the images (N,), as far as the run that goes on has read them.
+    """The digests V16 (N,) of `rows.images`, as far as the resumed run has read them.
 
-    Raises CheckpointError where model, rows or images are not the run's. What an earlier version
-    has not recorded is said in one line.
+    Raises CheckpointError if model, rows or images are not the run's. What an earlier version did
+    not record is named in a warning.
     """
-    unknown = check_fingerprints(checkpoint, fingerprints, config)
+    unknown = check_fingerprints(checkpoint, captioner.fingerprints | rows.fingerprints, config)
+    images = rows.images
     digests = read_digests(checkpoint.path.parent / DIGESTS_FILE)
     if digests is None:
         unknown.append("images")
@@ -251,9 +144,9 @@ def check_same_run(
             f"changed, or begin another run in another --output_path"
         )
     if unknown:
-        _warn(
-            f"warning: the run in {config.output_path} has no record of its {', '.join(unknown)}, "
-            f"so they cannot be checked; they are recorded from now on"
+        logger.warning(
+            f"the run in {config.output_path} has no record of its {', '.join(unknown)}, so they "
+            f"cannot be checked; they are recorded from now on"
         )
     return digests
 
@@ -261,7 +154,7 @@ def check_same_run(
 def add_lora(
     captioner: Captioner, config: TrainingConfig, checkpoint: Checkpoint | None
 ) -> InjectionPlan:
-    """Inject new adapters, those of --init_adapter, or those that the run goes on from."""
+    """Inject new adapters, those of --init_adapter, or those of the checkpoint to resume from."""
     model = captioner.model
     if checkpoint is not None:
         return load_adapter(model, checkpoint.adapter, dropout=config.lora_dropout)
@@ -288,54 +181,34 @@ def add_lora(
     return plan
 
 
-def captioned_images(
-    rows: Sequence[Row],
-    captioner: Captioner,
-    config: TrainingConfig,
-    *,
-    substitute: bool,
-    digests: np.ndarray | None = None,
-) -> CaptionedImages:
-    captions = captioner.tokenizer.encode(
-        (row.text for row in rows),
-        prompt=config.prompt,
-        max_caption_tokens=config.max_caption_tokens,
-    )
-    images = [row.image for row in rows]
-    return CaptionedImages(
-        images,
-        captions,
-        captioner.pixels,
-        seed=config.seed,
-        substitute=substitute,
-        digests=digests,
-    )
-
-
 def place_model(
-    model: CaptioningModel, device: torch.device, dtype: torch.dtype, config: TrainingConfig
+    model: CaptioningModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> CaptioningModel:
-    """Put the model where and how it runs, in training mode."""
+    """Move the model to its device, with frozen weights in `dtype`, in training mode."""
     cast_frozen(model, dtype)
     model.to(device)
-    model.decoder.gradient_checkpointing = config.gradient_checkpointing
+    model.decoder.gradient_checkpointing = gradient_checkpointing
     model.train()
-    if config.compile:
+    if compile:
         _compile(model, device, dtype)
     return model
 
 
 def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Compile the decoder's layers, and on a GPU the encoder's, each by itself.
+    """Compile the decoder's layers, and on a GPU the encoder's, one by one.
 
-    So the layers of a kind share one compilation; the decoder's hold for all lengths. It is tried
-    at once, so that a machine that cannot (no C++ compiler, say) says so in a line and trains
-    without.
+    Layers of a kind then share one compilation; the decoder's serves all lengths. Compiling is
+    tried at once: if it fails (no C++ compiler, for example), the run logs why and trains without.
     """
     layers = list(model.decoder.layers)
     for layer in layers:
         layer.compile(dynamic=True)
-    if device.type == "cuda":  # a CPU has its time in the matrix products, which stay as they are
+    if device.type == "cuda":  # on a CPU the encoder's time is in matmuls, which stay as they are
         for layer in model.encoder.layers:
             layer.compile()
             layers.append(layer)
@@ -346,16 +219,16 @@ def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -
             with torch.no_grad():
                 features = model.encode(pixels)
             model.decode(input_ids, features).sum().backward()
-    except Exception as error:  # whatever the compiler's many layers say
+    except Exception as error:  # the compiler's layers raise many kinds
         reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
-        _warn(f"--compile does not work here ({reason}): training without it")
+        logger.warning(f"--compile does not work here ({reason}): training without it")
         for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets
     model.zero_grad(set_to_none=True)
 
 
-def check_room(config: TrainingConfig, plan: InjectionPlan) -> None:
-    """Raises ValueError where the disk has no room for what the run will keep."""
+def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
+    """Raises ValueError if the disk has no space for the checkpoints that the run will keep."""
     num_kept = config.keep_last + 2  # the best, and one that is being written
     try:
         check_space(
@@ -363,19 +236,21 @@ def check_room(config: TrainingConfig, plan: InjectionPlan) -> None:
             needed=num_kept * checkpoint_bytes(plan.num_trainable),
         )
     except OSError as error:
-        raise ValueError(f"no room for {num_kept} checkpoints: {error}") from None
+        raise ValueError(f"no space for {num_kept} checkpoints: {error}") from None
 
 
-def run_folder(parts: Prepared) -> RunFolder:
-    """The folder of a run that begins, or goes on."""
-    checkpoint, config = parts.checkpoint, parts.config
+# --- what an open run consists of --------------------------------------------------------------
+
+
+def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
+    """The folder of a new run, or of the run to resume."""
+    checkpoint, config = setup.checkpoint, setup.config
     if checkpoint is None or config.output_path is None:
         return RunFolder.create(
             config.output_path,
-            prefix=FAMILIES[parts.captioner.family].name,
+            prefix=FAMILIES[setup.captioner.family].name,
             take_up=config.resume is not None,
         )
-    schedule = Schedule(config, len(parts.train_set))
     return RunFolder.reopen(
         config.output_path,
         step=checkpoint.step,
@@ -389,28 +264,19 @@ def run_folder(parts: Prepared) -> RunFolder:
     )
 
 
-def default_cache_dir() -> Path | None:
-    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
-    """
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # expanduser leaves the "~" where HOME is not set and the user is not in the password database.
-    return None if parent.startswith("~") else Path(parent, "lora_engine")
-
-
-def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
-    config = parts.config
-    paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
+def feature_source(setup: RunSetup) -> FeatureSource:
+    config, data = setup.config, setup.data
+    paths = {path for part in (data.train_set, data.val_set) for path in part.image_paths}
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     return FeatureSource(
-        parts.captioner,
-        device=parts.device,
-        dtype=parts.dtype,
+        setup.captioner,
+        device=setup.trainer.device,
+        dtype=setup.trainer.dtype,
         num_images=len(paths),
         cache=config.cache,
         cache_dir=cache_dir,
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
-        say=say,
     )
 
 
@@ -423,7 +289,7 @@ def feature_loader(
     config: TrainingConfig,
     stop: StopSignal,
 ) -> FeatureLoader:
-    """The batches of a dataset in an order, as the settings say that they are loaded."""
+    """The batches of a dataset in an order, loaded as the settings ask."""
     tokenizer = captioner.tokenizer
     return FeatureLoader(
         dataset,
@@ -447,62 +313,66 @@ def _batch_bytes(captioner: Captioner, config: TrainingConfig) -> int:
     return config.batch_size * 3 * height * width
 
 
-def loading_advice(parts: Prepared) -> str | None:
-    """What to do about too little shared memory for processes that load training and validation
-    images."""
-    num_workers = default_num_workers(parts.device, parts.config.num_workers)
-    one = prefetched_bytes(num_workers, _batch_bytes(parts.captioner, parts.config))
-    return shared_memory_shortage(2 * one)
-
-
-def adapter_keeper(parts: Prepared, folder: RunFolder) -> AdapterKeeper:
-    captioner = parts.captioner
+def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
+    captioner = setup.captioner
     is_folder = Path(captioner.name).is_dir()
-    return AdapterKeeper(
+    return BestAdapter(
         captioner.model,
         folder,
+        by=setup.config.best_by,
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
         hugging_face_class=FAMILIES[captioner.family].hugging_face_class,
         revision=captioner.revision,
-        best_by=parts.config.best_by,
         provenance={
             **{f"{part}_fingerprint": value for part, value in captioner.fingerprints.items()},
-            "data_fingerprint": parts.fingerprints["training_data"],
+            "data_fingerprint": setup.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
-            "prompt": parts.config.prompt,
+            "prompt": setup.config.prompt,
         },
     )
 
 
-def data_fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 over captions and image names, not over where the images lie."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.text}\0{os.path.basename(row.image)}\n".encode())
-    return digest.hexdigest()
-
-
-def sizes(parts: Prepared) -> dict[str, int]:
-    """How much is trained, on how much, for the report."""
+def sizes(setup: RunSetup) -> dict[str, int]:
+    """How much is trained, and on how much, for the report."""
+    data, plan = setup.data, setup.plan
     return {
-        "num_train_captions": len(parts.train_set),
-        "num_train_images": len(parts.train_set.image_paths),
-        "num_val_captions": len(parts.val_set),
-        "num_val_images": len(parts.val_set.image_paths),
-        "num_adapted_modules": len(parts.plan.modules),
-        "num_trainable": parts.plan.num_trainable,
-        "num_frozen": parts.plan.num_frozen,
+        "num_train_captions": len(data.train_set),
+        "num_train_images": len(data.train_set.image_paths),
+        "num_val_captions": len(data.val_set),
+        "num_val_images": len(data.val_set.image_paths),
+        "num_adapted_modules": len(plan.modules),
+        "num_trainable": plan.num_trainable,
+        "num_frozen": plan.num_frozen,
     }
 
 
-def opening(parts: Prepared) -> str:
-    config, train_set, val_set = parts.config, parts.train_set, parts.val_set
-    cut = train_set.captions.num_truncated
+def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> None:
+    """Log what is trained on what, and where."""
+    config, trainer, found = setup.config, setup.trainer, sizes(setup)
+    cut = setup.data.train_set.captions.num_truncated
     truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
-    return "\n".join([
-        f"model {config.model} on {describe(parts.device)}, "
-        f"{str(parts.dtype).removeprefix('torch.')}: {parts.kernels}",
-        f"data {len(train_set):,} training captions of {len(train_set.image_paths):,} images, "
-        f"{len(val_set):,} validation captions of {len(val_set.image_paths):,}{truncated}",
-        parts.plan.folded(),
-    ])
+    logger.info(
+        f"model {config.model} on {describe(trainer.device)}, "
+        f"{str(trainer.dtype).removeprefix('torch.')}: "
+        f"{describe_kernels(trainer.device, trainer.dtype)}"
+    )
+    logger.info(
+        f"data {found['num_train_captions']:,} training captions of "
+        f"{found['num_train_images']:,} images, {found['num_val_captions']:,} validation captions "
+        f"of {found['num_val_images']:,}{truncated}"
+    )
+    logger.info(setup.plan.folded())
+    logger.info(f"run folder {folder.path}")
+    logger.info(features.plan)
+    num_workers = default_num_workers(trainer.device, config.num_workers)
+    one_loader = prefetched_bytes(num_workers, _batch_bytes(setup.captioner, config))
+    if (shortage := shared_memory_shortage(2 * one_loader)) is not None:  # training, validation
+        logger.warning(shortage)
+
+
+def default_cache_dir() -> Path | None:
+    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # expanduser leaves the "~" if HOME is not set and the user is not in the password database.
+    return None if parent.startswith("~") else Path(parent, "lora_engine")

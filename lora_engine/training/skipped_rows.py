@@ -1,6 +1,7 @@
 """Rows that cannot be used: counted against --max_bad_share, and listed in skipped.jsonl."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 
@@ -8,9 +9,10 @@ import numpy as np
 
 from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.batches import CaptionedImages, FeatureBatch, Skipped
-from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.stopping import TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 ADVICE = "Repair or remove them, or raise --max_bad_share"
 MAX_SHOWN = 10  # skipped images named on the console
@@ -20,11 +22,8 @@ class SkippedRows:
     """Counts rows whose image could not be used; lists each image once in skipped.jsonl, after the
     rows that were rejected when the annotation files were read."""
 
-    def __init__(
-        self, folder: RunFolder, metrics: MetricsLogger, *, max_share: float, num_rows: int
-    ) -> None:
+    def __init__(self, folder: RunFolder, *, max_share: float, num_rows: int) -> None:
         self.folder = folder
-        self.metrics = metrics
         self.max_share = max_share
         self.tried = np.zeros(num_rows, dtype=bool)
         self.failed = np.zeros(num_rows, dtype=bool)
@@ -45,8 +44,8 @@ class SkippedRows:
                 ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
             )
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
-            self.metrics.say(f"skipped {bad}")
-        self.metrics.say(
+            logger.info(f"skipped {bad}")
+        logger.info(
             f"{len(bad_rows):,} rows cannot be used and are skipped; {self.folder.skipped} lists "
             f"them"
         )
@@ -102,9 +101,9 @@ class SkippedRows:
             line = {"image": problem.image, "reason": problem.reason}
             self.folder.append(self.folder.skipped, line)
             if len(self.seen) <= MAX_SHOWN:
-                self.metrics.say(f"skipped {problem.image}: {problem.reason}")
+                logger.info(f"skipped {problem.image}: {problem.reason}")
             elif len(self.seen) == MAX_SHOWN + 1:
-                self.metrics.say(f"further skipped images are only listed in {self.folder.skipped}")
+                logger.info(f"further skipped images are only listed in {self.folder.skipped}")
 
 
 def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> float:

@@ -1,7 +1,6 @@
 """Greedy captions of fixed validation images, followed through a run, and their scores."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import SampleIndex
-from lora_engine.features.loader import FeatureLoader
+from lora_engine.data.batches import FeatureBatch, SampleIndex
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample
@@ -20,31 +18,27 @@ MAX_NEW_TOKENS = 30
 
 
 class ValidationCaptions:
-    """Captions of different images, spread over `rows`: `num_scored` of them, or of all.
+    """Captions of `num_scored` different images, evenly spread over `rows` (at most all of them).
 
-    Each is scored against all captions with words that `rows` have of its image; an image without
-    any is left out. `num_samples` of the images, spread over them again, are shown to people
-    (samples.jsonl), scored or not. An image that cannot be read is left out; the validation beside
-    this counts and lists it.
+    Each is scored against all captions with words that `rows` have for its image; an image without
+    such a caption is left out. `num_samples` of the images, evenly spread again, are shown to
+    people (samples.jsonl), scored or not. An image that cannot be read is left out here; the
+    validation loss counts and lists it.
     """
 
     def __init__(
         self,
         captioner: Captioner,
         rows: Sequence[Row],
-        load: Callable[..., FeatureLoader],
         *,
         num_scored: int,
         num_samples: int,
         prompt: str,
-        batch_size: int,
     ) -> None:
         self.captioner = captioner
         self.rows = rows
-        self.load = load
         self.num_samples = num_samples
         self.prompt = prompt
-        self.batch_size = batch_size
         self.texts: dict[str, list[str]] = {}  # all captions of an image that can be scored against
         first_rows: dict[str, int] = {}
         for number, row in enumerate(rows):
@@ -60,25 +54,31 @@ class ValidationCaptions:
         self.captions: dict[int, dict[int, Caption]] = {}  # by step, by row
         self.scores: dict[int, CaptionScores] = {}  # by step
 
-    def caption(self, step: int) -> Scores | None:
-        """Caption the images with the adapter of now, and remember it as that of `step`.
+    def order(self, batch_size: int) -> list[list[SampleIndex]]:
+        """The batches of rows to caption."""
+        indices = [SampleIndex(0, position, row) for position, row in enumerate(self.wanted)]
+        return [
+            indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)
+        ]
 
-        Returns the scores, if there are to be any.
+    def caption(self, step: int, batches: Iterable[FeatureBatch]) -> Scores | None:
+        """Caption the batches of `order` with the current adapter, as the captions of `step`.
+
+        Returns the scores, if captions are scored.
         """
         tokenizer = self.captioner.tokenizer
-        room = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
+        num_left = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
         captions: dict[int, Caption] = {}
-        with closing(iter(self.load(self._places()))) as batches:
-            for batch in batches:
-                if not batch.rows:
-                    continue
-                found = caption_features(
-                    self.captioner,
-                    batch.features,
-                    prompt=self.prompt,
-                    max_new_tokens=min(MAX_NEW_TOKENS, room),
-                )
-                captions |= dict(zip(batch.rows, found))
+        for batch in batches:
+            if not batch.rows:
+                continue
+            found = caption_features(
+                self.captioner,
+                batch.features,
+                prompt=self.prompt,
+                max_new_tokens=min(MAX_NEW_TOKENS, num_left),
+            )
+            captions |= dict(zip(batch.rows, found))
         self.captions[step] = captions
         return self._score(step)
 
@@ -93,14 +93,14 @@ class ValidationCaptions:
         return self.scores[step].corpus
 
     def state_dict(self, best_step: int) -> dict[str, Any]:
-        """The captions that are needed later on: before training, and of the best step."""
+        """The captions that are needed later: those before training and of the best step."""
         return {
             str(step): [[row, *caption] for row, caption in self.captions[step].items()]
             for step in dict.fromkeys((0, best_step))
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError for captions of rows that are not captioned here."""
+        """Raises ValueError for captions of other rows than those of `order`."""
         wanted = set(self.wanted)
         for step, captions in state.items():
             if not wanted.issuperset(row for row, *_ in captions):
@@ -110,21 +110,14 @@ class ValidationCaptions:
             self.captions[int(step)] = {row: Caption(*rest) for row, *rest in captions}
             self._score(int(step))
 
-    def _places(self) -> list[list[SampleIndex]]:
-        places = [SampleIndex(0, position, row) for position, row in enumerate(self.wanted)]
-        return [
-            places[begin : begin + self.batch_size]
-            for begin in range(0, len(places), self.batch_size)
-        ]
-
     def _references(self, rows: list[int]) -> References:
-        """Those of the images that could be read this time, which are nearly always the same."""
+        """References of the images that could be read this time: nearly always the same ones."""
         if self.references is None or self.references[0] != rows:
             self.references = rows, References([self.texts[self.rows[row].image] for row in rows])
         return self.references[1]
 
     def _samples(self, *steps: int) -> list[int]:
-        """The rows that are shown, of those with a caption at all of these steps."""
+        """The rows to show, among those with a caption at all of these steps."""
         rows = [row for row in self.wanted if all(row in self.captions[step] for step in steps)]
         return _spread(rows, self.num_samples)
 
@@ -139,8 +132,7 @@ class ValidationCaptions:
             })
 
     def write_best(self, folder: RunFolder, step: int) -> None:
-        """Put every scored image's captions of before training and of `step` into captions.jsonl.
-        """
+        """Write every scored image's captions before training and at `step` to captions.jsonl."""
         if step in self.scores and 0 in self.scores:
             folder.write_lines(folder.captions, self._lines(step))
 

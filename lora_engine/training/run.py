@@ -1,0 +1,411 @@
+"""A run under way: its folder, validations, checkpoints, and how it ends."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from lora_engine.config import changes_on_resume
+from lora_engine.data.batches import (
+    CaptionedImages,
+    SampleIndex,
+    epoch_batches,
+    training_order,
+    validation_order,
+)
+from lora_engine.data.seen_images import DIGESTS_FILE, write_digests
+from lora_engine.devices import describe, peak_memory_bytes
+from lora_engine.features.loader import FeatureLoader
+from lora_engine.features.source import FeatureSource
+from lora_engine.files import check_space
+from lora_engine.lora.adapter import AdapterError
+from lora_engine.lora.matmul import describe_kernels
+from lora_engine.report.hub import push_adapter
+from lora_engine.report.loss_curve import draw_loss_curve
+from lora_engine.report.metrics_log import MetricsLogger
+from lora_engine.report.model_card import write_model_card
+from lora_engine.report.page import write_report
+from lora_engine.report.run_folder import RunFolder, checkpoint_name, environment
+from lora_engine.report.summary import TrainingSummary
+from lora_engine.report.trackers import start_tracker
+from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
+from lora_engine.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_bytes,
+    remove_old_checkpoints,
+    restore_moments,
+    write_checkpoint,
+)
+from lora_engine.training.meter import Meter
+from lora_engine.training.schedule import Schedule
+from lora_engine.training.setup import (
+    RunSetup,
+    best_adapter,
+    feature_loader,
+    feature_source,
+    log_opening,
+    run_folder,
+    sizes,
+)
+from lora_engine.training.skipped_rows import SkippedRows
+from lora_engine.training.validation import Validation
+from lora_engine.training.validation_captions import ValidationCaptions
+
+logger = logging.getLogger(__name__)
+
+_NUM_SPARE_FILES = 8  # file descriptors
+
+
+@contextmanager
+def open_run(setup: RunSetup) -> Iterator["Run"]:
+    """A run in its folder, before its first step or restored to its checkpoint.
+
+    When the context ends, a checkpoint of the last whole step, the report and the summary are
+    written, also after an error.
+    """
+    config, data, trainer = setup.config, setup.data, setup.trainer
+    schedule = Schedule(config, len(data.train_set))
+    with (
+        run_folder(setup, schedule) as folder,
+        signals_held() as stop,
+        MetricsLogger(
+            folder.metrics,
+            first_step=0 if setup.checkpoint is None else setup.checkpoint.step,
+            total_steps=schedule.total_steps,
+            tracker=start_tracker(config.track, folder.path, config.as_dict()),
+            on_lost_output=stop.lose_output,
+        ) as metrics,
+        feature_source(setup) as features,
+        ExitStack() as spare_files,
+    ):
+        # Held open, so that the last checkpoint can be written even if descriptors have run out.
+        for _ in range(_NUM_SPARE_FILES):
+            spare_files.enter_context(open(os.devnull))
+        folder.write_json("config.json", config.as_dict())
+        known = environment(
+            describe(trainer.device),
+            trainer.dtype,
+            describe_kernels(trainer.device, trainer.dtype),
+        )
+        known |= sizes(setup)
+        folder.write_json("environment.json", known)
+        log_opening(setup, folder, features)
+        run = Run(setup, schedule, folder, metrics=metrics, features=features, stop=stop)
+        if setup.checkpoint is not None:
+            run.restore(setup.checkpoint)
+        try:
+            yield run
+            known["total_s"] = run.seconds
+            known["peak_memory_bytes"] = peak_memory_bytes(trainer.device)
+            folder.write_json("environment.json", known)
+        except (Exception, Interrupted) as error:
+            spare_files.close()
+            run.save_last_step()
+            if isinstance(error, OSError):
+                raise TrainingStopped(
+                    f"{error}. What was there before is intact. {run.how_to_resume()}"
+                ) from error
+            if run.has_begun:
+                error.add_note(run.how_to_resume())
+            if run.has_begun and isinstance(error, TrainingStopped):
+                is_first = "" if run.best.step else " (before training)"
+                error.add_note(
+                    f"the best adapter so far, of step {run.best.step}{is_first}, is in "
+                    f"{folder.adapter}"
+                )
+            raise
+        finally:
+            if run.has_begun and not stop.is_at_once:
+                run.write_results()
+        run.summary = run.summarize()
+        logger.info(f"\n{run.summary}")
+        if config.push_to_hub is not None:
+            push_adapter(folder, config.push_to_hub)
+        stop.answer_at_once()  # only the cache and the tracker are still to be closed
+
+
+class Run:
+    """A run's parts that change besides its trainer, and their checkpoints; `step` are done."""
+
+    summary: TrainingSummary  # when it has ended
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        schedule: Schedule,
+        folder: RunFolder,
+        *,
+        metrics: MetricsLogger,
+        features: FeatureSource,
+        stop: StopSignal,
+    ) -> None:
+        config, data = setup.config, setup.data
+        self.setup = setup
+        self.trainer = setup.trainer
+        self.schedule = schedule
+        self.folder = folder
+        self.metrics = metrics
+        self.features = features
+        self.stop = stop
+        self.step = 0
+        self.meter = Meter(metrics, schedule, has_grad_scaler=self.trainer.scaler.is_enabled())
+        self.best = best_adapter(setup, folder)
+        self.skipped = SkippedRows(
+            folder, max_share=config.max_bad_share, num_rows=len(data.train_set)
+        )
+        self.skipped.begin(data.rows.bad, is_listed=setup.checkpoint is not None)
+        captions = ValidationCaptions(
+            setup.captioner,
+            data.rows.val,
+            num_scored=config.eval_captions,
+            num_samples=config.num_samples,
+            prompt=config.prompt,
+        )
+        order = validation_order(data.val_set.captions.lengths, batch_size=config.batch_size)
+        self.validation = Validation(
+            setup.captioner,
+            self._loader(data.val_set, order),
+            self._loader(data.val_set, captions.order(config.batch_size)),
+            captions=captions,
+            skipped=self.skipped,
+            metrics=metrics,
+        )
+        self._begin_s = setup.begin_s
+        self._is_whole = True
+        self._saved_step: int | None = None
+        self._saved_validated = False
+        self._saved_digests = b""  # checksum of their file's contents
+        self._saved_s = time.monotonic()
+
+    # --- data --------------------------------------------------------------------------------
+
+    def training_loader(self) -> FeatureLoader:
+        """The micro-batches of all steps that are left."""
+        config, train_set = self.setup.config, self.setup.data.train_set
+        epoch, num_done = self.schedule.position(self.step)
+        order = training_order(
+            train_set.captions.lengths,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            num_epochs=config.epochs,
+            first_epoch=epoch,
+            num_done=num_done,
+        )
+        return self._loader(train_set, order)
+
+    def _loader(
+        self, dataset: CaptionedImages, order: Iterable[list[SampleIndex]]
+    ) -> FeatureLoader:
+        return feature_loader(
+            dataset,
+            order,
+            features=self.features,
+            captioner=self.setup.captioner,
+            config=self.setup.config,
+            stop=self.stop,
+        )
+
+    # --- progress ----------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has taken so far, in earlier processes too."""
+        return time.monotonic() - self._begin_s
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the validation before the first step is done."""
+        return 0 in self.best.losses
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Changes within the context are all or nothing: if one fails, no checkpoint is written."""
+        self._is_whole = False
+        try:
+            yield
+        except TrainingStopped:  # raised between two parts, by the run itself
+            self._is_whole = True
+            raise
+        self._is_whole = True
+
+    def validate(self) -> None:
+        """Validate the current step, record the results, and save the adapter if it is the best.
+
+        Raises as `Validation.measure`, before anything is written.
+        """
+        step, captions = self.step, self.validation.captions
+        loss, scores = self.validation.measure(step)
+        with self.undivided():
+            self.metrics.record(
+                "validation",
+                step=step,
+                epoch=step / self.schedule.steps_per_epoch,
+                loss=loss,
+                **({} if scores is None else scores.as_dict()),
+            )
+            is_best = self.best.offer(step, loss, scores)
+            found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}"
+            best = " (best so far)" if is_best and step else ""
+            logger.info(f"step {step}: validation loss {loss:.4f}{found}{best}")
+            captions.write(self.folder, step)
+            if is_best:
+                captions.write_best(self.folder, step)
+        self.metrics.track("samples", step=step, rows=[
+            (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
+            for sample in captions.compare(step)
+        ])
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether it is time for a checkpoint, by --save_every."""
+        num_steps, seconds = self.setup.config.save_interval()
+        return self.step % num_steps == 0 or time.monotonic() - self._saved_s >= seconds
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one, the run has not begun, or an `undivided`
+        change failed.
+
+        If the disk does not take it, or the adapter is not finite, the run logs a warning and
+        continues: the existing checkpoints stay.
+        """
+        is_validated = self.step in self.best.losses
+        is_saved = self.step == self._saved_step and is_validated == self._saved_validated
+        if is_saved or not self.has_begun or not self._is_whole:
+            return
+        self._saved_s = time.monotonic()
+        folder, digests = self.folder.checkpoints, self.setup.data.digests
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
+            needed = checkpoint_bytes(self.trainer.lora.values.numel()) + digests.nbytes
+            check_space(folder, needed=needed)
+            self.folder.sync()  # up to this step, where a resumed run begins to log again
+            self._saved_digests = write_digests(folder / DIGESTS_FILE, digests, self._saved_digests)
+            is_best = self.best.step == self.step
+            write_checkpoint(
+                folder / checkpoint_name(self.step),
+                adapter_files=self.best.files if is_best else self.best.files_after(self.step),
+                best_files=self.best.files,
+                optimizer=self.trainer.optimizer,
+                state=self._state(),
+            )
+        except (OSError, AdapterError) as error:
+            logger.warning(f"no checkpoint of step {self.step}: {error}")
+            return
+        self._saved_step, self._saved_validated = self.step, is_validated
+        remove_old_checkpoints(
+            folder, keep_last=self.setup.config.keep_last, best_step=self.best.step
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "total_steps": self.schedule.total_steps,
+            "settings": self.setup.config.as_dict(),
+            "fingerprints": self.setup.fingerprints,
+            "compute_dtype": str(self.trainer.dtype),
+            "scaler": self.trainer.scaler.state_dict(),
+            "micro_batch_rows": self.trainer.splitter.num_rows,
+            "validations": self.best.state_dict(),
+            "captions": self.validation.captions.state_dict(self.best.step),
+            "meter": self.meter.state_dict(),
+            "seconds": self.seconds,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore everything but the adapter, which is loaded with the model."""
+        state = checkpoint.state
+        if checkpoint.step > self.schedule.total_steps:
+            raise CheckpointError(
+                f"{checkpoint.path} is of step {checkpoint.step}, but this run has "
+                f"{self.schedule.total_steps} steps"
+            )
+        restore_moments(self.trainer.optimizer, self.trainer.lora, checkpoint)
+        if self.trainer.scaler.is_enabled():
+            self.trainer.scaler.load_state_dict(state["scaler"])
+        self.trainer.splitter.num_rows = state["micro_batch_rows"]
+        self.best.load_state_dict(state["validations"])
+        self.validation.captions.load_state_dict(state["captions"])
+        self.meter.load_state_dict(state["meter"])
+        self._begin_s -= state["seconds"]
+        self.step = self._saved_step = checkpoint.step
+        self._saved_validated = checkpoint.is_validated
+        self._log_resumption(checkpoint)
+        self.skipped.restore(self.setup.data.train_set, self._rows_tried())
+        self.best.restore(checkpoint)
+        self.validation.captions.write_best(self.folder, self.best.step)
+
+    def _log_resumption(self, checkpoint: Checkpoint) -> None:
+        before, now = checkpoint.state["total_steps"], self.schedule.total_steps
+        logger.info(f"resuming after step {self.step} of {now}, from {checkpoint.path}")
+        changes = changes_on_resume(checkpoint.settings, self.setup.config)
+        if changes:
+            logger.info(f"with other settings: {', '.join(changes)}")
+        if before != now:
+            logger.info(
+                f"from here on the learning rate falls as in a run of {now} steps, not {before}: "
+                f"the next step's is {self.schedule.learning_rate(self.step + 1):.3g}"
+            )
+
+    def _rows_tried(self) -> list[int]:
+        """The training rows that were loaded up to this step."""
+        epoch, num_done = self.schedule.position(self.step)
+        train_set, config = self.setup.data.train_set, self.setup.config
+        if epoch:
+            return list(range(len(train_set)))
+        batches = epoch_batches(
+            train_set.captions.lengths, batch_size=config.batch_size, seed=config.seed, epoch=0
+        )
+        return [int(row) for rows in batches[:num_done] for row in rows]
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def save_last_step(self) -> None:
+        """Write a checkpoint after an error, which a second error must not hide."""
+        try:
+            self.save()
+        except TrainingStopped:  # raised again for the same reason
+            pass
+        except Exception as error:  # a GPU that has failed raises on every call
+            logger.warning(f"no checkpoint of step {self.step}: {error}")
+
+    def how_to_resume(self) -> str:
+        if self._saved_step is None:
+            return f"there is no checkpoint in {self.folder.checkpoints} yet"
+        return (
+            f"the checkpoint of step {self._saved_step} is in {self.folder.checkpoints}; rerun the "
+            f"command with --output_path {self.folder.path} --resume to continue from there"
+        )
+
+    def write_results(self) -> None:
+        """Write what people read and use; a failure neither ends a run nor hides why it ended."""
+        writes: dict[str, Callable[[], object]] = {
+            "the loss curve": partial(draw_loss_curve, self.folder.metrics, self.folder.loss_curve),
+            "the model card": partial(write_model_card, self.folder),
+            "the report": partial(write_report, [self.folder.path], self.folder.report),
+        }
+        if self._is_whole:
+            writes = {"the last adapter": partial(self.best.save_last, self.step)} | writes
+        for name, write in writes.items():
+            try:
+                write()
+            except Exception as error:  # a full disk, a file that somebody changed
+                logger.warning(f"{name} could not be written: {type(error).__name__}: {error}")
+
+    def summarize(self) -> TrainingSummary:
+        return TrainingSummary(
+            path=self.folder.path,
+            losses=self.best.losses,
+            scores=self.best.scores,
+            best_by=self.best.by,
+            best_step=self.best.step,
+            num_skipped_images=self.skipped.num_images,
+            num_skipped_rows=len(self.setup.data.rows.bad),
+            samples=self.validation.captions.compare(self.best.step),
+            seconds=self.seconds,
+        )

@@ -1,0 +1,145 @@
+"""One training step: forward, backward, the sum over micro-batches, clipping, AdamW."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_engine.data.batches import FeatureBatch
+from lora_engine.devices import autocast
+from lora_engine.lora.injection import lora_layers
+from lora_engine.models import CaptioningModel
+from lora_engine.training.cuda_graphs import CudaGraphs
+from lora_engine.training.loss import caption_loss
+from lora_engine.training.micro_batches import BatchSplitter
+from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Owns what a step changes: LoRA parameters, AdamW's moments, the loss scale, CUDA graphs.
+
+    A step is `accumulate` over its micro-batches, then `update`. Build the trainer when the model
+    has its adapters and is on `device`; `dtype` is that of matrix products.
+    """
+
+    def __init__(
+        self,
+        model: CaptioningModel,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        lr: float,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.max_grad_norm = max_grad_norm
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.lora = FlatLoRAParameters((layer for _, layer in lora_layers(model)), dtype)
+        self.optimizer = build_optimizer(self.lora, lr=lr, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.splitter = BatchSplitter()
+        self.graphs: CudaGraphs | None = None
+        if device.type == "cuda" and cuda_graphs:
+            if model.decoder.gradient_checkpointing:
+                logger.info(
+                    "no CUDA graphs with --gradient_checkpointing, which draws dropout twice"
+                )
+            else:
+                self.graphs = CudaGraphs(self._changed_by_a_step)
+
+    def accumulate(self, batches: Sequence[FeatureBatch], step: int) -> Tensor:
+        """Sum a step's gradients over its micro-batches -> the step's loss, (), on the device.
+
+        Every micro-loss is a sum over targets, divided by the number of targets of the whole step,
+        so that the gradients are those of one large batch whatever the captions' lengths. Batches
+        that exceed the GPU's memory are split, which changes nothing but the last bits.
+        """
+        micro_step = self._recorded(self.micro_step)
+        num_targets = sum(batch.num_targets for batch in batches)
+        accurate = torch.promote_types(self.dtype, torch.float32)
+        weight = torch.full((), 1 / num_targets, dtype=accurate, device=self.device)
+        while True:
+            micro_batches = self.splitter.split(batches)
+            total = torch.zeros((), dtype=accurate, device=self.device)
+            try:
+                for number, batch in enumerate(micro_batches):
+                    seed_generators(self.seed, step, number)
+                    total += micro_step(self.scaler.scale(weight), *batch.tensors(self.device))
+                return total * weight
+            except torch.OutOfMemoryError:
+                if not self.splitter.shrink(micro_batches):
+                    raise
+            # Out here nothing refers to the failed attempt's tensors any more.
+            self._clear_gradients()
+
+    def micro_step(self, weight: Tensor, *tensors: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch -> its summed loss, ()."""
+        with autocast(self.device, self.dtype):
+            loss = caption_loss(self.model, *tensors, label_smoothing=self.label_smoothing)
+        loss.backward(weight.to(loss.dtype))
+        return loss.detach()
+
+    def update(self, loss: Tensor, *, lr: float) -> Tensor:
+        """Clip, step, and clear the gradients -> their norm before clipping, (), on the device.
+
+        A step whose `loss` or gradient is not finite changes neither parameters nor moments. That
+        is decided on the device, without waiting for it: fused AdamW takes `found_inf` and does
+        nothing where it is 1 (as a GradScaler does, which decides for fp16).
+        """
+        set_learning_rate(self.optimizer, lr)
+        # A GradScaler keeps its state in Python, which a graph would not replay.
+        step = self._step if self.scaler.is_enabled() else self._recorded(self._step)
+        return step(loss)
+
+    def _step(self, loss: Tensor) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        gradient = self.lora.gradient
+        grad_norm = torch.linalg.vector_norm(gradient)
+        if self.max_grad_norm:
+            gradient.mul_((self.max_grad_norm / (grad_norm + 1e-6)).clamp_max(1.0))
+        if not self.scaler.is_enabled():
+            is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+            self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        gradient.zero_()
+        self.lora.refresh()
+        return grad_norm
+
+    def _recorded(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function as a CUDA graph, where graphs are used."""
+        return function if self.graphs is None else partial(self.graphs, function)
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        cast = [] if self.lora.cast is None else [self.lora.cast]
+        moments = list(self.optimizer.state[self.lora.values].values())
+        return [self.lora.values, self.lora.gradient, *cast, *moments]
+
+    def _clear_gradients(self) -> None:
+        """Undo what an attempt that ran out of memory has begun."""
+        self.lora.gradient.zero_()
+        if self.graphs is not None:
+            self.graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def seed_generators(seed: int, step: int, micro_step: int) -> None:
+    """Make dropout a function of the position, so that a resumed run draws the same masks.
+
+    (An explicit generator would break gradient checkpointing and full-graph compilation.)
+    """
+    position = np.random.SeedSequence([seed, step, micro_step])
+    torch.manual_seed(int(position.generate_state(1, np.uint64)[0]))
