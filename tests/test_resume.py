@@ -272,7 +272,7 @@ def test_a_named_checkpoint_is_gone_back_to(unbroken, blip_folder, data, tmp_pat
     assert read_adapter(run / "adapter").provenance["step"] == "0"  # the best of then
     train(earlier)
     assert trajectory(run) == trajectory(unbroken)
-    with pytest.raises(CheckpointError, match="no checkpoint of the run"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of the run"):
         train(replace(config, resume=str(unbroken / "checkpoints" / "step-00000013")))
     with pytest.raises(CheckpointError, match="no such folder"):
         train(replace(config, resume=str(run / "checkpoints" / "step-00000099")))

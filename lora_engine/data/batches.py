@@ -1,7 +1,7 @@
-"""Rows -> batches: deterministic order, similar lengths together, loading in worker processes.
+"""Rows -> batches: deterministic order, similar lengths together, loaded by worker processes.
 
 The order is a function of (seed, epoch) alone, and an unreadable image's substitute one of (seed,
-epoch, position), so that nothing about workers or prefetching has to be remembered.
+epoch, position), so that nothing about workers or prefetching has to be saved.
 
 Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded for it, H height,
 W width, P image tokens, D width of the features.
@@ -30,8 +30,7 @@ _WINDOW = 64  # batches sorted by length together: little padding, and an order 
 
 
 class SampleIndex(NamedTuple):
-    """Which row stands at which position of which epoch's order, and whether it needs its image.
-    """
+    """The row at a position of an epoch's order, and whether its image must be read."""
 
     epoch: int
     position: int
@@ -48,7 +47,7 @@ class Skipped(NamedTuple):
 
 
 class Identified(NamedTuple):
-    """An image that was read: number, digest, and the stamp of its file (None: not trustworthy)."""
+    """An image that was read: number, digest, and the stamp of its file (None: not reliable)."""
 
     image: int
     file: FileStamp | None
@@ -56,9 +55,9 @@ class Identified(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One row, loaded: token ids, and pixels uint8 (3, H, W) where its place needs some.
+    """One loaded row: token ids, and pixels uint8 (3, H, W) if they are needed.
 
-    `is_usable` is False where no image could be read.
+    `is_usable` is False if no image could be read.
     """
 
     row: int
@@ -143,8 +142,7 @@ def training_order(
     first_epoch: int = 0,
     num_done: int = 0,
 ) -> Iterator[list[SampleIndex]]:
-    """All batches of a run, one epoch after the other; of the first epoch those behind `num_done`.
-    """
+    """All batches of a run, epoch after epoch, without the first `num_done` of the first epoch."""
     for epoch in range(first_epoch, num_epochs):
         batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
         position = sum(map(len, batches[:num_done]))
@@ -155,7 +153,7 @@ def training_order(
 
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
-    """Every row once, longest captions first: too large a batch fails at once, not at the end."""
+    """Every row once, longest captions first: a batch that is too large fails at once."""
     order = np.argsort(-lengths, kind="stable")
     return [
         [
@@ -240,11 +238,11 @@ def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStam
 
 
 class Collate:
-    """Examples -> PixelBatch, without rows where no image could be read; runs in the workers.
+    """Examples -> PixelBatch, without rows whose image could not be read; runs in the workers.
 
-    With `longest_bucket` captions are padded to the next of a few lengths, at most that one, and
-    targets, with IGNORED ones, to the next of eight numbers a length, so that full batches have
-    few shapes.
+    With `longest_bucket`, captions are padded to the next of a few lengths up to that one, and
+    targets (with IGNORED) to the next of eight numbers per length, so that full batches have few
+    shapes.
     """
 
     def __init__(
@@ -292,8 +290,8 @@ class Collate:
             rows=[example.row for example in usable],
             images=[example.image for example in usable],
             skipped=[problem for example in examples for problem in example.skipped],
-            # Puts them into shared memory itself: where there is none left, that fails here, and
-            # not later in a thread that nobody hears.
+            # Moves them to shared memory at once: if none is left, that fails here, and not in a
+            # background thread whose errors are lost.
             pixels=default_collate(pixels) if pixels else empty,
             loaded=[e.identified for e in usable if e.identified is not None],
         )
@@ -319,8 +317,8 @@ def load_batches(
 ) -> Iterator[PixelBatch]:
     """Load batches in the order of `places`, ahead of their use where there are workers.
 
-    An image for whose number `has_features` is true when its turn comes is not read. Pinned memory
-    lets the copy to a GPU run beside the computation. `timeout_s`, `waiting` and `batch_bytes` are
+    An image is not read if `has_features` is true for its number when its turn comes. Pinned memory
+    lets copies to a GPU overlap with computation. `timeout_s`, `waiting` and `batch_bytes` are
     as in `workers.load`.
     """
     asked = (

@@ -1,10 +1,10 @@
-"""What a run's images hold, by their digests, so that none changes unnoticed.
+"""The digests of a run's images, so that a change of an image is noticed.
 
     RUN/checkpoints/image_digests.bin    16 bytes per image, and their BLAKE2b
 
-The images are those of the training rows, then of the validation rows, in the order in which they
-first appear; one that the run has not read has zeros. The file is written with the newest
-checkpoint and holds for all of them, because a digest in it never changes.
+The images are those of the training rows, then of the validation rows, in order of first
+appearance; images that the run has not read have zeros. The file is written with the newest
+checkpoint and is valid for all of them, because a digest in it never changes.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ _MAX_BYTES = 2**30  # 67 million images
 
 
 class ImageList:
-    """The images of a dataset, and what is known of each file: its stamp and digest.
+    """The images of a dataset, with the stamp and digest of each file as far as they are known.
 
-    Arrays, not objects, because there may be millions. `digests` V16 (N,) are what a run has seen
-    of them already.
+    They are arrays, not objects, because there may be millions of images. `digests` V16 (N,) are
+    those that a run has seen already.
     """
 
     def __init__(self, paths: Sequence[str], digests: np.ndarray | None = None) -> None:
@@ -55,9 +55,9 @@ def sample_digests(paths: Sequence[str]) -> np.ndarray:
 
 
 def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
-    """Compare 64 images, evenly spread over the known ones; says which has changed, if one has.
+    """Compare 64 images, evenly spread over the known ones; return what has changed, or None.
 
-    Unreadable images are ignored here: they are skipped and listed when their turn comes.
+    Unreadable images are ignored here: they are skipped and listed when they are loaded.
     """
     if len(paths) != len(digests):
         return f"there are {len(paths):,}, not {len(digests):,}"
@@ -69,7 +69,7 @@ def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
 
 
 def write_digests(path: Path, digests: np.ndarray, written: bytes = b"") -> bytes:
-    """Write the file whole, unless its last 16 bytes would be `written`; returns these."""
+    """Write the file atomically unless its checksum is `written`; return the checksum."""
     data = digests.tobytes()
     checksum = content_digest(data)
     if checksum != written:
@@ -79,7 +79,7 @@ def write_digests(path: Path, digests: np.ndarray, written: bytes = b"") -> byte
 
 
 def read_digests(path: Path) -> np.ndarray | None:
-    """The digests (N,) of a file; None where there is none, or a damaged one."""
+    """The digests (N,) in a file; None if there is no file, or a damaged one."""
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             return None

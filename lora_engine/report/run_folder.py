@@ -1,12 +1,12 @@
-"""The folder of a run: its files, and that one run never overwrites another.
+"""The folder of a run and its files; one run never overwrites another.
 
     config.json        all settings                     samples.jsonl     captions over time
     environment.json   versions and machine             skipped.jsonl     rows that are skipped
     metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
     captions.jsonl     scored captions, before and best  report.html    all of it, for people
     adapter/           the best by validation loss      adapter_last/     the last, where not best
-    checkpoints/       what a run goes on from          .lock             while a run is under way
-    adapter_hub/       adapter/ as it is pushed, where that differs
+    checkpoints/       to resume from                   .lock             while a run is running
+    adapter_hub/       adapter/ as it is pushed, if that differs
 """
 
 import json
@@ -58,10 +58,10 @@ _OF_A_STEP = ("train", "skipped_step")  # what is logged before its validation
 
 
 class RunFolder:
-    """Paths of a run's files, and the writing of the small ones.
+    """Paths of a run's files, and methods that write the small ones.
 
-    As a context of a folder that was empty (`is_new`) or not there (`is_made`), it removes again
-    what it wrote, and the folder that it made, if the run fails before its first line of metrics.
+    As a context manager it cleans up if the run fails before its first line of metrics: it removes
+    what it wrote to a folder that was empty (`is_new`), and a folder that it created (`is_made`).
     Files of a run are never opened through links.
     """
 
@@ -99,33 +99,33 @@ class RunFolder:
 
     def _remove(self) -> None:
         """Remove what a run writes before its first line of metrics; other files stay, and so does
-        a folder that was there."""
+        a folder that existed before."""
         for name in _BEFORE_THE_FIRST_LINE:
             (self.path / name).unlink(missing_ok=True)
         for name in ("tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         if self.is_made:
-            with suppress(OSError):  # somebody else's files are in it
+            with suppress(OSError):  # it contains other files
                 self.path.rmdir()
 
     def _clear(self) -> None:
-        """Remove what a run that ended before its first step has left; it begins again."""
+        """Remove what a run that ended before its first step has left behind."""
         for name in FILES - {".lock"}:
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.adapter, self.last_adapter):
             for name in _ADAPTER_FILES:
                 (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # not there, or somebody else's files are in it
+            with suppress(OSError):  # it does not exist, or contains other files
                 folder.rmdir()
 
     @classmethod
     def check_free(
         cls, output_path: str | None, *, take_up: bool = False, is_locked: bool = False
     ) -> None:
-        """Raises ValueError if a run could not be created at `output_path`.
+        """Raises ValueError if a run cannot be created at `output_path`.
 
-        With `take_up` it may be where a run has ended before its first step; `is_locked` says that
-        the folder has been locked for that.
+        With `take_up` the folder may hold a run that ended before its first step; `is_locked` means
+        that it has been locked already.
         """
         if output_path is None:
             return
@@ -139,7 +139,7 @@ class RunFolder:
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
             init = path / "adapter"
             advice = f", or start from its adapter with --init_adapter {init}"
-            resume = "go on with it by --resume, " if (path / "checkpoints").is_dir() else ""
+            resume = "continue it with --resume, " if (path / "checkpoints").is_dir() else ""
             raise ValueError(
                 f"--output_path {path} already holds {what}, which is never overwritten; {resume}"
                 f"choose another folder, or delete it to start again"
@@ -150,7 +150,7 @@ class RunFolder:
     def create(
         cls, output_path: str | None, *, prefix: str, take_up: bool = False
     ) -> "RunFolder":
-        """Make the folder; without a path the next free runs/<prefix>-001, -002, ..."""
+        """Create the folder; without a path the next free runs/<prefix>-001, -002, ..."""
         cls.check_free(output_path, take_up=take_up)
         if output_path is not None:
             path = Path(output_path)
@@ -184,10 +184,9 @@ class RunFolder:
     ) -> "RunFolder":
         """The folder of a run that continues after `step`, restored to its state at that step.
 
-        What was logged after `step` is dropped, as it will come again; of `step` itself the
-        validation too, if it is still to be done. Lines of `validations`, those of the checkpoint,
-        that metrics.jsonl lacks are written again. Raises ValueError if another process trains in
-        the folder.
+        Lines logged after `step` are dropped, as they will be logged again; so is the validation of
+        `step` unless it `is_validated`. Lines of `validations`, from the checkpoint, that
+        metrics.jsonl lacks are restored. Raises ValueError if another process trains in the folder.
         """
         folder = cls(Path(output_path))._locked()
         clear_leftovers(folder.path, (FILES | FOLDERS).__contains__)
@@ -207,7 +206,7 @@ class RunFolder:
         return folder
 
     def _locked(self) -> "RunFolder":
-        """Take the lock; raises ValueError where a name of a run's file is something else, too."""
+        """Take the lock; raises ValueError if a link or the like has the name of a run's file."""
         for name in FILES | FOLDERS:
             with suppress(FileNotFoundError):
                 mode = (self.path / name).lstat().st_mode
@@ -227,13 +226,13 @@ class RunFolder:
 
     def append(self, path: Path, line: dict[str, Any]) -> None:
         """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
-        # A file's name may hold bytes that are not text.
+        # A file's name may contain bytes that are not text.
         text = json.dumps(line, ensure_ascii=False) + "\n"
         with open_to_append(path) as file:
             append_line(file, text.encode("utf-8", errors="backslashreplace"))
 
     def sync(self) -> None:
-        """Wait until all that is logged is on the disk."""
+        """Wait until the log files are on the disk."""
         for path in (self.metrics, self.samples, self.captions, self.skipped):
             if path.exists():
                 sync(path)
@@ -248,8 +247,8 @@ class RunFolder:
 def _has_no_step(path: Path) -> bool:
     """Whether a folder holds a run that ended before its first step, and nothing else.
 
-    An adapter, captions or a report are of such a run only where metrics.jsonl has its first
-    validation: without that they are what is left of a run that got further.
+    An adapter, captions or a report belong to such a run only if metrics.jsonl has its first
+    validation; without it they are remains of a run that got further.
     """
     names = _names(path)
     if "config.json" not in names or names - FILES - FOLDERS:
@@ -267,7 +266,7 @@ def _has_no_step(path: Path) -> bool:
 
 
 def _names(folder: Path) -> set[str]:
-    """What lies in a folder, but for what a kill within a save left of a run's files."""
+    """Names in a folder, except temporary files of a save that was killed."""
     names = {entry.name for entry in folder.iterdir()}
     return {name for name in names if replaced_name(name) not in FILES | FOLDERS}
 
@@ -299,7 +298,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
-    """Write again what metrics.jsonl has lost and the checkpoint knows: the validations."""
+    """Restore validations that metrics.jsonl has lost and the checkpoint knows."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     found = {line["step"] for line in lines if line.get("event") == "validation"}
     lost = [line for line in validations if line["step"] not in found]
@@ -316,15 +315,15 @@ def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first, whole or not."""
+    """All checkpoints of a run, oldest first, intact or not."""
     found = [path for path in folder.glob("step-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step)
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, so that none is taken for the newest later on.
+    """Rename checkpoints of later steps, so that none of them is resumed from by mistake.
 
-    They are damaged ones, or those of a run that is taken up again at an earlier step.
+    They are damaged, or the run is resumed from an earlier step.
     """
     return [
         path.rename(unused_name(path.with_name(f"{path.name}.set_aside")))
@@ -348,7 +347,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 class _Lock:
-    """Held by one process at a time, until it ends, killed or not."""
+    """A file lock that one process holds until it ends, however it ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -358,7 +357,7 @@ class _Lock:
         """Raises ValueError if another process holds it."""
         try:
             import fcntl
-        except ImportError:  # Windows: two runs in a folder are on their own
+        except ImportError:  # Windows: two runs in one folder are not detected
             return
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -379,7 +378,7 @@ class _Lock:
 
 
 def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]:
-    """What a figure of this run depends on besides its settings."""
+    """What a figure of this run depends on besides its settings, for environment.json."""
     return {
         "lora_engine": __version__,
         "python": platform.python_version(),

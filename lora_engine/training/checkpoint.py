@@ -1,14 +1,14 @@
-"""A run's state at a step, on disk whole or not at all, and what a run goes on from.
+"""Checkpoints: a run's state after a step, written completely or not at all.
 
     checkpoints/step-00000100/
-        adapter_model.safetensors, adapter_config.json    PEFT's format: it captions as it is
+        adapter_model.safetensors, adapter_config.json    PEFT's format: usable as an adapter
         optimizer.safetensors                             AdamW's moments
-        best_adapter.safetensors                          the best adapter, where it is another one
+        best_adapter.safetensors                          the best adapter, if it is another one
         state.json                                        position, settings, fingerprints, history
         manifest.json                                     size and SHA-256 of each of these
 
-Nothing random is kept: the order of the data, dropout and substitutes are functions of the
-position, so that a run that goes on is bit for bit the one that was never stopped.
+No random state is saved: the order of the data, dropout and substitutes are functions of the
+position, so that a resumed run equals an uninterrupted one bit for bit.
 """
 
 import hashlib
@@ -56,15 +56,15 @@ _SPARE_BYTES = 32 * 2**20  # for what is small beside adapters: metrics, samples
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or is not this run's."""
+    """A checkpoint that is damaged, or belongs to another run."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, read and found whole: the adapter, AdamW's moments, and all else as JSON.
+    """An intact checkpoint: the adapter, AdamW's moments, and everything else as JSON.
 
     `best_files` are the files of the best adapter; None in a checkpoint of an earlier version,
-    unless the best is its own.
+    unless its own adapter is the best.
     """
 
     path: Path
@@ -106,7 +106,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; at any moment there is all of it, all of the one before, or none.
+    """Write a checkpoint atomically: after a crash there is all of it, or none.
 
     `adapter_files` are those of `adapter.adapter_files`, `best_files` those of the best adapter.
     Raises OSError, with nothing left behind.
@@ -130,7 +130,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; raises CheckpointError, which names the file, if it is not whole."""
+    """Read a checkpoint; raises CheckpointError, which names the file, if it is not intact."""
     if not path.is_dir() or not is_checkpoint_name(path.name):
         raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
     try:
@@ -154,7 +154,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if BEST_FILE in manifest or state["validations"]["best_step"] == checkpoint_step(path):
             weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE
             if weights == BEST_FILE:
-                read_adapter(path, weights_file=weights)  # what it holds is an adapter
+                read_adapter(path, weights_file=weights)  # raises unless it is an adapter
             best_files = {
                 name: (path / file).read_bytes()
                 for name, file in ((WEIGHTS_FILE, weights), (CONFIG_FILE, CONFIG_FILE))
@@ -194,20 +194,20 @@ def find_checkpoint(folder: Path, named: Path | None = None) -> Checkpoint | Non
 
 
 def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
-    """Keep the last `keep_last`, the newest of which must be known to be whole, and the best."""
+    """Keep the last `keep_last`, the newest of which must be known to be intact, and the best."""
     for path in checkpoint_paths(folder)[:-keep_last]:
         if checkpoint_step(path) != best_step:
-            with suppress(OSError):  # one that stays is in nobody's way, and may hold other files
+            with suppress(OSError):  # the folder may contain other files, and then stays
                 for name in (MANIFEST_FILE, BEST_FILE, *_FILES):
                     (path / name).unlink(missing_ok=True)
                 path.rmdir()
 
 
-# --- going on with a run ---------------------------------------------------------------------
+# --- resuming a run --------------------------------------------------------------------------
 
 
 def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
-    """What --resume asks for; None where there is no run, or none that got to its first step.
+    """The checkpoint that --resume asks for; None if there is no run that reached its first step.
 
     Raises CheckpointError.
     """
@@ -218,8 +218,8 @@ def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
     if named is not None and named.resolve().parent != folder.resolve():
         paths = ", ".join(map(str, checkpoint_paths(folder))) or "none: there are no checkpoints"
         raise CheckpointError(
-            f"--resume {named} is no checkpoint of the run in {config.output_path}; expected one "
-            f"of {paths}"
+            f"--resume {named} is not a checkpoint of the run in {config.output_path}; expected "
+            f"one of {paths}"
         )
     return find_checkpoint(folder, named)
 
@@ -227,9 +227,9 @@ def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
 def check_fingerprints(
     checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig
 ) -> list[str]:
-    """Raises CheckpointError where model or rows are not those of the run.
+    """Raises CheckpointError if model or rows are not those of the run.
 
-    Returns the names of the fingerprints that the checkpoint lacks: an earlier version wrote it.
+    Returns the names of fingerprints that a checkpoint of an earlier version lacks.
     """
     words = {
         **OTHER_BASE,
@@ -250,19 +250,19 @@ def check_fingerprints(
 
 
 def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:
-    """Raises CheckpointError where products would be in another format than the run's."""
+    """Raises CheckpointError if matmuls would run in another dtype than the run's."""
     names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
     before = checkpoint.state["compute_dtype"]
     if before != str(dtype):
         raise CheckpointError(
-            f"cannot go on with the run in {config.output_path} with another --precision: "
+            f"cannot resume the run in {config.output_path} with another --precision: "
             f"{config.precision} means {names[str(dtype)]} here, the run has "
             f"{names.get(str(before), before)}; give that one"
         )
 
 
 def checkpoint_bytes(num_elements: int) -> int:
-    """About what a checkpoint of so many trainable elements takes: two adapters, two moments."""
+    """Approximate size of a checkpoint: two adapters and two moments of `num_elements` each."""
     return 4 * 4 * num_elements + _SPARE_BYTES
 
 

@@ -1,6 +1,6 @@
-"""What a checkpoint's state.json may hold: one schema, checked before anything is used.
+"""The schema of a checkpoint's state.json, checked before anything of it is used.
 
-A checker takes a JSON value and returns what is wrong with it, or None.
+A checker takes a JSON value and returns an error message, or None.
 """
 
 import re

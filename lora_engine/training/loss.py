@@ -28,7 +28,7 @@ def caption_loss(
     `input_ids` (B, T), `features` (B, P, D), and the targets flat, as in `batches.PixelBatch`:
     `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
     through the vocabulary head. The caller divides by the number of targets of the whole step, so
-    that gradient accumulation over ragged captions is exact.
+    that gradient accumulation over captions of different lengths is exact.
     """
     hidden = model.decode(input_ids, features)
     hidden = model.head_input(hidden.flatten(0, 1).index_select(0, target_positions))  # (M, D)
@@ -44,7 +44,7 @@ def caption_loss(
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of a frozen linear head, without ever holding all logits.
+    """Summed cross-entropy of a frozen linear head, without storing all logits.
 
     The head takes no gradient, so the gradient of its input is formed in the forward pass, a chunk
     of rows at a time, while the logits are there: softmax(logits) less the target's distribution,
@@ -70,7 +70,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             at_target = logits.gather(1, ids)
             if smoothing:
                 at_target = at_target.lerp(logits.mean(dim=1, keepdim=True), smoothing)
-            # In place from here on, as logits are many: their exponentials, then the softmax.
+            # In place from here on, because logits are large: their exponentials, then the softmax.
             largest = logits.amax(dim=1, keepdim=True)
             total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
             losses = largest + total.log() - at_target  # (chunk of M, 1)

@@ -24,8 +24,8 @@ _EVERY_S = 5.0  # between two reads
 class Meter:
     """Losses and speed between two log lines.
 
-    Losses stay on the device until `settle` reads them all at once: reading one a step would make
-    the processor wait for the GPU in every step.
+    Losses stay on the device until `settle` reads them all at once: reading one per step would make
+    the CPU wait for the GPU in every step.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval; what came between, a validation, does not count."""
+        """Begin a new interval; time since the last one, such as a validation, does not count."""
         self.pending: list[tuple[int, Tensor, Tensor, Sequence[str]]] = []
         self.finite: list[tuple[float, float]] = []  # (loss, gradient norm)
         self.num_images = 0
@@ -52,7 +52,7 @@ class Meter:
         self.begin()
 
     def begin(self) -> None:
-        """Begin to count time, in an interval that may have begun in an earlier process."""
+        """Start the clock of an interval that may have begun in an earlier process."""
         self.begin_s = self.read_s = time.perf_counter()
 
     def add(
@@ -64,9 +64,9 @@ class Meter:
         images: Sequence[str],
         waited_s: float,
     ) -> None:
-        """Remember a step; `images` are the paths of its rows' images.
+        """Record a step; `images` are the paths of its rows' images.
 
-        `waited_s` is the time that the process has waited for data so far.
+        `waited_s` is the time spent waiting for data since the loader was created.
         """
         self.waited_s += waited_s - self._waited_before_s
         self._waited_before_s = waited_s
@@ -75,7 +75,7 @@ class Meter:
         self.num_images += len(images)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the interval so far has come to, so that a run that goes on logs the same means."""
+        """Sums of the interval so far, so that a resumed run logs the same means."""
         self.read()
         return {
             "finite": self.finite,
@@ -100,7 +100,7 @@ class Meter:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether people have waited for a few seconds; a read now and then costs nothing."""
+        """Whether the last read was some seconds ago; an occasional read costs nothing."""
         return time.perf_counter() - self.read_s > _EVERY_S
 
     def read(self) -> None:

@@ -1,4 +1,4 @@
-"""How long a run is, what happens at which of its steps, and the learning-rate curve."""
+"""The number of steps of a run, what happens at which step, and the learning-rate curve."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     """Rate of optimizer step `step` (1 to total_steps): linear warm-up, then linear decay.
 
     It rises to `peak` at step `warmup_steps`, is `peak` again at the step after it, and falls
-    towards zero, which it would reach one step after the last: every step learns something.
+    towards zero, which it would reach one step after the last: no step has a rate of zero.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps

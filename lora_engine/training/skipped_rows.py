@@ -19,7 +19,7 @@ MAX_SHOWN = 10  # skipped images named on the console
 
 
 class SkippedRows:
-    """Counts rows whose image could not be used; lists each image once in skipped.jsonl, after the
+    """Counts rows whose image cannot be used, and lists each image once in skipped.jsonl, after the
     rows that were rejected when the annotation files were read."""
 
     def __init__(self, folder: RunFolder, *, max_share: float, num_rows: int) -> None:
@@ -109,7 +109,7 @@ class SkippedRows:
 def allowed_failures(num_tried: int, max_share: float, *, is_sample: bool) -> float:
     """How many of `num_tried` may fail; of a sample three standard deviations more.
 
-    A set with just less than the allowed share would else be refused by chance.
+    Otherwise a dataset just below the allowed share could be refused by chance.
     """
     chance = 3 * math.sqrt(max_share * (1 - max_share) * num_tried) if is_sample else 0.0
     return max_share * num_tried + chance
