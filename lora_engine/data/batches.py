@@ -1,7 +1,7 @@
 """Rows -> batches: deterministic order, similar lengths together, loaded by worker processes.
 
 The order is a function of (seed, epoch) alone, and an unreadable image's substitute one of (seed,
-epoch, position), so that nothing about workers or prefetching has to be saved.
+epoch, position), so that no state of workers or prefetching has to be saved.
 
 Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded for it, H height,
 W width, P image tokens, D width of the features.
@@ -202,11 +202,11 @@ class CaptionedImages(Dataset):
         """The images of all rows of some batches."""
         return [self.image_paths[image] for batch in batches for image in batch.images]
 
-    def __getitem__(self, place: SampleIndex) -> Example:
-        row = place.row
-        if not place.needs_pixels:
+    def __getitem__(self, index: SampleIndex) -> Example:
+        row = index.row
+        if not index.needs_pixels:
             return Example(row, int(self.image_of_row[row]), self.captions[row])
-        generator = np.random.default_rng([self.seed, place.epoch, place.position])
+        generator = np.random.default_rng([self.seed, index.epoch, index.position])
         skipped: list[Skipped] = []
         for _ in range(MAX_SUBSTITUTES + 1):
             image = int(self.image_of_row[row])
@@ -229,7 +229,7 @@ def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStam
     """An image file's pixels uint8 (3, H, W), its stamp, and its digest; raises ImageError."""
     file = stamp(path)
     data = read_image_file(path)
-    if stamp(path) != file:  # it changed under us; what was read is good, the stamp is not
+    if stamp(path) != file:  # it changed meanwhile: what was read is good, the stamp is not
         file = None
     try:
         return load_pixels(data, settings), file, content_digest(data)
@@ -305,7 +305,7 @@ def bucket_length(num_tokens: int) -> int:
 
 def load_batches(
     dataset: CaptionedImages,
-    places: Iterable[list[SampleIndex]],
+    order: Iterable[list[SampleIndex]],
     *,
     collate: Collate,
     num_workers: int,
@@ -315,22 +315,22 @@ def load_batches(
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     batch_bytes: int = 0,
 ) -> Iterator[PixelBatch]:
-    """Load batches in the order of `places`, ahead of their use where there are workers.
+    """Load batches in this order, ahead of their use if there are workers.
 
     An image is not read if `has_features` is true for its number when its turn comes. Pinned memory
     lets copies to a GPU overlap with computation. `timeout_s`, `waiting` and `batch_bytes` are
     as in `workers.load`.
     """
-    asked = (
+    requests = (
         [
-            place._replace(needs_pixels=not has_features(int(dataset.image_of_row[place.row])))
-            for place in batch
+            index._replace(needs_pixels=not has_features(int(dataset.image_of_row[index.row])))
+            for index in batch
         ]
-        for batch in places
+        for batch in order
     )
     return load(
         dataset,
-        batch_sampler=_Once(asked),
+        batch_sampler=_Once(requests),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -343,8 +343,8 @@ def load_batches(
 class _Once:
     """A batch sampler over an iterator; DataLoader asks for it once, in this process."""
 
-    def __init__(self, places: Iterator[list[SampleIndex]]) -> None:
-        self.places = places
+    def __init__(self, batches: Iterator[list[SampleIndex]]) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        return self.places
+        return self.batches
