@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
+from flop_count import count_flops
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.lora.layer import LoRALinear
 from lora_engine.models import blip, cross_attention, vit_gpt2
+from lora_engine.models.attention import KeyValueCache
 from lora_engine.models.cross_attention import absorbs, low_rank_features
 from lora_engine.models.pretrained import Captioner, load_captioner
 
@@ -224,6 +225,76 @@ def test_less_precise_forms_stay_near_the_precise_one(force, family, dtype, limi
             assert (one - other).norm() < limit * other.norm()
 
 
+# --- layers that are called -----------------------------------------------------------------
+
+
+class TwiceLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class TwiceLoRA(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def by_subclass(layer: nn.Module) -> None:
+    layer.__class__ = TwiceLoRA if isinstance(layer, LoRALinear) else TwiceLinear
+
+
+def by_replaced_forward(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def by_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+@every_family
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("double", [by_subclass, by_replaced_forward, by_hook])
+def test_what_a_layer_of_the_features_does_in_its_call_is_not_bypassed(
+    force, family, adapted, double
+):
+    """Doubled keys (and values) are those of doubled weights and biases."""
+    taken = force("absorbed")
+    layer = Layer(family, PROJECTIONS[family] if adapted else [])
+    x, features = inputs(layer)
+    of_keys = layer.module.feature_layers[0]
+    with torch.no_grad():
+        of_keys.weight *= 2
+        of_keys.bias *= 2
+        if adapted:
+            of_keys.lora_B *= 2
+    expected = layer(x, features)
+    with torch.no_grad():
+        of_keys.weight /= 2
+        of_keys.bias /= 2
+        if adapted:
+            of_keys.lora_B /= 2
+    assert not torch.allclose(layer(x, features), expected)
+    double(of_keys)
+    torch.testing.assert_close(layer(x, features), expected, **EXACT)
+    assert taken == ["absorbed", "absorbed", "projected"]
+
+
+@every_family
+def test_with_a_cache_such_a_layer_is_called_once(family):
+    layer = Layer(family, PROJECTIONS[family])
+    x, features = inputs(layer)
+    calls = []
+    layer.module.feature_layers[0].register_forward_hook(lambda *_: calls.append(1))
+    expected = layer(x, features)[:, :1]
+    cache = KeyValueCache(num_tokens=3)
+    (low_ranks,) = low_rank_features(features, [layer.module.feature_layers], cache)
+    calls.clear()
+    for _ in range(2):
+        out = layer.module(x[:, :1], features, low_ranks, cache[0])
+        torch.testing.assert_close(out, expected, **EXACT)
+    assert len(calls) == 1
+
+
 # --- the adapters' part of the features -----------------------------------------------------
 
 
@@ -394,7 +465,7 @@ def test_the_rule_counts_the_work_of_a_forward_pass(force, num_tokens):
         counts = {}
         for form in ("absorbed", "projected"):
             force(form)
-            counter = FlopCounterMode(display=False)
+            counter = count_flops()
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
                 layer(x, features)
             counts[form] = counter.get_total_flops()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from lora_engine.lora import layer as layer_module
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import (
     cast_frozen,
@@ -25,7 +26,8 @@ from lora_engine.lora.injection import (
     select,
     unmerge,
 )
-from lora_engine.lora.layer import LoRALinear
+from lora_engine.lora.layer import LinearParts, LoRALinear
+from lora_engine.models import cross_attention
 
 IN, OUT, RANK = 12, 20, 3
 
@@ -141,6 +143,45 @@ def test_A_starts_as_pefts_does():
     nn.init.kaiming_uniform_(expected, a=5**0.5)
     assert torch.equal(ours.lora_A, expected) and not ours.lora_B.any()
     assert torch.equal(ours.weight, base.weight)
+
+
+def test_the_formula_has_one_definition(monkeypatch, captioner):
+    """Changing `linear_parts` changes calls, both forms of cross-attention, and merging alike."""
+    model = captioner.model.double()
+    inject(model, ["attention", "feed_forward"], rank=2, dropout=0.0)
+    for matrix in lora_parameters(model).values():
+        nn.init.normal_(matrix, std=0.1)
+    features, tokens = torch.randn(2, 17, 64).double(), torch.randint(20, 90, (2, 5))
+
+    def logits() -> list[torch.Tensor]:
+        outs = []
+        for is_absorbed in (False, True):
+            monkeypatch.setattr(cross_attention, "absorbs", lambda *_, **__: is_absorbed)
+            outs.append(model.head(model.decode(tokens, features)))
+        merge(model)
+        outs.append(model.head(model.decode(tokens, features)))
+        unmerge(model)
+        return outs
+
+    before = logits()
+    for out in before[1:]:
+        torch.testing.assert_close(out, before[0], rtol=1e-9, atol=1e-9)
+    real = layer_module.linear_parts
+
+    def magnified(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
+        """As DoRA does it: rows of W + scaling * B A get another magnitude."""
+        parts = real(layer, dtype)
+        if parts.lora_B is None:
+            return parts
+        magnitude = torch.linspace(0.5, 1.5, len(parts.weight), dtype=dtype)[:, None]
+        return parts._replace(weight=magnitude * parts.weight, lora_B=magnitude * parts.lora_B)
+
+    monkeypatch.setattr(layer_module, "linear_parts", magnified)
+    monkeypatch.setattr(cross_attention, "linear_parts", magnified)
+    after = logits()
+    assert not torch.allclose(after[0], before[0], rtol=0.01)
+    for out in after[1:]:
+        torch.testing.assert_close(out, after[0], rtol=1e-9, atol=1e-9)
 
 
 # --- dropout --------------------------------------------------------------------------------
@@ -463,6 +504,20 @@ def test_an_error_says_what_to_do_and_changes_nothing(targets, arguments, messag
     assert list(tree.modules()) == modules
     for name, parameter in tree.named_parameters():
         assert parameter.requires_grad and torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("intercept", [
+    lambda layer: layer.register_forward_hook(lambda *_: None),
+    lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    lambda layer: setattr(layer, "forward", lambda x: x),
+    lambda layer: layer.compile(),
+], ids=["hook", "backward hook", "forward", "compiled"])
+def test_a_layer_whose_call_was_changed_is_not_replaced(intercept):
+    tree = Tree()
+    intercept(tree.body[1]["query"])
+    with pytest.raises(ValueError, match="body.1.query has hooks, a replaced forward"):
+        inject(tree, ["query"], rank=2)
+    assert not any(lora_layers(tree)) and tree.body[0]["query"].weight.requires_grad
 
 
 def test_injecting_twice_is_an_error():

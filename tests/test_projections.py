@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from flop_count import count_flops
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine.lora import layer as lora
@@ -241,12 +242,6 @@ def test_only_the_matrices_and_an_input_that_needs_it_get_a_gradient(kind):
     assert all(matrix.grad is not None for matrix in matrices(layers))
 
 
-def counted_flops() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False)
-    counter.flop_registry[torch.ops.aten.addmm_] = counter.flop_registry[torch.ops.aten.addmm]
-    return counter
-
-
 @every_kind
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_no_product_is_formed_that_nothing_needs(kind, needs_gradient):
@@ -256,10 +251,10 @@ def test_no_product_is_formed_that_nothing_needs(kind, needs_gradient):
     dense = sum(2 * num_rows * layer.weight.numel() for layer in layers)
     into_rank = sum(2 * num_rows * layer.lora_A.numel() for layer in adapters(layers))
     out_of_rank = sum(2 * num_rows * layer.lora_B.numel() for layer in adapters(layers))
-    with counted_flops() as forward:
+    with count_flops() as forward:
         outs = project(x, *layers)
     assert forward.get_total_flops() == dense + into_rank + out_of_rank
-    with counted_flops() as backward:
+    with count_flops() as backward:
         if outs[0].requires_grad:
             sum(out.sum() for out in outs).backward()
     of_matrices = into_rank + 2 * out_of_rank  # dA; dB and G
@@ -306,21 +301,57 @@ def trained_bias() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("other", [
-    lambda: Doubled(IN, 8).requires_grad_(False), trained_weight, trained_bias,
-    lambda: nn.Sequential(frozen(8), nn.Tanh()), lambda: conv1d(8),
-], ids=["subclass", "trained weight", "trained bias", "sequence", "bare conv1d"])
-def test_layers_of_other_kinds_and_layers_in_training_are_called(other):
-    layer, beside = other().double(), adapted(8, 3).double()
+class DoubledLoRA(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled_lora() -> nn.Module:
+    layer = DoubledLoRA(frozen(8), rank=3, alpha=6.0)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def replaced_forward(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def parametrized() -> nn.Module:
+    layer = frozen(8)
+    return parametrize.register_parametrization(layer, "weight", nn.Tanh()).requires_grad_(False)
+
+
+# Layers whose call is not the formula with their weight, bias, A and B.
+OTHER_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: Doubled(IN, 8).requires_grad_(False),
+    "subclass of LoRALinear": doubled_lora,
+    "replaced forward": lambda: replaced_forward(frozen(8)),
+    "replaced forward of LoRALinear": lambda: replaced_forward(adapted(8, 3)),
+    "parametrization": parametrized,
+    "trained weight": trained_weight,
+    "trained bias": trained_bias,
+    "sequence": lambda: nn.Sequential(frozen(8), nn.Tanh()),
+    "bare Conv1D": lambda: conv1d(8),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LAYERS)
+def test_layers_of_other_kinds_and_trained_layers_are_called(other):
+    layer, beside = OTHER_LAYERS[other]().double(), adapted(8, 3).double()
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     inputs = [x, *matrices([beside]), *(p for p in layer.parameters() if p.requires_grad)]
     assert_equal(project(x, layer, beside), [layer(x), beside(x)], inputs, **EXACT)
 
 
-@pytest.mark.parametrize("register", [
+every_hook = pytest.mark.parametrize("register", [
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
     "register_full_backward_pre_hook",
 ])
+
+
+@every_hook
 @pytest.mark.parametrize("make", [lambda: frozen(8), lambda: adapted(8, 3)], ids=["frozen", "lora"])
 def test_hooks_are_run(make, register):
     layer, beside = make(), adapted(8, 3)
@@ -330,6 +361,35 @@ def test_hooks_are_run(make, register):
     outs = project(x, layer, beside)
     assert_equal(outs, formula(x, [layer, beside]), [x], rtol=1e-5, atol=1e-5)
     assert calls
+
+
+@every_hook
+def test_hooks_of_all_modules_are_run(register):
+    """As profilers register them."""
+    layers, seen = [frozen(8), adapted(8, 3)], []
+    x = torch.randn(4, IN, requires_grad=True)
+    name = register.replace("register_", "register_module_")
+    handle = getattr(nn.modules.module, name)(lambda module, *_: seen.append(module))
+    try:
+        outs = project(x, *layers)
+        sum(out.sum() for out in outs).backward()
+    finally:
+        handle.remove()
+    assert sorted(map(id, seen)) == sorted(map(id, layers))
+
+
+def test_a_layer_that_was_compiled_is_called():
+    layer, x = frozen(8), torch.randn(4, IN)
+    layer._compiled_call_impl = lambda x: torch.zeros(4, 8)  # what nn.Module.compile sets
+    assert not project(x, layer)[0].any()
+
+
+def test_each_layer_keeps_its_own_dropout_probability(masks):
+    layers = layers_of("query and value", dropout=0.4)
+    layers[-1].dropout = 0.0
+    x = torch.randn(50, IN, dtype=torch.float64, requires_grad=True)
+    project(x, *layers)
+    assert [mask is None for mask in masks] == [False, True]
 
 
 # --- half precision -------------------------------------------------------------------------

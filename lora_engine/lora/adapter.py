@@ -29,6 +29,7 @@ from lora_engine.lora.injection import (
     lora_parameters,
     select,
 )
+from lora_engine.lora.layer import LoRALinear, update_bound
 from lora_engine.lora.patterns import first_matches
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
 
@@ -315,14 +316,14 @@ def _listed(complaints: list[str]) -> str:
 
 
 def _peft_config(
-    layers: Mapping[str, Any],
+    layers: Mapping[str, LoRALinear],
     base_model: str | None,
     hugging_face_class: str | None,
     revision: str | None,
 ) -> dict[str, Any]:
     """PEFT's configuration; each layer's own rank and alpha as patterns where they differ."""
     first = next(iter(layers.values()))
-    rank, alpha = first.rank, first.scaling * first.rank
+    rank, alpha = first.rank, first.alpha
     return {
         "peft_type": "LORA",
         "auto_mapping": {
@@ -340,8 +341,7 @@ def _peft_config(
         "target_modules": list(layers),
         "rank_pattern": {re.escape(p): x.rank for p, x in layers.items() if x.rank != rank},
         "alpha_pattern": {
-            re.escape(p): x.scaling * x.rank for p, x in layers.items()
-            if x.scaling * x.rank != alpha
+            re.escape(p): x.alpha for p, x in layers.items() if x.alpha != alpha
         },
         # The scaling above is resolved already, rsLoRA's too.
         "use_rslora": False,
@@ -445,8 +445,8 @@ def _check_values(
             )
     alpha = max([config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()])
     for name in (name for name in matrices if name.endswith("A")):
-        rank = len(matrices[name])
-        if float(alpha) * rank * largest[name] * largest[name[:-1] + "B"] > MAX_FP32:
+        largest_A, largest_B = largest[name], largest[name[:-1] + "B"]
+        if update_bound(alpha, len(matrices[name]), largest_A, largest_B) > MAX_FP32:
             raise AdapterError(
                 f"{path}: the update of {name.removesuffix('.lora_A')} may overflow float32 (its "
                 f"alpha is up to {alpha:g}); the adapter is damaged: use another copy"

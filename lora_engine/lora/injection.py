@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_engine.lora.layer import LoRALinear, check_settings, is_conv1d, widths
+from lora_engine.lora.layer import (
+    LoRALinear,
+    check_settings,
+    is_conv1d,
+    is_intercepted,
+    widths,
+)
 from lora_engine.lora.patterns import PatternError, first_matches
 
 
@@ -90,14 +96,21 @@ def inject(
     or what follows a dot in it. New A matrices are drawn from torch's global generator in the
     order of the module tree. Only the new matrices require a gradient afterwards.
 
-    Raises ValueError as `select` does, for a pattern that is no regular expression or costs too
-    much, and for a rank below 1 or a dropout outside [0, 1), before anything is changed.
+    Before anything is changed, raises ValueError as `select` does, for a pattern that is no regular
+    expression or takes too long to match, for a rank below 1 or a dropout outside [0, 1), and for a
+    targeted layer with hooks or a replaced `forward`.
     """
     paths = select(module, targets)
     ranks = by_pattern(rank_pattern, paths, default=rank)
     alphas = by_pattern(alpha_pattern, paths, default=alpha)
     for layer_rank in ranks.values():
         check_settings(layer_rank, dropout)
+    for path in paths:
+        if is_intercepted(module.get_submodule(path)):
+            raise ValueError(
+                f"{path} has hooks, a replaced forward or a compiled call, which an adapter would "
+                f"drop; remove them, and add them to the LoRA layer after inject()"
+            )
     module.requires_grad_(False)
     adapted = []
     for path in paths:

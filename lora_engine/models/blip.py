@@ -19,11 +19,7 @@ from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import (
-    cross_attention,
-    feature_projection,
-    low_rank_features,
-)
+from lora_engine.models.cross_attention import cross_attention, low_rank_features
 from lora_engine.models.vit import VisionTransformer, convert_names
 
 
@@ -57,7 +53,7 @@ class Attention(nn.Module):
 
     @property
     def feature_layers(self) -> tuple[nn.Module, nn.Module]:
-        """What projects the features, in a cross-attention."""
+        """The layers of keys and values of a cross-attention."""
         return self.self["key"], self.self["value"]
 
     def forward(
@@ -78,11 +74,9 @@ class Attention(nn.Module):
             context = causal_self_attention(*heads, **settings)
         else:
             (query,) = project(x, self.self["query"])
-            key, value = (
-                feature_projection(layer, low_rank, query.dtype)
-                for layer, low_rank in zip(self.feature_layers, low_ranks)
+            context = cross_attention(
+                query, features, self.feature_layers, low_ranks, **settings
             )
-            context = cross_attention(query, features, key, value, **settings)
         (out,) = project(context, self.output["dense"])
         out = F.dropout(out, self.hidden_dropout, self.training)
         return self.output["LayerNorm"](x + out)

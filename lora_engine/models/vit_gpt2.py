@@ -20,11 +20,7 @@ from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import (
-    cross_attention,
-    feature_projection,
-    low_rank_features,
-)
+from lora_engine.models.cross_attention import cross_attention, low_rank_features
 from lora_engine.models.vit import VisionTransformer, convert_names
 
 
@@ -54,7 +50,7 @@ class Attention(nn.Module):
 
     @property
     def feature_layers(self) -> tuple[nn.Module]:
-        """What projects the features, in a cross-attention."""
+        """The layer of keys and values of a cross-attention."""
         return (self.c_attn,)
 
     def forward(
@@ -75,8 +71,9 @@ class Attention(nn.Module):
             context = causal_self_attention(*heads.chunk(3, dim=-1), **settings)
         else:
             (query,) = project(x, self.q_attn)
-            key, value = feature_projection(self.c_attn, low_ranks[0], query.dtype).chunk(2)
-            context = cross_attention(query, features, key, value, **settings)
+            context = cross_attention(
+                query, features, self.feature_layers, low_ranks, **settings
+            )
         (out,) = project(context, self.c_proj)
         return F.dropout(out, self.residual_dropout, self.training)
 
