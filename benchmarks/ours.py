@@ -24,7 +24,7 @@ from lora_engine.data.batches import Batch, Collate, Example, Identified, epoch_
 from lora_engine.data.images import PixelSettings
 from lora_engine.features.source import FeatureSource, ImageList
 from lora_engine.lora.injection import inject, lora_layers
-from lora_engine.models.pretrained import Captioner, load_body
+from lora_engine.models.pretrained import Captioner, load_model
 from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
 from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, optimizer_step
@@ -62,7 +62,7 @@ class Ours:
         self.seed = seed
         # On a CPU a thread would only take time from the training.
         self.num_ahead = num_ahead if device.type == "cuda" else 0
-        model = load_body(folder)
+        model = load_model(folder)
         torch.manual_seed(seed)
         inject(
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout

@@ -26,7 +26,7 @@ from lora_engine.lora.adapter import (
     save_adapter,
 )
 from lora_engine.lora.injection import inject, lora_layers, lora_parameters, merge
-from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner, load_captioner
 
 # PEFT still asks transformers under an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -52,7 +52,7 @@ def adapted(folder: Path, **settings) -> Captioner:
 def save(captioner: Captioner, folder: Path, **settings) -> Path:
     save_adapter(
         captioner.model, folder, base_model=captioner.name,
-        hugging_face_class=FAMILIES[captioner.family].hugging_face_class, **settings,
+        hugging_face_class=captioner.hugging_face_class, **settings,
     )
     return folder
 
@@ -179,7 +179,7 @@ def test_saved_configuration_is_complete_and_pefts_own_class_reads_it(captioner_
         "revision": "v1", "task_type": None, "use_dora": False, "use_rslora": False,
         "base_model_name_or_path": str(captioner_folder),
         "auto_mapping": {
-            "base_model_class": FAMILIES[captioner.family].hugging_face_class,
+            "base_model_class": captioner.hugging_face_class,
             "parent_library": "transformers",
         },
     } == config

@@ -20,7 +20,7 @@ from benchmarks.cross_attention import crossing  # noqa: E402
 from lora_engine.lora.adapter import read_adapter  # noqa: E402
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models import cross_attention  # noqa: E402
-from lora_engine.models.pretrained import load_body  # noqa: E402
+from lora_engine.models.pretrained import load_model  # noqa: E402
 from lora_engine.training.loss import caption_loss  # noqa: E402
 
 MODELS = ("blip", "vit_gpt2")
@@ -183,7 +183,7 @@ def measured_flops(function):
 
 def test_the_work_is_that_of_the_engine(case):
     """In fp64, whose products all go through operators that torch counts."""
-    model = load_body(case.folder).double()
+    model = load_model(case.folder).double()
     inject(model, ["attention", "feed_forward"], dropout=0.0)
     for name, matrix in model.named_parameters():
         if name.endswith("lora_B"):

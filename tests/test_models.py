@@ -1,4 +1,6 @@
-"""Our bodies against Hugging Face's: features, logits, loss, caches, checkpointing."""
+"""Our models against Hugging Face's: features, logits, loss, caches, checkpointing."""
+
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -9,7 +11,9 @@ from checkpoints import hugging_face, hugging_face_logits, random_pixels
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.attention import KeyValueCache
+from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.models.protocol import CaptioningModel, Decoder, Encoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -28,6 +32,18 @@ def masked_loss(model, input_ids, features, targets):
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (targets != IGNORED).sum()
+
+
+def test_every_family_implements_the_protocol(captioner):
+    """That signatures match, too, mypy checks at the table of families."""
+    model = captioner.model
+    assert isinstance(model, CaptioningModel)
+    assert isinstance(model.encoder, Encoder) and isinstance(model.decoder, Decoder)
+
+
+def test_every_family_names_a_recipe():
+    recipes = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.py")}
+    assert {family.recipe for family in FAMILIES.values()} <= recipes
 
 
 # --- equal to Hugging Face ------------------------------------------------------------------

@@ -18,7 +18,7 @@ METHODS = {  # of any module or object
 }
 ALLOWED = {
     # published checkpoints come as .bin, too; with weights_only they hold tensors
-    ("lora_engine/models/pretrained.py", "torch.load"),
+    ("lora_engine/models/weights.py", "torch.load"),
 }
 
 
@@ -56,7 +56,7 @@ def test_no_source_can_run_what_a_file_says(path):
 
 
 def test_the_one_load_of_torch_takes_weights_only():
-    tree = ast.parse((ROOT / "lora_engine/models/pretrained.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "lora_engine/models/weights.py").read_text(encoding="utf-8"))
     calls = [
         node for node in ast.walk(tree)
         if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"

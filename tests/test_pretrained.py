@@ -27,14 +27,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lora_engine.data.images import PixelSettings
-from lora_engine.models.pretrained import (
-    PREPROCESSORS,
-    PretrainedError,
-    build_from_config,
-    fingerprint,
-    load_captioner,
-    load_tokenizer,
-)
+from lora_engine.models import pretrained
+from lora_engine.models.families import FAMILIES
+from lora_engine.models.model_folder import PretrainedError
+from lora_engine.models.pixel_settings import PREPROCESSORS, read_pixel_settings
+from lora_engine.models.pretrained import build_from_config, load_captioner, load_tokenizer
+from lora_engine.models.weights import fingerprint
 
 
 @pytest.fixture
@@ -292,12 +290,14 @@ def test_a_blip_that_does_not_caption_is_refused(blip):
     assert_refused(blip, "BlipForQuestionAnswering", "BlipForConditionalGeneration")
 
 
-@pytest.mark.parametrize("part, model_type", [("decoder", "bert"), ("encoder", "swin")])
-def test_an_encoder_decoder_of_other_parts_is_refused(vit_gpt2, part, model_type):
+@pytest.mark.parametrize("part, model_type, expected", [
+    ("decoder", "bert", "'gpt2'"), ("encoder", "swin", "'vit' or 'deit'"),
+])
+def test_an_encoder_decoder_of_other_parts_is_refused(vit_gpt2, part, model_type, expected):
     config = json.loads((vit_gpt2 / "config.json").read_text())
     config[part] = {"model_type": model_type}
     (vit_gpt2 / "config.json").write_text(json.dumps(config))
-    assert_refused(vit_gpt2, repr(model_type), "a ViT or DeiT encoder and a GPT-2 decoder")
+    assert_refused(vit_gpt2, repr(model_type), f"expected {expected}")
 
 
 def test_an_unknown_activation_is_refused(tmp_path):
@@ -348,7 +348,7 @@ def test_a_broken_index_is_told_so(blip, text):
 def test_truncated_safetensors_are_told_so(folder, kept_bytes):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
-    assert_refused(folder, f"cannot read {path}", "fetch the file anew")
+    assert_refused(folder, f"cannot read {path}", "download it again")
 
 
 def test_a_truncated_bin_is_told_so(blip):
@@ -444,12 +444,14 @@ def with_image_size(folder: Path, size: tuple[int, int]) -> None:
 
 
 def pixels_of(folder: Path) -> PixelSettings:
-    from lora_engine.models import pretrained
-
     config = pretrained._read_config(folder, None)
     with torch.device("meta"):
         model = pretrained._build(folder, config)
-    return pretrained._read_pixel_settings(folder, config, model)
+    return read_pixel_settings(
+        folder,
+        default_kind=FAMILIES[config.model_type].image_processor,
+        image_size=model.encoder.image_size,
+    )
 
 
 def random_preprocessor(rng: random.Random) -> dict:
@@ -742,7 +744,7 @@ def test_a_bin_file_cannot_claim_more_than_it_holds(blip):
     (blip / "model.safetensors").unlink()
     path = blip / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1, dtype=torch.half).expand(10**7, 10**7)}, path)
-    assert_refused(blip, "its tensors are larger than the file")
+    assert_refused(blip, "its tensors exceed the file's size")
     torch.save({"a": torch.zeros(10**6)}, path)
     with zipfile.ZipFile(path) as stored:
         members = {info.filename: stored.read(info) for info in stored.infolist()}
@@ -819,7 +821,7 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
     ({"hidden_size": "abc"}, "not a usable configuration"),
     ({"num_attention_heads": 0}, "0 attention heads"),
     ({"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
-    ({"patch_size": 0}, "describes no possible model"),
+    ({"patch_size": 0}, "does not describe a valid model"),
 ])
 def test_impossible_numbers_in_a_configuration_are_told(blip_folder, tmp_path, changes, words):
     folder = tmp_path / "model"

@@ -8,7 +8,7 @@ Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D wi
 features, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,10 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
+from lora_engine.models import vit
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
+from lora_engine.models.attention import (
+    KeyValueCache,
+    LayerCache,
+    causal_self_attention,
+)
+from lora_engine.models.config_values import (
+    fraction,
+    valid_activation,
+    valid_num_heads,
+    whole_number,
+)
 from lora_engine.models.cross_attention import cross_attention, low_rank_features
-from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.models.vit import VisionTransformer
 
 
 class Attention(nn.Module):
@@ -207,14 +218,14 @@ class TextDecoder(nn.Module):
 
 
 class BlipCaptioner(nn.Module):
-    """BLIP for captioning, in the form that `lora_engine.models` describes."""
+    """BLIP for captioning; implements `protocol.CaptioningModel`."""
 
-    lora_groups = {
+    lora_groups: Mapping[str, str] = {
         "attention": r".*\.(self\.(query|key|value)|(attention|crossattention)\.output\.dense)",
         "feed_forward": r".*\.layer\.\d+\.(intermediate|output)\.dense",
     }
     lora_scope = r"text_decoder\.bert\.encoder\.layer\..*"
-    # (head, embedding) where a checkpoint ties them
+    fan_in_fan_out = False
     tied_head = (
         "text_decoder.cls.predictions.decoder.weight",
         "text_decoder.bert.embeddings.word_embeddings.weight",
@@ -252,12 +263,37 @@ class BlipCaptioner(nn.Module):
         return project(self.head_input(hidden), self.vocabulary)[0]
 
 
+def from_config(config: Any) -> BlipCaptioner:
+    """The model of a transformers `BlipConfig`; raises ValueError for a value out of range."""
+    text = config.text_config
+    decoder = TextDecoder(
+        width=whole_number(text, "hidden_size", "width"),
+        features_width=whole_number(config.vision_config, "hidden_size", "width"),
+        num_layers=whole_number(text, "num_hidden_layers", "layers"),
+        num_heads=valid_num_heads(text.num_attention_heads, text.hidden_size),
+        mlp_width=whole_number(text, "intermediate_size", "width"),
+        vocab_size=whole_number(text, "vocab_size", "vocabulary"),
+        max_positions=whole_number(text, "max_position_embeddings", "positions"),
+        eps=fraction(text, "layer_norm_eps"),
+        act=valid_activation(text.hidden_act),
+        hidden_dropout=fraction(text, "hidden_dropout_prob"),
+        attention_dropout=fraction(text, "attention_probs_dropout_prob"),
+    )
+    return BlipCaptioner(vit.from_config(config.vision_config), decoder)
+
+
+def special_ids(config: Any) -> tuple[int, int, int]:
+    """(start, end, pad) of captions."""
+    text = config.text_config  # BLIP does not use its eos_token_id: captions end with [SEP]
+    return text.bos_token_id, text.sep_token_id, text.pad_token_id
+
+
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published checkpoint's tensors under the names of `BlipCaptioner`."""
     prefix = "vision_model."
     state = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     vision = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    state |= {prefix + k: v for k, v in convert_names(vision, "blip").items()}
+    state |= {prefix + k: v for k, v in vit.convert_names(vision, "blip").items()}
     state.pop("text_decoder.bert.embeddings.position_ids", None)  # an old buffer, 0, 1, 2, ...
     # Stored once or twice: the head's bias is one tensor under two names.
     bias = state.pop("text_decoder.cls.predictions.bias", None)

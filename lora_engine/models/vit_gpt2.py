@@ -9,7 +9,7 @@ Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D wi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,10 +18,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
+from lora_engine.models import vit
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
+from lora_engine.models.attention import (
+    KeyValueCache,
+    LayerCache,
+    causal_self_attention,
+)
+from lora_engine.models.config_values import (
+    fraction,
+    valid_activation,
+    valid_num_heads,
+    whole_number,
+)
 from lora_engine.models.cross_attention import cross_attention, low_rank_features
-from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.models.vit import VisionTransformer
 
 
 class Attention(nn.Module):
@@ -189,18 +200,18 @@ class GPT2Decoder(nn.Module):
 
 
 class ViTGPT2Captioner(nn.Module):
-    """ViT + GPT-2 for captioning, in the form that `lora_engine.models` describes.
+    """ViT + GPT-2 for captioning; implements `protocol.CaptioningModel`.
 
-    `enc_to_dec_proj` stands between encoder and decoder of unequal widths; it is frozen and
-    counts as the encoder's.
+    `enc_to_dec_proj` connects an encoder and a decoder of different widths; it is frozen, and its
+    outputs are the features.
     """
 
-    lora_groups = {
+    lora_groups: Mapping[str, str] = {
         "attention": r".*\.(attn|crossattention)\.(c_attn|q_attn|c_proj)",
         "feed_forward": r".*\.mlp\.(c_fc|c_proj)",
     }
     lora_scope = r"decoder\.transformer\.h\..*"
-    fan_in_fan_out = True  # how PEFT calls Conv1D's orientation, which these have elsewhere
+    fan_in_fan_out = True  # Conv1D in transformers
     tied_head = ("decoder.lm_head.weight", "decoder.transformer.wte.weight")
 
     def __init__(self, encoder: VisionTransformer, decoder: GPT2Decoder) -> None:
@@ -234,6 +245,52 @@ class ViTGPT2Captioner(nn.Module):
         return project(hidden, self.vocabulary)[0]
 
 
+def from_config(config: Any) -> ViTGPT2Captioner:
+    """The model of a transformers `VisionEncoderDecoderConfig` of a ViT or DeiT and a GPT-2.
+
+    Raises ValueError for a value out of range.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    width = whole_number(decoder, "n_embd", "width")
+    gpt2 = GPT2Decoder(
+        width=width,
+        num_layers=whole_number(decoder, "n_layer", "layers"),
+        num_heads=valid_num_heads(decoder.n_head, width),
+        mlp_width=4 * width if not decoder.n_inner else whole_number(decoder, "n_inner", "width"),
+        vocab_size=whole_number(decoder, "vocab_size", "vocabulary"),
+        max_positions=whole_number(decoder, "n_positions", "positions"),
+        eps=fraction(decoder, "layer_norm_epsilon"),
+        act=valid_activation(decoder.activation_function),
+        embedding_dropout=fraction(decoder, "embd_pdrop"),
+        attention_dropout=fraction(decoder, "attn_pdrop"),
+        residual_dropout=fraction(decoder, "resid_pdrop"),
+        scale_by_width=decoder.scale_attn_weights,
+        scale_by_layer=decoder.scale_attn_by_inverse_layer_idx,
+    )
+    vision = vit.from_config(
+        encoder,
+        qkv_bias=encoder.qkv_bias,
+        num_class_tokens=2 if encoder.model_type == "deit" else 1,
+    )
+    return ViTGPT2Captioner(vision, gpt2)
+
+
+def special_ids(config: Any) -> tuple[int, int, int]:
+    """(start, end, pad) of captions; raises ValueError if the configuration lacks one."""
+    def first(name: str) -> int:
+        for part in (config, config.decoder):
+            if getattr(part, name, None) is not None:
+                return getattr(part, name)
+        raise ValueError(f"neither config.json nor its decoder part has {name}")
+
+    has_start = any(
+        getattr(part, "decoder_start_token_id", None) is not None
+        for part in (config, config.decoder)
+    )
+    start = first("decoder_start_token_id" if has_start else "bos_token_id")
+    return start, first("eos_token_id"), first("pad_token_id")
+
+
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published checkpoint's tensors under the names of `ViTGPT2Captioner`.
 
@@ -245,7 +302,7 @@ def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         k.removeprefix(prefix): v for k, v in tensors.items()
         if k.startswith(prefix) and not k.startswith(prefix + "pooler.")
     }
-    state = {prefix + k: v for k, v in convert_names(vision, "vit").items()}
+    state = {prefix + k: v for k, v in vit.convert_names(vision, "vit").items()}
     for name, tensor in tensors.items():
         if name.startswith(prefix) or re.search(r"\.(attn|crossattention)\.(masked_)?bias$", name):
             continue

@@ -68,7 +68,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     """Train an adapter as `config` says and leave it in a run folder: a new one, or with
     `config.resume` that of the run which goes on.
 
-    `family`, a key of `pretrained.FAMILIES`, refuses models of another kind.
+    `family`, a key of `families.FAMILIES`, refuses models of another kind.
 
     Raises ValueError (or a named kind of it) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run under way cannot go on; Interrupted after SIGINT,
