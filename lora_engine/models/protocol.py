@@ -64,7 +64,8 @@ class CaptioningModel(_Module, Protocol):  # type: ignore[misc]
     """
 
     lora_groups: Mapping[str, str]
-    """Names of groups of LoRA targets, and their regular expressions over module paths."""
+    """Regular expressions over module paths, by group name. The groups "attention" and
+    "feed_forward" are the default LoRA targets."""
     lora_scope: str
     """A regular expression over the module paths that LoRA may adapt."""
     tied_head: tuple[str, str]
