@@ -537,8 +537,8 @@ def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
     (lambda t: t | {KEY.replace("A.weight", "magnitude_vector"): torch.zeros(1)},
      "lora_magnitude_vector is not a LoRA matrix"),
     (lambda t: {k: v for k, v in t.items() if k != KEY},
-     f"{QUERY}.lora_B stands without {QUERY}.lora_A"),
-    (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, {QUERY}.lora_B 4"),
+     f"has {QUERY}.lora_B but not {QUERY}.lora_A"),
+    (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, but {QUERY}.lora_B has rank 4"),
     (lambda t: t | {KEY: t[KEY][0]}, "expected a floating-point matrix"),
     (lambda t: t | {KEY: t[KEY].int()}, "I32 of shape"),
     (lambda t: t | {KEY: t[KEY][:0]}, "expected a floating-point matrix"),
@@ -590,7 +590,7 @@ def test_an_adapter_of_another_family_is_refused(
 def test_an_adapter_on_the_encoder_or_head_is_refused(blip_folder, tmp_path):
     make_with_peft(blip_folder, tmp_path / "head", target_modules=["query", "dense"])
     assert_refused(tmp_path / "head", blip_folder, "cls.predictions.transform.dense",
-                   "never adapted here")
+                   "cannot be adapted")
     make_with_peft(blip_folder, tmp_path / "vision", target_modules=["query", "qkv"])
     assert_refused(tmp_path / "vision", blip_folder, "self_attn.qkv")
 

@@ -476,13 +476,14 @@ def test_rslora_scaling_uses_each_layers_own_rank():
 
 
 @pytest.mark.parametrize("targets, arguments, message", [
-    (["qeury"], {}, "'qeury' matches no linear layer; near names: query.*groups: attention, mlp"),
-    (["atention"], {}, "near names: attention"),
+    (["qeury"], {},
+     "'qeury' matches no linear layer; close matches: query.*groups: attention, mlp"),
+    (["atention"], {}, "close matches: attention"),
     (["xxxxxxxx"], {}, "linear layers: dense, query, query_norm, subquery, value"),
     (["query", "norm"], {}, "'norm' matches no linear layer"),  # a module, but not a linear one
     (["body"], {}, "matches no linear layer"),
-    (["encoder.query"], {}, "only modules that are never adapted here.*encoder.query"),
-    (["re:head.*"], {}, "only modules that are never adapted here.*head.dense"),
+    (["encoder.query"], {}, "only modules that cannot be adapted.*encoder.query"),
+    (["re:head.*"], {}, "only modules that cannot be adapted.*head.dense"),
     (["re:(query"], {}, r"'re:\(query': .* is not a regular expression"),
     (["re:a{99999999999}"], {}, "'re:a.99999999999.*repeats too often"),
     (["re:" + "(" * 5_000 + ")" * 5_000], {}, "is not a regular expression"),

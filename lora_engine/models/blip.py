@@ -1,8 +1,8 @@
 """BLIP's captioner (arXiv:2201.12086): a Vision Transformer and a BERT-like causal decoder.
 
-The decoder is post-norm BERT with a cross-attention in every layer. Its modules carry Hugging
-Face's names and sit at its paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so
-that weights, LoRA targets and adapters match by name; only the encoder is renamed (vit.py).
+The decoder is post-norm BERT with a cross-attention in every layer. Its modules have Hugging Face's
+paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so weights, LoRA targets and
+adapters match by name; only the encoder is renamed (vit.py).
 
 Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, E width of the
 features, V vocabulary.
@@ -139,10 +139,10 @@ class Embeddings(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Token ids and image features -> hidden states; `head` makes logits of them.
+    """Token ids and image features -> hidden states; `BlipCaptioner.head` computes logits.
 
-    Every width and probability is the checkpoint's own; nothing has a default, because a wrong
-    number of heads loads without an error and captions nonsense.
+    No argument has a default: with a wrong number of heads, for example, a checkpoint would load
+    without an error and caption nonsense.
     """
 
     def __init__(
@@ -289,13 +289,13 @@ def special_ids(config: Any) -> tuple[int, int, int]:
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under the names of `BlipCaptioner`."""
+    """A checkpoint's tensors under the names of `BlipCaptioner`."""
     prefix = "vision_model."
     state = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     vision = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     state |= {prefix + k: v for k, v in vit.convert_names(vision, "blip").items()}
     state.pop("text_decoder.bert.embeddings.position_ids", None)  # an old buffer, 0, 1, 2, ...
-    # Stored once or twice: the head's bias is one tensor under two names.
+    # The head's bias may be stored under two names.
     bias = state.pop("text_decoder.cls.predictions.bias", None)
     if bias is not None:
         state.setdefault("text_decoder.cls.predictions.decoder.bias", bias)

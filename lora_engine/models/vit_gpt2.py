@@ -1,9 +1,9 @@
 """ViT + GPT-2: transformers' VisionEncoderDecoderModel of a ViT or DeiT and a GPT-2.
 
-The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules carry Hugging
-Face's names and sit at its paths (`decoder.transformer.h.0.attn.c_attn`), so that weights, LoRA
-targets and adapters match by name. GPT-2's Conv1D weights (in, out) are transposed at the door
-into `nn.Linear`'s (out, in); the fused `c_attn` stays one linear layer.
+The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules have Hugging Face's
+paths (`decoder.transformer.h.0.attn.c_attn`), so weights, LoRA targets and adapters match by name.
+`convert_state` transposes GPT-2's Conv1D weights (in, out) to those of `nn.Linear` (out, in); the
+fused `c_attn` stays one linear layer.
 
 Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, V vocabulary.
 """
@@ -36,7 +36,8 @@ from lora_engine.models.vit import VisionTransformer
 
 
 class Attention(nn.Module):
-    """Self-attention (`c_attn` makes q, k, v) or cross-attention (`q_attn`; `c_attn` makes k, v).
+    """Self-attention (`c_attn`: query, key, value) or cross-attention (`q_attn`: query; `c_attn`:
+    key, value).
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Block(nn.Module):
 
 
 class GPT2Decoder(nn.Module):
-    """Token ids and image features -> hidden states; `head` makes logits of them.
+    """Token ids and image features -> hidden states; `ViTGPT2Captioner.head` computes logits.
 
     `scale_by_width` and `scale_by_layer` are GPT-2's two ways to scale attention scores: by
     1 / sqrt(head width), and by 1 / (layer number + 1).
@@ -292,10 +293,10 @@ def special_ids(config: Any) -> tuple[int, int, int]:
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under the names of `ViTGPT2Captioner`.
+    """A checkpoint's tensors under the names of `ViTGPT2Captioner`.
 
-    Left out on purpose: the ViT's pooler, which captioning never uses, and the causal masks that
-    old GPT-2 checkpoints carry as buffers.
+    Left out: the ViT's pooler, which captioning does not use, and the causal masks that old GPT-2
+    checkpoints store as buffers.
     """
     prefix = "encoder."
     vision = {
