@@ -1,4 +1,4 @@
-"""Cross-attention without keys and values equals that with them: outputs and every gradient."""
+"""Absorbed and projected cross-attention are equal: outputs and all gradients."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ NUM_IMAGES, NUM_TOKENS, WIDTH, NUM_HEADS = 2, 11, 16, 4
 
 @pytest.fixture
 def force(monkeypatch) -> Callable[[str], list[str]]:
-    """Makes every cross-attention take a form; the list says which were taken."""
+    """Forces a form of cross-attention; the returned list records the forms that ran."""
 
     def force(form: str) -> list[str]:
         taken = []
@@ -84,8 +84,7 @@ class Layer:
         return self.module(x, features, low_ranks, None)
 
     def written_out(self, x: Tensor, features: Tensor, kept: Tensor | float = 1.0) -> Tensor:
-        """With keys and values, image by image; `kept` multiplies the probabilities (B, H, T, P).
-        """
+        """The textbook formula; `kept` multiplies the attention probabilities (B, H, T, P)."""
         if isinstance(self.module, blip.Attention):
             q, k, v = (self.module.self[name] for name in ("query", "key", "value"))
             out, norm = self.module.output["dense"], self.module.output["LayerNorm"]
@@ -136,7 +135,7 @@ every_family = pytest.mark.parametrize("family", PROJECTIONS)
 @every_subset
 @pytest.mark.parametrize("rows_per_image", [1, 3])
 def test_both_forms_equal_attention_as_written_out(force, family, adapted, rows_per_image):
-    """For adapters on any of the projections, and the gradient of the queries' input."""
+    """With adapters on any subset of the projections."""
     layer = Layer(family, adapted)
     x, features = inputs(layer, rows_per_image=rows_per_image)
     expected = output_and_gradients(layer, x, lambda: layer.written_out(x, features))
@@ -163,7 +162,7 @@ def test_gradients_of_the_absorbed_form_equal_finite_differences(force, family):
 def test_dropped_probabilities_are_dropped_as_written_out(
     force, monkeypatch, family, adapted, rows_per_image
 ):
-    """Then the probabilities of a query no longer add up to 1, which the value bias feels."""
+    """The probabilities of a query then no longer sum to 1, which affects the value bias."""
     taken = force("absorbed")
     layer = Layer(family, adapted, attention_dropout=0.4)
     x, features = inputs(layer, rows_per_image=rows_per_image)
@@ -207,9 +206,9 @@ def test_a_key_bias_changes_nothing_and_a_value_bias_does(force, family, form, p
 @every_family
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
 def test_less_precise_forms_stay_near_the_precise_one(force, family, dtype, limit):
-    """Outputs and gradients, as shares of their norms; in bf16 up to 4.6 % (absorbed) and 3.3 %.
+    """Relative errors of outputs and gradients; in bf16 up to 4.6 % (absorbed) and 3.3 %.
 
-    So much because the scores are: bf16 keeps a score of 10 to within 0.03.
+    bf16 rounds a score of 10 by up to 0.03.
     """
     layer = Layer(family, PROJECTIONS[family])
     x, features = inputs(layer, rows_per_image=3)
@@ -257,7 +256,7 @@ def by_hook(layer: nn.Module) -> None:
 def test_what_a_layer_of_the_features_does_in_its_call_is_not_bypassed(
     force, family, adapted, double
 ):
-    """Doubled keys (and values) are those of doubled weights and biases."""
+    """Doubling the output equals doubling weight, bias and B."""
     taken = force("absorbed")
     layer = Layer(family, PROJECTIONS[family] if adapted else [])
     x, features = inputs(layer)
@@ -329,7 +328,7 @@ def test_merged_and_frozen_projections_have_no_part_in_the_features():
 
 @pytest.fixture(scope="module", params=["blip", "blip, uneven", "vit_gpt2"])
 def folder(request, tmp_path_factory) -> Path:
-    """Checkpoints without dropouts of their own, one with features wider than the decoder."""
+    """Checkpoints without dropout, one with features wider than the decoder."""
     path = tmp_path_factory.mktemp("checkpoint")
     if request.param == "vit_gpt2":
         checkpoints.write_vit_gpt2(
@@ -343,7 +342,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def adapted_captioner(folder: Path, *, dropout: float = 0.0) -> Captioner:
-    """In fp64, with adapters on all of the decoder's linear layers that say something."""
+    """A captioner in fp64 with random adapters on all linear layers of the decoder."""
     captioner = load_captioner(folder)
     captioner.model.double()
     inject(captioner.model, ["attention", "feed_forward"], rank=3, alpha=5, dropout=dropout)
@@ -353,7 +352,7 @@ def adapted_captioner(folder: Path, *, dropout: float = 0.0) -> Captioner:
 
 
 def caption_batch(captioner: Captioner, length: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, targets) of three captions of up to so many tokens."""
+    """(input_ids, targets) of three captions of up to `length` tokens."""
     generator = torch.Generator().manual_seed(length)
     lengths = [length + 1, max(length - 3, 2), length // 2 + 2]
     rows = [torch.randint(20, 90, (n,), generator=generator).numpy() for n in lengths]
@@ -365,7 +364,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def peft_of(folder: Path, captioner: Captioner) -> nn.Module:
-    """Hugging Face's model of the folder with the captioner's adapters, by PEFT."""
+    """Hugging Face's model of the folder with the same adapters in PEFT."""
     matrices = lora_parameters(captioner.model)
     targets = [name.removesuffix(".lora_A") for name in matrices if name.endswith(".lora_A")]
     config = LoraConfig(
@@ -380,7 +379,7 @@ def peft_of(folder: Path, captioner: Captioner) -> nn.Module:
 
 
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What PEFT trains, by our names."""
+    """PEFT's trainable parameters under our names."""
     return {
         name.replace(".default.weight", ""): parameter
         for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -429,14 +428,14 @@ def test_lora_dropout_is_the_same_in_both_forms_of_a_captioner(force, folder):
         loss = loss_of(model.head(model.decode(input_ids, features)), targets)
         results.append([loss, *torch.autograd.grad(loss, matrices)])
     torch.testing.assert_close(results[0], results[1], **EXACT)
-    assert not torch.allclose(results[2][0], results[1][0], rtol=1e-4)  # it was there
+    assert not torch.allclose(results[2][0], results[1][0], rtol=1e-4)  # dropout was active
 
 
 # --- which form -----------------------------------------------------------------------------
 
 
 def longest_absorbed(num_tokens: int, width: int, num_heads: int, *, with_backward: bool) -> int:
-    """The most queries that absorb; beyond that none does."""
+    """The largest number of queries for which the rule chooses the absorbed form."""
     rule = [
         absorbs((number, width), (num_tokens, width), num_heads, with_backward=with_backward)
         for number in range(1, 2000)
@@ -446,7 +445,7 @@ def longest_absorbed(num_tokens: int, width: int, num_heads: int, *, with_backwa
 
 
 def test_short_captions_absorb_and_long_ones_do_not():
-    """At the sizes of the published checkpoints, up to where it was measured to pay."""
+    """At the published sizes, up to the measured break-even (benchmarks/LOG.md)."""
     assert longest_absorbed(577, 768, 12, with_backward=True) == pytest.approx(33, abs=3)
     assert longest_absorbed(197, 768, 12, with_backward=True) == pytest.approx(27, abs=3)
     for sizes in [(577, 768, 12), (197, 768, 12), (577, 1024, 16), (17, 64, 4)]:
@@ -456,7 +455,7 @@ def test_short_captions_absorb_and_long_ones_do_not():
 
 @pytest.mark.parametrize("num_tokens", [17, 60])
 def test_the_rule_counts_the_work_of_a_forward_pass(force, num_tokens):
-    """By torch's own count: to either side of the turn the form that it picks is the cheaper."""
+    """On both sides of the crossover the chosen form takes fewer operations by torch's count."""
     layer = Layer("vit_gpt2", [])
     turn = longest_absorbed(num_tokens, WIDTH, NUM_HEADS, with_backward=False)
     features = torch.randn(NUM_IMAGES, num_tokens, WIDTH, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""LoRA's algebra, with PEFT as the reference; injection, matching and its errors."""
+"""LoRA's algebra against PEFT; injection, target matching and its errors."""
 
 import copy
 
@@ -50,14 +50,14 @@ every_kind = pytest.mark.parametrize("make_base", [linear, linear_without_bias, 
 
 
 def adapted(base: nn.Module, *, alpha: float = 6.0, **settings) -> LoRALinear:
-    """A LoRA layer whose B is no longer zero."""
+    """A LoRA layer whose B is not zero."""
     layer = LoRALinear(base, rank=RANK, alpha=alpha, **settings)
     nn.init.normal_(layer.lora_B)
     return layer
 
 
 class Tree(nn.Module):
-    """A small module tree with look-alike names; `lora_scope` leaves `head` and `encoder` out."""
+    """A small module tree with similar names; `lora_scope` excludes `head` and `encoder`."""
 
     lora_groups = {"attention": r".*\.(query|value)", "mlp": r".*\.mlp\.dense"}
     lora_scope = r"body\..*"
@@ -169,7 +169,7 @@ def test_the_formula_has_one_definition(monkeypatch, captioner):
     real = layer_module.linear_parts
 
     def magnified(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
-        """As DoRA does it: rows of W + scaling * B A get another magnitude."""
+        """Give the rows of W + scaling * B A another magnitude, as DoRA does."""
         parts = real(layer, dtype)
         if parts.lora_B is None:
             return parts
@@ -303,7 +303,7 @@ def test_gradients_equal_finite_differences(make_base):
     assert layer.lora_A.dtype == torch.float64
 
     x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-    # gradcheck moves the matrices' own entries, so the layer sees every step.
+    # gradcheck changes the matrices in place, so the layer sees every step.
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_A, layer.lora_B))
 
 
@@ -322,7 +322,7 @@ def test_frozen_parameters_get_no_gradient():
 
 
 class CountCasts(TorchDispatchMode):
-    """Counts casts between floating-point types of tensors with the given storages."""
+    """Counts dtype casts of the given tensors and their views."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -354,7 +354,7 @@ def test_under_autocast_adapters_stay_fp32_and_frozen_weights_are_not_cast(make_
 
 
 def test_without_cast_frozen_autocast_casts_the_weight_in_every_step():
-    layer = adapted(linear())  # what the test above would overlook if its counter were blind
+    layer = adapted(linear())  # shows that CountCasts counts
     with CountCasts([layer.weight]) as casts, torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(6, IN))
     assert casts.num_casts == 1
@@ -572,7 +572,7 @@ def test_trainable_parameters_are_listed_A_before_B_in_tree_order():
 
 
 def test_linear_subclasses_are_left_alone():
-    """nn.MultiheadAttention reads its out_proj's weight past forward: LoRA there would be idle."""
+    """nn.MultiheadAttention reads its out_proj's weight directly: LoRA would have no effect."""
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(ValueError, match="matches no linear layer"):
         inject(attention, ["out_proj"])

@@ -1,4 +1,4 @@
-"""Checkpoints at the door: every published way of storing them, and what bad ones are told."""
+"""Loading checkpoints: every published way of storing them, and errors for bad ones."""
 
 import builtins
 import json
@@ -230,7 +230,7 @@ def test_pixel_settings_are_the_preprocessors(blip_folder, vit_gpt2_folder):
     assert vit_gpt2.std == (0.5, 0.5, 0.5)
 
 
-# --- what bad checkpoints are told ----------------------------------------------------------
+# --- bad checkpoints ------------------------------------------------------------------------
 
 
 def assert_refused(folder, *messages: str, **arguments) -> None:
@@ -308,24 +308,24 @@ def test_an_unknown_activation_is_refused(tmp_path):
     assert_refused(tmp_path, "activation 'mish' is not one of gelu")
 
 
-def test_a_folder_that_is_not_there_is_told_so(tmp_path):
+def test_a_folder_that_is_not_there_is_reported(tmp_path):
     for name in (tmp_path / "absent", "./absent", "absent"):
         assert_refused(name, "no model folder at", str(name))
     (tmp_path / "file").touch()
     assert_refused(tmp_path / "file", "no model folder at")
 
 
-def test_a_folder_without_configuration_is_told_so(tmp_path):
+def test_a_folder_without_configuration_is_reported(tmp_path):
     assert_refused(tmp_path, f"{tmp_path} has no config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3", "\x00"])
-def test_a_broken_configuration_is_told_so(blip, text):
+def test_a_broken_configuration_is_reported(blip, text):
     (blip / "config.json").write_text(text)
     assert_refused(blip, str(blip / "config.json"), "is not a configuration")
 
 
-def test_missing_weights_are_told_so(folder):
+def test_missing_weights_are_reported(folder):
     (folder / "model.safetensors").unlink()
     assert_refused(folder, "neither model.safetensors nor pytorch_model.bin")
 
@@ -338,20 +338,20 @@ def test_a_missing_shard_is_named(folder):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 3}}'])
-def test_a_broken_index_is_told_so(blip, text):
+def test_a_broken_index_is_reported(blip, text):
     (blip / "model.safetensors").unlink()
     (blip / "model.safetensors.index.json").write_text(text)
     assert_refused(blip, str(blip / "model.safetensors.index.json"))
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 5000])
-def test_truncated_safetensors_are_told_so(folder, kept_bytes):
+def test_truncated_safetensors_are_reported(folder, kept_bytes):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
     assert_refused(folder, f"cannot read {path}", "download it again")
 
 
-def test_a_truncated_bin_is_told_so(blip):
+def test_a_truncated_bin_is_reported(blip):
     torch.save(read(blip), blip / "pytorch_model.bin")
     (blip / "model.safetensors").unlink()
     path = blip / "pytorch_model.bin"
@@ -379,8 +379,8 @@ def test_vocabulary_files_alone_make_the_same_tokenizer(captioner_folder, folder
 
 
 @pytest.mark.parametrize("kept", ["tokenizer_config.json", None])
-def test_a_folder_without_vocabulary_is_told_so(folder, kept):
-    # transformers makes an empty tokenizer of it, and says nothing
+def test_a_folder_without_vocabulary_is_reported(folder, kept):
+    # transformers silently makes an empty tokenizer
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
                  "merges.txt"):
         if name != kept:
@@ -395,7 +395,7 @@ def test_a_tokenizer_of_another_model_is_refused(blip, vit_gpt2_folder):
     assert_refused(blip, "no usable tokenizer", "401 ids, the model 234")
 
 
-def test_a_folder_without_preprocessor_is_told_so(folder):
+def test_a_folder_without_preprocessor_is_reported(folder):
     (folder / "preprocessor_config.json").unlink()
     assert_refused(folder, "no usable preprocessor_config.json")
 
@@ -436,7 +436,7 @@ def hugging_faces_pixels(folder: Path) -> PixelSettings:
 
 
 def with_image_size(folder: Path, size: tuple[int, int]) -> None:
-    """Let the encoder take images of this size, without regard to its weights."""
+    """Change the encoder's image size in the configuration, whatever its weights."""
     config = json.loads((folder / "config.json").read_text())
     part = config["vision_config" if config["model_type"] == "blip" else "encoder"]
     part["image_size"] = size[0] if size[0] == size[1] else list(size)
@@ -474,7 +474,7 @@ def random_preprocessor(rng: random.Random) -> dict:
 
 
 def test_the_preprocessor_is_read_as_transformers_reads_it(blip):
-    """Every kind and spelling, with class defaults for what is absent."""
+    """Every kind and spelling, with class defaults for missing settings."""
     rng = random.Random(0)
     compared = set()
     for number in range(110):
@@ -517,7 +517,7 @@ def test_a_preprocessor_without_a_name_is_the_models_own(folder, captioner_folde
     ({"do_resize": False}, "do_resize is not true"),
     ({"do_center_crop": True}, "image size (None, None)"),
 ])
-def test_impossible_pixel_settings_are_told(blip, changes, message):
+def test_impossible_pixel_settings_are_reported(blip, changes, message):
     edit_json(blip / "preprocessor_config.json", **changes)
     assert_refused(blip, "no usable preprocessor_config.json", message)
 
@@ -536,7 +536,7 @@ EVIL = {
 
 @pytest.fixture
 def nothing_reaches_out(monkeypatch):
-    """No question on stdin, no socket, no request of the Hub's client."""
+    """Fails on reading stdin, opening a socket or calling the Hub's client."""
     def refuse(*arguments, **_):
         raise SystemExit(f"reached out: {arguments}")
 
@@ -546,7 +546,7 @@ def nothing_reaches_out(monkeypatch):
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    # As for somebody who is online: offline, transformers would not even try.
+    # As online: offline, transformers would not even try.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("hf_hub_download", "snapshot_download", "model_info"):
         monkeypatch.setattr(huggingface_hub, name, refuse)
@@ -554,7 +554,7 @@ def nothing_reaches_out(monkeypatch):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch) -> Path:
-    """What an evil.py writes when it is run."""
+    """The file that an evil.py writes when it is run."""
     mark = tmp_path / "code was run"
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     return mark
@@ -595,7 +595,7 @@ def test_a_folder_that_names_code_is_refused_by_the_files_name(
                                   "Trainer", "models", "BertModel", ["BertTokenizer"], 5])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_a_tokenizer_is_only_ever_a_tokenizer(folder, evil, nothing_reaches_out, file, name):
-    """A class of transformers that AutoTokenizer would call, and which itself may ask for code."""
+    """AutoTokenizer would call any transformers class, and some of them may run code."""
     write_evil(folder, evil)
     edit_json(folder / file, tokenizer_class=name)
     assert_refused(folder, "tokenizer" if file == "tokenizer_config.json" else "")
@@ -611,7 +611,7 @@ def test_a_tokenizer_that_fails_in_use_is_refused_when_it_is_loaded(blip, change
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(vit_gpt2):
-    """Its exception is no Exception."""
+    """Its exception derives from BaseException only."""
     edit_json(vit_gpt2 / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     model = json.loads((vit_gpt2 / "tokenizer.json").read_text())["model"]
     edit_json(vit_gpt2 / "tokenizer.json", model=model | {"continuing_subword_prefix": "x" * 99})
@@ -662,7 +662,7 @@ def test_only_regular_files_of_bounded_size_are_read(blip, nothing_reaches_out, 
     assert_refused(blip, f"{path} is not a regular file")
 
 
-def test_a_shard_that_is_no_regular_file_is_named(blip):
+def test_a_shard_that_is_not_a_regular_file_is_named(blip):
     (blip / "model.safetensors").unlink()
     os.mkfifo(blip / "shard.safetensors")
     (blip / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
@@ -709,7 +709,7 @@ def test_deeply_nested_json_is_an_error(blip, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.bool])
-def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+def test_weights_that_are_not_floating_point_are_refused(folder, dtype):
     tensors = read(folder)
     name = next(name for name in tensors if name.endswith("h.0.mlp.c_proj.weight")
                 or name.endswith("layer.0.output.dense.weight") and "text_decoder" in name)
@@ -734,7 +734,7 @@ def test_finite_weights_whose_sum_overflows_are_accepted(blip):
     load_captioner(blip)
 
 
-def test_matrices_that_cannot_be_joined_are_told(vit_gpt2):
+def test_matrices_that_cannot_be_joined_are_reported(vit_gpt2):
     query = "encoder.encoder.layer.0.attention.attention.query.weight"
     rewrite(vit_gpt2, read(vit_gpt2) | {query: torch.zeros(3, 5)})
     assert_refused(vit_gpt2, "do not fit their configuration")
@@ -759,7 +759,7 @@ def test_a_bin_file_cannot_claim_more_than_it_holds(blip):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 10**5, "\ud800/b"])
-def test_an_impossible_name_is_told(name):
+def test_an_impossible_name_is_reported(name):
     with pytest.raises(PretrainedError):
         load_captioner(name)
 
@@ -823,7 +823,7 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
     ({"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
     ({"patch_size": 0}, "does not describe a valid model"),
 ])
-def test_impossible_numbers_in_a_configuration_are_told(blip_folder, tmp_path, changes, words):
+def test_impossible_numbers_in_a_configuration_are_reported(blip_folder, tmp_path, changes, words):
     folder = tmp_path / "model"
     shutil.copytree(blip_folder, folder)
     config = json.loads((folder / "config.json").read_text())
