@@ -246,7 +246,7 @@ def test_twenty_adamw_steps_give_pefts_losses(captioner_folder, tmp_path):
 
 def test_provenance_comes_back(captioner_folder, tmp_path):
     captioner = adapted(captioner_folder)
-    provenance = {"base_fingerprint": captioner.fingerprint, "prompt": "a photo of é"}
+    provenance = {"base_fingerprint": captioner.fingerprints["base"], "prompt": "a photo of é"}
     read = read_adapter(save(captioner, tmp_path / "adapter", provenance=provenance))
     assert read.provenance == provenance
     assert read.prompt == "a photo of é" and read.base_model == str(captioner_folder)

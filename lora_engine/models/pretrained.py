@@ -29,7 +29,7 @@ from lora_engine.models.model_folder import (
 )
 from lora_engine.models.pixel_settings import read_pixel_settings
 from lora_engine.models.protocol import CaptioningModel
-from lora_engine.models.weights import fill, fingerprint, read_checkpoint, tie_head
+from lora_engine.models.weights import fingerprint, load_state, read_checkpoint, tie_head
 
 
 @dataclass
@@ -49,11 +49,6 @@ class Captioner:
     folder: Path
     revision: str | None
     fingerprints: dict[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the weights."""
-        return self.fingerprints["base"]
 
     @property
     def hugging_face_class(self) -> str | None:
@@ -154,7 +149,7 @@ def _load_model(folder: Path, config: Any) -> CaptioningModel:
         raise PretrainedError(
             f"the weights in {folder} do not fit their configuration: {reason(error)}"
         ) from None
-    fill(model, state, source=str(folder))
+    load_state(model, state, source=str(folder))
     return model.eval()
 
 

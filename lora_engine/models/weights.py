@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: read from its files, and filled into a model.
+"""The weights of a checkpoint: read its files, and load them into a model.
 
 The only file that may read a published `.bin`, with weights_only.
 """
@@ -80,8 +80,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         why = reason(error)
-        told = why if str(path) in why else f"cannot read {path}: {why}"
-        raise PretrainedError(f"{told}; download it again") from None
+        message = why if str(path) in why else f"cannot read {path}: {why}"
+        raise PretrainedError(f"{message}; download it again") from None
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def fill(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
+def load_state(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
     """Load tensors into a model on the meta device; names and shapes must match exactly."""
     head, embedding = model.tied_head
     stored_apart = head in state and embedding in state
