@@ -23,7 +23,7 @@ from benchmarks.measure import cells, finish, flags, interleave, read_flags, spr
 from benchmarks.ours import ALPHA, RANK
 from lora_engine.lora.adapter import adapter_files
 from lora_engine.lora.injection import inject, lora_layers
-from lora_engine.models.pretrained import load_body
+from lora_engine.models.pretrained import load_model
 from lora_engine.training.checkpoint import read_checkpoint, write_checkpoint
 from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
 
@@ -72,7 +72,7 @@ def _operations(
     arguments: argparse.Namespace, model_folder: Path, folder: Path
 ) -> tuple[Callable[[int], float], Callable[[int], float], int]:
     """Functions that write and read a checkpoint -> seconds, and its bytes."""
-    model = load_body(model_folder).to(arguments.device)
+    model = load_model(model_folder).to(arguments.device)
     inject(model, ["attention", "feed_forward"], rank=arguments.rank, alpha=ALPHA)
     matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), arguments.dtype)
     optimizer = build_optimizer(matrices, lr=1e-4, weight_decay=0.0)

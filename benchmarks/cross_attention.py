@@ -3,7 +3,7 @@
     python -m benchmarks.cross_attention --model blip        577 image tokens
     python -m benchmarks.cross_attention --model vit_gpt2    197 image tokens
 
-Both forms are timed as `lora_engine.models.cross_attention.cross_attention` runs them, with
+Both forms are timed as `lora_engine.models.cross_attention.attend` runs them, with
 adapters on keys and values, from the query to its context, and back to the gradients of the query
 and the adapters. At the crossing, found between the measured lengths on straight lines, both take
 the same time; beside it stands the length up to which the engine's rule takes the absorbed form.
@@ -132,7 +132,7 @@ def attention_calls(
 
     def attend() -> Tensor:
         with autocast(device, dtype):
-            return engine.cross_attention(
+            return engine.attend(
                 query, features, key, value,
                 num_heads=num_heads, scale=(width // num_heads) ** -0.5,
             )

@@ -43,7 +43,7 @@ from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.features.source import encode_pixels
 from lora_engine.features.store import read_rate
 from lora_engine.lora.injection import cast_frozen
-from lora_engine.models.pretrained import load_body, load_captioner
+from lora_engine.models.pretrained import load_captioner, load_model
 from lora_engine.training.validation import validation_loss
 
 FORMATS: tuple[CacheDtype, ...] = get_args(CacheDtype)
@@ -124,7 +124,7 @@ def measure_speeds(arguments: Any) -> tuple[dict[str, int], dict[str, dict[str, 
     device, dtype = arguments.device, arguments.dtype
     with checkpoint(arguments.model, small=arguments.quick) as folder:
         case = make_case(folder, arguments, num_rows=arguments.batch_size)
-        model = load_body(folder)
+        model = load_model(folder)
     cast_frozen(model, dtype)
     model.to(device)
     pixels = torch.from_numpy(case.rows.pixels).to(device)

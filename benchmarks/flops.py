@@ -23,7 +23,7 @@ def encoder_flops(model: CaptioningModel) -> int:
 
     A layer: the products of its four linear layers, 2 P (weights), and attention, 4 P P D.
     """
-    encoder = model.encoder
+    encoder: Any = model.encoder
     num_tokens, width = encoder.num_tokens, encoder.width
     num_patches = num_tokens - encoder.class_token.shape[1]
     patches = 2 * num_patches * encoder.patch_embedding.weight.numel()

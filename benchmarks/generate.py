@@ -43,7 +43,7 @@ from lora_engine.devices import autocast
 from lora_engine.features.source import encode_pixels
 from lora_engine.lora.adapter import load_adapter
 from lora_engine.lora.injection import cast_frozen, merge
-from lora_engine.models.pretrained import load_body
+from lora_engine.models.pretrained import load_model
 
 MAX_NEW_TOKENS = 20
 IDS = {"blip": (30522, 102, 0), "vit_gpt2": (50256, 50256, 50256)}  # start, end, pad
@@ -152,7 +152,7 @@ def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
 
 def ours(case: Case, *, merged: bool) -> tuple[Caption, Caption]:
     """This engine with that adapter: from pixels, and from features."""
-    model = load_body(case.folder)
+    model = load_model(case.folder)
     load_adapter(model, case.folder / "adapter")
     if merged:
         merge(model)

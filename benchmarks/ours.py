@@ -30,7 +30,7 @@ from lora_engine.data.batches import (
 from lora_engine.data.images import PixelSettings
 from lora_engine.features.source import FeatureSource, ImageList
 from lora_engine.lora.injection import inject
-from lora_engine.models.pretrained import Captioner, load_body
+from lora_engine.models.pretrained import Captioner, load_model
 from lora_engine.training.setup import place_model
 from lora_engine.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ class Ours:
         self.seed = seed
         # On a CPU a thread would only take time from the training.
         self.num_ahead = num_ahead if device.type == "cuda" else 0
-        model = load_body(folder)
+        model = load_model(folder)
         torch.manual_seed(seed)
         inject(
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout

@@ -1,9 +1,8 @@
-"""Small random checkpoints of both families, written as the published ones are.
+"""Small random checkpoints of both families, in the format of the published ones.
 
-Two layers, width 64, four heads, 64-pixel images: quick, and wrong wherever a real one would be
-wrong. The tokenizers are small, but of the published kinds, with the published traps: BLIP's
-start token lies beyond its tokenizer's own ids, GPT-2's start, end and padding are one id, and
-the file of its tokenizer asks for padding and truncation.
+Two layers, width 64, four heads, 64-pixel images. The tokenizers are small, but of the published
+kinds, with their peculiarities: BLIP's start token is beyond its tokenizer's own ids, GPT-2's
+start, end and padding are one id, and its tokenizer file asks for padding and truncation.
 """
 
 import copy
@@ -89,7 +88,7 @@ def write_vit_gpt2(
 
 
 def write_one(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
-    """Store a checkpoint's tensors in one file, "safetensors" or "bin"."""
+    """Store tensors in one file, "safetensors" or "bin"."""
     if suffix == "safetensors":
         save_file(tensors, folder / "model.safetensors")
     else:
@@ -97,7 +96,7 @@ def write_one(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
-    """Store them in two files and an index."""
+    """Store tensors in two files and an index."""
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     names = sorted(tensors)
     shards = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
@@ -119,13 +118,13 @@ def hugging_face(folder: Path) -> nn.Module:
 
 
 def hugging_face_logits(model: nn.Module, pixels: Tensor, input_ids: Tensor) -> Tensor:
-    """Logits (N, T, V) of Hugging Face's model, bare or within PEFT."""
+    """Logits (N, T, V) of Hugging Face's model, with or without PEFT."""
     name = "input_ids" if model.config.model_type == "blip" else "decoder_input_ids"
     return model(pixel_values=pixels, **{name: input_ids}).logits
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw every weight anew: class defaults leave some of them at zero or near it."""
+    """Draw every weight: class defaults leave some at zero or near it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -157,7 +156,7 @@ def _save(config: dict, folder: Path, seed: int) -> nn.Module:
 
 
 def _blip_tokens() -> list[str]:
-    """Like BERT's vocabulary: padding first, other special tokens behind unused ones."""
+    """Like BERT's vocabulary: padding first, then unused and other special tokens."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
     unused = [f"[unused{index}]" for index in range(9)]
     special = ["[PAD]", *unused, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: both directions of exchange with PEFT itself, and what is refused."""
+"""Adapter folders: exchange with PEFT in both directions, and what is refused."""
 
 import json
 import os
@@ -26,9 +26,9 @@ from lora_engine.lora.adapter import (
     save_adapter,
 )
 from lora_engine.lora.injection import inject, lora_layers, lora_parameters, merge
-from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner, load_captioner
 
-# PEFT still asks transformers under an old name.
+# PEFT still looks up an old name in transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 BOTH_GROUPS = ["attention", "feed_forward"]
@@ -52,7 +52,7 @@ def adapted(folder: Path, **settings) -> Captioner:
 def save(captioner: Captioner, folder: Path, **settings) -> Path:
     save_adapter(
         captioner.model, folder, base_model=captioner.name,
-        hugging_face_class=FAMILIES[captioner.family].hugging_face_class, **settings,
+        hugging_face_class=captioner.hugging_face_class, **settings,
     )
     return folder
 
@@ -179,7 +179,7 @@ def test_saved_configuration_is_complete_and_pefts_own_class_reads_it(captioner_
         "revision": "v1", "task_type": None, "use_dora": False, "use_rslora": False,
         "base_model_name_or_path": str(captioner_folder),
         "auto_mapping": {
-            "base_model_class": FAMILIES[captioner.family].hugging_face_class,
+            "base_model_class": captioner.hugging_face_class,
             "parent_library": "transformers",
         },
     } == config
@@ -224,7 +224,7 @@ def test_twenty_adamw_steps_give_pefts_losses(captioner_folder, tmp_path):
         loss = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(),
                                ignore_index=IGNORED, reduction="sum")
         ours_losses.append(loss / (targets != IGNORED).sum())
-        # Theirs: the models' own losses, given right labels; BLIP's shifts them by itself.
+        # Theirs: the models' own losses with correct labels; BLIP shifts its labels itself.
         if captioner.family == "blip":
             end = torch.where(targets[:, -1:] == IGNORED, 0, targets[:, -1:])
             arguments = {"input_ids": torch.cat([input_ids, end], dim=1),
@@ -241,12 +241,12 @@ def test_twenty_adamw_steps_give_pefts_losses(captioner_folder, tmp_path):
     assert ours_losses == pytest.approx(their_losses, rel=1e-4)
 
 
-# --- provenance, and whole or not at all ----------------------------------------------------
+# --- provenance and atomic writes -----------------------------------------------------------
 
 
 def test_provenance_comes_back(captioner_folder, tmp_path):
     captioner = adapted(captioner_folder)
-    provenance = {"base_fingerprint": captioner.fingerprint, "prompt": "a photo of é"}
+    provenance = {"base_fingerprint": captioner.fingerprints["base"], "prompt": "a photo of é"}
     read = read_adapter(save(captioner, tmp_path / "adapter", provenance=provenance))
     assert read.provenance == provenance
     assert read.prompt == "a photo of é" and read.base_model == str(captioner_folder)
@@ -349,7 +349,7 @@ def configure(folder: Path, **changes) -> None:
 
 
 def assert_refused(adapter_folder: Path, base_folder: Path, *messages: str) -> None:
-    """An AdapterError with these words in it, and the model as it was."""
+    """Asserts an AdapterError with these words, and an unchanged model."""
     model = load_captioner(base_folder).model
     before = list(model.modules())
     with pytest.raises(AdapterError) as caught:
@@ -391,7 +391,7 @@ def test_settings_of_how_it_was_made_do_not_matter(blip_folder, folder):
 
 
 def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
-    """It belongs to a base whose own weights PEFT changes when it loads the adapter."""
+    """PEFT changes the base model's weights when it loads one."""
     make_with_peft(blip_folder, tmp_path, init_lora_weights="pissa")
     assert_refused(tmp_path, blip_folder, "init_lora_weights is 'pissa'")
 
@@ -537,8 +537,8 @@ def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
     (lambda t: t | {KEY.replace("A.weight", "magnitude_vector"): torch.zeros(1)},
      "lora_magnitude_vector is not a LoRA matrix"),
     (lambda t: {k: v for k, v in t.items() if k != KEY},
-     f"{QUERY}.lora_B stands without {QUERY}.lora_A"),
-    (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, {QUERY}.lora_B 4"),
+     f"has {QUERY}.lora_B but not {QUERY}.lora_A"),
+    (lambda t: t | {KEY: t[KEY][:2]}, f"{QUERY}.lora_A has rank 2, but {QUERY}.lora_B has rank 4"),
     (lambda t: t | {KEY: t[KEY][0]}, "expected a floating-point matrix"),
     (lambda t: t | {KEY: t[KEY].int()}, "I32 of shape"),
     (lambda t: t | {KEY: t[KEY][:0]}, "expected a floating-point matrix"),
@@ -562,7 +562,7 @@ def test_matrices_that_do_not_fit_are_refused(blip_folder, folder, change, messa
 
 
 def test_matrices_that_the_targets_do_not_cover_are_refused(blip_folder, folder):
-    """PEFT drops them without a word."""
+    """PEFT drops them silently."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     configure(folder, target_modules=[t for t in config["target_modules"] if t != QUERY])
     assert_refused(folder, blip_folder, f"target_modules does not cover {QUERY}")
@@ -572,7 +572,7 @@ def test_matrices_that_the_targets_do_not_cover_are_refused(blip_folder, folder)
 
 
 def test_a_layer_of_another_rank_than_the_configuration_says_is_refused(blip_folder, folder):
-    """PEFT cannot load it, and whose scaling would be meant?"""
+    """PEFT cannot load it, and its scaling would be ambiguous."""
     other = KEY.replace("A.", "B.")
     rewrite(folder, lambda t: t | {KEY: t[KEY][:2], other: t[other][:, :2]})
     assert_refused(folder, blip_folder, f"{QUERY}.lora_A is (2, 64), expected (4, 64)")
@@ -590,7 +590,7 @@ def test_an_adapter_of_another_family_is_refused(
 def test_an_adapter_on_the_encoder_or_head_is_refused(blip_folder, tmp_path):
     make_with_peft(blip_folder, tmp_path / "head", target_modules=["query", "dense"])
     assert_refused(tmp_path / "head", blip_folder, "cls.predictions.transform.dense",
-                   "never adapted here")
+                   "cannot be adapted")
     make_with_peft(blip_folder, tmp_path / "vision", target_modules=["query", "qkv"])
     assert_refused(tmp_path / "vision", blip_folder, "self_attn.qkv")
 

@@ -38,7 +38,7 @@ def adapter_folder(model: Path, folder: Path, *, prompt="") -> Path:
         torch.nn.init.normal_(matrix, std=0.3)
     save_adapter(
         captioner.model, folder, base_model=str(model),
-        provenance={"base_fingerprint": captioner.fingerprint, "prompt": prompt},
+        provenance={"base_fingerprint": captioner.fingerprints["base"], "prompt": prompt},
     )
     return folder
 

@@ -1,4 +1,4 @@
-"""Cross-attention without keys and values equals that with them: outputs and every gradient."""
+"""Absorbed and projected cross-attention are equal: outputs and all gradients."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
+from flop_count import count_flops
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.lora.layer import LoRALinear
 from lora_engine.models import blip, cross_attention, vit_gpt2
+from lora_engine.models.attention import KeyValueCache
 from lora_engine.models.cross_attention import absorbs, low_rank_features
 from lora_engine.models.pretrained import Captioner, load_captioner
 
@@ -28,7 +29,7 @@ NUM_IMAGES, NUM_TOKENS, WIDTH, NUM_HEADS = 2, 11, 16, 4
 
 @pytest.fixture
 def force(monkeypatch) -> Callable[[str], list[str]]:
-    """Makes every cross-attention take a form; the list says which were taken."""
+    """Forces a form of cross-attention; the returned list records the forms that ran."""
 
     def force(form: str) -> list[str]:
         taken = []
@@ -83,8 +84,7 @@ class Layer:
         return self.module(x, features, low_ranks, None)
 
     def written_out(self, x: Tensor, features: Tensor, kept: Tensor | float = 1.0) -> Tensor:
-        """With keys and values, image by image; `kept` multiplies the probabilities (B, H, T, P).
-        """
+        """The textbook formula; `kept` multiplies the attention probabilities (B, H, T, P)."""
         if isinstance(self.module, blip.Attention):
             q, k, v = (self.module.self[name] for name in ("query", "key", "value"))
             out, norm = self.module.output["dense"], self.module.output["LayerNorm"]
@@ -135,7 +135,7 @@ every_family = pytest.mark.parametrize("family", PROJECTIONS)
 @every_subset
 @pytest.mark.parametrize("rows_per_image", [1, 3])
 def test_both_forms_equal_attention_as_written_out(force, family, adapted, rows_per_image):
-    """For adapters on any of the projections, and the gradient of the queries' input."""
+    """With adapters on any subset of the projections."""
     layer = Layer(family, adapted)
     x, features = inputs(layer, rows_per_image=rows_per_image)
     expected = output_and_gradients(layer, x, lambda: layer.written_out(x, features))
@@ -162,7 +162,7 @@ def test_gradients_of_the_absorbed_form_equal_finite_differences(force, family):
 def test_dropped_probabilities_are_dropped_as_written_out(
     force, monkeypatch, family, adapted, rows_per_image
 ):
-    """Then the probabilities of a query no longer add up to 1, which the value bias feels."""
+    """The probabilities of a query then no longer sum to 1, which affects the value bias."""
     taken = force("absorbed")
     layer = Layer(family, adapted, attention_dropout=0.4)
     x, features = inputs(layer, rows_per_image=rows_per_image)
@@ -206,9 +206,9 @@ def test_a_key_bias_changes_nothing_and_a_value_bias_does(force, family, form, p
 @every_family
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)], ids=str)
 def test_less_precise_forms_stay_near_the_precise_one(force, family, dtype, limit):
-    """Outputs and gradients, as shares of their norms; in bf16 up to 4.6 % (absorbed) and 3.3 %.
+    """Relative errors of outputs and gradients; in bf16 up to 4.6 % (absorbed) and 3.3 %.
 
-    So much because the scores are: bf16 keeps a score of 10 to within 0.03.
+    bf16 rounds a score of 10 by up to 0.03.
     """
     layer = Layer(family, PROJECTIONS[family])
     x, features = inputs(layer, rows_per_image=3)
@@ -222,6 +222,76 @@ def test_less_precise_forms_stay_near_the_precise_one(force, family, dtype, limi
             ours = output_and_gradients(layer, x, lambda: layer(x, features))
         for one, other in zip(ours, expected, strict=True):
             assert (one - other).norm() < limit * other.norm()
+
+
+# --- layers that are called -----------------------------------------------------------------
+
+
+class TwiceLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class TwiceLoRA(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def by_subclass(layer: nn.Module) -> None:
+    layer.__class__ = TwiceLoRA if isinstance(layer, LoRALinear) else TwiceLinear
+
+
+def by_replaced_forward(layer: nn.Module) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def by_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+
+
+@every_family
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("double", [by_subclass, by_replaced_forward, by_hook])
+def test_what_a_layer_of_the_features_does_in_its_call_is_not_bypassed(
+    force, family, adapted, double
+):
+    """Doubling the output equals doubling weight, bias and B."""
+    taken = force("absorbed")
+    layer = Layer(family, PROJECTIONS[family] if adapted else [])
+    x, features = inputs(layer)
+    of_keys = layer.module.feature_layers[0]
+    with torch.no_grad():
+        of_keys.weight *= 2
+        of_keys.bias *= 2
+        if adapted:
+            of_keys.lora_B *= 2
+    expected = layer(x, features)
+    with torch.no_grad():
+        of_keys.weight /= 2
+        of_keys.bias /= 2
+        if adapted:
+            of_keys.lora_B /= 2
+    assert not torch.allclose(layer(x, features), expected)
+    double(of_keys)
+    torch.testing.assert_close(layer(x, features), expected, **EXACT)
+    assert taken == ["absorbed", "absorbed", "projected"]
+
+
+@every_family
+def test_with_a_cache_such_a_layer_is_called_once(family):
+    layer = Layer(family, PROJECTIONS[family])
+    x, features = inputs(layer)
+    calls = []
+    layer.module.feature_layers[0].register_forward_hook(lambda *_: calls.append(1))
+    expected = layer(x, features)[:, :1]
+    cache = KeyValueCache(num_tokens=3)
+    (low_ranks,) = low_rank_features(features, [layer.module.feature_layers], cache)
+    calls.clear()
+    for _ in range(2):
+        out = layer.module(x[:, :1], features, low_ranks, cache[0])
+        torch.testing.assert_close(out, expected, **EXACT)
+    assert len(calls) == 1
 
 
 # --- the adapters' part of the features -----------------------------------------------------
@@ -258,7 +328,7 @@ def test_merged_and_frozen_projections_have_no_part_in_the_features():
 
 @pytest.fixture(scope="module", params=["blip", "blip, uneven", "vit_gpt2"])
 def folder(request, tmp_path_factory) -> Path:
-    """Checkpoints without dropouts of their own, one with features wider than the decoder."""
+    """Checkpoints without dropout, one with features wider than the decoder."""
     path = tmp_path_factory.mktemp("checkpoint")
     if request.param == "vit_gpt2":
         checkpoints.write_vit_gpt2(
@@ -272,7 +342,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def adapted_captioner(folder: Path, *, dropout: float = 0.0) -> Captioner:
-    """In fp64, with adapters on all of the decoder's linear layers that say something."""
+    """A captioner in fp64 with random adapters on all linear layers of the decoder."""
     captioner = load_captioner(folder)
     captioner.model.double()
     inject(captioner.model, ["attention", "feed_forward"], rank=3, alpha=5, dropout=dropout)
@@ -282,7 +352,7 @@ def adapted_captioner(folder: Path, *, dropout: float = 0.0) -> Captioner:
 
 
 def caption_batch(captioner: Captioner, length: int) -> tuple[Tensor, Tensor]:
-    """(input_ids, targets) of three captions of up to so many tokens."""
+    """(input_ids, targets) of three captions of up to `length` tokens."""
     generator = torch.Generator().manual_seed(length)
     lengths = [length + 1, max(length - 3, 2), length // 2 + 2]
     rows = [torch.randint(20, 90, (n,), generator=generator).numpy() for n in lengths]
@@ -294,7 +364,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def peft_of(folder: Path, captioner: Captioner) -> nn.Module:
-    """Hugging Face's model of the folder with the captioner's adapters, by PEFT."""
+    """Hugging Face's model of the folder with the same adapters in PEFT."""
     matrices = lora_parameters(captioner.model)
     targets = [name.removesuffix(".lora_A") for name in matrices if name.endswith(".lora_A")]
     config = LoraConfig(
@@ -309,7 +379,7 @@ def peft_of(folder: Path, captioner: Captioner) -> nn.Module:
 
 
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What PEFT trains, by our names."""
+    """PEFT's trainable parameters under our names."""
     return {
         name.replace(".default.weight", ""): parameter
         for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -358,14 +428,14 @@ def test_lora_dropout_is_the_same_in_both_forms_of_a_captioner(force, folder):
         loss = loss_of(model.head(model.decode(input_ids, features)), targets)
         results.append([loss, *torch.autograd.grad(loss, matrices)])
     torch.testing.assert_close(results[0], results[1], **EXACT)
-    assert not torch.allclose(results[2][0], results[1][0], rtol=1e-4)  # it was there
+    assert not torch.allclose(results[2][0], results[1][0], rtol=1e-4)  # dropout was active
 
 
 # --- which form -----------------------------------------------------------------------------
 
 
 def longest_absorbed(num_tokens: int, width: int, num_heads: int, *, with_backward: bool) -> int:
-    """The most queries that absorb; beyond that none does."""
+    """The largest number of queries for which the rule chooses the absorbed form."""
     rule = [
         absorbs((number, width), (num_tokens, width), num_heads, with_backward=with_backward)
         for number in range(1, 2000)
@@ -375,7 +445,7 @@ def longest_absorbed(num_tokens: int, width: int, num_heads: int, *, with_backwa
 
 
 def test_short_captions_absorb_and_long_ones_do_not():
-    """At the sizes of the published checkpoints, up to where it was measured to pay."""
+    """At the published sizes, up to the measured break-even (benchmarks/LOG.md)."""
     assert longest_absorbed(577, 768, 12, with_backward=True) == pytest.approx(33, abs=3)
     assert longest_absorbed(197, 768, 12, with_backward=True) == pytest.approx(27, abs=3)
     for sizes in [(577, 768, 12), (197, 768, 12), (577, 1024, 16), (17, 64, 4)]:
@@ -385,7 +455,7 @@ def test_short_captions_absorb_and_long_ones_do_not():
 
 @pytest.mark.parametrize("num_tokens", [17, 60])
 def test_the_rule_counts_the_work_of_a_forward_pass(force, num_tokens):
-    """By torch's own count: to either side of the turn the form that it picks is the cheaper."""
+    """On both sides of the crossover the chosen form takes fewer operations by torch's count."""
     layer = Layer("vit_gpt2", [])
     turn = longest_absorbed(num_tokens, WIDTH, NUM_HEADS, with_backward=False)
     features = torch.randn(NUM_IMAGES, num_tokens, WIDTH, dtype=torch.float64)
@@ -394,7 +464,7 @@ def test_the_rule_counts_the_work_of_a_forward_pass(force, num_tokens):
         counts = {}
         for form in ("absorbed", "projected"):
             force(form)
-            counter = FlopCounterMode(display=False)
+            counter = count_flops()
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
                 layer(x, features)
             counts[form] = counter.get_total_flops()

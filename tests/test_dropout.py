@@ -1,4 +1,4 @@
-"""Dropout's masks: the asked-for share, independent bits, from the global generator."""
+"""Dropout masks: the requested share, independent elements, from the global generator."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lora_engine.lora.dropout import dropout_mask, kept_part
 
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(1000, 777), (3, 7, 11, 1009)])
-def test_so_many_elements_are_dropped(probability, shape):
+def test_the_requested_share_is_dropped(probability, shape):
     x = torch.empty(shape)
     kept, share = dropout_mask(x, probability)
     assert kept.dtype == torch.bool and kept.shape == x.shape
@@ -18,7 +18,7 @@ def test_so_many_elements_are_dropped(probability, shape):
 
 
 def test_neighbours_are_independent():
-    """Four of them come from one random number."""
+    """Four adjacent elements come from one random number."""
     kept, share = dropout_mask(torch.empty(400_000), 0.3)
     rows = kept.double().view(-1, 4) - share
     correlations = rows.T @ rows / len(rows) / (0.3 * 0.7)
@@ -26,7 +26,7 @@ def test_neighbours_are_independent():
 
 
 @pytest.mark.parametrize("num_elements", [0, 1, 2, 3, 4, 5, 1001])
-def test_any_number_of_elements_will_do(num_elements):
+def test_any_number_of_elements_works(num_elements):
     kept, _ = dropout_mask(torch.empty(num_elements), 0.5)
     assert kept.shape == (num_elements,)
 
@@ -41,7 +41,7 @@ def test_the_global_generator_decides():
     assert torch.equal(draw(), one) and not torch.equal(one, next_one)
 
 
-def test_nothing_is_divided_by_zero_and_nothing_dropped_for_no_reason():
+def test_extreme_probabilities_neither_divide_by_zero_nor_drop_anything_needlessly():
     kept, share = dropout_mask(torch.empty(1000), 1 - 1e-9)
     assert share > 0
     kept, share = dropout_mask(torch.empty(1000), 1e-9)

@@ -27,7 +27,8 @@ from lora_engine.lora.adapter import (
     save_adapter,
 )
 from lora_engine.lora.injection import inject, lora_parameters
-from lora_engine.models.pretrained import PretrainedError, load_captioner
+from lora_engine.models.model_folder import PretrainedError
+from lora_engine.models.pretrained import load_captioner
 
 SECONDS = 0.7  # for each kind and family
 LONGEST = 15.0  # for one input: what is allowed for patterns, several times over

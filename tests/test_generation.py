@@ -165,9 +165,9 @@ def test_an_adapters_part_of_the_features_is_formed_once(pair, monkeypatch):
     inject(pair.model, ["attention"], rank=2)
     pair.model.eval()
     calls = []
-    real = cross_attention._low_rank_features
+    real = cross_attention.low_rank_inputs
     monkeypatch.setattr(
-        cross_attention, "_low_rank_features", lambda *args: calls.append(1) or real(*args)
+        cross_attention, "low_rank_inputs", lambda *args: calls.append(1) or real(*args)
     )
     pair.raised.amount = -100.0
     ours(pair, max_new_tokens=6)

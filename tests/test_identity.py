@@ -212,7 +212,7 @@ def test_all_that_differs_is_named_and_what_an_adapter_does_not_say_is_not(
         f"another number format counts as such)"
     )
     older = dataclasses.replace(
-        adapter, provenance={"base_fingerprint": captioner.fingerprint}
+        adapter, provenance={"base_fingerprint": captioner.fingerprints["base"]}
     )
     for other in (older, dataclasses.replace(adapter, provenance={})):
         assert other.foreign_base("it", captioner.fingerprints) is None

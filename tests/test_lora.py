@@ -1,4 +1,4 @@
-"""LoRA's algebra, with PEFT as the reference; injection, matching and its errors."""
+"""LoRA's algebra against PEFT; injection, target matching and its errors."""
 
 import copy
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from lora_engine.lora import layer as layer_module
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import (
     cast_frozen,
@@ -25,7 +26,8 @@ from lora_engine.lora.injection import (
     select,
     unmerge,
 )
-from lora_engine.lora.layer import LoRALinear
+from lora_engine.lora.layer import LinearParts, LoRALinear
+from lora_engine.models import cross_attention
 
 IN, OUT, RANK = 12, 20, 3
 
@@ -48,14 +50,14 @@ every_kind = pytest.mark.parametrize("make_base", [linear, linear_without_bias, 
 
 
 def adapted(base: nn.Module, *, alpha: float = 6.0, **settings) -> LoRALinear:
-    """A LoRA layer whose B is no longer zero."""
+    """A LoRA layer whose B is not zero."""
     layer = LoRALinear(base, rank=RANK, alpha=alpha, **settings)
     nn.init.normal_(layer.lora_B)
     return layer
 
 
 class Tree(nn.Module):
-    """A small module tree with look-alike names; `lora_scope` leaves `head` and `encoder` out."""
+    """A small module tree with similar names; `lora_scope` excludes `head` and `encoder`."""
 
     lora_groups = {"attention": r".*\.(query|value)", "mlp": r".*\.mlp\.dense"}
     lora_scope = r"body\..*"
@@ -141,6 +143,45 @@ def test_A_starts_as_pefts_does():
     nn.init.kaiming_uniform_(expected, a=5**0.5)
     assert torch.equal(ours.lora_A, expected) and not ours.lora_B.any()
     assert torch.equal(ours.weight, base.weight)
+
+
+def test_the_formula_has_one_definition(monkeypatch, captioner):
+    """Changing `linear_parts` changes calls, both forms of cross-attention, and merging alike."""
+    model = captioner.model.double()
+    inject(model, ["attention", "feed_forward"], rank=2, dropout=0.0)
+    for matrix in lora_parameters(model).values():
+        nn.init.normal_(matrix, std=0.1)
+    features, tokens = torch.randn(2, 17, 64).double(), torch.randint(20, 90, (2, 5))
+
+    def logits() -> list[torch.Tensor]:
+        outs = []
+        for is_absorbed in (False, True):
+            monkeypatch.setattr(cross_attention, "absorbs", lambda *_, **__: is_absorbed)
+            outs.append(model.head(model.decode(tokens, features)))
+        merge(model)
+        outs.append(model.head(model.decode(tokens, features)))
+        unmerge(model)
+        return outs
+
+    before = logits()
+    for out in before[1:]:
+        torch.testing.assert_close(out, before[0], rtol=1e-9, atol=1e-9)
+    real = layer_module.linear_parts
+
+    def magnified(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
+        """Give the rows of W + scaling * B A another magnitude, as DoRA does."""
+        parts = real(layer, dtype)
+        if parts.lora_B is None:
+            return parts
+        magnitude = torch.linspace(0.5, 1.5, len(parts.weight), dtype=dtype)[:, None]
+        return parts._replace(weight=magnitude * parts.weight, lora_B=magnitude * parts.lora_B)
+
+    monkeypatch.setattr(layer_module, "linear_parts", magnified)
+    monkeypatch.setattr(cross_attention, "linear_parts", magnified)
+    after = logits()
+    assert not torch.allclose(after[0], before[0], rtol=0.01)
+    for out in after[1:]:
+        torch.testing.assert_close(out, after[0], rtol=1e-9, atol=1e-9)
 
 
 # --- dropout --------------------------------------------------------------------------------
@@ -262,7 +303,7 @@ def test_gradients_equal_finite_differences(make_base):
     assert layer.lora_A.dtype == torch.float64
 
     x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-    # gradcheck moves the matrices' own entries, so the layer sees every step.
+    # gradcheck changes the matrices in place, so the layer sees every step.
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, layer.lora_A, layer.lora_B))
 
 
@@ -281,7 +322,7 @@ def test_frozen_parameters_get_no_gradient():
 
 
 class CountCasts(TorchDispatchMode):
-    """Counts casts between floating-point types of tensors with the given storages."""
+    """Counts dtype casts of the given tensors and their views."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -313,7 +354,7 @@ def test_under_autocast_adapters_stay_fp32_and_frozen_weights_are_not_cast(make_
 
 
 def test_without_cast_frozen_autocast_casts_the_weight_in_every_step():
-    layer = adapted(linear())  # what the test above would overlook if its counter were blind
+    layer = adapted(linear())  # shows that CountCasts counts
     with CountCasts([layer.weight]) as casts, torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(6, IN))
     assert casts.num_casts == 1
@@ -435,13 +476,14 @@ def test_rslora_scaling_uses_each_layers_own_rank():
 
 
 @pytest.mark.parametrize("targets, arguments, message", [
-    (["qeury"], {}, "'qeury' matches no linear layer; near names: query.*groups: attention, mlp"),
-    (["atention"], {}, "near names: attention"),
+    (["qeury"], {},
+     "'qeury' matches no linear layer; close matches: query.*groups: attention, mlp"),
+    (["atention"], {}, "close matches: attention"),
     (["xxxxxxxx"], {}, "linear layers: dense, query, query_norm, subquery, value"),
     (["query", "norm"], {}, "'norm' matches no linear layer"),  # a module, but not a linear one
     (["body"], {}, "matches no linear layer"),
-    (["encoder.query"], {}, "only modules that are never adapted here.*encoder.query"),
-    (["re:head.*"], {}, "only modules that are never adapted here.*head.dense"),
+    (["encoder.query"], {}, "only modules that cannot be adapted.*encoder.query"),
+    (["re:head.*"], {}, "only modules that cannot be adapted.*head.dense"),
     (["re:(query"], {}, r"'re:\(query': .* is not a regular expression"),
     (["re:a{99999999999}"], {}, "'re:a.99999999999.*repeats too often"),
     (["re:" + "(" * 5_000 + ")" * 5_000], {}, "is not a regular expression"),
@@ -463,6 +505,20 @@ def test_an_error_says_what_to_do_and_changes_nothing(targets, arguments, messag
     assert list(tree.modules()) == modules
     for name, parameter in tree.named_parameters():
         assert parameter.requires_grad and torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("intercept", [
+    lambda layer: layer.register_forward_hook(lambda *_: None),
+    lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    lambda layer: setattr(layer, "forward", lambda x: x),
+    lambda layer: layer.compile(),
+], ids=["hook", "backward hook", "forward", "compiled"])
+def test_a_layer_whose_call_was_changed_is_not_replaced(intercept):
+    tree = Tree()
+    intercept(tree.body[1]["query"])
+    with pytest.raises(ValueError, match="body.1.query has hooks, a replaced forward"):
+        inject(tree, ["query"], rank=2)
+    assert not any(lora_layers(tree)) and tree.body[0]["query"].weight.requires_grad
 
 
 def test_injecting_twice_is_an_error():
@@ -516,7 +572,7 @@ def test_trainable_parameters_are_listed_A_before_B_in_tree_order():
 
 
 def test_linear_subclasses_are_left_alone():
-    """nn.MultiheadAttention reads its out_proj's weight past forward: LoRA there would be idle."""
+    """nn.MultiheadAttention reads its out_proj's weight directly: LoRA would have no effect."""
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(ValueError, match="matches no linear layer"):
         inject(attention, ["out_proj"])

@@ -1,4 +1,4 @@
-"""Products beside frozen operands: on every kernel what plain torch computes, in any layout."""
+"""Matrix products with frozen operands equal plain torch, on every kernel and layout."""
 
 import itertools
 
@@ -25,7 +25,7 @@ every_way = pytest.mark.parametrize(
 )
 both_ways = pytest.mark.parametrize("way, dtype", [onednn, ("plain", torch.float32)], ids=str)
 
-# Ways in which a matrix of n rows and k columns, or a batch of them, can lie in memory.
+# Memory layouts of a matrix of n rows and k columns, or of a batch of them.
 LAYOUTS = {
     "contiguous": lambda *b, n, k, **d: torch.randn(*b, n, k, **d),
     "transposed": lambda *b, n, k, **d: torch.randn(*b, k, n, **d).mT,
@@ -40,12 +40,12 @@ LAYOUTS = {
 
 @pytest.fixture
 def take(monkeypatch):
-    """Chooses the way of a test's fp32 products."""
+    """Chooses the kernel of fp32 products."""
     return lambda way: monkeypatch.setattr(products, "_USE_ONEDNN", way == "onednn")
 
 
 def assert_equal(ours: Tensor, expected: Tensor, *, summed: int, what: object = "") -> None:
-    """Within the rounding of sums of so many products of normal numbers."""
+    """Equal within the rounding of sums of `summed` products."""
     relative = RELATIVE[ours.dtype]
     torch.testing.assert_close(
         ours, expected.to(ours.dtype), rtol=relative, atol=relative * summed**0.5,
@@ -54,7 +54,7 @@ def assert_equal(ours: Tensor, expected: Tensor, *, summed: int, what: object = 
 
 
 def onednn_calls(function) -> int:
-    """How often oneDNN's operator runs in a call, compiled or not."""
+    """The number of oneDNN calls, compiled or not."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function()
     counts = {event.key: event.count for event in profiler.key_averages()}
@@ -98,7 +98,7 @@ def test_oneDNN_takes_fp32_products_of_some_size_alone(take):
 
 
 class Operands(TorchDispatchMode):
-    """Collects what oneDNN is given."""
+    """Records the operands of oneDNN calls."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_oneDNN_never_sees_strides_that_it_is_slow_at_and_a_transpose_is_not_cop
 
 
 def batched_cases():
-    """(x layout, y layout, B, M, N, K): every layout, and the sizes at which things turn."""
+    """(x layout, y layout, B, M, N, K): every layout, and sizes around each threshold."""
     for x_layout, y_layout in itertools.product(LAYOUTS, LAYOUTS):
         yield x_layout, y_layout, 3, 4, 5, 6
     for sizes in [(1, 4, 5, 6), (2, 4, 6, 5), (2, 1, 1, 1), (2, 7, 70, 90), (1, 7, 90, 70)]:
@@ -142,7 +142,7 @@ def test_a_batched_product_and_its_gradients_equal_plain_torchs(take, way, dtype
         x = LAYOUTS[x_layout](b, n=m, k=k, dtype=dtype).requires_grad_()
         y = LAYOUTS[y_layout](b, n=n, k=k, dtype=dtype).requires_grad_()
         out = batched_matmul(x, y)
-        # Of a sum the gradient is one number repeated, without strides of its own.
+        # The gradient of a sum is expanded, with strides of zero.
         for cotangent in (torch.randn(b, m, n, dtype=dtype), torch.ones((), dtype=dtype)):
             cotangent = cotangent.expand(b, m, n)
             gradients = torch.autograd.grad(out, (x, y), cotangent, retain_graph=True)
@@ -157,7 +157,7 @@ def test_a_batched_product_and_its_gradients_equal_plain_torchs(take, way, dtype
 
 @both_ways
 def test_one_operand_can_serve_a_whole_batch(take, way, dtype):
-    """Expanded over the batch: its gradient is the sum of all."""
+    """The gradient of an operand that is expanded over the batch is a sum."""
     take(way)
     x = torch.randn(4, 3, 6, dtype=dtype, requires_grad=True)
     y = torch.randn(5, 6, dtype=dtype, requires_grad=True)
@@ -218,7 +218,7 @@ def test_the_maker_of_the_processor_is_read_from_where_the_system_says_it(monkey
     assert products._is_amd()
 
 
-# --- a product of each head ----------------------------------------------------------------
+# --- a product per head --------------------------------------------------------------------
 
 
 @every_way
@@ -271,7 +271,7 @@ def test_the_gradient_of_a_product_of_features_equals_finite_differences():
 
 
 def all_products(x: Tensor, y: Tensor, features: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """One of each kind, of x (B, M, K), y (B, N, K), features (P, K) and bias (P)."""
+    """One product of each kind, of x (B, M, K), y (B, N, K), features (P, K) and bias (P)."""
     return (
         frozen_linear(x.detach().flatten(0, 1), features, bias),
         batched_matmul(x, y),
@@ -305,7 +305,7 @@ def test_compiled_products_and_gradients_equal_eager_ones_on_the_same_kernels(
 @needs_onednn
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_the_compiler_knows_of_the_operators_is_true(layout):
-    """Their shapes, strides and that they change nothing: torch's own checks."""
+    """torch's checks of custom operators: shapes, strides, and no mutation."""
     x, frozen = LAYOUTS[layout](n=4, k=6), LAYOUTS[layout](n=5, k=6)
     for bias in (None, torch.randn(5)):
         torch.library.opcheck(products._onednn_op, (x, frozen, bias))

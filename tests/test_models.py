@@ -1,4 +1,6 @@
-"""Our bodies against Hugging Face's: features, logits, loss, caches, checkpointing."""
+"""Our models against Hugging Face's: features, logits, loss, caches, checkpointing."""
+
+from pathlib import Path
 
 import checkpoints
 import pytest
@@ -9,7 +11,9 @@ from checkpoints import hugging_face, hugging_face_logits, random_pixels
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.attention import KeyValueCache
+from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.models.protocol import CaptioningModel, Decoder, Encoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -28,6 +32,18 @@ def masked_loss(model, input_ids, features, targets):
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (targets != IGNORED).sum()
+
+
+def test_every_family_implements_the_protocol(captioner):
+    """mypy also checks signatures, at the table of families."""
+    model = captioner.model
+    assert isinstance(model, CaptioningModel)
+    assert isinstance(model.encoder, Encoder) and isinstance(model.decoder, Decoder)
+
+
+def test_every_family_names_a_recipe():
+    recipes = {path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.py")}
+    assert {family.recipe for family in FAMILIES.values()} <= recipes
 
 
 # --- equal to Hugging Face ------------------------------------------------------------------
@@ -98,7 +114,7 @@ def test_loss_equals_hugging_faces_for_right_labels(captioner_folder):
 def hugging_face_loss(model, pixels, input_ids, targets):
     if model.config.model_type != "blip":  # takes each position's next token
         return model(pixel_values=pixels, decoder_input_ids=input_ids, labels=targets).loss
-    # BLIP shifts by itself: it wants the tokens themselves, and one more of them.
+    # BLIP shifts its labels itself and expects the tokens, with one more at the end.
     end = torch.where(targets[:, -1:] == IGNORED, 0, targets[:, -1:])
     whole = torch.cat([input_ids, end], dim=1)
     labels = torch.cat([torch.full_like(end, IGNORED), targets], dim=1)
@@ -108,7 +124,7 @@ def hugging_face_loss(model, pixels, input_ids, targets):
 # --- one image, several rows ----------------------------------------------------------------
 
 
-def test_several_rows_an_image_equal_repeated_features(captioner):
+def test_several_rows_per_image_equal_repeated_features(captioner):
     input_ids, _ = ragged_batch(captioner)
     with torch.no_grad():
         features = captioner.model.encode(random_pixels(2))
@@ -118,7 +134,7 @@ def test_several_rows_an_image_equal_repeated_features(captioner):
     torch.testing.assert_close(shared, repeated, **CLOSE)
 
 
-def test_pads_change_nothing_before_them(captioner):
+def test_padding_does_not_affect_earlier_positions(captioner):
     input_ids, targets = ragged_batch(captioner)
     with torch.no_grad():
         features = captioner.model.encode(random_pixels(len(input_ids)))
@@ -218,7 +234,7 @@ def test_checkpointing_recomputes_each_layer(captioner, monkeypatch):
 def test_the_decoders_own_dropout_equals_hugging_faces_at_the_same_seed(
     tmp_path, write, settings
 ):
-    """The same masks are drawn in the same order, so each dropout stands where theirs does."""
+    """The same masks in the same order: each dropout is in the same position."""
     write(tmp_path, **settings)
     captioner, theirs = load_captioner(tmp_path), hugging_face(tmp_path).train()
     model, (input_ids, targets) = captioner.model, ragged_batch(captioner)

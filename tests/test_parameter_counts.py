@@ -1,4 +1,4 @@
-"""The published checkpoints at full size, counted on the meta device from their configurations."""
+"""Parameters of the full-size published checkpoints, counted on the meta device."""
 
 import json
 
@@ -9,7 +9,7 @@ import torch
 from lora_engine.lora.injection import count_parameters, inject, select
 from lora_engine.models.pretrained import build_from_config
 
-# What the published training scripts meant to adapt; their prefixes matched less.
+# The intended targets of the published training scripts, whose prefixes matched fewer layers.
 BLIP_INTENDED = (
     r"text_decoder\.bert\.encoder\.layer\.\d+\."
     r"((attention|crossattention)\.self\.(query|value)|(intermediate|output)\.dense)"
@@ -20,7 +20,7 @@ BOTH_GROUPS = ["attention", "feed_forward"]
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds the body that a configuration describes, on the meta device."""
+    """Builds the model that a configuration describes, on the meta device."""
     def build(config: dict) -> torch.nn.Module:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
@@ -62,7 +62,7 @@ def test_an_untied_head_counts_by_itself(build):
     (published.VIT_GPT2, BOTH_GROUPS, 84, 1_695_744, 238_605_312),
     (published.BLIP, BLIP_INTENDED, 72, 1_327_104, 223_971_644),
     (published.VIT_GPT2, VIT_GPT2_INTENDED, 36, 884_736, 238_605_312),
-    # what BLIP's script really adapted: its feed-forward targets matched nothing
+    # what BLIP's script in fact adapted: its feed-forward targets matched nothing
     (published.BLIP, ["query", "value"], 48, 589_824, 223_971_644),
 ], ids=["blip", "vit_gpt2", "blip_intended", "vit_gpt2_intended", "blip_as_run"])
 def test_lora_of_rank_8_adds_the_published_number(
@@ -94,6 +94,6 @@ def test_groups_split_the_decoders_linear_layers_and_leave_the_rest(build):
         assert select(model, r".*") == select(model, BOTH_GROUPS)  # whatever may be adapted
 
 
-def test_output_dense_also_hits_attention_outputs_as_in_peft(build):
+def test_output_dense_also_matches_attention_outputs_as_in_peft(build):
     names = {path.split(".", 5)[-1] for path in select(build(published.BLIP), ["output.dense"])}
     assert names == {"output.dense", "attention.output.dense", "crossattention.output.dense"}

@@ -1,4 +1,4 @@
-"""Checkpoints at the door: every published way of storing them, and what bad ones are told."""
+"""Loading checkpoints: every published way of storing them, and errors for bad ones."""
 
 import builtins
 import json
@@ -27,14 +27,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lora_engine.data.images import PixelSettings
-from lora_engine.models.pretrained import (
-    PREPROCESSORS,
-    PretrainedError,
-    build_from_config,
-    fingerprint,
-    load_captioner,
-    load_tokenizer,
-)
+from lora_engine.models import pretrained
+from lora_engine.models.families import FAMILIES
+from lora_engine.models.model_folder import PretrainedError
+from lora_engine.models.pixel_settings import PREPROCESSORS, read_pixel_settings
+from lora_engine.models.pretrained import build_from_config, load_captioner, load_tokenizer
+from lora_engine.models.weights import fingerprint
 
 
 @pytest.fixture
@@ -68,6 +66,10 @@ def edit_json(path: Path, **changes) -> None:
 
 def head_and_embedding(folder: Path) -> tuple[str, str]:
     return load_captioner(folder).model.tied_head
+
+
+def base_of(folder: Path) -> str:
+    return load_captioner(folder).fingerprints["base"]
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -105,7 +107,7 @@ def test_safetensors_and_bin_whole_and_in_shards_load_alike(
     write(folder, tensors, suffix)
     captioner, expected = load_captioner(folder), load_captioner(captioner_folder)
     assert same_weights(captioner.model, expected.model)
-    assert captioner.fingerprint == expected.fingerprint
+    assert captioner.fingerprints["base"] == expected.fingerprints["base"]
 
 
 def test_safetensors_are_read_before_bin_and_one_file_before_shards(blip):
@@ -135,7 +137,7 @@ def test_a_tied_head_is_one_tensor_however_it_is_stored(captioner_folder, folder
     rewrite(folder, tensors)
     captioner = load_captioner(folder)
     assert captioner.model.get_parameter(head) is captioner.model.get_parameter(embedding)
-    assert captioner.fingerprint == expected.fingerprint
+    assert captioner.fingerprints["base"] == expected.fingerprints["base"]
     assert_equal_to_hugging_face(folder)
 
 
@@ -162,7 +164,7 @@ def test_blips_head_bias_may_be_stored_once_or_twice(blip_folder, blip):
                        and not name.endswith("decoder.bias")} | {name: bias for name in names})
         captioner = load_captioner(blip)
         assert torch.equal(captioner.model.get_parameter(f"{stem}.decoder.bias"), bias)
-        assert captioner.fingerprint == load_captioner(blip_folder).fingerprint
+        assert captioner.fingerprints["base"] == base_of(blip_folder)
 
 
 def test_old_buffers_are_accepted(captioner_folder, folder):
@@ -176,7 +178,7 @@ def test_old_buffers_are_accepted(captioner_folder, folder):
             for name, value in (("bias", mask), ("masked_bias", torch.tensor(-1e4)))
         }
     rewrite(folder, read(folder) | old)
-    assert load_captioner(folder).fingerprint == load_captioner(captioner_folder).fingerprint
+    assert base_of(folder) == base_of(captioner_folder)
 
 
 def test_the_unused_pooler_may_be_missing(vit_gpt2_folder, vit_gpt2):
@@ -184,7 +186,7 @@ def test_the_unused_pooler_may_be_missing(vit_gpt2_folder, vit_gpt2):
     without = {name: t for name, t in tensors.items() if not name.startswith("encoder.pooler.")}
     assert len(without) == len(tensors) - 2
     rewrite(vit_gpt2, without)
-    assert load_captioner(vit_gpt2).fingerprint == load_captioner(vit_gpt2_folder).fingerprint
+    assert base_of(vit_gpt2) == base_of(vit_gpt2_folder)
 
 
 # --- fingerprint, ids, pixels ---------------------------------------------------------------
@@ -192,14 +194,14 @@ def test_the_unused_pooler_may_be_missing(vit_gpt2_folder, vit_gpt2):
 
 def test_one_changed_weight_changes_the_fingerprint(captioner):
     model = captioner.model
-    assert fingerprint(model) == captioner.fingerprint
+    assert fingerprint(model) == captioner.fingerprints["base"]
     for parameter in (model.encoder.class_token, list(model.decoder.parameters())[-1]):
         entry = parameter.data.view(-1)[-1:]
         value = entry.clone()
         entry.copy_(torch.nextafter(value, value + 1))  # its very last bit
-        assert fingerprint(model) != captioner.fingerprint
+        assert fingerprint(model) != captioner.fingerprints["base"]
         entry.copy_(value)
-    assert fingerprint(model) == captioner.fingerprint
+    assert fingerprint(model) == captioner.fingerprints["base"]
 
 
 def test_blip_starts_from_dec_and_stops_at_sep(blip_folder):
@@ -232,7 +234,7 @@ def test_pixel_settings_are_the_preprocessors(blip_folder, vit_gpt2_folder):
     assert vit_gpt2.std == (0.5, 0.5, 0.5)
 
 
-# --- what bad checkpoints are told ----------------------------------------------------------
+# --- bad checkpoints ------------------------------------------------------------------------
 
 
 def assert_refused(folder, *messages: str, **arguments) -> None:
@@ -292,12 +294,14 @@ def test_a_blip_that_does_not_caption_is_refused(blip):
     assert_refused(blip, "BlipForQuestionAnswering", "BlipForConditionalGeneration")
 
 
-@pytest.mark.parametrize("part, model_type", [("decoder", "bert"), ("encoder", "swin")])
-def test_an_encoder_decoder_of_other_parts_is_refused(vit_gpt2, part, model_type):
+@pytest.mark.parametrize("part, model_type, expected", [
+    ("decoder", "bert", "'gpt2'"), ("encoder", "swin", "'vit' or 'deit'"),
+])
+def test_an_encoder_decoder_of_other_parts_is_refused(vit_gpt2, part, model_type, expected):
     config = json.loads((vit_gpt2 / "config.json").read_text())
     config[part] = {"model_type": model_type}
     (vit_gpt2 / "config.json").write_text(json.dumps(config))
-    assert_refused(vit_gpt2, repr(model_type), "a ViT or DeiT encoder and a GPT-2 decoder")
+    assert_refused(vit_gpt2, repr(model_type), f"expected {expected}")
 
 
 def test_an_unknown_activation_is_refused(tmp_path):
@@ -308,24 +312,24 @@ def test_an_unknown_activation_is_refused(tmp_path):
     assert_refused(tmp_path, "activation 'mish' is not one of gelu")
 
 
-def test_a_folder_that_is_not_there_is_told_so(tmp_path):
+def test_a_folder_that_is_not_there_is_reported(tmp_path):
     for name in (tmp_path / "absent", "./absent", "absent"):
         assert_refused(name, "no model folder at", str(name))
     (tmp_path / "file").touch()
     assert_refused(tmp_path / "file", "no model folder at")
 
 
-def test_a_folder_without_configuration_is_told_so(tmp_path):
+def test_a_folder_without_configuration_is_reported(tmp_path):
     assert_refused(tmp_path, f"{tmp_path} has no config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3", "\x00"])
-def test_a_broken_configuration_is_told_so(blip, text):
+def test_a_broken_configuration_is_reported(blip, text):
     (blip / "config.json").write_text(text)
     assert_refused(blip, str(blip / "config.json"), "is not a configuration")
 
 
-def test_missing_weights_are_told_so(folder):
+def test_missing_weights_are_reported(folder):
     (folder / "model.safetensors").unlink()
     assert_refused(folder, "neither model.safetensors nor pytorch_model.bin")
 
@@ -338,20 +342,20 @@ def test_a_missing_shard_is_named(folder):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": 3}}'])
-def test_a_broken_index_is_told_so(blip, text):
+def test_a_broken_index_is_reported(blip, text):
     (blip / "model.safetensors").unlink()
     (blip / "model.safetensors.index.json").write_text(text)
     assert_refused(blip, str(blip / "model.safetensors.index.json"))
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 5000])
-def test_truncated_safetensors_are_told_so(folder, kept_bytes):
+def test_truncated_safetensors_are_reported(folder, kept_bytes):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
-    assert_refused(folder, f"cannot read {path}", "fetch the file anew")
+    assert_refused(folder, f"cannot read {path}", "download it again")
 
 
-def test_a_truncated_bin_is_told_so(blip):
+def test_a_truncated_bin_is_reported(blip):
     torch.save(read(blip), blip / "pytorch_model.bin")
     (blip / "model.safetensors").unlink()
     path = blip / "pytorch_model.bin"
@@ -379,8 +383,8 @@ def test_vocabulary_files_alone_make_the_same_tokenizer(captioner_folder, folder
 
 
 @pytest.mark.parametrize("kept", ["tokenizer_config.json", None])
-def test_a_folder_without_vocabulary_is_told_so(folder, kept):
-    # transformers makes an empty tokenizer of it, and says nothing
+def test_a_folder_without_vocabulary_is_reported(folder, kept):
+    # transformers silently makes an empty tokenizer
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json",
                  "merges.txt"):
         if name != kept:
@@ -395,7 +399,7 @@ def test_a_tokenizer_of_another_model_is_refused(blip, vit_gpt2_folder):
     assert_refused(blip, "no usable tokenizer", "401 ids, the model 234")
 
 
-def test_a_folder_without_preprocessor_is_told_so(folder):
+def test_a_folder_without_preprocessor_is_reported(folder):
     (folder / "preprocessor_config.json").unlink()
     assert_refused(folder, "no usable preprocessor_config.json")
 
@@ -436,7 +440,7 @@ def hugging_faces_pixels(folder: Path) -> PixelSettings:
 
 
 def with_image_size(folder: Path, size: tuple[int, int]) -> None:
-    """Let the encoder take images of this size, without regard to its weights."""
+    """Change the encoder's image size in the configuration, whatever its weights."""
     config = json.loads((folder / "config.json").read_text())
     part = config["vision_config" if config["model_type"] == "blip" else "encoder"]
     part["image_size"] = size[0] if size[0] == size[1] else list(size)
@@ -444,12 +448,14 @@ def with_image_size(folder: Path, size: tuple[int, int]) -> None:
 
 
 def pixels_of(folder: Path) -> PixelSettings:
-    from lora_engine.models import pretrained
-
     config = pretrained._read_config(folder, None)
     with torch.device("meta"):
         model = pretrained._build(folder, config)
-    return pretrained._read_pixel_settings(folder, config, model)
+    return read_pixel_settings(
+        folder,
+        default_kind=FAMILIES[config.model_type].image_processor,
+        image_size=model.encoder.image_size,
+    )
 
 
 def random_preprocessor(rng: random.Random) -> dict:
@@ -472,7 +478,7 @@ def random_preprocessor(rng: random.Random) -> dict:
 
 
 def test_the_preprocessor_is_read_as_transformers_reads_it(blip):
-    """Every kind and spelling, with class defaults for what is absent."""
+    """Every kind and spelling, with class defaults for missing settings."""
     rng = random.Random(0)
     compared = set()
     for number in range(110):
@@ -515,7 +521,7 @@ def test_a_preprocessor_without_a_name_is_the_models_own(folder, captioner_folde
     ({"do_resize": False}, "do_resize is not true"),
     ({"do_center_crop": True}, "image size (None, None)"),
 ])
-def test_impossible_pixel_settings_are_told(blip, changes, message):
+def test_impossible_pixel_settings_are_reported(blip, changes, message):
     edit_json(blip / "preprocessor_config.json", **changes)
     assert_refused(blip, "no usable preprocessor_config.json", message)
 
@@ -534,7 +540,7 @@ EVIL = {
 
 @pytest.fixture
 def nothing_reaches_out(monkeypatch):
-    """No question on stdin, no socket, no request of the Hub's client."""
+    """Fails on reading stdin, opening a socket or calling the Hub's client."""
     def refuse(*arguments, **_):
         raise SystemExit(f"reached out: {arguments}")
 
@@ -544,7 +550,7 @@ def nothing_reaches_out(monkeypatch):
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    # As for somebody who is online: offline, transformers would not even try.
+    # As online: offline, transformers would not even try.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("hf_hub_download", "snapshot_download", "model_info"):
         monkeypatch.setattr(huggingface_hub, name, refuse)
@@ -552,7 +558,7 @@ def nothing_reaches_out(monkeypatch):
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch) -> Path:
-    """What an evil.py writes when it is run."""
+    """The file that an evil.py writes when it is run."""
     mark = tmp_path / "code was run"
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     return mark
@@ -593,7 +599,7 @@ def test_a_folder_that_names_code_is_refused_by_the_files_name(
                                   "Trainer", "models", "BertModel", ["BertTokenizer"], 5])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_a_tokenizer_is_only_ever_a_tokenizer(folder, evil, nothing_reaches_out, file, name):
-    """A class of transformers that AutoTokenizer would call, and which itself may ask for code."""
+    """AutoTokenizer would call any transformers class, and some of them may run code."""
     write_evil(folder, evil)
     edit_json(folder / file, tokenizer_class=name)
     assert_refused(folder, "tokenizer" if file == "tokenizer_config.json" else "")
@@ -609,7 +615,7 @@ def test_a_tokenizer_that_fails_in_use_is_refused_when_it_is_loaded(blip, change
 
 
 def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(vit_gpt2):
-    """Its exception is no Exception."""
+    """Its exception derives from BaseException only."""
     edit_json(vit_gpt2 / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     model = json.loads((vit_gpt2 / "tokenizer.json").read_text())["model"]
     edit_json(vit_gpt2 / "tokenizer.json", model=model | {"continuing_subword_prefix": "x" * 99})
@@ -660,7 +666,7 @@ def test_only_regular_files_of_bounded_size_are_read(blip, nothing_reaches_out, 
     assert_refused(blip, f"{path} is not a regular file")
 
 
-def test_a_shard_that_is_no_regular_file_is_named(blip):
+def test_a_shard_that_is_not_a_regular_file_is_named(blip):
     (blip / "model.safetensors").unlink()
     os.mkfifo(blip / "shard.safetensors")
     (blip / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
@@ -707,7 +713,7 @@ def test_deeply_nested_json_is_an_error(blip, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.bool])
-def test_weights_that_are_no_floating_point_numbers_are_refused(folder, dtype):
+def test_weights_that_are_not_floating_point_are_refused(folder, dtype):
     tensors = read(folder)
     name = next(name for name in tensors if name.endswith("h.0.mlp.c_proj.weight")
                 or name.endswith("layer.0.output.dense.weight") and "text_decoder" in name)
@@ -732,7 +738,7 @@ def test_finite_weights_whose_sum_overflows_are_accepted(blip):
     load_captioner(blip)
 
 
-def test_matrices_that_cannot_be_joined_are_told(vit_gpt2):
+def test_matrices_that_cannot_be_joined_are_reported(vit_gpt2):
     query = "encoder.encoder.layer.0.attention.attention.query.weight"
     rewrite(vit_gpt2, read(vit_gpt2) | {query: torch.zeros(3, 5)})
     assert_refused(vit_gpt2, "do not fit their configuration")
@@ -742,7 +748,7 @@ def test_a_bin_file_cannot_claim_more_than_it_holds(blip):
     (blip / "model.safetensors").unlink()
     path = blip / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1, dtype=torch.half).expand(10**7, 10**7)}, path)
-    assert_refused(blip, "its tensors are larger than the file")
+    assert_refused(blip, "its tensors exceed the file's size")
     torch.save({"a": torch.zeros(10**6)}, path)
     with zipfile.ZipFile(path) as stored:
         members = {info.filename: stored.read(info) for info in stored.infolist()}
@@ -757,7 +763,7 @@ def test_a_bin_file_cannot_claim_more_than_it_holds(blip):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 10**5, "\ud800/b"])
-def test_an_impossible_name_is_told(name):
+def test_an_impossible_name_is_reported(name):
     with pytest.raises(PretrainedError):
         load_captioner(name)
 
@@ -794,7 +800,7 @@ def test_a_hub_name_loads_what_was_fetched_with_bin_only_where_needed(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     captioner = load_captioner("some/captioner", revision="v1")
-    assert captioner.fingerprint == load_captioner(vit_gpt2_folder).fingerprint
+    assert captioner.fingerprints["base"] == base_of(vit_gpt2_folder)
     assert (captioner.name, captioner.revision) == ("some/captioner", "v1")
     assert [(name, revision) for name, revision, _ in calls] == [("some/captioner", "v1")] * 2
     assert "*.safetensors" in calls[0][2] and "*.safetensors" not in calls[1][2]
@@ -819,9 +825,9 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
     ({"hidden_size": "abc"}, "not a usable configuration"),
     ({"num_attention_heads": 0}, "0 attention heads"),
     ({"num_attention_heads": 3}, "3 attention heads do not divide a width of 64"),
-    ({"patch_size": 0}, "describes no possible model"),
+    ({"patch_size": 0}, "does not describe a valid model"),
 ])
-def test_impossible_numbers_in_a_configuration_are_told(blip_folder, tmp_path, changes, words):
+def test_impossible_numbers_in_a_configuration_are_reported(blip_folder, tmp_path, changes, words):
     folder = tmp_path / "model"
     shutil.copytree(blip_folder, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,15 +1,16 @@
-"""All projections of one input: LoRA's formula as written out, values and every gradient."""
+"""`project` against LoRA's formula as written out: values and all gradients."""
 
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flop_count import count_flops
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine.lora import layer as lora
@@ -27,7 +28,7 @@ def frozen(out: int, *, bias: bool = True, width: int = IN) -> nn.Linear:
 
 
 def adapted(out: int, rank: int, alpha: float = 6.0, base: nn.Module | None = None) -> LoRALinear:
-    """A layer whose adapter says something."""
+    """A LoRA layer whose B is not zero."""
     layer = LoRALinear(base or frozen(out), rank=rank, alpha=alpha)
     nn.init.normal_(layer.lora_B)
     return layer
@@ -45,7 +46,7 @@ def merged(out: int, rank: int) -> LoRALinear:
     return layer
 
 
-# The layers of one input.
+# Groups of layers that share an input.
 LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "one": lambda: [adapted(9, 3)],
     "query, key and value": lambda: [adapted(8, 3), adapted(8, 3), adapted(8, 3)],
@@ -76,7 +77,7 @@ def layers_of(kind: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.flo
 
 
 def adapters(layers: Sequence[nn.Module]) -> list[LoRALinear]:
-    """The layers whose adapters add something to them."""
+    """The layers with an adapter that is not merged."""
     return [layer for layer in layers if isinstance(layer, LoRALinear) and not layer.merged]
 
 
@@ -85,7 +86,7 @@ def matrices(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def formula(x: Tensor, layers: Sequence[nn.Module], kept: Tensor | None = None) -> list[Tensor]:
-    """W x + b + scaling B A dropout(x) of each layer, dropout being `kept`."""
+    """W x + b + scaling B A dropout(x) of each layer, with `kept` as the dropout mask."""
     outs = []
     for layer in layers:
         weight = layer.weight.T if getattr(layer, "weight_is_transposed", False) else layer.weight
@@ -99,14 +100,14 @@ def formula(x: Tensor, layers: Sequence[nn.Module], kept: Tensor | None = None) 
 
 
 def gradients(outs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of a number in which every entry of every output has its own part."""
+    """Gradients of a random linear combination of all outputs."""
     generator = torch.Generator().manual_seed(5)
     cotangents = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outs]
     return torch.autograd.grad(outs, inputs, cotangents)
 
 
 def assert_equal(outs, expected, inputs, *, rtol: float, atol: float) -> None:
-    """Values, and every gradient."""
+    """Compare values and all gradients."""
     close = {"rtol": rtol, "atol": atol}
     torch.testing.assert_close(list(outs), list(expected), **close)
     torch.testing.assert_close(gradients(outs, inputs), gradients(expected, inputs), **close)
@@ -114,7 +115,7 @@ def assert_equal(outs, expected, inputs, *, rtol: float, atol: float) -> None:
 
 @pytest.fixture
 def masks(monkeypatch) -> list[Tensor | None]:
-    """Every mask that is drawn."""
+    """Records every dropout mask."""
     drawn = []
     draw = lora._dropout_mask
 
@@ -142,7 +143,7 @@ def test_layers_of_one_input_equal_the_formula(kind, shape):
 def test_gradients_equal_finite_differences(kind):
     layers = layers_of(kind)
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
-    # gradcheck moves the matrices' own entries, so the layers see every step.
+    # gradcheck changes the matrices in place, so the layers see every step.
     assert gradcheck(lambda x, *_: project(x, *layers), (x, *matrices(layers)))
 
 
@@ -177,7 +178,7 @@ def test_in_evaluation_nothing_is_dropped(masks):
 
 
 @pytest.mark.parametrize("x_is", ["transposed", "a slice", "one row"])
-def test_any_strides_will_do(x_is):
+def test_any_strides_work(x_is):
     layers = layers_of("query and value")
     x = torch.randn(30, 30, dtype=torch.float64, requires_grad=True)
     view = {
@@ -187,8 +188,8 @@ def test_any_strides_will_do(x_is):
 
 
 @every_kind
-def test_a_gradient_that_is_one_number_repeated_will_do(kind):
-    """As a sum's is, which has no strides of its own."""
+def test_an_expanded_gradient_works(kind):
+    """Such as that of a sum, whose strides are zero."""
     layers = layers_of(kind)
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     totals = [sum(out.sum() for out in outs) for outs in (project(x, *layers), formula(x, layers))]
@@ -196,7 +197,7 @@ def test_a_gradient_that_is_one_number_repeated_will_do(kind):
     torch.testing.assert_close(ours, expected, **EXACT)
 
 
-def test_outputs_that_nothing_uses_add_nothing():
+def test_unused_outputs_add_no_gradient():
     layers = layers_of("ranks and scalings")
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     ours, expected = (
@@ -208,7 +209,7 @@ def test_outputs_that_nothing_uses_add_nothing():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_in_fp32_large_layers_equal_the_formula_too(dropout, masks):
-    """Large enough for oneDNN where that is used."""
+    """Large enough to use oneDNN on processors where it is used."""
     width = 80
     layers: list[nn.Module] = [
         adapted(90, 3, base=frozen(90, width=width)), frozen(70, width=width),
@@ -241,25 +242,19 @@ def test_only_the_matrices_and_an_input_that_needs_it_get_a_gradient(kind):
     assert all(matrix.grad is not None for matrix in matrices(layers))
 
 
-def counted_flops() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False)
-    counter.flop_registry[torch.ops.aten.addmm_] = counter.flop_registry[torch.ops.aten.addmm]
-    return counter
-
-
 @every_kind
 @pytest.mark.parametrize("needs_gradient", [False, True])
-def test_no_product_is_formed_that_nothing_needs(kind, needs_gradient):
-    """Forward one with each W, and two a rank; backward one with W where the input needs it."""
+def test_only_needed_products_are_computed(kind, needs_gradient):
+    """Forward: W x, A x, B A x. Backward: dA, dB and their G; with W and A for dX if needed."""
     layers, num_rows = layers_of(kind), 7
     x = torch.randn(num_rows, IN, dtype=torch.float64, requires_grad=needs_gradient)
     dense = sum(2 * num_rows * layer.weight.numel() for layer in layers)
     into_rank = sum(2 * num_rows * layer.lora_A.numel() for layer in adapters(layers))
     out_of_rank = sum(2 * num_rows * layer.lora_B.numel() for layer in adapters(layers))
-    with counted_flops() as forward:
+    with count_flops() as forward:
         outs = project(x, *layers)
     assert forward.get_total_flops() == dense + into_rank + out_of_rank
-    with counted_flops() as backward:
+    with count_flops() as backward:
         if outs[0].requires_grad:
             sum(out.sum() for out in outs).backward()
     of_matrices = into_rank + 2 * out_of_rank  # dA; dB and G
@@ -290,7 +285,7 @@ def test_the_input_is_kept_once_for_the_backward_pass_and_only_for_an_adapter(ki
 
 
 class Doubled(nn.Linear):
-    """A linear layer to look at."""
+    """A subclass with a forward of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -306,21 +301,57 @@ def trained_bias() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("other", [
-    lambda: Doubled(IN, 8).requires_grad_(False), trained_weight, trained_bias,
-    lambda: nn.Sequential(frozen(8), nn.Tanh()), lambda: conv1d(8),
-], ids=["subclass", "trained weight", "trained bias", "sequence", "bare conv1d"])
-def test_layers_of_other_kinds_and_layers_in_training_are_called(other):
-    layer, beside = other().double(), adapted(8, 3).double()
+class DoubledLoRA(LoRALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled_lora() -> nn.Module:
+    layer = DoubledLoRA(frozen(8), rank=3, alpha=6.0)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def replaced_forward(layer: nn.Module) -> nn.Module:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def parametrized() -> nn.Module:
+    layer = frozen(8)
+    return parametrize.register_parametrization(layer, "weight", nn.Tanh()).requires_grad_(False)
+
+
+# Layers whose call is not the formula with their weight, bias, A and B.
+OTHER_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: Doubled(IN, 8).requires_grad_(False),
+    "subclass of LoRALinear": doubled_lora,
+    "replaced forward": lambda: replaced_forward(frozen(8)),
+    "replaced forward of LoRALinear": lambda: replaced_forward(adapted(8, 3)),
+    "parametrization": parametrized,
+    "trained weight": trained_weight,
+    "trained bias": trained_bias,
+    "sequence": lambda: nn.Sequential(frozen(8), nn.Tanh()),
+    "bare Conv1D": lambda: conv1d(8),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LAYERS)
+def test_layers_of_other_kinds_and_trained_layers_are_called(other):
+    layer, beside = OTHER_LAYERS[other]().double(), adapted(8, 3).double()
     x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
     inputs = [x, *matrices([beside]), *(p for p in layer.parameters() if p.requires_grad)]
     assert_equal(project(x, layer, beside), [layer(x), beside(x)], inputs, **EXACT)
 
 
-@pytest.mark.parametrize("register", [
+every_hook = pytest.mark.parametrize("register", [
     "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
     "register_full_backward_pre_hook",
 ])
+
+
+@every_hook
 @pytest.mark.parametrize("make", [lambda: frozen(8), lambda: adapted(8, 3)], ids=["frozen", "lora"])
 def test_hooks_are_run(make, register):
     layer, beside = make(), adapted(8, 3)
@@ -330,6 +361,35 @@ def test_hooks_are_run(make, register):
     outs = project(x, layer, beside)
     assert_equal(outs, formula(x, [layer, beside]), [x], rtol=1e-5, atol=1e-5)
     assert calls
+
+
+@every_hook
+def test_hooks_of_all_modules_are_run(register):
+    """Global hooks, such as those of profilers."""
+    layers, seen = [frozen(8), adapted(8, 3)], []
+    x = torch.randn(4, IN, requires_grad=True)
+    name = register.replace("register_", "register_module_")
+    handle = getattr(nn.modules.module, name)(lambda module, *_: seen.append(module))
+    try:
+        outs = project(x, *layers)
+        sum(out.sum() for out in outs).backward()
+    finally:
+        handle.remove()
+    assert sorted(map(id, seen)) == sorted(map(id, layers))
+
+
+def test_a_layer_that_was_compiled_is_called():
+    layer, x = frozen(8), torch.randn(4, IN)
+    layer._compiled_call_impl = lambda x: torch.zeros(4, 8)  # what nn.Module.compile sets
+    assert not project(x, layer)[0].any()
+
+
+def test_each_layer_keeps_its_own_dropout_probability(masks):
+    layers = layers_of("query and value", dropout=0.4)
+    layers[-1].dropout = 0.0
+    x = torch.randn(50, IN, dtype=torch.float64, requires_grad=True)
+    project(x, *layers)
+    assert [mask is None for mask in masks] == [False, True]
 
 
 # --- half precision -------------------------------------------------------------------------
@@ -345,7 +405,7 @@ def half(kind: str, dtype: torch.dtype) -> list[nn.Module]:
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast_values_and_gradients_stay_near_the_formula(kind, dtype):
-    """Within 1 % of its norm (bf16) or 0.15 %; gradients are in the dtype of what they are of."""
+    """Within 1 % of the norm (bf16) or 0.15 % (fp16); gradients have their tensors' dtype."""
     layers = half(kind, dtype)
     x = torch.randn(2, 20, IN, requires_grad=True)
     with torch.autocast("cpu", dtype):
@@ -365,7 +425,7 @@ def test_under_autocast_values_and_gradients_stay_near_the_formula(kind, dtype):
 
 
 def test_gradients_of_cast_matrices_are_added_up_in_fp32():
-    """Over micro-batches: exactly the sum of those of each by itself."""
+    """Accumulated over micro-batches they equal the exact fp32 sum."""
     layers = half("ranks and scalings", torch.bfloat16)
     flat = FlatLoRAParameters(adapters(layers), torch.bfloat16)
     batches = [torch.randn(5, IN) * 10.0 ** -number for number in range(4)]
@@ -386,10 +446,10 @@ def test_gradients_of_cast_matrices_are_added_up_in_fp32():
     assert flat.gradient.dtype == torch.float32
     assert torch.equal(flat.gradient, sum(alone[1:], alone[0]))
     in_bf16 = sum((gradient.bfloat16() for gradient in alone[1:]), alone[0].bfloat16())
-    assert not torch.equal(in_bf16.float(), flat.gradient)  # what would have been lost
+    assert not torch.equal(in_bf16.float(), flat.gradient)  # bf16 sums would differ
 
 
-# --- compiled, and computed again -----------------------------------------------------------
+# --- compilation and checkpointing ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, dropout", [

@@ -223,7 +223,7 @@ def test_the_adapter_is_the_best_one_with_where_it_came_from(trained):
     for name, matrix in lora_parameters(trained.captioner.model).items():
         assert torch.equal(adapter.matrices[name], matrix)
     assert adapter.base_model == str(Path(trained.config.model).resolve())
-    assert adapter.provenance["base_fingerprint"] == trained.captioner.fingerprint
+    assert adapter.provenance["base_fingerprint"] == trained.captioner.fingerprints["base"]
     assert adapter.provenance["step"] == "10" and adapter.prompt == ""
     assert float(adapter.provenance["validation_loss"]) == pytest.approx(
         trained.summary.losses[10]

@@ -24,13 +24,9 @@ from lora_engine.captioning.generation import generate
 from lora_engine.features.source import encode_pixels
 from lora_engine.files import replaced_folder
 from lora_engine.lora.injection import lora_layers
-from lora_engine.models.pretrained import (
-    SMALL_FILES,
-    Captioner,
-    load_captioner,
-    read_weights,
-    weight_files,
-)
+from lora_engine.models.model_folder import SMALL_FILES
+from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.models.weights import read_weights, weight_files
 
 # An index is written anew where one is needed. An adapter that lies beside the base's weights
 # would be loaded on top of the merged ones: transformers does so unasked.
@@ -137,7 +133,7 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
     """Write the base's files with the adapted tensors merged -> the coarsest format of those."""
     merged = {f"{path}.weight": layer for path, layer in lora_layers(captioner.model)}
     # GPT-2's Conv1D stores (in, out), our layers (out, in).
-    is_transposed = getattr(captioner.model, "fan_in_fan_out", False)
+    is_transposed = captioner.model.fan_in_fan_out
     dtypes = set()
     file_of: dict[str, str] = {}
     num_bytes = 0

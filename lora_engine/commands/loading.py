@@ -14,7 +14,7 @@ from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
 from lora_engine.lora.injection import cast_frozen
-from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.terminal import printable
 
 
@@ -110,12 +110,12 @@ def load_base(
             "base model needs --model)"
         )
     captioner = load_captioner(model, revision=revision)
-    expected = FAMILIES[captioner.family].hugging_face_class
     for adapter in adapters:
         base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-        if base_class not in (None, expected):
+        if base_class not in (None, captioner.hugging_face_class):
             raise ValueError(
-                f"the adapter in {adapter.folder} is for {base_class}, but {model} is {expected}; "
+                f"the adapter in {adapter.folder} is for {base_class}, but {model} is "
+                f"{captioner.hugging_face_class or captioner.family}; "
                 f"leave --model out to use the adapter's own base ({adapter.base_model})"
             )
     return captioner

@@ -12,7 +12,6 @@ from lora_engine.commands.loading import check_base, load_base
 from lora_engine.data.images import PixelSettings, find_images, load_pixels, to_pixels
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import lora_layers
-from lora_engine.models.pretrained import FAMILIES
 from lora_engine.terminal import printable
 
 NUM_DRAWN = 4  # images that a merged model is compared on where none are given
@@ -59,10 +58,13 @@ def merge(args: list[str]) -> int:
     told = (
         f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
         f"compared with base and adapter apart: {parity}\n"
-        f"merged model  {config.out}\n"
-        f"to load it    transformers.{FAMILIES[captioner.family].hugging_face_class}"
-        f".from_pretrained({config.out!r})"
+        f"merged model  {config.out}"
     )
+    if captioner.hugging_face_class:
+        told += (
+            f"\nto load it    transformers.{captioner.hugging_face_class}"
+            f".from_pretrained({config.out!r})"
+        )
     if adapter.prompt:
         told += (
             f"\nits prompt    {adapter.prompt!r}: the folder does not say so, generation needs it"

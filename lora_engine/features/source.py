@@ -29,9 +29,8 @@ from lora_engine.devices import autocast, free_memory_bytes
 from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
 from lora_engine.models import CaptioningModel
-from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.pretrained import Captioner, fingerprint
-from lora_engine.models.vit import EncoderLayer
+from lora_engine.models.pretrained import Captioner
+from lora_engine.models.weights import fingerprint
 from lora_engine.stopping import LoadingStopped
 
 logger = logging.getLogger(__name__)
@@ -452,14 +451,11 @@ def _encoder_batch_size(device: torch.device, num_tokens: int) -> int:
 def _describe_encoder(model: CaptioningModel) -> dict[str, Any]:
     """All of a captioner that its features depend on: weights, and what is no weight."""
     parts = {name: part for name, part in model.named_children() if part is not model.decoder}
-    layer = model.encoder.layers[0]
-    assert isinstance(layer, EncoderLayer)
+    is_compiled = any(layer._compiled_call_impl is not None for layer in model.encoder.layers)
     return {
         "weights": fingerprint(torch.nn.ModuleDict(parts)),
-        "num_heads": layer.num_heads,
-        "eps": layer.norm1.eps,
-        "activation": next(name for name, act in ACTIVATIONS.items() if act is layer.act),
-        "compiled": layer._compiled_call_impl is not None,  # the last bits may be others
+        **model.encoder.describe(),
+        "compiled": is_compiled,  # the last bits may differ
     }
 
 

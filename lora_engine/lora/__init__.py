@@ -1,1 +1,1 @@
-"""What LoRA is here: the layer with its formula, injection, and adapters in PEFT's format."""
+"""LoRA: the layer and its formula, injection into a model, and adapters in PEFT's format."""

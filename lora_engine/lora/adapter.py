@@ -1,9 +1,9 @@
-"""PEFT's adapter folder, in and out: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format: read and write adapter_config.json and adapter_model.safetensors.
 
 Format: huggingface/peft (`src/peft/utils/save_and_load.py`, `src/peft/tuners/lora/config.py`).
 Keys are `base_model.model.<path>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R), with
-Hugging Face's module paths, which are ours too. PEFT drops weights that its targets do not cover
-and only warns of missing ones; here both are errors.
+Hugging Face's module paths, which our models share. PEFT drops weights that its targets do not
+cover and only warns about missing ones; here both are errors.
 """
 
 import json
@@ -29,6 +29,7 @@ from lora_engine.lora.injection import (
     lora_parameters,
     select,
 )
+from lora_engine.lora.layer import LoRALinear, update_bound
 from lora_engine.lora.patterns import first_matches
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
 
@@ -41,10 +42,10 @@ MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_RANK = 2**20
 MAX_FP32 = torch.finfo(torch.float32).max
 
-_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))  # as safetensors spells them
+_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))  # safetensors' names
 _KEY = re.compile(r"base_model\.model\.([!-~]{1,500})\.(lora_[AB])\.weight")
 
-# What PEFT can do and this engine cannot: a file that asks for it must not load as plain LoRA.
+# PEFT settings and their supported values: other values must not load as plain LoRA.
 _UNSUPPORTED: dict[str, tuple] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -60,12 +61,12 @@ _UNSUPPORTED: dict[str, tuple] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
-    # PiSSA, OLoRA and their like start by changing the frozen weights.
+    # Others, such as PiSSA and OLoRA, change the frozen weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
-# How messages name what differs of a base model, by the names of `Captioner.fingerprints`.
+# What differs in a base model, as messages name it, by the keys of `Captioner.fingerprints`.
 OTHER_BASE = {
     "base": "other weights",
     "configuration": "another configuration",
@@ -77,7 +78,7 @@ OTHER_BASE = {
 def is_same(before: str, now: str) -> bool:
     """Whether two values of `Captioner.fingerprints` agree.
 
-    Of JSON objects, the keys that both have are compared: a later version may record more.
+    Of JSON objects only the keys that both have are compared: later versions may record more.
     """
     try:
         one, other = json.loads(before), json.loads(now)
@@ -96,8 +97,8 @@ class AdapterError(ValueError):
 class Adapter:
     """An adapter folder, read and checked, on the CPU.
 
-    `matrices` are named as `lora.lora_parameters` names them; `provenance` is what the engine
-    that made it wrote beside them (base fingerprint, prompt, ...), empty for PEFT's own files.
+    `matrices` have the names of `injection.lora_parameters`. `provenance` is the metadata stored
+    with them (base fingerprint, prompt, ...), which is empty for files written by PEFT.
     """
 
     folder: Path
@@ -114,8 +115,8 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     def foreign_base(self, name: str, fingerprints: Mapping[str, str]) -> str | None:
-        """Says so if it was trained on another base than the model `name`, by that one's
-        `Captioner.fingerprints`; not every adapter tells on which."""
+        """How the base model that it was trained on differs from the model `name` with these
+        `Captioner.fingerprints`; None if it does not, or the adapter does not tell."""
         different = [
             part for part, fingerprint in fingerprints.items()
             if not is_same(self.provenance.get(f"{part}_fingerprint", fingerprint), fingerprint)
@@ -128,7 +129,7 @@ class Adapter:
 
     @property
     def base_on_hub(self) -> str | None:
-        """The base model's name on the Hub; None where it is a folder of one machine."""
+        """The base model's name on the Hub, or None if it is a local folder."""
         is_folder = self.base_model is not None and Path(self.base_model).is_absolute()
         return None if is_folder else self.base_model
 
@@ -136,14 +137,14 @@ class Adapter:
 def save_adapter(model: nn.Module, folder: str | Path, **settings: Any) -> None:
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
-    `settings` are those of `adapter_files`. An adapter that was there is replaced only when the
-    new one is complete; other files in `folder` stay.
+    `settings` are those of `adapter_files`. An existing adapter is replaced only when the new one
+    is complete; other files in `folder` are kept.
     """
     write_adapter(folder, adapter_files(model, **settings))
 
 
 def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
-    """Write what `adapter_files` returned as an adapter folder, all files or none."""
+    """Write the result of `adapter_files` as an adapter folder, all files or none."""
     with files.replaced_folder(folder) as new:
         for name, data in contents.items():
             (new / name).write_bytes(data)
@@ -157,17 +158,17 @@ def adapter_files(
     revision: str | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
-    """What the files of a PEFT adapter folder hold, by their names.
+    """The contents of the files of a PEFT adapter folder, by file name.
 
-    `base_model` is what PEFT users will load it onto; `hugging_face_class` that model's class
-    in transformers. Raises AdapterError for a model without LoRA layers, and for matrices with
-    values that are not finite.
+    `base_model` is the folder or Hub name of the base model, `hugging_face_class` its class in
+    transformers. Raises AdapterError for a model without LoRA layers, and for values that are not
+    finite.
     """
     layers = dict(lora_layers(model))
     if not layers:
         raise AdapterError("this model has no LoRA layers to save; call inject() first")
     config = _peft_config(layers, base_model, hugging_face_class, revision)
-    # PEFT decides by the module and warns where the file says otherwise.
+    # PEFT decides by the module, and warns if the file disagrees.
     config["fan_in_fan_out"] = getattr(model, "fan_in_fan_out", False)
     tensors = {
         f"base_model.model.{name}.weight": matrix.detach().float().cpu().contiguous()
@@ -186,11 +187,10 @@ def adapter_files(
 
 
 def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Adapter:
-    """Read an adapter folder, PEFT's or ours.
+    """Read an adapter folder written by PEFT or by `save_adapter`.
 
-    Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or stands
-    without its partner, if a number is out of its range or not finite, and if the adapter is of
-    another kind than plain LoRA.
+    Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or its A or B
+    is missing, if a number is out of range or not finite, and if the adapter is not plain LoRA.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -232,14 +232,14 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
 def load_adapter(
     model: nn.Module, adapter: Adapter | str | Path, *, dropout: float | None = None
 ) -> InjectionPlan:
-    """Inject an adapter into a model without LoRA layers and fill in its matrices.
+    """Inject an adapter into a model without LoRA layers and load its matrices.
 
-    Ranks and scaling come from the adapter's configuration. `dropout` replaces the adapter's own
-    for further training.
+    Ranks and scaling come from the adapter's configuration. For further training, `dropout`
+    replaces the adapter's own.
 
-    Raises AdapterError, before anything is changed, if a path is not a layer of the model that
-    LoRA may adapt, a matrix has another shape than model and configuration say, or the matrices
-    are not those of exactly the layers that the configuration targets.
+    Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
+    if a matrix does not have the shape given by model and configuration, or if the matrices are
+    not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
@@ -270,7 +270,7 @@ def load_adapter(
 
 
 def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
-    """Raises ValueError unless the matrices are those that model and configuration call for."""
+    """Raises ValueError unless the matrices are those required by model and configuration."""
     config, matrices, layers = adapter.config, adapter.matrices, linear_layers(model)
     targeted = _targeted(config, [*layers, *(path for path in paths if path not in layers)])
     complaints = [
@@ -304,7 +304,7 @@ def _targeted(config: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
 
 
 def _tails(path: str) -> list[str]:
-    """A path, and what follows each dot in it."""
+    """A path, and what follows each of its dots."""
     parts = path.split(".")
     return [".".join(parts[begin:]) for begin in range(len(parts))]
 
@@ -315,14 +315,14 @@ def _listed(complaints: list[str]) -> str:
 
 
 def _peft_config(
-    layers: Mapping[str, Any],
+    layers: Mapping[str, LoRALinear],
     base_model: str | None,
     hugging_face_class: str | None,
     revision: str | None,
 ) -> dict[str, Any]:
-    """PEFT's configuration; each layer's own rank and alpha as patterns where they differ."""
+    """PEFT's configuration; ranks and alphas that differ from the first layer's are patterns."""
     first = next(iter(layers.values()))
-    rank, alpha = first.rank, first.scaling * first.rank
+    rank, alpha = first.rank, first.alpha
     return {
         "peft_type": "LORA",
         "auto_mapping": {
@@ -336,14 +336,13 @@ def _peft_config(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
-        # Full paths: a short name such as "dense" would also hit the vocabulary head in PEFT.
+        # Full paths: in PEFT a short name such as "dense" would also match the vocabulary head.
         "target_modules": list(layers),
         "rank_pattern": {re.escape(p): x.rank for p, x in layers.items() if x.rank != rank},
         "alpha_pattern": {
-            re.escape(p): x.scaling * x.rank for p, x in layers.items()
-            if x.scaling * x.rank != alpha
+            re.escape(p): x.alpha for p, x in layers.items() if x.alpha != alpha
         },
-        # The scaling above is resolved already, rsLoRA's too.
+        # The alphas above already include rsLoRA's scaling.
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
@@ -357,7 +356,7 @@ def _peft_config(
 
 
 def _match(key: str) -> re.Match | None:
-    return _KEY.fullmatch(key.replace("_orig_mod.", ""))  # written after compiling
+    return _KEY.fullmatch(key.replace("_orig_mod.", ""))  # from a compiled model
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -426,16 +425,16 @@ def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
 def _check_pair(path: Path, name: str, matrices: Mapping[str, Tensor]) -> None:
     other = name[:-1] + ("B" if name.endswith("A") else "A")
     if other not in matrices:
-        raise AdapterError(f"{path}: {name} stands without {other}")
+        raise AdapterError(f"{path} has {name} but not {other}")
     rank, other_rank = matrices[name].shape[0], matrices[other].shape[1]
     if name.endswith("A") and rank != other_rank:
-        raise AdapterError(f"{path}: {name} has rank {rank}, {other} {other_rank}")
+        raise AdapterError(f"{path}: {name} has rank {rank}, but {other} has rank {other_rank}")
 
 
 def _check_values(
     path: Path, matrices: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Refuse what is not finite: the matrices, and by a bound of its elements scaling * B A."""
+    """Refuse matrices that are not finite, and those whose update may overflow."""
     largest = {name: float(matrix.float().abs().max()) for name, matrix in matrices.items()}
     for name, value in largest.items():
         if not math.isfinite(value):
@@ -445,9 +444,9 @@ def _check_values(
             )
     alpha = max([config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()])
     for name in (name for name in matrices if name.endswith("A")):
-        rank = len(matrices[name])
-        if float(alpha) * rank * largest[name] * largest[name[:-1] + "B"] > MAX_FP32:
+        largest_A, largest_B = largest[name], largest[name[:-1] + "B"]
+        if update_bound(alpha, len(matrices[name]), largest_A, largest_B) > MAX_FP32:
             raise AdapterError(
-                f"{path}: the update of {name.removesuffix('.lora_A')} may overflow float32 (its "
-                f"alpha is up to {alpha:g}); the adapter is damaged: use another copy"
+                f"{path}: the update of {name.removesuffix('.lora_A')} may overflow float32 (with "
+                f"alpha up to {alpha:g}); the adapter is damaged: use another copy"
             )

@@ -1,4 +1,4 @@
-"""Dropout's masks. On a CPU torch's own draw costs as much as the layer that it is for."""
+"""Dropout masks. On a CPU, torch's own draw would cost as much as the layer itself."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ _NUM_LEVELS = 2**16
 
 
 def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
-    """Which elements of x dropout keeps, bool in its shape, and their share on average.
+    """A bool mask of the elements of x that dropout keeps, and the expected share that it keeps.
 
-    On a CPU `probability` is rounded to a multiple of 1/65536: sixteen random bits an element are
-    drawn four times as fast as `bernoulli_` does. From the global generator, in any case.
+    Both devices use the global generator. On a CPU, `probability` is rounded to a multiple of
+    1/65536: drawing sixteen random bits per element is four times as fast as `bernoulli_`.
     """
     if x.device.type != "cpu":
         share = 1.0 - probability
@@ -21,7 +21,7 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def kept_part(x: Tensor, kept: Tensor | None) -> Tensor:
-    """x with zeros in the place of what is dropped; None drops nothing."""
+    """x with zeros for dropped elements; a mask of None drops nothing."""
     return x if kept is None else torch.where(kept, x, 0.0)
 
 
@@ -31,7 +31,7 @@ def _draw(x: Tensor, num_dropped: int) -> Tensor:
     return (levels >= num_dropped - _NUM_LEVELS // 2).view(x.shape)
 
 
-# For the compiler, which has no way to look at numbers of one width as those of another.
+# For torch.compile, which cannot reinterpret integers of one width as those of another.
 _draw_op = torch.library.custom_op(
     "lora_engine::draw_mask", _draw, mutates_args=(),
     tags=(torch.Tag.nondeterministic_seeded,),

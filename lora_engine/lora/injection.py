@@ -1,8 +1,8 @@
-"""Which linear layers of a module tree get an adapter, and what that comes to in parameters.
+"""Injection: choose linear layers of a module tree, add adapters, and count parameters.
 
-A module tree may tell `inject` what it knows about itself by two attributes: `lora_groups`, names
-for regular expressions over module paths (`{"attention": ...}`), and `lora_scope`, a regular
-expression over the paths that may be adapted at all.
+A module may have two attributes that `inject` reads: `lora_groups`, named regular expressions over
+module paths (`{"attention": ...}`), and `lora_scope`, a regular expression over the paths that may
+be adapted at all.
 """
 
 import difflib
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_engine.lora.layer import LoRALinear, check_settings, is_conv1d, widths
+from lora_engine.lora.layer import (
+    LoRALinear,
+    check_settings,
+    is_conv1d,
+    is_intercepted,
+    widths,
+)
 from lora_engine.lora.patterns import PatternError, first_matches
 
 
@@ -36,7 +42,7 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """What `inject` did: every adapted module, and the model's parameters by kind."""
+    """What `inject` did: every adapted module, and the number of parameters by kind."""
 
     modules: tuple[AdaptedModule, ...]
     num_trainable: int
@@ -51,14 +57,14 @@ class InjectionPlan:
         )
 
     def __str__(self) -> str:
-        """A table with one line a module, and the totals."""
+        """A table with one line per module, and the totals."""
         width = max(len(module.path) for module in self.modules)
         lines = [f"{'module':<{width}}  {'in -> out':>12}  rank  scaling  parameters"]
         lines += [_table_line(module.path, module, width) for module in self.modules]
         return "\n".join([*lines, self.totals])
 
     def folded(self) -> str:
-        """The same table with modules that differ only in their layer number on one line."""
+        """The same table, with modules that differ only in their layer number on one line."""
         groups: dict[tuple, list[AdaptedModule]] = {}
         for module in self.modules:
             name = re.sub(r"\.\d+(?=\.)", ".*", module.path)
@@ -83,21 +89,28 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> InjectionPlan:
-    """Freeze `module` and replace its targeted linear layers, in place, by `LoRALinear`.
+    """Freeze `module` and replace its targeted linear layers by `LoRALinear`, in place.
 
-    `targets` are matched as `select` describes. `rank_pattern` and `alpha_pattern` give single
-    layers another rank or alpha, by PEFT's rule: the key, a regular expression, matches the path
-    or what follows a dot in it. New A matrices are drawn from torch's global generator in the
-    order of the module tree. Only the new matrices require a gradient afterwards.
+    `targets` are matched as in `select`. `rank_pattern` and `alpha_pattern` give some layers
+    another rank or alpha, by PEFT's rule: the key, a regular expression, matches the path or what
+    follows a dot in it. A matrices are drawn from torch's global generator in the order of the
+    module tree. Afterwards only the new matrices require a gradient.
 
-    Raises ValueError as `select` does, for a pattern that is no regular expression or costs too
-    much, and for a rank below 1 or a dropout outside [0, 1), before anything is changed.
+    Before anything is changed, raises ValueError as `select` does, for a pattern that is no regular
+    expression or takes too long to match, for a rank below 1 or a dropout outside [0, 1), and for a
+    targeted layer with hooks or a replaced `forward`.
     """
     paths = select(module, targets)
     ranks = by_pattern(rank_pattern, paths, default=rank)
     alphas = by_pattern(alpha_pattern, paths, default=alpha)
     for layer_rank in ranks.values():
         check_settings(layer_rank, dropout)
+    for path in paths:
+        if is_intercepted(module.get_submodule(path)):
+            raise ValueError(
+                f"{path} has hooks, a replaced forward or a compiled call, which an adapter would "
+                f"drop; remove them, and add them to the LoRA layer after inject()"
+            )
     module.requires_grad_(False)
     adapted = []
     for path in paths:
@@ -118,14 +131,14 @@ def inject(
 
 
 def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the linear layers that `targets` name, in the order of the module tree.
+    """Paths of the linear layers that `targets` match, in the order of the module tree.
 
     A single string is one regular expression over the whole path. In a sequence, each item is a
-    group that the module declares, a regular expression after "re:", or PEFT's kind of name: equal
-    to the path, or the path ends with "." + name.
+    group of the module's `lora_groups`, a regular expression after "re:", or a name as in PEFT: it
+    equals the path, or the path ends with "." + name.
 
-    Raises ValueError for a target that matches nothing (naming near ones) or matches only what
-    may not be adapted, and for a module that is already adapted.
+    Raises ValueError for a target that matches nothing (with close matches) or only layers that may
+    not be adapted, and for a module that already has adapters.
     """
     if next(lora_layers(module), None) is not None:
         raise ValueError("this module already has LoRA layers; inject once, with all targets")
@@ -149,8 +162,8 @@ def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(in, out) of every layer that can be adapted, by its path, in the order of the tree."""
     return {
         path: widths(child) for path, child in module.named_modules()
-        # Not subclasses: they compute something else, or are read past their forward
-        # (nn.MultiheadAttention's out_proj).
+        # No subclasses: they may compute something else, and the owner of some reads their weight
+        # without calling them (nn.MultiheadAttention's out_proj).
         if type(child) is nn.Linear or is_conv1d(child)
     }
 
@@ -163,7 +176,7 @@ def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trainable matrix by its name, `<path>.lora_A` before `<path>.lora_B`."""
+    """Every LoRA matrix by its name, `<path>.lora_A` before `<path>.lora_B`."""
     matrices = {}
     for path, layer in lora_layers(module):
         matrices[f"{path}.lora_A"] = layer.lora_A
@@ -172,7 +185,7 @@ def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(module: nn.Module) -> None:
-    """Fold every adapter into its frozen weight: same outputs, no extra work a call."""
+    """Fold every adapter into its frozen weight: same outputs, without the adapters' cost."""
     for _, layer in lora_layers(module):
         layer.merge()
 
@@ -190,11 +203,11 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Store the frozen weights of matrix products in `dtype`, once.
+    """Convert the frozen weights of matrix products to `dtype`, once.
 
-    Autocast would cast them anew in every step: it remembers casts only of weights that require a
-    gradient. Norms and embeddings stay as they are, as under autocast; a vocabulary head tied to
-    an embedding gets its own copy, so that the embedding keeps its precision.
+    Autocast would cast them in every step: it caches casts only of weights that require a gradient.
+    Norms and embeddings are left alone, as under autocast; a vocabulary head tied to an embedding
+    gets its own copy, so the embedding keeps its precision.
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d, LoRALinear)) or is_conv1d(child):
@@ -207,7 +220,7 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def by_pattern(patterns: Mapping | None, paths: Sequence[str], *, default) -> dict[str, Any]:
-    """Each path's value: that of the first pattern which matches, by PEFT's rule; see `inject`."""
+    """Each path's value: that of the first matching pattern, by PEFT's rule (see `inject`)."""
     patterns = patterns or {}
     found = first_matches(patterns, paths, or_tail=True)
     return {path: patterns[found[path]] if path in found else default for path in paths}
@@ -230,17 +243,17 @@ def _nothing_matched(
     outside = _matching([path for path in linears if path not in allowed], target, groups)
     if outside:
         return (
-            f"LoRA target {target!r} matches only modules that are never adapted here (encoder, "
+            f"LoRA target {target!r} matches only modules that cannot be adapted (encoder, "
             f"embeddings, vocabulary head): {', '.join(outside[:3])}"
             f"{' ...' if len(outside) > 3 else ''}"
         )
-    # Every tail of every path is a name that would have matched.
+    # Every tail of every path would have matched.
     parts = [path.split(".") for path in allowed]
     tails = {".".join(p[i:]) for p in parts for i in range(len(p)) if not p[i].isdigit()}
     wanted = target.removeprefix("re:")
     near = difflib.get_close_matches(wanted, sorted(tails | set(groups)), n=5, cutoff=0.5)
     known = sorted({path.rpartition(".")[2] for path in allowed})
-    advice = f"near names: {', '.join(near)}" if near else f"linear layers: {', '.join(known)}"
+    advice = f"close matches: {', '.join(near)}" if near else f"linear layers: {', '.join(known)}"
     group_names = f"; groups: {', '.join(groups)}" if groups else ""
     return f"LoRA target {target!r} matches no linear layer; {advice}{group_names}"
 

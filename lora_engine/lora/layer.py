@@ -7,30 +7,47 @@
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685;
 scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732. Conventions (initial
-values, dropout on the input, matching of targets) are those of huggingface/peft, whose adapters
-load here and the other way round.
+values, dropout on the input, matching of targets) are those of huggingface/peft; adapters load in
+either library.
+
+This file is the only one that knows the formula. `LinearParts` describes a layer's terms: forward
+passes (`project`), cross-attention (`low_rank_inputs`, `LinearParts.scaled_B`) and merging
+(`LinearParts.update`) all compute from it, so a variant of LoRA changes `linear_parts` alone.
 
 Axes: M rows of the input, R rank.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_engine.lora.dropout import dropout_mask, kept_part
-from lora_engine.lora.matmul import compute_dtype, frozen_linear
+from lora_engine.lora.matmul import compute_dtype, feature_matmul, frozen_linear
+
+
+def lora_scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def update_bound(alpha: float, rank: int, largest_A: float, largest_B: float) -> float:
+    """A bound of the elements of scaling * B A, given the largest elements of A and B.
+
+    It holds for both definitions of the scaling, which is at most alpha.
+    """
+    return float(alpha) * rank * largest_A * largest_B
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update (arXiv:2106.09685, section 4.1).
 
-    Takes over the weight and bias of `base` without copying them. `base` is an `nn.Linear`, weight
-    (out, in), or transformers' `Conv1D`, weight (in, out). `lora_A` (R, in) is drawn as PEFT draws
-    it and `lora_B` (out, R) is zero, so that a new layer computes what `base` computed. Both stay
+    Shares the weight and bias of `base` without copying them. `base` is an `nn.Linear`, weight
+    (out, in), or transformers' `Conv1D`, weight (in, out). `lora_A` (R, in) is initialized as in
+    PEFT and `lora_B` (out, R) is zero, so a new layer computes what `base` computed. Both stay
     fp32 whatever the frozen weight's dtype (fp64 with an fp64 weight).
     """
 
@@ -53,7 +70,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = widths(base)
         self.rank = rank
         self.dropout = dropout
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scaling = lora_scaling(alpha, rank, rslora=rslora)
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
@@ -62,14 +79,24 @@ class LoRALinear(nn.Module):
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
-        # Copies in a compute dtype, kept up to date by whoever changes the matrices (optim.py).
+        # Copies in the compute dtype; the optimizer refreshes them when it changes the matrices.
         self.cast_matrices: tuple[Tensor, Tensor] | None = None
-        # A buffer follows the layer to its device, but is no parameter and in no state dict.
+        # A non-persistent buffer moves with the layer, but is in neither parameters nor state dict.
         self.register_buffer("_unmerged_weight", None, persistent=False)
 
     @property
     def merged(self) -> bool:
         return self._unmerged_weight is not None
+
+    @property
+    def alpha(self) -> float:
+        """The alpha for which alpha / rank is the scaling, with rsLoRA too."""
+        return self.scaling * self.rank
+
+    @property
+    def active_dropout(self) -> float:
+        """The dropout probability of a call now: 0 in evaluation mode."""
+        return self.dropout if self.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return _project(x, (self,))[0]
@@ -83,9 +110,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put `merged_weight` in the place of the weight, and no update beside it.
+        """Replace the weight by `merged_weight`; the adapter is then no longer added.
 
-        The old weight is kept, so that `unmerge` restores its very bits. Merging twice adds once.
+        The old weight is kept, so `unmerge` restores it bit for bit. Merging twice adds once.
         """
         if self.merged:
             return
@@ -95,15 +122,16 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + scaling * B A in the layout and dtype of W, formed in fp32 and rounded once."""
+        """W + scaling * B A in the layout and dtype of W, computed in fp32 and rounded once."""
         if self.merged:
             return self.weight
-        update = self.scaling * (self.lora_B @ self.lora_A)
-        update = update.T if self.weight_is_transposed else update
-        return (self.weight.to(update.dtype) + update).to(self.weight.dtype)
+        parts = linear_parts(self, self.lora_A.dtype)
+        merged = parts.weight + parts.update()
+        merged = merged.T if self.weight_is_transposed else merged
+        return merged.to(self.weight.dtype).contiguous()
 
     def unmerge(self) -> None:
-        """Put the weight from before `merge` back, bit for bit."""
+        """Restore the weight from before `merge`, bit for bit."""
         if self._unmerged_weight is not None:
             self.weight = nn.Parameter(self._unmerged_weight, requires_grad=False)
             self._unmerged_weight = None
@@ -116,7 +144,8 @@ class LoRALinear(nn.Module):
 
 
 class LinearParts(NamedTuple):
-    """What a frozen linear layer computes with, in one dtype; without an adapter A is None."""
+    """The terms of x W^T + b + scaling * dropout(x) A^T B^T, in one dtype; no adapter: A is None.
+    """
 
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
@@ -124,9 +153,19 @@ class LinearParts(NamedTuple):
     lora_B: Tensor | None = None  # (out, R)
     scaling: float = 0.0
 
+    def scaled_B(self) -> Tensor:
+        """scaling * B (out, R)."""
+        assert self.lora_B is not None
+        return self.scaling * self.lora_B
+
+    def update(self) -> Tensor:
+        """scaling * B A (out, in), which merging adds to W."""
+        assert self.lora_A is not None and self.lora_B is not None
+        return self.scaling * (self.lora_B @ self.lora_A)
+
 
 def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
-    """The parts of an `nn.Linear` or a `LoRALinear`; a merged one has no adapter left to add."""
+    """The terms of an `nn.Linear` or a `LoRALinear`; a merged one has no adapter left to add."""
     assert isinstance(layer, (nn.Linear, LoRALinear))
     weight: Tensor = layer.weight.to(dtype)
     bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -138,13 +177,39 @@ def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
     return LinearParts(weight, bias, *layer.matrices(dtype), layer.scaling)
 
 
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Frozen linear layers, adapted or not, of one input x (..., in) -> (..., out) of each.
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` does nothing but the formula, so that its parts may be used instead.
 
-    All adapters of the input are one low-rank product, and share one dropout mask. Layers among
-    which one is of another kind, trains its weight or bias or has a hook are simply called.
+    True for exactly `LoRALinear` and exactly a frozen `nn.Linear`. A subclass, a parametrization,
+    a hook (the layer's own, or a global one) or a replaced `forward` must be called.
     """
-    if not all(_is_plain(layer) for layer in layers):
+    is_frozen_linear = type(layer) is nn.Linear and not any(
+        parameter.requires_grad for parameter in (layer.weight, layer.bias) if parameter is not None
+    )
+    return (
+        (is_frozen_linear or type(layer) is LoRALinear)
+        and not is_intercepted(layer)
+        and not _has_any_global_hook()
+    )
+
+
+def is_intercepted(layer: nn.Module) -> bool:
+    """Whether calling `layer` runs more, or something else, than the `forward` of its class."""
+    has_hooks = (
+        layer._forward_hooks or layer._forward_pre_hooks
+        or layer._backward_hooks or layer._backward_pre_hooks
+    )
+    is_replaced = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
+    return bool(has_hooks) or is_replaced
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Apply linear layers, adapted or not, to one input x (..., in) -> (..., out) of each.
+
+    The adapters' products with x are one matrix product and share one dropout mask. If a layer is
+    not `is_plain`, or dropout probabilities differ, each layer is called by itself.
+    """
+    if not all(is_plain(layer) for layer in layers) or len(set(_dropouts(layers))) > 1:
         return tuple(layer(x) for layer in layers)
     return _project(x, layers)
 
@@ -160,19 +225,48 @@ def _project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
+def low_rank_inputs(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor | None]:
+    """dropout(x) A^T (..., R) of each layer, for an x (..., in) that needs no gradient.
+
+    None for a layer without an adapter, and for one that is not `is_plain`. As in `project` it is
+    one product with one dropout mask.
+    """
+    adapters = [layer for layer in layers if is_plain(layer) and _has_adapter(layer)]
+    if not adapters:
+        return [None] * len(layers)
+    assert len(set(_dropouts(adapters))) == 1, "one mask, one probability"
+    rows = x.flatten(0, -2)
+    A = torch.cat([layer.matrices(x.dtype)[0] for layer in adapters])
+    kept, kept_share = _dropout_mask(rows, adapters)
+    if kept is not None:
+        rows, A = kept_part(rows, kept), A / kept_share
+    low_rank = feature_matmul(rows, A).unflatten(0, x.shape[:-1])
+    split = low_rank.split([layer.rank for layer in adapters], dim=-1)
+    parts: dict[nn.Module, Tensor] = {
+        layer: part.contiguous() for layer, part in zip(adapters, split)
+    }
+    return [parts.get(layer) for layer in layers]
+
+
+def _has_adapter(layer: nn.Module) -> TypeGuard[LoRALinear]:
+    return isinstance(layer, LoRALinear) and not layer.merged
+
+
+def _dropouts(layers: Sequence[nn.Module]) -> list[float]:
+    return [layer.active_dropout for layer in layers if _has_adapter(layer)]
+
+
 def _dropout_mask(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor | None, float]:
     """Which elements of x the LoRA dropout of `layers` keeps (None: all), and their share."""
-    for layer in layers:
-        if isinstance(layer, LoRALinear) and layer.training and layer.dropout and not layer.merged:
-            return dropout_mask(x, layer.dropout)
-    return None, 1.0
+    dropouts = _dropouts(layers)
+    return dropout_mask(x, dropouts[0]) if any(dropouts) else (None, 1.0)
 
 
 class _Projections(torch.autograd.Function):
     """Y_i = X W_i^T + b_i + s_i d(X) A_i^T B_i^T, where d keeps some elements (arXiv:2106.09685).
 
-    The backward pass is written by hand: autograd would keep X twice, dropped and not, and go
-    through a low-rank product for every layer. With G_i = s_i dY_i B_i it is
+    The backward pass is written by hand: autograd would save X twice, with dropout and without,
+    and run a low-rank product for each layer. With G_i = s_i dY_i B_i it is
 
         dX = sum dY_i W_i + d(sum G_i A_i)     dA_i = G_i^T d(X)     dB_i = s_i dY_i^T (d(X) A_i^T)
 
@@ -192,7 +286,7 @@ class _Projections(torch.autograd.Function):
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
                     Y.addmm_(part, B.T, alpha=s)
-        # Frozen layers alone need no input for their gradients.
+        # Without an adapter no gradient needs the input.
         ctx.save_for_backward(None if A is None else X, kept, A, low_rank, *Ws, *Bs)
         return tuple(Ys)
 
@@ -213,8 +307,8 @@ class _Projections(torch.autograd.Function):
             G = torch.cat(Gs, dim=1)  # (M, sum of R)
             dAs = (G.T @ kept_part(X, kept)).split(ctx.ranks)
             parts = low_rank.split(ctx.ranks, dim=1)
-            # As the transpose of (R, M) (M, out): kernels like a result with few rows better than
-            # one with few columns.
+            # As the transpose of (R, M) (M, out): kernels are faster for a result with few rows
+            # than for one with few columns.
             dBs = [(part.T @ dY).mul_(s).T for dY, part, s in zip(dYs, parts, ctx.scalings)]
             if dX is not None:
                 dX = dX.addmm_(G, A) if kept is None else dX.add_(kept_part(G @ A, kept))
@@ -226,7 +320,7 @@ class _Projections(torch.autograd.Function):
 
 
 class _Cast(torch.autograd.Function):
-    """A matrix as the copy that was made of it in another dtype."""
+    """Replaces a matrix by its copy in another dtype."""
 
     @staticmethod
     def forward(ctx, matrix: Tensor, cast: Tensor) -> Tensor:
@@ -234,18 +328,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient, None  # autograd brings it to the matrix's dtype
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    is_frozen = type(layer) is nn.Linear and not any(
-        parameter.requires_grad for parameter in (layer.weight, layer.bias) if parameter is not None
-    )
-    has_hooks = (
-        layer._forward_hooks or layer._forward_pre_hooks
-        or layer._backward_hooks or layer._backward_pre_hooks
-    )
-    return (is_frozen or isinstance(layer, LoRALinear)) and not has_hooks
+        return gradient, None  # autograd casts it to the matrix's dtype
 
 
 def check_settings(rank: int, dropout: float) -> None:
@@ -256,11 +339,12 @@ def check_settings(rank: int, dropout: float) -> None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (by its looks: this file knows only torch)."""
+    """Whether this is transformers' Conv1D, recognized without importing transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def widths(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of an `nn.Linear` or a `Conv1D`."""
     weight: nn.Parameter = base.weight  # type: ignore[assignment]
     first, second = weight.shape
     return (first, second) if is_conv1d(base) else (second, first)

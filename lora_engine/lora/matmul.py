@@ -1,11 +1,11 @@
-"""Matrix products beside frozen operands, on the fastest kernel that torch has for them.
+"""Matrix products with frozen operands, by the fastest kernel that torch has for them.
 
-A frozen operand gets no gradient, so that of the three products of a linear layer (forward, input
-gradient, weight gradient) one is never formed.
+A frozen operand gets no gradient, so one of the three products of a linear layer (forward, input
+gradient, weight gradient) is never computed.
 
-On AMD's processors with AVX-512 fp32 products go to oneDNN. `F.linear` and `torch.bmm` go to MKL,
-which does not use the full width of the vectors there and runs at less than half of oneDNN's rate.
-On Intel's it is MKL that is faster (benchmarks/LOG.md).
+On AMD processors with AVX-512, fp32 products use oneDNN. `F.linear` and `torch.bmm` use MKL, which
+does not use the full vector width there and runs at less than half of oneDNN's rate. On Intel
+processors MKL is faster (benchmarks/LOG.md).
 
 Axes: M rows, N columns of the result, K the summed axis, B independent products, H heads.
 """
@@ -33,11 +33,11 @@ _HAS_ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 _USE_ONEDNN = _HAS_ONEDNN and _is_amd()
-_MIN_SIZE = 2**12  # elements of the second operand; for less a call of oneDNN costs too much
+_MIN_SIZE = 2**12  # elements of the second operand, below which the call of oneDNN costs too much
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of `x` runs in: autocast's where it is on."""
+    """The dtype of a matrix product with `x`: autocast's if it is enabled, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -45,8 +45,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K), frozen (N, K), bias (N) -> x frozen^T + bias (M, N).
 
-    For the inside of autograd functions and for operands that need no gradient: oneDNN's way
-    records none. `frozen` may be a transposed view.
+    Use it inside autograd functions, or on operands that need no gradient: with oneDNN, autograd
+    records nothing. `frozen` may be a transposed view.
     """
     is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
     if is_small or not uses_onednn(x.device, x.dtype) or frozen.dtype != torch.float32:
@@ -56,12 +56,12 @@ def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products there go to oneDNN, past torch's choice."""
+    """Whether products there use oneDNN instead of torch's choice."""
     return _USE_ONEDNN and device.type == "cpu" and dtype == torch.float32
 
 
 def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernels that compute in `dtype` on `device`, in words for the run's first lines."""
+    """The kernels for `dtype` on `device`, as a text for the run's first lines."""
     if device.type == "cuda":
         is_half = dtype in (torch.float16, torch.bfloat16)
         flash = is_half and torch.backends.cuda.flash_sdp_enabled()
@@ -73,11 +73,11 @@ def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
     )
     if dtype == torch.bfloat16 and has_bf16:
         return "matrix products by the processor's bf16 instructions"
-    return "this processor may only imitate this format: fp32 may be faster"
+    return "this processor may only emulate this format: fp32 may be faster"
 
 
 def _onednn(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Given other strides than these oneDNN works with a reference kernel, a hundred times slower.
+    # For other strides oneDNN falls back to a reference kernel, which is a hundred times slower.
     if not (frozen.is_contiguous() or frozen.T.is_contiguous()):
         frozen = frozen.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), frozen, bias, "none", [], "")
@@ -87,7 +87,7 @@ def _batched_onednn(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([_onednn(rows, matrix) for rows, matrix in zip(x, y)])
 
 
-# For the compiler, which takes oneDNN's own operator with constant matrices only.
+# For torch.compile, which accepts oneDNN's own operator with constant matrices only.
 _onednn_op = torch.library.custom_op("lora_engine::onednn", _onednn, mutates_args=())
 _onednn_op.register_fake(lambda x, frozen, bias=None: x.new_empty(x.shape[0], frozen.shape[0]))
 _batched_onednn_op = torch.library.custom_op(
@@ -110,14 +110,14 @@ class _FeatureMatmul(torch.autograd.Function):
 
 
 def feature_matmul(features: Tensor, matrix: Tensor) -> Tensor:
-    """features (M, K), matrix (N, K) -> features matrix^T (M, N), with a gradient for `matrix`."""
+    """features (M, K), matrix (N, K) -> features matrix^T (M, N); only `matrix` gets a gradient."""
     return _FeatureMatmul.apply(features, matrix)
 
 
 class _BatchedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
-        # Neither is kept where the other needs no gradient of it.
+        # Each is saved only if the gradient of the other is needed.
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, y if ctx.needs_input_grad[0] else None
         )
@@ -129,7 +129,7 @@ class _BatchedMatmul(torch.autograd.Function):
         x, y = ctx.saved_tensors
         dx = None if y is None else _batched(gradient, y.transpose(1, 2))
         dy = None
-        if x is not None:  # gradient^T x, as the product that has fewer rows
+        if x is not None:  # gradient^T x, or its transpose if that has fewer rows
             if x.shape[2] < gradient.shape[2]:
                 dy = _batched(x.transpose(1, 2), gradient.transpose(1, 2)).transpose(1, 2)
             else:
@@ -144,11 +144,11 @@ def _batched(x: Tensor, y: Tensor) -> Tensor:
 
 
 def batched_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, M, K), y (B, N, K) -> x y^T (B, M, N), with gradients for what needs one."""
+    """x (B, M, K), y (B, N, K) -> x y^T (B, M, N), with gradients for both."""
     return _BatchedMatmul.apply(x, y)
 
 
 def per_head_matmul(x: Tensor, frozen: Tensor) -> Tensor:
-    """x (M, H, K), frozen (H, K, N) -> (M, H, N): the product of each head with its own matrix."""
+    """x (M, H, K), frozen (H, K, N) -> (M, H, N): each head times its own matrix."""
     out = batched_matmul(x.transpose(0, 1), frozen.transpose(1, 2))  # (H, M, N)
     return out.transpose(0, 1).contiguous()

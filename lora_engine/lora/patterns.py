@@ -1,4 +1,4 @@
-"""Regular expressions that come with adapters and flags, matched within limits of size and time."""
+"""Regular expressions from adapters and flags, matched within limits of size and time."""
 
 import math
 import re
@@ -18,18 +18,18 @@ _COUNT = re.compile(r"(\d{0,3})(,\d{0,3})?")
 
 
 class PatternError(ValueError):
-    """A regular expression that is invalid, or that costs too much."""
+    """A regular expression that is invalid, or too expensive to match."""
 
 
 def first_matches(
     patterns: Iterable[str], paths: Sequence[str], *, or_tail: bool = False
 ) -> dict[str, str]:
-    """The first of `patterns` that matches a whole path, for every path that one matches.
+    """For every path that is matched as a whole, the first of `patterns` that matches it.
 
-    With `or_tail` what follows a dot in the path may match instead. The syntax is that of `re`.
+    With `or_tail`, what follows any dot in the path may match instead. The syntax is that of `re`.
 
-    Raises PatternError for a pattern that is no regular expression, is too long or repeats too
-    often, and where all of them together take longer than MAX_SECONDS.
+    Raises PatternError for a pattern that is not a regular expression, is too long or repeats too
+    often, and if matching takes longer than MAX_SECONDS in total.
     """
     deadline = time.monotonic() + MAX_SECONDS
     found: dict[str, str] = {}
@@ -37,7 +37,7 @@ def first_matches(
         compiled = _compile(pattern, or_tail)
         for path in paths:
             try:
-                # regex raises it by itself only while it backtracks.
+                # regex checks the time only while it backtracks.
                 if (left := deadline - time.monotonic()) <= 0:
                     raise TimeoutError
                 if path not in found and compiled.fullmatch(path, timeout=left):
@@ -56,7 +56,7 @@ def _compile(pattern: str, or_tail: bool) -> regex.Pattern:
             f"the regular expression {shortened(pattern)} has {len(pattern):,} characters; "
             f"expected at most {MAX_CHARACTERS:,}"
         )
-    # regex unrolls repeats in memory, and reads other things in braces as its own extensions.
+    # regex unrolls repeats in memory, and parses anything else in braces as its own extension.
     counts = [_COUNT.fullmatch(braces) for braces in _BRACES.findall(pattern)]
     repeats = math.prod(max(int(count[1] or 0), 1) for count in counts if count)
     if None in counts or repeats > MAX_REPEATS:
@@ -66,8 +66,8 @@ def _compile(pattern: str, or_tail: bool) -> regex.Pattern:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later version of re may understand
-            re.compile(pattern)  # refuses regex's further extensions, such as recursion
+            warnings.simplefilter("ignore")  # re warns of future changes of its syntax
+            re.compile(pattern)  # refuses regex's other extensions, such as recursion
         return regex.compile(rf"(.*\.)?({pattern})" if or_tail else pattern)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
         raise PatternError(

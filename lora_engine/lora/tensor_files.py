@@ -1,4 +1,4 @@
-"""safetensors files: equal tensors as equal bytes, and foreign files read with limits."""
+"""safetensors files: equal tensors become equal bytes, and files are read with limits."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from lora_engine.files import UnusableFileError, check_file
 
 
 class Described(NamedTuple):
-    """What a file's header says of a tensor; `dtype` as safetensors spells it ("F32")."""
+    """A tensor as described by the file's header; `dtype` as in safetensors ("F32")."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -24,15 +24,14 @@ class Described(NamedTuple):
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of tensors on the CPU; the same for the same tensors and metadata.
+    """The bytes of a safetensors file of CPU tensors; equal for equal tensors and metadata.
 
-    safetensors itself writes metadata in a random order. (Nor would files of its save_file have the
-    modes that the umask says: they are for their owner alone.)
+    safetensors itself writes metadata in random order, and its `save_file` ignores the umask.
     """
     data = save(dict(tensors), metadata={"format": "pt", **metadata})
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
@@ -41,8 +40,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata.
 
-    `refuse` is asked about every tensor before any is read, and says what is wrong with it, if
-    something is. Raises UnusableFileError, and FileNotFoundError.
+    Before any tensor is read, `refuse` is called with the name and description of each; it returns
+    what is wrong with the tensor, or None. Raises UnusableFileError and FileNotFoundError.
     """
     try:
         check_file(path, max_bytes=max_bytes)

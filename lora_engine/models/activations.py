@@ -1,4 +1,4 @@
-"""Activation functions under the names that Hugging Face configurations use."""
+"""Activation functions by their names in Hugging Face configurations."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Attention as both decoders use it: over the caption so far, with a cache for generation.
+"""Causal self-attention of the decoders, and the cache that generation keeps.
 
 Axes: N rows, T query tokens, S key tokens, D width, H heads, K head width.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass
 class LayerCache:
-    """What generation keeps of one layer between tokens: keys and values, (N, H, S, K).
+    """The keys and values (N, H, S, K) that generation keeps of one layer.
 
-    Those of self-attention grow by a token a step and follow the beams. Those of cross-attention
-    have one row an image and are filled once, where it forms any: all beams of an image see the
-    same ones. `num_tokens` is how many a row will have in the end, at most.
+    Self-attention's grow by a token per step and are reordered with the beams. Cross-attention's
+    have one row per image, which all of its beams share, and are computed once, if at all.
+    `num_tokens` is the maximum length of a row.
     """
 
     num_tokens: int
@@ -25,7 +25,7 @@ class LayerCache:
     cross_attention: tuple[Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns the keys and values of all."""
+        """Add new tokens -> keys and values of all tokens."""
         if self.self_attention is not None:
             past_keys, past_values = self.self_attention
             keys = torch.cat([past_keys, keys], dim=2)
@@ -35,9 +35,9 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """The caches of a decoder's layers, by their number, and what its adapters make of features.
+    """The caches of a decoder's layers, and its adapters' low-rank features.
 
-    `num_tokens` is how many tokens a row will have in the end, at most, its prompt among them.
+    `num_tokens` is the maximum length of a row, prompt included.
     """
 
     def __init__(self, num_tokens: int) -> None:
@@ -55,14 +55,14 @@ class KeyValueCache:
         return 0 if past is None else past[0].shape[2]
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i continue what row `rows[i]` has been."""
+        """Let row i continue the tokens of row `rows[i]`."""
         for layer in self.layers.values():
             if layer.self_attention is not None:
                 keys, values = layer.self_attention
                 layer.self_attention = keys[rows], values[rows]
 
     def keep_images(self, images: Tensor) -> None:
-        """Forget all images but these, whose rows `reorder` keeps."""
+        """Drop the cross-attention caches of all images but these; for rows, see `reorder`."""
         for layer in self.layers.values():
             if layer.cross_attention is not None:
                 keys, values = layer.cross_attention
@@ -92,15 +92,15 @@ def causal_self_attention(
     dropout: float = 0.0,
     cache: LayerCache | None = None,
 ) -> Tensor:
-    """Attention of each token (N, T, D) onto itself and those before it -> (N, T, D).
+    """Attention of each token (N, T, D) onto itself and earlier ones -> (N, T, D).
 
-    Captions are padded on the right, so that no valid token ever sees a pad and no mask is needed
-    beside the causal one. With a cache, T is a whole prompt on an empty cache, or one token.
+    Captions are padded on the right, so a valid token never sees padding, and the causal mask is
+    enough. With a cache, T is a whole prompt on an empty cache, or one token.
     """
     query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
     if cache is not None:
         key, value = cache.append(key, value)
-    # Without a cache a plain True: torch.compile would break its graph at a comparison of sizes.
+    # Without a cache a constant: comparing sizes would break torch.compile's graph.
     is_causal = cache is None or query.shape[2] > 1
     assert not is_causal or query.shape[2] == key.shape[2], "several tokens on a filled cache"
     context = F.scaled_dot_product_attention(

@@ -1,14 +1,14 @@
 """BLIP's captioner (arXiv:2201.12086): a Vision Transformer and a BERT-like causal decoder.
 
-The decoder is post-norm BERT with a cross-attention in every layer. Its modules carry Hugging
-Face's names and sit at its paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so
-that weights, LoRA targets and adapters match by name; only the encoder is renamed (vit.py).
+The decoder is post-norm BERT with a cross-attention in every layer. Its modules have Hugging Face's
+paths (`text_decoder.bert.encoder.layer.0.attention.self.query`), so weights, LoRA targets and
+adapters match by name; only the encoder is renamed (vit.py).
 
 Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, E width of the
 features, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,14 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
+from lora_engine.models import vit
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import (
-    cross_attention,
-    feature_projection,
-    low_rank_features,
+from lora_engine.models.attention import (
+    KeyValueCache,
+    LayerCache,
+    causal_self_attention,
 )
-from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.models.config_values import (
+    fraction,
+    valid_activation,
+    valid_num_heads,
+    whole_number,
+)
+from lora_engine.models.cross_attention import cross_attention, low_rank_features
+from lora_engine.models.vit import VisionTransformer
 
 
 class Attention(nn.Module):
@@ -57,7 +64,7 @@ class Attention(nn.Module):
 
     @property
     def feature_layers(self) -> tuple[nn.Module, nn.Module]:
-        """What projects the features, in a cross-attention."""
+        """The layers of keys and values of a cross-attention."""
         return self.self["key"], self.self["value"]
 
     def forward(
@@ -78,11 +85,9 @@ class Attention(nn.Module):
             context = causal_self_attention(*heads, **settings)
         else:
             (query,) = project(x, self.self["query"])
-            key, value = (
-                feature_projection(layer, low_rank, query.dtype)
-                for layer, low_rank in zip(self.feature_layers, low_ranks)
+            context = cross_attention(
+                query, features, self.feature_layers, low_ranks, **settings
             )
-            context = cross_attention(query, features, key, value, **settings)
         (out,) = project(context, self.output["dense"])
         out = F.dropout(out, self.hidden_dropout, self.training)
         return self.output["LayerNorm"](x + out)
@@ -134,10 +139,10 @@ class Embeddings(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Token ids and image features -> hidden states; `head` makes logits of them.
+    """Token ids and image features -> hidden states; `BlipCaptioner.head` computes logits.
 
-    Every width and probability is the checkpoint's own; nothing has a default, because a wrong
-    number of heads loads without an error and captions nonsense.
+    No argument has a default: with a wrong number of heads, for example, a checkpoint would load
+    without an error and caption nonsense.
     """
 
     def __init__(
@@ -213,14 +218,14 @@ class TextDecoder(nn.Module):
 
 
 class BlipCaptioner(nn.Module):
-    """BLIP for captioning, in the form that `lora_engine.models` describes."""
+    """BLIP for captioning; implements `protocol.CaptioningModel`."""
 
-    lora_groups = {
+    lora_groups: Mapping[str, str] = {
         "attention": r".*\.(self\.(query|key|value)|(attention|crossattention)\.output\.dense)",
         "feed_forward": r".*\.layer\.\d+\.(intermediate|output)\.dense",
     }
     lora_scope = r"text_decoder\.bert\.encoder\.layer\..*"
-    # (head, embedding) where a checkpoint ties them
+    fan_in_fan_out = False
     tied_head = (
         "text_decoder.cls.predictions.decoder.weight",
         "text_decoder.bert.embeddings.word_embeddings.weight",
@@ -258,14 +263,39 @@ class BlipCaptioner(nn.Module):
         return project(self.head_input(hidden), self.vocabulary)[0]
 
 
+def from_config(config: Any) -> BlipCaptioner:
+    """The model of a transformers `BlipConfig`; raises ValueError for a value out of range."""
+    text = config.text_config
+    decoder = TextDecoder(
+        width=whole_number(text, "hidden_size", "width"),
+        features_width=whole_number(config.vision_config, "hidden_size", "width"),
+        num_layers=whole_number(text, "num_hidden_layers", "layers"),
+        num_heads=valid_num_heads(text.num_attention_heads, text.hidden_size),
+        mlp_width=whole_number(text, "intermediate_size", "width"),
+        vocab_size=whole_number(text, "vocab_size", "vocabulary"),
+        max_positions=whole_number(text, "max_position_embeddings", "positions"),
+        eps=fraction(text, "layer_norm_eps"),
+        act=valid_activation(text.hidden_act),
+        hidden_dropout=fraction(text, "hidden_dropout_prob"),
+        attention_dropout=fraction(text, "attention_probs_dropout_prob"),
+    )
+    return BlipCaptioner(vit.from_config(config.vision_config), decoder)
+
+
+def special_ids(config: Any) -> tuple[int, int, int]:
+    """(start, end, pad) of captions."""
+    text = config.text_config  # BLIP does not use its eos_token_id: captions end with [SEP]
+    return text.bos_token_id, text.sep_token_id, text.pad_token_id
+
+
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under the names of `BlipCaptioner`."""
+    """A checkpoint's tensors under the names of `BlipCaptioner`."""
     prefix = "vision_model."
     state = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     vision = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    state |= {prefix + k: v for k, v in convert_names(vision, "blip").items()}
+    state |= {prefix + k: v for k, v in vit.convert_names(vision, "blip").items()}
     state.pop("text_decoder.bert.embeddings.position_ids", None)  # an old buffer, 0, 1, 2, ...
-    # Stored once or twice: the head's bias is one tensor under two names.
+    # The head's bias may be stored under two names.
     bias = state.pop("text_decoder.cls.predictions.bias", None)
     if bias is not None:
         state.setdefault("text_decoder.cls.predictions.decoder.bias", bias)

@@ -1,36 +1,35 @@
-"""Attention of caption tokens onto the frozen features of their image, in two equal forms.
+"""Attention of caption tokens onto the frozen features of their image, in two equivalent forms.
 
-The projected form makes keys and values of all P image tokens, as every library does. The absorbed
-form never makes them. With the rows of head h, of K features each, in W_k and W_v,
+The projected form computes keys and values of all P image tokens, as other libraries do. The
+absorbed form never does. With W_k,h and W_v,h (K, E) the rows of head h in W_k and W_v,
 
     scores_h = (q_h W_k,h + b) E^T        context_h = (softmax(scores_h) E) W_v,h^T + b_v,h
 
-so that a caption of T tokens costs T small products instead of P large ones: multi-query attention
-with E for keys and values, as in DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section
-2.1.2). The key bias adds the same to all scores of a query and leaves the softmax as it is. LoRA
-on keys and values, with U = dropout(E) A^T, adds s (q_h B_k,h) U_k^T to the scores and
-s (probs U_v) B_v,h^T to the context. Nothing here forms a gradient for E, which is frozen.
+so a caption of T tokens costs T small products instead of P large ones: multi-query attention with
+E as keys and values, like DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section 2.1.2). The
+key bias adds the same number to all scores of a query, which the softmax ignores. LoRA on keys and
+values, with U = dropout(E) A^T and s the scaling, adds s (q_h B_k,h) U_k^T to the scores and
+s (probs U_v) B_v,h^T to the context. E is frozen and gets no gradient.
 
-Axes: B images, N = B * G rows (G rows an image), T caption tokens, P image tokens, E width of the
+Axes: B images, N = B * G rows (G rows per image), T caption tokens, P image tokens, E width of the
 features, D width of the decoder, H heads, K head width, R rank.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lora_engine.lora.dropout import dropout_mask, kept_part
-from lora_engine.lora.layer import LoRALinear, linear_parts
-from lora_engine.lora.matmul import batched_matmul, feature_matmul, frozen_linear, per_head_matmul
+from lora_engine.lora.layer import is_plain, linear_parts, low_rank_inputs
+from lora_engine.lora.matmul import batched_matmul, frozen_linear, per_head_matmul
 from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
 
 
 class FeatureProjection(NamedTuple):
-    """Keys or values as a function of the features: E W^T + b + U B^T, B being scaled already."""
+    """Keys or values as a function of the features: E W^T + b + U B^T, with B already scaled."""
 
     weight: Tensor  # (D, E)
     bias: Tensor | None  # (D,)
@@ -38,7 +37,7 @@ class FeatureProjection(NamedTuple):
     lora_B: Tensor | None = None  # (D, R)
 
     def chunk(self, count: int) -> "list[FeatureProjection]":
-        """The parts of a fused layer; they share its low-rank product."""
+        """Split a fused layer by its outputs; the parts share its low-rank product U."""
         weights, biases, lora_Bs = (
             [None] * count if x is None else x.chunk(count)
             for x in (self.weight, self.bias, self.lora_B)
@@ -52,53 +51,58 @@ class FeatureProjection(NamedTuple):
 def low_rank_features(
     features: Tensor, layers: Sequence[Sequence[nn.Module]], cache: KeyValueCache | None = None
 ) -> list[list[Tensor | None]]:
-    """U = dropout(E) A^T (B, P, R) of every key and value adapter of every layer; else None.
+    """U = dropout(E) A^T (B, P, R) of every key and value adapter of every layer, else None.
 
-    They are one product over all layers, and its dropout is one mask: the features are one input,
-    and a mask for each of 24 adapters would cost more than the attention itself on a CPU. With a
-    cache, they are formed at the first call only.
+    One product and one dropout mask serve all layers: the features are one input, and a mask for
+    each of 24 adapters would cost more than the attention itself on a CPU. With a cache, they are
+    computed at the first call only.
     """
-    if cache is None:
-        return _low_rank_features(features, layers)
-    if cache.low_ranks is None:
-        cache.low_ranks = _low_rank_features(features, layers)
-    return cache.low_ranks
-
-
-def _low_rank_features(
-    features: Tensor, layers: Sequence[Sequence[nn.Module]]
-) -> list[list[Tensor | None]]:
-    adapters = [
-        layer for group in layers for layer in group
-        if isinstance(layer, LoRALinear) and not layer.merged
-    ]
-    if not adapters:
-        return [[None] * len(group) for group in layers]
-    A = torch.cat([adapter.matrices(features.dtype)[0] for adapter in adapters])
-    assert len({adapter.dropout for adapter in adapters}) == 1, "one mask, one probability"
-    dropout = adapters[0].dropout if adapters[0].training else 0.0
-    rows = features.flatten(0, 1)
-    if dropout:
-        kept, kept_share = dropout_mask(rows, dropout)
-        rows, A = kept_part(rows, kept), A / kept_share
-    low_rank = feature_matmul(rows, A).unflatten(0, features.shape[:2])
-    ranks = [adapter.rank for adapter in adapters]
-    split = (part.contiguous() for part in low_rank.split(ranks, dim=-1))
-    parts: dict[nn.Module, Tensor] = dict(zip(adapters, split))
-    return [[parts.get(layer) for layer in group] for group in layers]
-
-
-def feature_projection(
-    layer: nn.Module, low_rank: Tensor | None, dtype: torch.dtype
-) -> FeatureProjection:
-    """The projection that a linear layer, adapted or not, makes of the features."""
-    weight, bias, _, lora_B, scaling = linear_parts(layer, dtype)
-    return FeatureProjection(
-        weight, bias, low_rank, None if low_rank is None else scaling * lora_B
-    )
+    if cache is not None and cache.low_ranks is not None:
+        return cache.low_ranks
+    flat = iter(low_rank_inputs(features, [layer for group in layers for layer in group]))
+    low_ranks = [[next(flat) for _ in group] for group in layers]
+    if cache is not None:
+        cache.low_ranks = low_ranks
+    return low_ranks
 
 
 def cross_attention(
+    query: Tensor,
+    features: Tensor,
+    layers: Sequence[nn.Module],
+    low_ranks: Sequence[Tensor | None],
+    *,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    cache: LayerCache | None = None,
+) -> Tensor:
+    """Attention of `query` (N, T, D) onto `features` (B, P, E) -> (N, T, D).
+
+    `layers` are the linear layers of keys and of values, or a single one that makes both;
+    `low_ranks` is their row of `low_rank_features`. Layers that are not `is_plain` are called.
+    There is no mask: every image has all of its P tokens. With a cache, keys and values, if any,
+    are computed at the first call only, and the form is chosen by the caption's maximum length.
+    """
+    settings: dict[str, Any] = {
+        "num_heads": num_heads, "scale": scale, "dropout": dropout, "cache": cache
+    }
+    if all(is_plain(layer) for layer in layers):
+        key, value = _feature_projections(layers, low_ranks, query.dtype)
+        return attend(query, features, key, value, **settings)
+
+    def keys_and_values() -> tuple[Tensor, Tensor]:
+        outs = [layer(features).to(query.dtype) for layer in layers]
+        keys, values = outs if len(outs) == 2 else outs[0].chunk(2, dim=-1)
+        return keys, values
+
+    context = _projected(
+        _by_image(query, features), keys_and_values, num_heads, scale, dropout, cache
+    )
+    return _by_row(context, query)
+
+
+def attend(
     query: Tensor,
     features: Tensor,
     key: FeatureProjection,
@@ -109,23 +113,42 @@ def cross_attention(
     dropout: float = 0.0,
     cache: LayerCache | None = None,
 ) -> Tensor:
-    """Attention of `query` (N, T, D) onto `features` (B, P, E) -> (N, T, D).
-
-    There is no mask: every image has all of its P tokens. With a cache, keys and values, if any,
-    are formed at the first call only, and what counts for the choice of the form is the length that
-    the caption may reach.
-    """
+    """`cross_attention` in the form that takes fewer operations."""
     num_rows, num_tokens, width = query.shape
     num_queries = num_rows // len(features) * (num_tokens if cache is None else cache.num_tokens)
-    # The rows of one image see the same features: fold them into the token axis.
-    query = rearrange(query, "(b g) t d -> b (g t) d", b=len(features))
+    rows = _by_image(query, features)
     if absorbs(
         (num_queries, width), features.shape[1:], num_heads, with_backward=torch.is_grad_enabled()
     ):
-        context = absorbed(query * scale, features, key, value, num_heads, dropout)
+        context = absorbed(rows * scale, features, key, value, num_heads, dropout)
     else:
-        context = _projected(query, features, key, value, num_heads, scale, dropout, cache)
-    return rearrange(context, "b (g t) d -> (b g) t d", t=num_tokens)
+        def keys_and_values() -> tuple[Tensor, Tensor]:
+            unbiased = key._replace(bias=None)  # a key bias changes nothing
+            return _apply(unbiased, features), _apply(value, features)
+
+        context = _projected(rows, keys_and_values, num_heads, scale, dropout, cache)
+    return _by_row(context, query)
+
+
+def _feature_projections(
+    layers: Sequence[nn.Module], low_ranks: Sequence[Tensor | None], dtype: torch.dtype
+) -> Sequence[FeatureProjection]:
+    """Those of keys and values."""
+    projections = []
+    for layer, low_rank in zip(layers, low_ranks, strict=True):
+        parts = linear_parts(layer, dtype)
+        lora_B = None if low_rank is None else parts.scaled_B()
+        projections.append(FeatureProjection(parts.weight, parts.bias, low_rank, lora_B))
+    return projections if len(projections) == 2 else projections[0].chunk(2)
+
+
+def _by_image(query: Tensor, features: Tensor) -> Tensor:
+    """(B G, T, D) -> (B, G T, D): the rows of an image see the same features."""
+    return rearrange(query, "(b g) t d -> b (g t) d", b=len(features))
+
+
+def _by_row(context: Tensor, query: Tensor) -> Tensor:
+    return rearrange(context, "b (g t) d -> (b g) t d", t=query.shape[1])
 
 
 def absorbs(
@@ -181,7 +204,7 @@ def absorbed(
         context = context + torch.einsum("mhr,hkr->mhk", low_rank, value.lora_B.unflatten(0, heads))
     if value.bias is not None:
         bias = value.bias.unflatten(0, heads)  # (H, K)
-        if dropout:  # then the probabilities of a query no longer add up to 1
+        if dropout:  # the probabilities of a query then no longer sum to 1
             bias = bias * by_head(probs.sum(dim=-1, keepdim=True))
         context = context + bias
     return rearrange(context, "(b t) h k -> b t (h k)", b=num_images)
@@ -189,19 +212,17 @@ def absorbed(
 
 def _projected(
     query: Tensor,
-    features: Tensor,
-    key: FeatureProjection,
-    value: FeatureProjection,
+    keys_and_values: Callable[[], tuple[Tensor, Tensor]],
     num_heads: int,
     scale: float,
     dropout: float,
     cache: LayerCache | None,
 ) -> Tensor:
+    """Queries (B, T, D) -> context (B, T, D), by keys and values (B, P, D) of the image tokens."""
     if cache is not None and cache.cross_attention is not None:
         keys, values = cache.cross_attention
     else:
-        key = key._replace(bias=None)  # it would change nothing
-        keys, values = (split_heads(_keys_or_values(features, p), num_heads) for p in (key, value))
+        keys, values = (split_heads(x, num_heads) for x in keys_and_values())
         if cache is not None:
             cache.cross_attention = keys, values
     context = F.scaled_dot_product_attention(
@@ -210,8 +231,8 @@ def _projected(
     return rearrange(context, "b h t k -> b t (h k)")
 
 
-def _keys_or_values(features: Tensor, projection: FeatureProjection) -> Tensor:
-    """Keys or values (B, P, D) of all image tokens, which are many: each pass over them counts."""
+def _apply(projection: FeatureProjection, features: Tensor) -> Tensor:
+    """Keys or values (B, P, D); in place where possible, as they are large."""
     weight, bias, low_rank, lora_B = projection
     rows = frozen_linear(features.flatten(0, 1), weight)
     if bias is not None:

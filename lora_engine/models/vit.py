@@ -1,7 +1,7 @@
 """The frozen image encoder: a pre-norm Vision Transformer (arXiv:2010.11929), also DeiT's.
 
-One body serves BLIP's encoder and transformers' ViT and DeiT; `RENAMES` tells each name there in
-the names here. Query, key and value are one linear layer, as in BLIP: one product instead of
+One implementation serves BLIP's encoder and transformers' ViT and DeiT; `RENAMES` maps their names
+to the names here. Query, key and value are one linear layer, as in BLIP: one product instead of
 three. Nothing here is trained, and neither published encoder has dropout.
 
 Axes: B batch, P image tokens (class token, DeiT's distillation token, patches), D width, H heads,
@@ -9,6 +9,7 @@ K head width.
 """
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,15 @@ from torch import Tensor, nn
 
 from lora_engine.lora.layer import project
 from lora_engine.models.activations import ACTIVATIONS
+from lora_engine.models.config_values import (
+    fraction,
+    valid_activation,
+    valid_image_size,
+    valid_num_heads,
+    whole_number,
+)
 
-# Regular expressions over Hugging Face's names below the encoder, and the names here.
+# Regular expressions over Hugging Face's names below the encoder, and their replacements.
 RENAMES = {
     "blip": [
         (r"embeddings\.class_embedding", "class_token"),
@@ -103,6 +111,15 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=eps)
 
+    def describe(self) -> dict[str, Any]:
+        """What the features depend on besides the weights."""
+        layer = self.layers[0]
+        return {
+            "num_heads": layer.num_heads,
+            "eps": layer.norm1.eps,
+            "activation": next(name for name, act in ACTIVATIONS.items() if act is layer.act),
+        }
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = rearrange(self.patch_embedding(pixel_values), "b d y x -> b (y x) d")
         class_token = self.class_token.expand(len(patches), -1, -1).to(patches.dtype)
@@ -112,11 +129,30 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
 
-def convert_names(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Hugging Face's tensors of an encoder (`layout` "blip" or "vit") in the names used here.
+def from_config(config: Any, **differences: Any) -> VisionTransformer:
+    """The encoder of a ViT-like configuration; `differences` are further arguments.
 
-    Where query, key and value are apart they become one; so do DeiT's two class tokens. A name
-    that `RENAMES` does not know is kept as it is.
+    Raises ValueError for a value that is out of range.
+    """
+    size = config.image_size
+    return VisionTransformer(
+        width=whole_number(config, "hidden_size", "width"),
+        num_layers=whole_number(config, "num_hidden_layers", "layers"),
+        num_heads=valid_num_heads(config.num_attention_heads, config.hidden_size),
+        mlp_width=whole_number(config, "intermediate_size", "width"),
+        image_size=valid_image_size(size if isinstance(size, (list, tuple)) else (size, size)),
+        patch_size=whole_number(config, "patch_size", "image_size"),
+        eps=fraction(config, "layer_norm_eps"),
+        act=valid_activation(config.hidden_act),
+        **differences,
+    )
+
+
+def convert_names(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Hugging Face's tensors of an encoder (`layout` "blip" or "vit") under the names used here.
+
+    Separate query, key and value become one tensor, and so do DeiT's two class tokens. A name that
+    `RENAMES` does not know is kept.
     """
     renamed = {}
     for name, tensor in tensors.items():

@@ -1,15 +1,15 @@
 """ViT + GPT-2: transformers' VisionEncoderDecoderModel of a ViT or DeiT and a GPT-2.
 
-The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules carry Hugging
-Face's names and sit at its paths (`decoder.transformer.h.0.attn.c_attn`), so that weights, LoRA
-targets and adapters match by name. GPT-2's Conv1D weights (in, out) are transposed at the door
-into `nn.Linear`'s (out, in); the fused `c_attn` stays one linear layer.
+The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules have Hugging Face's
+paths (`decoder.transformer.h.0.attn.c_attn`), so weights, LoRA targets and adapters match by name.
+`convert_state` transposes GPT-2's Conv1D weights (in, out) to those of `nn.Linear` (out, in); the
+fused `c_attn` stays one linear layer.
 
 Axes: B images, N rows (a multiple of B), T caption tokens, P image tokens, D width, V vocabulary.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,18 +18,26 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
+from lora_engine.models import vit
 from lora_engine.models.activations import ACTIVATIONS
-from lora_engine.models.attention import KeyValueCache, LayerCache, causal_self_attention
-from lora_engine.models.cross_attention import (
-    cross_attention,
-    feature_projection,
-    low_rank_features,
+from lora_engine.models.attention import (
+    KeyValueCache,
+    LayerCache,
+    causal_self_attention,
 )
-from lora_engine.models.vit import VisionTransformer, convert_names
+from lora_engine.models.config_values import (
+    fraction,
+    valid_activation,
+    valid_num_heads,
+    whole_number,
+)
+from lora_engine.models.cross_attention import cross_attention, low_rank_features
+from lora_engine.models.vit import VisionTransformer
 
 
 class Attention(nn.Module):
-    """Self-attention (`c_attn` makes q, k, v) or cross-attention (`q_attn`; `c_attn` makes k, v).
+    """Self-attention (`c_attn`: query, key, value) or cross-attention (`q_attn`: query; `c_attn`:
+    key, value).
     """
 
     def __init__(
@@ -54,7 +62,7 @@ class Attention(nn.Module):
 
     @property
     def feature_layers(self) -> tuple[nn.Module]:
-        """What projects the features, in a cross-attention."""
+        """The layer of keys and values of a cross-attention."""
         return (self.c_attn,)
 
     def forward(
@@ -75,8 +83,9 @@ class Attention(nn.Module):
             context = causal_self_attention(*heads.chunk(3, dim=-1), **settings)
         else:
             (query,) = project(x, self.q_attn)
-            key, value = feature_projection(self.c_attn, low_ranks[0], query.dtype).chunk(2)
-            context = cross_attention(query, features, key, value, **settings)
+            context = cross_attention(
+                query, features, self.feature_layers, low_ranks, **settings
+            )
         (out,) = project(context, self.c_proj)
         return F.dropout(out, self.residual_dropout, self.training)
 
@@ -120,7 +129,7 @@ class Block(nn.Module):
 
 
 class GPT2Decoder(nn.Module):
-    """Token ids and image features -> hidden states; `head` makes logits of them.
+    """Token ids and image features -> hidden states; `ViTGPT2Captioner.head` computes logits.
 
     `scale_by_width` and `scale_by_layer` are GPT-2's two ways to scale attention scores: by
     1 / sqrt(head width), and by 1 / (layer number + 1).
@@ -192,18 +201,18 @@ class GPT2Decoder(nn.Module):
 
 
 class ViTGPT2Captioner(nn.Module):
-    """ViT + GPT-2 for captioning, in the form that `lora_engine.models` describes.
+    """ViT + GPT-2 for captioning; implements `protocol.CaptioningModel`.
 
-    `enc_to_dec_proj` stands between encoder and decoder of unequal widths; it is frozen and
-    counts as the encoder's.
+    `enc_to_dec_proj` connects an encoder and a decoder of different widths; it is frozen, and its
+    outputs are the features.
     """
 
-    lora_groups = {
+    lora_groups: Mapping[str, str] = {
         "attention": r".*\.(attn|crossattention)\.(c_attn|q_attn|c_proj)",
         "feed_forward": r".*\.mlp\.(c_fc|c_proj)",
     }
     lora_scope = r"decoder\.transformer\.h\..*"
-    fan_in_fan_out = True  # how PEFT calls Conv1D's orientation, which these have elsewhere
+    fan_in_fan_out = True  # Conv1D in transformers
     tied_head = ("decoder.lm_head.weight", "decoder.transformer.wte.weight")
 
     def __init__(self, encoder: VisionTransformer, decoder: GPT2Decoder) -> None:
@@ -237,18 +246,64 @@ class ViTGPT2Captioner(nn.Module):
         return project(hidden, self.vocabulary)[0]
 
 
-def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under the names of `ViTGPT2Captioner`.
+def from_config(config: Any) -> ViTGPT2Captioner:
+    """The model of a transformers `VisionEncoderDecoderConfig` of a ViT or DeiT and a GPT-2.
 
-    Left out on purpose: the ViT's pooler, which captioning never uses, and the causal masks that
-    old GPT-2 checkpoints carry as buffers.
+    Raises ValueError for a value out of range.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    width = whole_number(decoder, "n_embd", "width")
+    gpt2 = GPT2Decoder(
+        width=width,
+        num_layers=whole_number(decoder, "n_layer", "layers"),
+        num_heads=valid_num_heads(decoder.n_head, width),
+        mlp_width=4 * width if not decoder.n_inner else whole_number(decoder, "n_inner", "width"),
+        vocab_size=whole_number(decoder, "vocab_size", "vocabulary"),
+        max_positions=whole_number(decoder, "n_positions", "positions"),
+        eps=fraction(decoder, "layer_norm_epsilon"),
+        act=valid_activation(decoder.activation_function),
+        embedding_dropout=fraction(decoder, "embd_pdrop"),
+        attention_dropout=fraction(decoder, "attn_pdrop"),
+        residual_dropout=fraction(decoder, "resid_pdrop"),
+        scale_by_width=decoder.scale_attn_weights,
+        scale_by_layer=decoder.scale_attn_by_inverse_layer_idx,
+    )
+    vision = vit.from_config(
+        encoder,
+        qkv_bias=encoder.qkv_bias,
+        num_class_tokens=2 if encoder.model_type == "deit" else 1,
+    )
+    return ViTGPT2Captioner(vision, gpt2)
+
+
+def special_ids(config: Any) -> tuple[int, int, int]:
+    """(start, end, pad) of captions; raises ValueError if the configuration lacks one."""
+    def first(name: str) -> int:
+        for part in (config, config.decoder):
+            if getattr(part, name, None) is not None:
+                return getattr(part, name)
+        raise ValueError(f"neither config.json nor its decoder part has {name}")
+
+    has_start = any(
+        getattr(part, "decoder_start_token_id", None) is not None
+        for part in (config, config.decoder)
+    )
+    start = first("decoder_start_token_id" if has_start else "bos_token_id")
+    return start, first("eos_token_id"), first("pad_token_id")
+
+
+def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names of `ViTGPT2Captioner`.
+
+    Left out: the ViT's pooler, which captioning does not use, and the causal masks that old GPT-2
+    checkpoints store as buffers.
     """
     prefix = "encoder."
     vision = {
         k.removeprefix(prefix): v for k, v in tensors.items()
         if k.startswith(prefix) and not k.startswith(prefix + "pooler.")
     }
-    state = {prefix + k: v for k, v in convert_names(vision, "vit").items()}
+    state = {prefix + k: v for k, v in vit.convert_names(vision, "vit").items()}
     for name, tensor in tensors.items():
         if name.startswith(prefix) or re.search(r"\.(attn|crossattention)\.(masked_)?bias$", name):
             continue

@@ -12,7 +12,7 @@ from typing import Any
 from lora_engine.captioning.metrics import SCORE_NAMES
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter, read_adapter
-from lora_engine.models.pretrained import FAMILIES
+from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escaped, table
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.run_record import NOT_SCORES, read_records
@@ -43,20 +43,6 @@ _GENERATE = """\
 tokens = model.generate(pixel_values=pixel_values, max_new_tokens=30)
 start = 1  # behind the start token"""
 
-# By the class in transformers. BLIP's generate puts [DEC] in place of [CLS] and drops the [SEP].
-_GENERATE_BEHIND_PROMPT = {
-    "BlipForConditionalGeneration": """\
-prompt_ids = tokenizer({prompt!r}, return_tensors="pt").input_ids  # [CLS] prompt [SEP]
-tokens = model.generate(pixel_values=pixel_values, input_ids=prompt_ids, max_new_tokens=30)
-start = prompt_ids.shape[1] - 1  # behind [DEC] prompt""",
-    "VisionEncoderDecoderModel": """\
-prompt_ids = tokenizer(tokenizer.bos_token + {prompt!r}, return_tensors="pt").input_ids
-tokens = model.generate(
-    pixel_values=pixel_values, decoder_input_ids=prompt_ids, max_new_tokens=30
-)
-start = prompt_ids.shape[1]  # behind the start token and the prompt""",
-}
-
 
 def write_model_card(folder: RunFolder) -> None:
     """Write README.md, and the loss curve that it shows, beside the run's best adapter.
@@ -78,7 +64,7 @@ def model_card(folder: RunFolder) -> str:
     base = adapter.base_on_hub
     # A name without an owner would be looked for among the Hub's own models.
     name = config["push_to_hub"] if "/" in (config["push_to_hub"] or "") else None
-    of = base or adapter.config["auto_mapping"]["base_model_class"]
+    of = base or _base_class(adapter) or "a captioner"
     curve = (
         f'<img src="{folder.loss_curve.name}" width="480" alt="Training and validation loss">'
         if folder.loss_curve.exists() else ""
@@ -97,9 +83,9 @@ def model_card(folder: RunFolder) -> str:
         "" if base else
         f"`{_LOCAL_BASE}` below is the base model's folder or Hub name; its weights have the "
         f"fingerprint above.",
-        f"```python\n{_snippet(adapter, name)}\n```",
-        f"Training labels: {escaped(adapter.provenance['label_convention'])}. `generate` starts "
-        f"from the decoder's own start token (BLIP: `[DEC]`), as training did.",
+        _snippet(adapter, name),
+        f"Training labels: {escaped(adapter.provenance['label_convention'])}. Captions start from "
+        f"the decoder's own start token, in training and in generation.",
         _commands(adapter, name),
         "## Settings",
         _settings(adapter, config, environment),
@@ -122,10 +108,10 @@ def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
     provenance, base = adapter.provenance, adapter.base_on_hub
     revision = adapter.config["revision"]
     at = f", revision {escaped(revision)}" if revision else ""
-    kind = adapter.config["auto_mapping"]["base_model_class"]
+    kind = _base_class(adapter)
     named = f"[{escaped(base)}](https://huggingface.co/{base}){at}" if base else "from a folder"
     return table(["", ""], [
-        ["base model", f"{named} (`{kind}`)"],
+        ["base model", f"{named} (`{kind}`)" if kind else named],
         ["fingerprint of its weights", f"`{provenance['base_fingerprint']}`"],
         ["training data", _size(environment, "train")],
         ["its fingerprint", f"`{provenance['data_fingerprint']}`"],
@@ -180,29 +166,39 @@ def _samples(folder: RunFolder, adapter: Adapter) -> str:
     return f"Captions of validation images:\n\n{shown}"
 
 
+def _base_class(adapter: Adapter) -> str | None:
+    """The transformers class of the base model, if transformers has one."""
+    return (adapter.config["auto_mapping"] or {}).get("base_model_class")
+
+
 def _snippet(adapter: Adapter, name: str | None) -> str:
-    hugging_face_class = adapter.config["auto_mapping"]["base_model_class"]
+    """Code that captions with transformers and PEFT, where they have the base model's class."""
+    hugging_face_class = _base_class(adapter)
+    family = family_of_class(hugging_face_class)
     revision, prompt = adapter.config["revision"], adapter.prompt.rstrip()
-    generate = _GENERATE
-    if prompt:
-        generate = _GENERATE_BEHIND_PROMPT[hugging_face_class].format(prompt=prompt)
-    return _SNIPPET.format(
+    generate = _GENERATE if family else None
+    if family and prompt:
+        generate = family.generate_with_prompt
+    if generate is None:
+        return ""
+    code = _SNIPPET.format(
         hugging_face_class=hugging_face_class,
         base=adapter.base_on_hub or _LOCAL_BASE,
         revision=f", revision={revision!r}" if revision else "",
         adapter=name or ".",
-        generate=generate,
+        generate=generate.format(prompt=prompt),
     )
+    return f"```python\n{code}\n```"
 
 
 def _commands(adapter: Adapter, name: str | None) -> str:
     """Captioning and further training with lora_engine, in a shell."""
     base, revision = adapter.base_on_hub, adapter.config["revision"]
-    kind = adapter.config["auto_mapping"]["base_model_class"]
-    recipe = next(f.name for f in FAMILIES.values() if f.hugging_face_class == kind)
+    family = family_of_class(_base_class(adapter))
+    recipe = family.recipe if family else "finetune"
     folder = "adapter" if name else "."
     caption = ["python", "-m", "lora_engine", "caption", "--adapter", folder]
-    train = ["python", "-m", f"recipes.{recipe}_cc3m", "--init_adapter", folder]
+    train = ["python", "-m", f"recipes.{recipe}", "--init_adapter", folder]
     train += ["--model", base or _LOCAL_BASE]
     train += ["--revision", revision] if revision else []
     train += ["--prompt", adapter.prompt] if adapter.prompt else []

@@ -23,7 +23,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     """Train an adapter as `config` says and save it in a run folder: a new one, or with
     `config.resume` that of the run to continue.
 
-    `family`, a key of the table of families, refuses models of another kind.
+    `family`, a key of `families.FAMILIES`, refuses models of another kind.
 
     Raises ValueError (or a subclass) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run cannot continue; Interrupted after SIGINT, SIGTERM

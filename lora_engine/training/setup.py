@@ -31,7 +31,8 @@ from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
-from lora_engine.models.pretrained import FAMILIES, Captioner, load_captioner
+from lora_engine.models.families import FAMILIES
+from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
@@ -321,7 +322,7 @@ def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
         folder,
         by=setup.config.best_by,
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
-        hugging_face_class=FAMILIES[captioner.family].hugging_face_class,
+        hugging_face_class=captioner.hugging_face_class,
         revision=captioner.revision,
         provenance={
             **{f"{part}_fingerprint": value for part, value in captioner.fingerprints.items()},

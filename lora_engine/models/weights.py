@@ -1,0 +1,161 @@
+"""The weights of a checkpoint: read its files, and load them into a model.
+
+The only file that may read a published `.bin`, with weights_only.
+"""
+
+import hashlib
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_engine.files import UnusableFileError, check_file, read_limited
+from lora_engine.lora.tensor_files import read_tensors
+from lora_engine.models.model_folder import MAX_CONFIG_BYTES, PretrainedError, reason
+from lora_engine.models.protocol import CaptioningModel
+
+_MAX_WEIGHTS_BYTES = 2**37
+_MAX_TENSORS = 100_000
+_MAX_NAME = 500  # characters
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint; floating-point ones are converted to fp32."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        tensors |= read_weights(path)
+    return {
+        name: tensor.float() if tensor.dtype in _WEIGHT_DTYPES else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, one or shards; safetensors before .bin.
+
+    Raises PretrainedError if there are none, or if the index of shards is damaged.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if (folder / f"{stem}.{suffix}").exists():
+            return [folder / f"{stem}.{suffix}"]
+        if index.exists():
+            return _read_index(index)
+    raise PretrainedError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_index(path: Path) -> list[Path]:
+    try:
+        shards = json.loads(read_limited(path, MAX_CONFIG_BYTES))["weight_map"].values()
+        return [path.with_name(Path(shard).name) for shard in sorted(set(shards))]
+    except UnusableFileError as error:
+        raise PretrainedError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise PretrainedError(
+            f"{path} is not an index of shards; expected "
+            f'{{"weight_map": {{tensor: file name}}}}; download it again'
+        ) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A weight file's tensors in their stored dtypes. Raises PretrainedError if it is damaged."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors, _ = read_tensors(
+                path, refuse=lambda name, _: None, max_bytes=_MAX_WEIGHTS_BYTES
+            )
+        else:
+            tensors = _read_bin(path)
+        if len(tensors) > _MAX_TENSORS or any(len(name) > _MAX_NAME for name in tensors):
+            raise ValueError(
+                f"it holds {len(tensors):,} tensors; expected at most {_MAX_TENSORS:,}, with names "
+                f"of up to {_MAX_NAME} characters"
+            )
+        return tensors
+    except FileNotFoundError:
+        raise PretrainedError(f"{path} is missing, although the index names it") from None
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        why = reason(error)
+        message = why if str(path) in why else f"cannot read {path}: {why}"
+        raise PretrainedError(f"{message}; download it again") from None
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError for contents other than tensors, or much larger than the file."""
+    size = check_file(path, max_bytes=_MAX_WEIGHTS_BYTES)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(member.file_size for member in file.infolist()) > size:
+                raise ValueError("it is compressed, so it is not a published checkpoint")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        and tensor.device.type == "cpu" and not tensor.is_quantized
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError("it holds more than named tensors, so it is not a published checkpoint")
+    # Only a tied tensor, which has two names, counts more than the bytes that store it.
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
+        raise ValueError("its tensors exceed the file's size, so it is not a published checkpoint")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def load_state(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
+    """Load tensors into a model on the meta device; names and shapes must match exactly."""
+    head, embedding = model.tied_head
+    stored_apart = head in state and embedding in state
+    is_tied = not stored_apart or torch.equal(state[head], state[embedding])
+    if is_tied:
+        stored = state.get(embedding, state.get(head))
+        if stored is not None:
+            state[embedding] = state[head] = stored
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    complaints = [f"unknown tensor {name}" for name in sorted(set(state) - set(expected))]
+    complaints += [
+        f"missing tensor {name}" for name in sorted(expected) if state.get(name) is None
+    ]
+    complaints += [
+        f"{name} is {tuple(state[name].shape)}, config.json says {shape}"
+        for name, shape in expected.items()
+        if state.get(name) is not None and tuple(state[name].shape) != shape
+    ]
+    complaints += [
+        f"{name} is {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+        for name, tensor in state.items() if tensor.dtype != torch.float32
+    ]
+    if complaints:
+        more = [f"and {len(complaints) - 50:,} more"] if len(complaints) > 50 else []
+        raise PretrainedError(
+            f"the weights in {source} do not fit their configuration:\n  "
+            + "\n  ".join([*complaints[:50], *more])
+        )
+    for name, tensor in state.items():
+        # The sum takes one pass and no memory, but may itself overflow.
+        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
+            raise PretrainedError(
+                f"the weights in {source} are damaged: {name} holds NaN, infinity or a number "
+                f"beyond float32; download the files again"
+            )
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    if is_tied:
+        tie_head(model)
+
+
+def tie_head(model: CaptioningModel) -> None:
+    """Let the vocabulary head share the embedding's weight."""
+    head, embedding = model.tied_head
+    model.get_submodule(head.rpartition(".")[0]).weight = model.get_parameter(embedding)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape and fp32 values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().contiguous().cpu().numpy().data)
+    return digest.hexdigest()
