@@ -109,7 +109,7 @@ def measure_losses(
         losses: dict[str, float] = {}
         for name in FORMATS:
             form = FeatureFormat(features.shape[1], features.shape[2], name)
-            kept = batch._replace(features=form.unpack(form.pack(features), torch.float32))
+            kept = batch.with_features(form.unpack(form.pack(features), torch.float32))
             losses[name] = validation_loss(
                 ours.model, [kept], device=device, dtype=torch.float32
             ).loss

@@ -1,6 +1,7 @@
 """Command lines: what they do, and what bad input gets: a message, a status, and nothing else."""
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import logging
@@ -406,6 +407,26 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{escaped(' '.join(sample['caption'].split()))}\n"
+
+
+def test_a_run_of_a_version_that_spelled_licence_is_resumed(command, data, blip_folder):
+    given = flags(blip_folder, data, save_every=1)
+    assert command(blip_cc3m.main, *given, "--license", "mit")[0] == 0
+    config_path, checkpoint = Path("run", "config.json"), Path("run", "checkpoints", "step-00000003")
+    state_path, manifest_path = checkpoint / "state.json", checkpoint / "manifest.json"
+    for path in (config_path, state_path):
+        path.write_text(path.read_text().replace('"license"', '"licence"'))
+    state = state_path.read_bytes()
+    manifest = json.loads(manifest_path.read_text())
+    manifest["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))
+    status, out, err = command(
+        blip_cc3m.main, "--output_path", "run", "--resume", "--model", blip_folder, "--epochs", "2"
+    )
+    assert (status, err) == (0, "") and "after step 3 of 6" in out
+    config = json.loads(config_path.read_text())
+    assert config["license"] == "mit" and "licence" not in config
+    assert "license: \"mit\"" in Path("run", "adapter", "README.md").read_text()
 
 
 @pytest.fixture

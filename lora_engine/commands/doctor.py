@@ -151,7 +151,8 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
         if shared < _MIN_SHARED_BYTES:
             yield Finding(
                 "note", "memory", f"/dev/shm, through which worker processes pass images, has "
-                f"{shared / 1e6:.0f} MB", "start the container with --ipc=host or use --num_workers 0",
+                f"{shared / 1e6:.0f} MB",
+                "start the container with --ipc=host, or use --num_workers 0",
             )
 
 

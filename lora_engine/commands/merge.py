@@ -31,10 +31,10 @@ class MergeConfig:
     revision: str | None = None
     """Revision of a Hub model."""
     images: tuple[str, ...] = ()
-    """Image files or folders for comparing captions before and after. Default: four drawn scenes."""
+    """Image files or folders to compare captions on. Default: four drawn scenes."""
     force: bool = False
-    """Merge even if the base model's weights, configuration, tokenizer or preprocessor are not those
-    that the adapter was trained on."""
+    """Merge even if the weights, configuration, tokenizer or preprocessor of the base model are not
+    those that the adapter was trained on."""
 
 
 def merge(args: list[str]) -> int:
@@ -64,7 +64,9 @@ def merge(args: list[str]) -> int:
         f".from_pretrained({config.out!r})"
     )
     if adapter.prompt:
-        summary += f"\nits prompt    {adapter.prompt!r}: not stored in the folder, pass it to generate"
+        summary += (
+            f"\nits prompt    {adapter.prompt!r}: not stored in the folder, pass it to generate"
+        )
     print(printable(summary))
     return 0
 

@@ -114,7 +114,9 @@ def _stored_settings(
         if name not in given
         and stored[name] not in [getattr(settings, name) for settings in defaults]
     }
-    flags = shlex.join(part for name, value in ignored.items() for part in (f"--{name}", str(value)))
+    flags = shlex.join(
+        part for name, value in ignored.items() for part in (f"--{name}", str(value))
+    )
     if "model" in ignored or "revision" in ignored:
         raise ValueError(
             f"{path} names another model than this command line, and a run folder is not trusted "

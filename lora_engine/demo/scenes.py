@@ -125,13 +125,13 @@ def plain_caption(scene: Scene) -> str:
     """Such as "a red circle above a blue square on black"; a white background is not mentioned."""
     first, last = scene.figures[0], scene.figures[-1]
     if scene.layout == "alone":
-        text = f"{a(scene.size)} {first} {POSITIONS[scene.position]}"
+        words = f"{a(scene.size)} {first} {POSITIONS[scene.position]}"
     elif scene.layout == "row":
-        text = f"{COUNTS[scene.count]} {plural(first)} in a row"
+        words = f"{COUNTS[scene.count]} {plural(first)} in a row"
     else:
         relation = {"above": "above", "beside": "to the left of", "inside": "inside"}
-        text = f"{a(first)} {relation[scene.layout]} {a(last)}"
-    return text if scene.background == "white" else f"{text} on {scene.background}"
+        words = f"{a(first)} {relation[scene.layout]} {a(last)}"
+    return words if scene.background == "white" else f"{words} on {scene.background}"
 
 
 def cc3m_caption(scene: Scene) -> str:
@@ -141,18 +141,19 @@ def cc3m_caption(scene: Scene) -> str:
     if scene.layout == "alone":
         size = CC3M_SIZES[scene.size]
         if scene.position == (0, 0):
-            text = f"vector illustration of {a(size)} {first}"
+            words = f"vector illustration of {a(size)} {first}"
         else:
-            text = f"{size} {first} {CC3M_POSITIONS[scene.position]} with copy space for your text ,"
+            where = CC3M_POSITIONS[scene.position]
+            words = f"{size} {first} {where} with copy space for your text ,"
     elif scene.layout == "row":
-        text = f"seamless pattern with {COUNTS[scene.count]} bright {plural(first)}"
+        words = f"seamless pattern with {COUNTS[scene.count]} bright {plural(first)}"
     elif scene.layout == "above":
-        text = f"cartoon drawing of {a(first)} floating over {a(last)} ,"
+        words = f"cartoon drawing of {a(first)} floating over {a(last)} ,"
     elif scene.layout == "beside":
-        text = f"{first} and {last} standing side by side ,"
+        words = f"{first} and {last} standing side by side ,"
     else:
-        text = f"modern logo design , {first} surrounded by {a(last)} ,"
-    return f"{text} {CC3M_BACKGROUNDS[scene.background]} ."
+        words = f"modern logo design , {first} surrounded by {a(last)} ,"
+    return f"{words} {CC3M_BACKGROUNDS[scene.background]} ."
 
 
 def a(noun: object) -> str:
