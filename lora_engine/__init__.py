@@ -1,7 +1,7 @@
-"""LoRA training for image captioning, written out: BLIP and ViT+GPT2.
+"""LoRA training for image captioning from scratch: BLIP and ViT+GPT2.
 
-Importing this package is fast: each name below loads its module when it is first asked for, and
-transformers loads with the first model.
+Importing this package is fast: each name below imports its module on first use, and transformers is
+imported with the first model.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What comes before and after training: python -m lora_engine VERB, or lora-engine VERB."""
+"""Commands for before and after training: python -m lora_engine VERB, or lora-engine VERB."""
 
 import sys
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from importlib import import_module
 
 from lora_engine import cli
 
-VERBS = {  # each a function of its name in commands/, which is imported when it is asked for
+VERBS = {  # each a function of the same name in commands/, imported only when it is called
     "caption": "caption images with a trained adapter",
     "evaluate": "score captions against references, with and without an adapter",
-    "merge": "fold an adapter into its base, as a plain Hugging Face folder",
-    "report": "write what a run came to, or several side by side, as one HTML file",
-    "validate": "read every row and every image of a data set, and say what cannot be used",
-    "doctor": "say what this machine has for training, and what to do about what it lacks",
+    "merge": "merge an adapter into its base model, as a plain Hugging Face folder",
+    "report": "write the results of a run, or compare several, as one HTML file",
+    "validate": "read every row and image of a data set and list those that cannot be used",
+    "doctor": "check this machine for training and suggest fixes",
 }
 
 
@@ -21,7 +21,7 @@ def run_verb(args: list[str]) -> int:
         print(__doc__)
         for name, purpose in VERBS.items():
             print(f"  {name:<10} {purpose}")
-        print("\npython -m lora_engine VERB --help tells a verb's flags")
+        print("\npython -m lora_engine VERB --help lists the flags of a verb")
         return 0 if args else cli.USAGE_ERROR
     if args[0] not in VERBS:
         raise ValueError(f"there is no verb {args[0]!r}; known: {', '.join(VERBS)}")

@@ -1,6 +1,7 @@
-"""Command lines: flags from a dataclass, and people's mistakes as messages, not tracebacks.
+"""Command lines: flags from a dataclass, and users' mistakes as messages, not tracebacks.
 
-What is slow to import, torch above all, is imported within `run`: Ctrl-C is no mistake then either.
+This module imports nothing slow, such as torch: commands import it within `run`, which also turns a
+Ctrl-C during the import into a message.
 """
 
 import dataclasses
@@ -19,19 +20,20 @@ from lora_engine.terminal import printable
 
 USAGE_ERROR = 2
 STOPPED = 3
-INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
-TERMINATED = 143  # and one that SIGTERM did
-PIPE_CLOSED = 141  # and one whose reader has gone
+# What a shell reports for a program that was ended by SIGINT (Ctrl-C), SIGTERM or SIGPIPE.
+INTERRUPTED = 130
+TERMINATED = 143
+PIPE_CLOSED = 141
 
 T = TypeVar("T")
 
 
 def run(main: Callable[[list[str]], int]) -> int:
-    """Call `main` with the command line -> exit status; errors go to stderr."""
+    """Call `main` with the command line and return its exit status; errors go to stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be text
-    # By way of an exception, so that loading processes end and temporary files are removed.
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
+    # Exit by an exception, so that worker processes end and temporary files are removed.
     before = {
         number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
         for number in SIGNALS
@@ -41,7 +43,7 @@ def run(main: Callable[[list[str]], int]) -> int:
         status = main(sys.argv[1:])
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         return PIPE_CLOSED
     except (ValueError, OSError) as error:
         _print_error("error:", error)
@@ -56,8 +58,8 @@ def run(main: Callable[[list[str]], int]) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
         error.args = (
-            f"{str(error).splitlines()[0]}\nTry a smaller --batch_size (with --grad_accum_steps "
-            f"for the same steps), or --gradient_checkpointing",
+            f"{str(error).splitlines()[0]}\nTry a smaller --batch_size (with more "
+            f"--grad_accum_steps to keep the step the same) or --gradient_checkpointing",
         )
         _print_error("stopped:", error)
         return STOPPED
@@ -72,12 +74,12 @@ def run(main: Callable[[list[str]], int]) -> int:
 
 def _print_error(kind: str, error: BaseException) -> None:
     notes = getattr(error, "__notes__", [])
-    with suppress(OSError):  # a terminal that has gone must not change the exit status
+    with suppress(OSError):  # a closed terminal must not change the exit status
         print(printable("\n".join([f"{kind} {error}".rstrip(), *notes])), file=sys.stderr)
 
 
 def _drop_unwritable_output() -> None:
-    """Else Python tries once more at exit, fails, and changes the exit status."""
+    """Otherwise Python flushes again at exit, fails, and changes the exit status."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -88,20 +90,35 @@ def _drop_unwritable_output() -> None:
 def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:
     """Fill a dataclass from flags, which may be spelled with underscores or hyphens.
 
-    Raises ValueError for a flag that does not exist, naming near ones. Other mistakes and --help
-    end the program, as tyro words them.
+    Raises ValueError as `given_fields` does. For other mistakes and for --help, tyro prints its own
+    message and exits.
     """
     import tyro
 
-    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
-    known = [f"--{field.name}" for field in fields]
-    known += [f"--no_{field.name}" for field in fields if field.type is bool]
-    for arg in args:
-        flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if re.match(r"--[a-zA-Z]", arg) and flag not in [*known, "--help"]:
-            near = difflib.get_close_matches(flag, known, n=3, cutoff=0.7)
-            advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
-            raise ValueError(f"there is no flag {arg.split('=')[0]}; {advice}")
+    given_fields(settings, args)
     return tyro.cli(
         settings, args=args, prog=prog, description=description, use_underscores=True, **more
     )
+
+
+def given_fields(settings: type, args: Sequence[str]) -> list[str]:
+    """The fields of a dataclass that a command line sets.
+
+    Raises ValueError for a flag that does not exist, with close matches.
+    """
+    fields = {f"--{field.name}": field for field in dataclasses.fields(settings)}
+    fields |= {
+        f"--no_{field.name}": field for field in [*fields.values()] if field.type is bool
+    }
+    given = []
+    for arg in args:
+        flag = arg.split("=")[0]
+        if not re.match(r"--[a-zA-Z]", flag) or flag == "--help":
+            continue
+        spelling = flag.replace("-", "_").replace("__", "--", 1)
+        if spelling not in fields:
+            near = difflib.get_close_matches(spelling, fields, n=3, cutoff=0.7)
+            advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
+            raise ValueError(f"there is no flag {flag}; {advice}")
+        given.append(fields[spelling].name)
+    return given

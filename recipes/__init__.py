@@ -1,1 +1,1 @@
-"""Recipes: one plain Python file a model, meant to be read, run and copied."""
+"""Recipes: one plain Python file per training run, meant to be read, run and copied."""

@@ -1,42 +1,49 @@
-r"""LoRA on the GPT-2 decoder of a ViT + GPT-2 captioner, on CC3M-like image-caption pairs.
-
-The model is a VisionEncoderDecoderModel of https://arxiv.org/abs/2010.11929 and GPT-2; the data's
-wording that of Conceptual Captions, https://aclanthology.org/P18-1238. The published run:
+r"""The published run: LoRA on the decoder of a ViT + GPT-2 captioner, on Conceptual Captions.
 
     python -m recipes.vit_gpt2_cc3m --train_data_path train.json --val_data_path val.json \
-        --output_path runs/vit_gpt2 --epochs 100 --batch_size 16 --lr 1e-5 --seed 42
+        --output_path runs/vit_gpt2
 
-Without data paths the embedded demo runs instead: a tiny ViT + GPT-2 that ships with the package
-and says "a red circle above a blue square" learns to speak like CC3M, in about a minute on a CPU.
+- Model: nlpconnect/vit-gpt2-image-captioning, a ViT-B/16 at 224 pixels (Dosovitskiy et al., 2020,
+  https://arxiv.org/abs/2010.11929) and GPT-2 (Radford et al., 2019) with cross-attention.
+- Method: LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685) on the decoder's 84 linear
+  layers, 1.7 million trainable parameters beside 239 million frozen ones.
+- Data: pairs like those of Conceptual Captions 3M (Sharma et al., 2018,
+  https://aclanthology.org/P18-1238).
+- Expected result: not measured on CC3M. The demo goes from a validation loss of 12.34 nats per
+  token to 0.023, and from a CIDEr-D of 0.83 to 9.47, in about a minute on one CPU core.
+
+Without data paths, the embedded demo runs: a tiny ViT + GPT-2 that ships with the package and
+describes drawn scenes plainly ("a red circle above a blue square") learns to caption in the style
+of CC3M.
 """
 
 import sys
-from dataclasses import replace
 
 from lora_engine.cli import run
 from lora_engine.commands.recipe import run_recipe
 from lora_engine.config import TrainingConfig
-from lora_engine.demo import captioner_folder
+from lora_engine.demo import demo_settings
 
-PUBLISHED = TrainingConfig(
+SETTINGS = TrainingConfig(
     model="nlpconnect/vit-gpt2-image-captioning",
+    # LoRA
+    lora_rank=8,
+    lora_alpha=32.0,
+    lora_dropout=0.1,
+    lora_targets=("attention", "feed_forward"),
+    # schedule: linear decay from --lr to zero
     epochs=100,
     batch_size=16,
     lr=1e-5,
+    warmup_steps=0,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
     seed=42,
+    # selection of the adapter
+    best_by="loss",
 )
 
-DEMO = replace(
-    PUBLISHED,
-    model=captioner_folder("vit_gpt2"),
-    epochs=8,
-    batch_size=32,
-    lr=5e-3,
-    warmup_steps=20,
-    # A second thread saves a quarter on an idle machine, and costs minutes on a busy one: two spin
-    # while they wait for each other (benchmarks/LOG.md).
-    num_threads=1,
-)
+DEMO = demo_settings(SETTINGS, "vit_gpt2")
 
 
 def main(args: list[str]) -> int:
@@ -44,9 +51,9 @@ def main(args: list[str]) -> int:
         args,
         name="vit_gpt2_cc3m",
         description=__doc__,
-        family="vision-encoder-decoder",
-        published=PUBLISHED,
+        settings=SETTINGS,
         demo=DEMO,
+        family="vision-encoder-decoder",
     )
 
 

@@ -1,8 +1,10 @@
 """Command lines: what they do, and what bad input gets: a message, a status, and nothing else."""
 
 import dataclasses
+import hashlib
 import inspect
 import json
+import logging
 import pwd
 import re
 import runpy
@@ -20,9 +22,11 @@ import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.commands.caption import CaptionConfig
+from lora_engine.commands.doctor import DoctorConfig
 from lora_engine.commands.evaluate import EvaluateConfig
 from lora_engine.commands.merge import MergeConfig
 from lora_engine.commands.report import ReportConfig
+from lora_engine.commands.validate import ValidateConfig
 from lora_engine.config import TrainingConfig
 from lora_engine.data.annotations import read_annotations
 from lora_engine.lora.adapter import read_adapter
@@ -30,9 +34,10 @@ from lora_engine.terminal import escaped
 from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
 from lora_engine.training.trainer import Trainer
-from recipes import blip_cc3m, vit_gpt2_cc3m
+from recipes import blip_cc3m, finetune, vit_gpt2_cc3m
 
-RECIPES = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}
+PUBLISHED = {"blip": blip_cc3m, "vit_gpt2": vit_gpt2_cc3m}
+RECIPES = {**PUBLISHED, "finetune": finetune}
 
 
 def flags(folder: Path | None, data: Path, **changes) -> list[str]:
@@ -222,7 +227,7 @@ def test_a_hub_name_without_network_says_how_to_use_a_folder(refused, data, monk
         raise LocalEntryNotFoundError("cannot find the files on the Hub, and no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_error)
-    name = recipe.PUBLISHED.model
+    name = recipe.SETTINGS.model
     refused(
         recipe.main, *flags(None, data),
         words=[f"no folder '{name}' here", "cannot be fetched", "no network",
@@ -270,28 +275,41 @@ def printed_config(command, main, *args) -> dict:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("recipe, batch_size", [(blip_cc3m, 32), (vit_gpt2_cc3m, 16)])
-def test_the_defaults_are_the_published_runs(command, data, recipe, batch_size):
-    config = printed_config(command, recipe.main, "--train_data_path", data / "train.json")
-    published = {
-        "epochs": 100, "batch_size": batch_size, "lr": 1e-5, "seed": 42, "lora_rank": 8,
-        "lora_alpha": 32.0, "lora_dropout": 0.1, "lora_targets": ["attention", "feed_forward"],
-        "val_fraction": 0.05, "precision": "auto", "compile": False, "output_path": None,
+@pytest.mark.parametrize("recipe, model, batch_size", [
+    (blip_cc3m, "Salesforce/blip-image-captioning-base", 32),
+    (vit_gpt2_cc3m, "nlpconnect/vit-gpt2-image-captioning", 16),
+])
+def test_the_defaults_are_those_of_the_published_runs(command, data, recipe, model, batch_size):
+    path = str(data / "train.json")
+    config = printed_config(command, recipe.main, "--train_data_path", path)
+    assert config == {
+        "model": model, "train_data_path": path, "batch_size": batch_size,
+        "epochs": 100, "lr": 1e-5, "seed": 42, "max_steps": None, "grad_accum_steps": 1,
+        "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.1,
+        "lora_targets": ["attention", "feed_forward"], "init_adapter": None,
+        "weight_decay": 0.01, "warmup_steps": 0, "max_grad_norm": 1.0, "label_smoothing": 0.0,
+        "prompt": "", "max_caption_tokens": 64, "precision": "auto", "compile": False,
+        "cuda_graphs": True, "gradient_checkpointing": False, "device": None, "num_workers": None,
+        "num_threads": None, "cache": "auto", "cache_dir": None, "cache_dtype": None,
+        "cache_limit_gb": 50.0, "val_fraction": 0.05, "eval_every": None, "log_every": 10,
+        "num_samples": 8, "eval_captions": 200, "best_by": "loss", "patience": None,
+        "save_every": "10min", "keep_last": 2, "max_bad_share": 0.05, "worker_timeout": 300.0,
+        "track": "none", "revision": None, "val_data_path": None, "output_path": None,
+        "push_to_hub": None, "license": None,
     }
-    assert {name: config[name] for name in published} == published
-    assert config["model"] == {
-        blip_cc3m: "Salesforce/blip-image-captioning-base",
-        vit_gpt2_cc3m: "nlpconnect/vit-gpt2-image-captioning",
-    }[recipe]
-    assert config.keys() == {f.name for f in dataclasses.fields(TrainingConfig)} - {
-        "print_config", "resume"
-    }
+
+
+def test_the_recipe_to_copy_has_settings_for_lora(command, data):
+    config = printed_config(command, finetune.main, "--train_data_path", data / "train.json")
+    assert (config["lr"], config["epochs"], config["warmup_steps"]) == (2e-4, 5, 100)
+    assert (config["best_by"], config["patience"]) == ("cider_d", 3)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_without_data_the_demos_settings_hold_and_flags_change_them(command, recipe):
     config = printed_config(command, recipe.main, "--epochs", "3")
-    assert config["model"] == recipe.DEMO.model != recipe.PUBLISHED.model
+    assert config["model"] == recipe.DEMO.model != recipe.SETTINGS.model
+    assert Path(config["model"], "model.safetensors").is_file()
     assert (config["epochs"], config["lr"]) == (3, recipe.DEMO.lr)
 
 
@@ -311,6 +329,11 @@ def test_underscores_and_hyphens_are_one_flag(command):
     ]
     assert all(config == configs[0] for config in configs)
     assert (configs[0]["batch_size"], configs[0]["lora_targets"]) == (7, ["query"])
+
+
+def test_the_license_flag_has_an_older_spelling(command):
+    for flag in (["--license", "mit"], ["--licence", "mit"], ["--licence=mit"]):
+        assert printed_config(command, blip_cc3m.main, *flag)["license"] == "mit"
 
 
 @pytest.mark.parametrize("name", ["compile", "gradient_checkpointing"])
@@ -340,10 +363,13 @@ def docstrings(config: type) -> dict[str, str]:
 @pytest.mark.parametrize("main, args, config", [
     (blip_cc3m.main, ["--help"], TrainingConfig),
     (vit_gpt2_cc3m.main, ["-h"], TrainingConfig),
+    (finetune.main, ["--help"], TrainingConfig),
     (verbs.run_verb, ["caption", "--help"], CaptionConfig),
     (verbs.run_verb, ["evaluate", "--help"], EvaluateConfig),
     (verbs.run_verb, ["merge", "--help"], MergeConfig),
     (verbs.run_verb, ["report", "--help"], ReportConfig),
+    (verbs.run_verb, ["validate", "--help"], ValidateConfig),
+    (verbs.run_verb, ["doctor", "--help"], DoctorConfig),
 ])
 def test_help_tells_what_every_flag_means(command, main, args, config):
     status, out, err = command(main, *args)
@@ -354,29 +380,54 @@ def test_help_tells_what_every_flag_means(command, main, args, config):
     for name, meaning in meanings.items():
         assert meaning in told and (name in ("images", "runs") or f"--{name}" in told), name
     if config is TrainingConfig:
-        assert "--no_compile" in told and "The published run" in told
+        assert "--no_compile" in told and "the embedded demo runs" in told
 
 
 # --- whole commands -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.parametrize("recipe, family", [
+    *((recipe, family) for family, recipe in PUBLISHED.items()),
+    (finetune, "blip"), (finetune, "vit_gpt2"),
+], ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_a_recipe_trains_and_the_printed_command_captions(
-    command, request, data, family
+    command, request, data, recipe, family
 ):
     model = request.getfixturevalue(f"{family}_folder")
-    status, out, err = command(RECIPES[family].main, *flags(model, data, lr=1e-2))
+    status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
     assert (status, err) == (0, "")
-    assert "best validation loss" in out
+    assert "adapter     run/adapter\n" in out
     printed = out.strip().splitlines()[-1].split()
     assert Path(printed[2]) == Path(sys.executable)
     assert printed[3:6] == ["-m", "lora_engine", "caption"]
     adapter = Path("run") / "adapter"
     assert printed[6:8] == ["--adapter", str(adapter)]
-    sample = json_lines(Path("run") / "samples.jsonl")[-1]
+    best_step = int(read_adapter(adapter).provenance["step"])
+    samples = json_lines(Path("run") / "samples.jsonl")
+    sample = [line for line in samples if line["step"] == best_step][-1]
     status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{escaped(' '.join(sample['caption'].split()))}\n"
+
+
+def test_a_run_of_a_version_that_spelled_licence_is_resumed(command, data, blip_folder):
+    given = flags(blip_folder, data, save_every=1)
+    assert command(blip_cc3m.main, *given, "--license", "mit")[0] == 0
+    config_path, checkpoint = Path("run", "config.json"), Path("run", "checkpoints", "step-00000003")
+    state_path, manifest_path = checkpoint / "state.json", checkpoint / "manifest.json"
+    for path in (config_path, state_path):
+        path.write_text(path.read_text().replace('"license"', '"licence"'))
+    state = state_path.read_bytes()
+    manifest = json.loads(manifest_path.read_text())
+    manifest["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    manifest_path.write_text(json.dumps(manifest))
+    status, out, err = command(
+        blip_cc3m.main, "--output_path", "run", "--resume", "--model", blip_folder, "--epochs", "2"
+    )
+    assert (status, err) == (0, "") and "after step 3 of 6" in out
+    config = json.loads(config_path.read_text())
+    assert config["license"] == "mit" and "licence" not in config
+    assert "license: \"mit\"" in Path("run", "adapter", "README.md").read_text()
 
 
 @pytest.fixture
@@ -426,7 +477,10 @@ def test_a_user_without_a_home_folder_is_told_how_to_get_a_model_of_the_hub(
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_the_demo_trains_on_drawn_scenes_as_on_any_data(command, data, monkeypatch, recipe):
+def test_the_demo_trains_on_drawn_scenes_as_on_any_data(
+    command, data, monkeypatch, caplog, recipe
+):
+    caplog.set_level(logging.INFO)
     calls = []
     monkeypatch.setattr(training, "train", lambda config, **more: calls.append((config, more)))
     monkeypatch.setattr(
@@ -440,11 +494,12 @@ def test_the_demo_trains_on_drawn_scenes_as_on_any_data(command, data, monkeypat
         recipe.DEMO, epochs=2, train_data_path=str(data / "train.json"),
         val_data_path=str(data / "val.json"),
     )
-    assert f"--epochs 2 --batch_size {recipe.DEMO.batch_size}" in out
-    assert f"--lr {recipe.DEMO.lr:g}" in out
+    said = out + caplog.text
+    assert f"--epochs 2 --batch_size {recipe.DEMO.batch_size}" in said
+    assert f"--lr {recipe.DEMO.lr:g}" in said
 
 
-@pytest.mark.parametrize("module", ["recipes.blip_cc3m", "recipes.vit_gpt2_cc3m"])
+@pytest.mark.parametrize("module", [recipe.__name__ for recipe in RECIPES.values()])
 def test_recipes_run_as_modules(monkeypatch, capsys, module):
     monkeypatch.setattr(sys, "argv", ["program", "--batch_sise", "3"])
     monkeypatch.delitem(sys.modules, module)

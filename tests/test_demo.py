@@ -189,6 +189,18 @@ def test_shipped_files_are_what_the_script_writes_and_small(family, tmp_path):
         assert tensor.dtype == torch.float16 and torch.equal(tensor, ours[name]), name
 
 
+def test_pretraining_trains_all_but_the_token_embeddings(family):
+    captioner = load_captioner(demo_folder(family))
+    before = {name: value.clone() for name, value in captioner.model.state_dict().items()}
+    pretrain.train(captioner, num_steps=1, seed=0)
+    unchanged = {
+        name for name, value in captioner.model.state_dict().items()
+        if torch.equal(value, before[name])
+    }
+    assert set(captioner.model.tied_head) <= unchanged
+    assert any(name.startswith("encoder") or "vision" in name for name in before.keys() - unchanged)
+
+
 def test_adapters_learn_words_that_the_captioner_never_said(family):
     captioner = load_captioner(demo_folder(family))
     train = islice(scenes.scenes("train", seed=5), 30 * 32)

@@ -1,4 +1,4 @@
-"""doctor: one line a thing, what to do about each that lacks, and a status that says so."""
+"""doctor: one line per check, advice for each problem, and an exit status that reports them."""
 
 import urllib.request
 from urllib.error import HTTPError, URLError
@@ -8,12 +8,12 @@ from huggingface_hub import constants
 from PIL import features
 
 from lora_engine import __main__ as verbs
-from lora_engine.commands import doctor as room
+from lora_engine.commands import doctor as doctor_module
 
 
 @pytest.fixture
 def examined(command, monkeypatch):
-    """Runs doctor with the Hub out of reach, or answering as `hub` says."""
+    """Runs doctor while requests to the Hub raise or return `hub`."""
     def run(*flags, hub=URLError("no route")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -29,7 +29,7 @@ def examined(command, monkeypatch):
     return run
 
 
-def test_a_healthy_machine_is_told_so(examined):
+def test_a_healthy_machine_has_no_problem(examined):
     status, out, err = examined(hub=HTTPError("", 404, "", {}, None))
     assert status == 0 and err == ""
     for topic in ("versions", "packages", "device", "memory", "runs", "features", "images", "Hub"):
@@ -43,13 +43,13 @@ def test_a_hub_out_of_reach_is_a_note_with_what_to_do(examined):
     status, out, err = examined()
     assert status == 0 and "cannot be reached (no route)" in out and "--model" in out
     status, out, err = examined("--offline")
-    assert status == 0 and "not looked at (--offline)" in out
+    assert status == 0 and "not checked (--offline)" in out
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(examined):
     (examined.work / "file").write_text("")
     status, out, err = examined("--output_path", "file/runs", "--cache_dir", "file/cache")
-    assert status == room.PROBLEMS
+    assert status == doctor_module.PROBLEMS
     assert "PROBLEM runs        file/runs cannot be written" in out
     assert "give another folder with --output_path" in out
     assert "note    features    file/cache cannot be written" in out
@@ -57,16 +57,16 @@ def test_a_folder_that_cannot_be_written_is_a_problem(examined):
 
 
 def test_packages_that_are_missing_or_too_old_are_problems(examined, monkeypatch):
-    real = room.metadata.version
+    real = doctor_module.metadata.version
 
     def version(name):
         if name == "einops":
-            raise room.metadata.PackageNotFoundError(name)
+            raise doctor_module.metadata.PackageNotFoundError(name)
         return "4.0" if name == "transformers" else real(name)
 
-    monkeypatch.setattr(room.metadata, "version", version)
+    monkeypatch.setattr(doctor_module.metadata, "version", version)
     status, out, err = examined()
-    assert status == room.PROBLEMS
+    assert status == doctor_module.PROBLEMS
     assert "einops is missing" in out and "pip install 'einops>=" in out
     assert "transformers 4.0 is too old" in out
 
@@ -74,36 +74,36 @@ def test_packages_that_are_missing_or_too_old_are_problems(examined, monkeypatch
 def test_a_pillow_without_jpeg_is_a_problem(examined, monkeypatch):
     monkeypatch.setattr(features, "check", lambda name: name == "webp")
     status, out, err = examined()
-    assert status == room.PROBLEMS and "reads no JPEG, AVIF" in out
+    assert status == doctor_module.PROBLEMS and "cannot read JPEG, AVIF" in out
 
 
 def test_a_device_that_is_not_there_is_a_problem(examined):
     status, out, err = examined("--device", "cuda:9")
-    assert status == room.PROBLEMS and "PROBLEM device" in out
+    assert status == doctor_module.PROBLEMS and "PROBLEM device" in out
 
 
 def test_little_memory_and_a_small_shared_memory_are_notes(examined, monkeypatch):
     from lora_engine import devices
 
     monkeypatch.setattr(devices, "free_memory_bytes", lambda device: 10**9)
-    real = room.shutil.disk_usage
+    real = doctor_module.shutil.disk_usage
 
     def usage(path):
         return type(real("/"))(64 * 2**20, 0, 64 * 2**20)
 
-    monkeypatch.setattr(room.shutil, "disk_usage", usage)
+    monkeypatch.setattr(doctor_module.shutil, "disk_usage", usage)
     status, out, err = examined()
     assert status == 0
-    assert "1.0 GB are free; the full-size" in out and "--ipc=host" in out
+    assert "1.0 GB are free; training a full-size" in out and "--ipc=host" in out
     assert "free space, or give another disk with --output_path" in out
 
 
-def test_a_look_that_fails_is_a_finding_and_the_others_go_on(examined, monkeypatch):
+def test_a_check_that_fails_is_a_finding_and_the_others_still_run(examined, monkeypatch):
     def _fails(config):
         raise RuntimeError("out of order")
         yield
 
-    monkeypatch.setattr(room, "_LOOKS", (_fails, room._images))
+    monkeypatch.setattr(doctor_module, "_CHECKS", (_fails, doctor_module._images))
     status, out, err = examined()
-    assert status == room.PROBLEMS
+    assert status == doctor_module.PROBLEMS
     assert "PROBLEM fails       RuntimeError: out of order" in out and "Pillow reads" in out

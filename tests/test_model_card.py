@@ -144,19 +144,19 @@ def test_the_hubs_own_reader_finds_what_is_known_and_nothing_else(finished, chan
         "tags": ["lora", "image-captioning"],
     }
     assert ModelCard(finished.card).data.to_dict() == known
-    assert "No licence has been chosen" in finished.card and "base_model:" not in finished.card
+    assert "No license has been chosen" in finished.card and "base_model:" not in finished.card
     base = "Salesforce/blip-image-captioning-base"
-    card = changed(adapter={"base_model_name_or_path": base}, config={"licence": "cc-by-4.0"})
+    card = changed(adapter={"base_model_name_or_path": base}, config={"license": "cc-by-4.0"})
     assert ModelCard(card).data.to_dict() == known | {"base_model": base, "license": "cc-by-4.0"}
-    assert "`cc-by-4.0`" in card and "No licence" not in card
+    assert "`cc-by-4.0`" in card and "No license" not in card
 
 
-@pytest.mark.parametrize("licence", ["Apache 2.0", "MIT", "mit\nbase_model: x", '"', ""])
-def test_a_licence_that_the_hub_would_not_know_is_refused_at_the_start(licence):
-    with pytest.raises(ValueError, match="--licence is .*apache-2.0"):
-        TrainingConfig(model="m", licence=licence).check()
+@pytest.mark.parametrize("license", ["Apache 2.0", "MIT", "mit\nbase_model: x", '"', ""])
+def test_a_license_that_the_hub_would_not_know_is_refused_at_the_start(license):
+    with pytest.raises(ValueError, match="--license is .*apache-2.0"):
+        TrainingConfig(model="m", license=license).check()
     for known in ("apache-2.0", "mit", "cc0-1.0", "llama3.1", "other"):
-        TrainingConfig(model="m", licence=known).check()
+        TrainingConfig(model="m", license=known).check()
 
 
 # --- nothing of this machine -------------------------------------------------------------------

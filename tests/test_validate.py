@@ -1,4 +1,4 @@
-"""validate: everything is read once, and every row that cannot be used has its reason."""
+"""validate: every row and image is read once, and each row that cannot be used has a reason."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pictures import write_pictures
 
 from lora_engine import __main__ as verbs
 from lora_engine import cli
-from lora_engine.commands import validate as room
+from lora_engine.commands import validate as validate_module
 
-OK, PROBLEMS = 0, room.PROBLEMS
+OK, PROBLEMS = 0, validate_module.PROBLEMS
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def write(folder: Path, rows: list, name: str = "train.json") -> Path:
     return folder / name
 
 
-def test_a_sound_set_has_no_problem(command, folder):
+def test_a_valid_set_has_no_problem(command, folder):
     status, out, err = command(verbs.run_verb, "validate", "--data", folder / "train.json")
     assert status == OK and err == ""
     assert "8 rows, 8 images" in out and "8 can be used, 0 cannot" in out
@@ -52,22 +52,22 @@ def test_every_bad_row_is_listed_with_line_and_reason(command, folder):
     report = folder / "found.json"
     status, out, err = command(verbs.run_verb, "validate", "--data", path, "--json", report)
     assert status == PROBLEMS
-    told = json.loads(report.read_text())
-    reasons = {problem["row"]: problem["reason"] for problem in told["problems"]}
-    assert [(p["row"], p["line"]) for p in told["problems"]] == [
+    found = json.loads(report.read_text())
+    reasons = {problem["row"]: problem["reason"] for problem in found["problems"]}
+    assert [(p["row"], p["line"]) for p in found["problems"]] == [
         (2, 3), (3, 4), (4, 5), (5, 6), (11, 12), (12, 13)
     ]
     assert "not an image in a known format" in reasons[2] and "no such file" in reasons[3]
     assert '"text" is empty' in reasons[4] and "expected an object" in reasons[5]
     assert "not a possible file name" in reasons[11] and reasons[12] == reasons[2]
-    assert told["num_rows"] == 12 and told["num_images"] == 8
-    assert told["num_usable_images"] == 5
+    assert found["num_rows"] == 12 and found["num_images"] == 8
+    assert found["num_usable_images"] == 5
     assert "training stops (--max_bad_share 0.05)" in out
-    assert told["num_repeated_rows"] == 1 and told["num_repeated_images"] == 1
+    assert found["num_repeated_rows"] == 1 and found["num_repeated_images"] == 1
     assert f"{path}:3: row 2: " in out and "6 of 12 rows cannot be used" in out
 
 
-def test_what_training_would_skip_is_said(command, folder):
+def test_rows_that_training_would_skip_are_reported(command, folder):
     rows = [dict(row) for row in 5 * rows_of(folder)]
     rows[1], rows[3]["text"], rows[20]["text"] = {}, "...", "\U0001f600"
     path = write(folder, rows)
@@ -88,17 +88,17 @@ def test_captions_are_counted_in_the_models_tokens(command, folder, blip_folder)
     assert "tokens, median" in out and "1 above --max_caption_tokens 30" in out
 
 
-def test_images_that_are_validated_on_too_are_counted(command, folder):
+def test_images_shared_with_the_validation_data_are_counted(command, folder):
     write(folder, rows_of(folder)[:3], "val.json")
     status, out, err = command(
         verbs.run_verb, "validate", "--data", folder / "train.json",
         "--val_data", folder / "val.json",
     )
-    assert status == OK and "3 images of" in out and "are among these" in out
+    assert status == OK and "3 images of" in out and "are in --data" in out
 
 
-def test_many_processes_find_what_one_finds(command, folder, monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK", 1)
+def test_the_number_of_processes_does_not_change_the_findings(command, folder, monkeypatch):
+    monkeypatch.setattr(validate_module, "_CHUNK", 1)
     (folder / "images" / "train_06.png").write_bytes(b"nothing")
     found = []
     for number in (1, 3):
@@ -112,26 +112,26 @@ def test_many_processes_find_what_one_finds(command, folder, monkeypatch):
     assert found[0] == found[1]
 
 
-def test_a_process_that_dies_is_an_error_in_words(command, folder, monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK", 1)
+def test_a_process_that_dies_is_an_error_with_a_message(command, folder, monkeypatch):
+    monkeypatch.setattr(validate_module, "_CHUNK", 1)
     main = os.getpid()
 
     def die(path):
         if os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(room, "read_image_file", die)
+    monkeypatch.setattr(validate_module, "read_image_file", die)
     status, out, err = command(
         verbs.run_verb, "validate", "--data", folder / "train.json", "--num_workers", 2
     )
     assert status == cli.STOPPED and "a process that loads images has died" in err
 
 
-def test_many_problems_are_cut_short_and_said_to_be(command, folder):
+def test_a_long_list_of_problems_is_truncated_with_a_note(command, folder):
     path = write(folder, [{"text": "a", "image": f"none_{i}.png"} for i in range(30)])
     status, out, err = command(verbs.run_verb, "validate", "--data", path)
-    assert status == PROBLEMS and "all 30 with --json FILE" in out
-    assert out.count("no such file") == room.MAX_SHOWN
+    assert status == PROBLEMS and "all 30 are written by --json FILE" in out
+    assert out.count("no such file") == validate_module.MAX_SHOWN
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -141,7 +141,7 @@ def test_many_problems_are_cut_short_and_said_to_be(command, folder):
     (["--data", "empty.json", "--json", "no/such/folder.json"], "there is no folder no/such"),
     (["--data", "utf16.json"], "not UTF-8"),
 ])
-def test_bad_flags_and_files_are_errors_in_words(command, flags, words):
+def test_bad_flags_and_files_are_errors_with_a_message(command, flags, words):
     (command.work / "empty.json").write_text("[]")
     (command.work / "utf16.json").write_bytes('[{"text": "é"}]'.encode("utf-16"))
     status, out, err = command(verbs.run_verb, "validate", *flags)

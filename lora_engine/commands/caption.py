@@ -22,6 +22,7 @@ from lora_engine.commands.loading import (
     load_base,
     speaker_of,
 )
+from lora_engine.config import Range
 from lora_engine.data.images import find_images
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
@@ -51,9 +52,9 @@ class CaptionConfig(CaptioningConfig):
     """Caption anew what --out and --txt hold already."""
     min_new_tokens: int = 0
     """Shortest caption, in tokens."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, Range(gt=0)] = None
     """Draw words at this temperature instead of taking the most probable ones."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Draw from the fewest words whose probabilities add up to this much."""
     seed: int = 0
     """Seed of what is drawn."""
@@ -65,10 +66,6 @@ class CaptionConfig(CaptioningConfig):
                 f"--min_new_tokens is {self.min_new_tokens}; it must be from 0 to --max_new_tokens "
                 f"({self.max_new_tokens})"
             )
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise ValueError(f"--temperature is {self.temperature}; it must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.temperature is None and self.top_p < 1:
             raise ValueError("--top_p is for drawing words: give --temperature 1, too")
         if self.temperature is not None and self.num_beams > 1:

@@ -1,4 +1,4 @@
-"""python -m lora_engine doctor: what this machine has, and what to do about what it lacks."""
+"""python -m lora_engine doctor: check this machine for training and suggest fixes."""
 
 import os
 import platform
@@ -26,17 +26,17 @@ class DoctorConfig:
     """Flags of `doctor`."""
 
     output_path: str = "runs"
-    """Where runs would be written."""
+    """Folder for runs."""
     cache_dir: str | None = None
-    """Where features would be kept. Default: as for training."""
+    """Folder for features. Default: the same as for training."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
+    """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     offline: bool = False
-    """Do not look whether the Hugging Face Hub can be reached."""
+    """Do not check whether the Hugging Face Hub can be reached."""
 
 
 class Finding(NamedTuple):
-    """What was found about a thing: "good", a "note", or "bad", and then what to do."""
+    """The result of a check: its state ("good", "note" or "bad"), and advice if there is any."""
 
     state: str
     topic: str
@@ -49,12 +49,12 @@ class Finding(NamedTuple):
 
 
 def doctor(args: list[str]) -> int:
-    """Look at everything that a run needs -> exit status."""
+    """Check everything that a run needs and return the exit status."""
     config = cli.parse(
         DoctorConfig, args, prog="python -m lora_engine doctor",
-        description="Say what this machine has for training, and what to do about what it lacks.",
+        description="Check this machine for training and suggest fixes.",
     )
-    findings = [finding for look in _LOOKS for finding in _looked(look, config)]
+    findings = [finding for check in _CHECKS for finding in _run(check, config)]
     print(printable("\n".join(map(str, findings))))
     num_bad = sum(finding.state == "bad" for finding in findings)
     if num_bad:
@@ -64,14 +64,14 @@ def doctor(args: list[str]) -> int:
     return PROBLEMS if num_bad else 0
 
 
-def _looked(
-    look: Callable[[DoctorConfig], Iterator[Finding]], config: DoctorConfig
+def _run(
+    check: Callable[[DoctorConfig], Iterator[Finding]], config: DoctorConfig
 ) -> Iterator[Finding]:
-    """What a look finds; one that fails is a finding, and the others go on."""
+    """Run a check; if it fails, that is a finding, and the other checks still run."""
     try:
-        yield from look(config)
-    except Exception as error:  # a machine that is ill in a way of its own
-        topic = look.__name__.strip("_")
+        yield from check(config)
+    except Exception as error:  # whatever may be wrong with a machine
+        topic = check.__name__.strip("_")
         yield Finding("bad", topic, f"{type(error).__name__}: {error}")
 
 
@@ -88,14 +88,14 @@ def _versions(config: DoctorConfig) -> Iterator[Finding]:
         if requirement.marker is not None:  # of an extra
             continue
         try:
-            there = metadata.version(requirement.name)
+            installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             yield Finding("bad", "packages", f"{requirement.name} is missing",
                           f"pip install '{requirement}'")
             continue
-        found.append(f"{requirement.name} {there}")
-        if not requirement.specifier.contains(there, prereleases=True):
-            yield Finding("bad", "packages", f"{requirement.name} {there} is too old",
+        found.append(f"{requirement.name} {installed}")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            yield Finding("bad", "packages", f"{requirement.name} {installed} is too old",
                           f"pip install '{requirement}'")
     yield Finding("good", "packages", ", ".join(found))
 
@@ -121,18 +121,18 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding(state, "GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free")
     elif shutil.which("nvidia-smi"):
         yield Finding(
-            "note", "GPU", f"there is a driver, but torch {torch.__version__} sees no CUDA device",
-            "install a torch that is built for CUDA: pytorch.org/get-started",
+            "note", "GPU", f"there is a driver, but torch {torch.__version__} finds no CUDA device",
+            "install a CUDA build of torch: pytorch.org/get-started",
         )
     if device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         yield Finding(
-            "note", "processor", f"its widest instructions are "
-            f"{torch.backends.cpu.get_cpu_capability()}: slower than those with AVX-512"
+            "note", "processor", f"{torch.backends.cpu.get_cpu_capability()} only: slower than "
+            f"processors with AVX-512"
         )
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None and device.type == "cpu":
-        yield Finding("note", "compiler", "no C++ compiler: --compile would train without",
-                      "install g++ if you want --compile")
+        yield Finding("note", "compiler", "no C++ compiler: --compile would have no effect",
+                      "install g++ to use --compile")
 
 
 def _memory(config: DoctorConfig) -> Iterator[Finding]:
@@ -142,16 +142,17 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
 
     free = free_memory_bytes(torch.device("cpu"))
     if free < 4e9:
-        yield Finding("note", "memory", f"{free / 1e9:.1f} GB are free; the full-size captioners "
-                      f"take some 4 GB to train")
+        yield Finding("note", "memory", f"{free / 1e9:.1f} GB are free; training a full-size "
+                      f"captioner takes about 4 GB")
     else:
         yield Finding("good", "memory", f"{free / 1e9:.1f} GB are free")
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm").total
         if shared < _MIN_SHARED_BYTES:
             yield Finding(
-                "note", "memory", f"/dev/shm has {shared / 1e6:.0f} MB, through which processes "
-                f"hand over images", "start the container with --ipc=host, or use --num_workers 0",
+                "note", "memory", f"/dev/shm, through which worker processes pass images, has "
+                f"{shared / 1e6:.0f} MB",
+                "start the container with --ipc=host, or use --num_workers 0",
             )
 
 
@@ -193,7 +194,7 @@ def _images(config: DoctorConfig) -> Iterator[Finding]:
     missing = [name for feature, name in names.items() if not features.check(feature)]
     if missing:
         state = "bad" if "JPEG" in missing else "note"
-        yield Finding(state, "images", f"this Pillow reads no {', '.join(missing)}",
+        yield Finding(state, "images", f"this Pillow cannot read {', '.join(missing)}",
                       "reinstall pillow from its wheels")
     else:
         yield Finding("good", "images", f"Pillow reads {', '.join(names.values())}")
@@ -205,7 +206,7 @@ def _hub(config: DoctorConfig) -> Iterator[Finding]:
     offline = "download models elsewhere and pass their folder with --model"
     if config.offline or constants.HF_HUB_OFFLINE:
         why = "--offline" if config.offline else "HF_HUB_OFFLINE is set"
-        yield Finding("note", "Hub", f"not looked at ({why})", offline)
+        yield Finding("note", "Hub", f"not checked ({why})", offline)
         return
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
@@ -213,7 +214,7 @@ def _hub(config: DoctorConfig) -> Iterator[Finding]:
     try:
         with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT_S):
             pass
-    except HTTPError:  # it answers, if only to say no
+    except HTTPError:  # it answers, even if with an error
         pass
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
@@ -222,4 +223,4 @@ def _hub(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("good", "Hub", f"{constants.ENDPOINT} answers")
 
 
-_LOOKS = (_versions, _device, _memory, _disks, _images, _hub)
+_CHECKS = (_versions, _device, _memory, _disks, _images, _hub)

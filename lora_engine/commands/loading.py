@@ -5,9 +5,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from lora_engine.captioning.captioner import Captioned, Speaker, caption_images, with_adapter
+from lora_engine.config import Range, check_ranges
 from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import resolve_device, resolve_dtype
@@ -26,11 +27,11 @@ class CaptioningConfig:
     """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
     revision: str | None = None
     """Revision of a Hub name."""
-    num_beams: int = 1
+    num_beams: Annotated[int, Range(ge=1)] = 1
     """Beams of the search; 1 is greedy."""
-    max_new_tokens: int = 30
+    max_new_tokens: Annotated[int, Range(ge=1)] = 30
     """Longest caption, in tokens."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(ge=1)] = 16
     """Images at a time."""
     prompt: str | None = None
     """Words to continue. Default: the prompt that the adapter was trained with."""
@@ -38,10 +39,10 @@ class CaptioningConfig:
     """Format of matrix products; auto: bf16 (else fp16) on CUDA, else fp32."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, Range(ge=0)] = None
     """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
     """
-    worker_timeout: float = 300.0
+    worker_timeout: Annotated[float, Range(ge=1)] = 300.0
     """Seconds to wait for images until the command ends."""
     force: bool = False
     """Use adapters even on a base model with other weights, configuration, tokenizer or
@@ -49,12 +50,7 @@ class CaptioningConfig:
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
-        at_least = {"num_beams": 1, "max_new_tokens": 1, "batch_size": 1, "num_workers": 0,
-                    "worker_timeout": 1}
-        for name, lowest in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"--{name} is {value}; it must be {lowest} or more")
+        check_ranges(self)
         resolve_device(self.device)
 
     def caption(

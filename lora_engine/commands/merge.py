@@ -1,4 +1,4 @@
-"""python -m lora_engine merge: an adapter folded into its base, as a plain Hugging Face folder."""
+"""python -m lora_engine merge: merge an adapter into its base model, as a Hugging Face folder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import lora_layers
 from lora_engine.terminal import printable
 
-NUM_DRAWN = 4  # images that a merged model is compared on where none are given
+NUM_DRAWN = 4  # scenes to compare captions on if no images are given
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,23 @@ class MergeConfig:
     adapter: str
     """Adapter folder, such as RUN/adapter."""
     out: str
-    """New folder for the merged model; nothing is ever overwritten."""
+    """Folder for the merged model; it must be new or empty."""
     model: str | None = None
-    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
+    """Base model: a folder or Hub name. Default: the one that the adapter was trained on."""
     revision: str | None = None
-    """Revision of a Hub name."""
+    """Revision of a Hub model."""
     images: tuple[str, ...] = ()
-    """Image files, or folders of images, to compare captions on. Default: four drawn scenes."""
+    """Image files or folders to compare captions on. Default: four drawn scenes."""
     force: bool = False
-    """Merge even into a base model with other weights, configuration, tokenizer or preprocessor
-    than the adapter was trained on."""
+    """Merge even if the weights, configuration, tokenizer or preprocessor of the base model are not
+    those that the adapter was trained on."""
 
 
 def merge(args: list[str]) -> int:
-    """Fold an adapter into its base, as a plain Hugging Face folder -> exit status."""
+    """Merge an adapter into its base model, in a new folder, and return the exit status."""
     config = cli.parse(
         MergeConfig, args, prog="python -m lora_engine merge",
-        description="Fold an adapter into its base model, as a folder that needs no PEFT.",
+        description="Merge an adapter into its base model, as a folder that loads without PEFT.",
     )
     check_out(Path(config.out))
     images = find_images(config.images)
@@ -55,21 +55,21 @@ def merge(args: list[str]) -> int:
         prompt=adapter.prompt,
     )
     num_merged = sum(1 for _ in lora_layers(captioner.model))
-    told = (
+    summary = (
         f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
-        f"compared with base and adapter apart: {parity}\n"
+        f"compared with the unmerged adapter: {parity}\n"
         f"merged model  {config.out}"
     )
     if captioner.hugging_face_class:
-        told += (
+        summary += (
             f"\nto load it    transformers.{captioner.hugging_face_class}"
             f".from_pretrained({config.out!r})"
         )
     if adapter.prompt:
-        told += (
-            f"\nits prompt    {adapter.prompt!r}: the folder does not say so, generation needs it"
+        summary += (
+            f"\nits prompt    {adapter.prompt!r}: not stored in the folder, pass it to generate"
         )
-    print(printable(told))
+    print(printable(summary))
     return 0
 
 

@@ -1,20 +1,22 @@
-"""What a recipe does: settings from its file, its flags and, with --resume, from the run."""
+"""Run a recipe: combine the settings of its file, the command line and a resumed run, and train."""
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_engine.cli import parse
+from lora_engine.cli import given_fields, parse
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.files import read_limited
-from lora_engine.terminal import printable
 
 MAX_CONFIG_BYTES = 2**20
+
+logger = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -22,35 +24,32 @@ def run_recipe(
     *,
     name: str,
     description: str,
-    family: str,
-    published: TrainingConfig,
+    settings: TrainingConfig,
     demo: TrainingConfig,
+    family: str | None = None,
 ) -> int:
-    """Train as a recipe says and the flags change it; without data paths, the embedded demo.
+    """Train with a recipe's `settings`, or with its `demo` settings if there is no training data.
 
-    With --resume, settings that no flag gives are the run's, but for those in `REACHES_OUTSIDE`.
+    With --resume, the settings of the run come before those of the recipe (but see
+    `REACHES_OUTSIDE`); the flags on the command line come before both. `family` is the model type
+    that the recipe is for, None for all.
     """
     _check_single_process()
-    args = _with_newest(args)
-
-    def parse_onto(defaults: TrainingConfig) -> TrainingConfig:
-        return parse(
-            TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
-            default=defaults,
-        )
-
-    config = parse_onto(published)
-    if config.resume is not None and config.output_path is not None:
-        before = Path(config.output_path, "config.json")
-        if before.exists():
-            config = _within_reach(
-                parse_onto(_settings(before)), (config, parse_onto(demo)), source=before
-            )
+    args = _normalized(args)
+    parsed = parse(
+        TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
+        default=settings,
+    )
+    given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
+    stored = {}
+    if parsed.resume is not None and parsed.output_path is not None:
+        stored = _stored_settings(Path(parsed.output_path), given, defaults=(settings, demo))
+    config = dataclasses.replace(settings, **{**stored, **given})
     is_demo = config.train_data_path is None
     if is_demo:
         if config.val_data_path is not None:
-            raise ValueError("--val_data_path needs a --train_data_path beside it")
-        config = parse_onto(demo)
+            raise ValueError("--val_data_path needs a --train_data_path, too")
+        config = dataclasses.replace(demo, **{**stored, **given})
     if config.print_config:
         print(json.dumps(config.as_dict(), indent=2))
         return 0
@@ -80,63 +79,65 @@ def _check_single_process() -> None:
     )
 
 
-def _with_newest(args: Sequence[str]) -> list[str]:
-    """A bare --resume means the newest checkpoint; tyro wants flags to have values, or never."""
-    followers = [*args[1:], "--"]
+def _normalized(args: Sequence[str]) -> list[str]:
+    """The command line with --license for its older spelling and a value for a bare --resume."""
+    args = [re.sub(r"^--licence(?==|$)", "--license", arg) for arg in args]
     return [
-        f"--resume={NEWEST}" if arg == "--resume" and follower.startswith("--") else arg
-        for arg, follower in zip(args, followers)
+        f"--resume={NEWEST}" if arg == "--resume" and following.startswith("--") else arg
+        for arg, following in zip(args, [*args[1:], "--"])
     ]
 
 
-def _settings(path: Path) -> TrainingConfig:
-    """Those of a run's config.json; raises ValueError where they cannot be read."""
-    try:
-        return TrainingConfig.from_dict(json.loads(read_limited(path, MAX_CONFIG_BYTES)))
-    except (ValueError, TypeError, RecursionError, AttributeError) as error:
-        raise ValueError(
-            f"{path} does not hold the settings of a run ({error}); give all flags anew and remove "
-            f"it"
-        ) from None
+def _stored_settings(
+    folder: Path, given: Mapping[str, Any], *, defaults: Sequence[TrainingConfig]
+) -> dict[str, Any]:
+    """The settings in a run folder's config.json; none if there is no such file.
 
-
-def _within_reach(
-    config: TrainingConfig, given: Sequence[TrainingConfig], *, source: Path
-) -> TrainingConfig:
-    """`config` without what only `source`, a run's config.json, says of `REACHES_OUTSIDE`.
-
-    `given` are the settings of the command line on the recipe's and on the demo's defaults. Raises
-    ValueError for another model: without it the run cannot continue.
+    Without those in `REACHES_OUTSIDE` that neither the command line nor any of the `defaults`
+    confirms. Raises ValueError if the file cannot be read, and for an unconfirmed model, without
+    which the run cannot continue.
     """
-    ours: dict[str, Any] = {}
-    for name in REACHES_OUTSIDE:
-        value = getattr(config, name)
-        if value not in [getattr(settings, name) for settings in given]:
-            ours[name] = getattr(given[0], name)
-    flags = shlex.join(word for name in ours for word in (f"--{name}", str(getattr(config, name))))
-    if "model" in ours or "revision" in ours:
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(read_limited(path, MAX_CONFIG_BYTES))
+        stored = TrainingConfig.from_dict(content).as_dict()
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{source} names another model than this command line, and a run folder is not trusted "
+            f"{path} does not hold the settings of a run ({error}); remove it and give all flags "
+            f"again"
+        ) from None
+    stored["output_path"] = str(folder)  # the folder may have been moved
+    ignored = {
+        name: stored.pop(name) for name in REACHES_OUTSIDE
+        if name not in given
+        and stored[name] not in [getattr(settings, name) for settings in defaults]
+    }
+    flags = shlex.join(
+        part for name, value in ignored.items() for part in (f"--{name}", str(value))
+    )
+    if "model" in ignored or "revision" in ignored:
+        raise ValueError(
+            f"{path} names another model than this command line, and a run folder is not trusted "
             f"to choose it; if it is the right one, add {flags}"
         )
-    if ours:
-        print(
-            printable(f"ignored in {source}; add to this command line to use: {flags}"),
-            file=sys.stderr,
-        )
-    return dataclasses.replace(config, **ours)
+    if ignored:
+        logger.warning("%s: ignored; to use them, add to this command line: %s", path, flags)
+    return stored
 
 
 def _with_scenes(config: TrainingConfig) -> TrainingConfig:
-    """The demo's data: drawn once into a folder, then read like anybody's."""
+    """Draw the demo's data into a folder, from which it is read like any other."""
     from lora_engine.demo.scenes import write_scenes
 
     train_path, val_path = write_scenes(
         Path("runs") / "demo_scenes", num_train=2000, num_val=200, seed=0
     )
-    print(
-        f"no --train_data_path: running the demo on scenes drawn into {train_path.parent}\n"
-        f"demo settings: --epochs {config.epochs} --batch_size {config.batch_size} "
-        f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)"
+    logger.info(
+        "no --train_data_path: running the demo on scenes drawn into %s\n"
+        "demo settings: --epochs %s --batch_size %s --lr %g --warmup_steps %s "
+        "(others: --print_config)",
+        train_path.parent, config.epochs, config.batch_size, config.lr, config.warmup_steps,
     )
     return dataclasses.replace(config, train_data_path=str(train_path), val_data_path=str(val_path))

@@ -1,4 +1,4 @@
-"""python -m lora_engine report: what a run came to, or several side by side, as one HTML file."""
+"""python -m lora_engine report: the results of one or several runs as one HTML file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,17 @@ class ReportConfig:
     """Flags of `report`."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs, finished or not."""
+    """Run folders, finished or not."""
     out: str | None = None
-    """File to write. Default: report.html in the folder of a single run, here for several."""
+    """File to write. Default: report.html, in the run's folder for a single run and in the current
+    folder for several."""
 
 
 def report(args: list[str]) -> int:
-    """Write a run's report, or that of several side by side -> exit status."""
+    """Write the report of one or several runs and return the exit status."""
     config = cli.parse(
         ReportConfig, args, prog="python -m lora_engine report",
-        description="Write what a run came to, or several side by side, as one HTML file.",
+        description="Write the results of a run, or compare several, as one HTML file.",
     )
     if not config.runs:
         raise ValueError("no runs to report on: name their folders, such as runs/blip-001")

@@ -1,17 +1,18 @@
-"""Train a tiny captioner of the demo from scratch, on plain captions of endlessly drawn scenes.
+"""Train one of the demo's tiny captioners from scratch, on plain captions of drawn scenes.
 
     python -m lora_engine.demo.pretrain blip OUT
     python -m lora_engine.demo.pretrain vit_gpt2 OUT
 
-This made the two checkpoints that ship beside this file, in 13 and 20 minutes on one CPU core each.
-OUT becomes a folder in Hugging Face's format with weights in fp16. The scenes are of the training
-split alone; at the end come the loss and the share of exactly right captions on validation scenes
-(of the shipped ones: 0.0047 nats a token and 98.5 %, 0.0054 and 98.1 %).
+This made the two checkpoints that ship beside this file, in 13 and 20 minutes on one CPU core. OUT
+becomes a folder in Hugging Face's format, with weights in fp16. Training draws new scenes of the
+training split at every step; at the end the script prints the loss and the share of exactly right
+captions on validation scenes (for the shipped checkpoints 0.0047 nats per token and 98.5 %, and
+0.0054 and 98.1 %).
 
-The words' vectors, which are also the vocabulary head, stay as they are drawn: random directions,
-all but orthogonal. Trained ones move away from every word that plain captions never say, and an
-adapter hardly brings them back: 10 epochs of LoRA on CC3M-like captions then ended at 2.7 nats a
-token, and at 0.05 with vectors that had stayed (BLIP, learning rate 1e-3).
+The token embeddings, which are also the vocabulary head, keep their initial values: random, nearly
+orthogonal directions. If they are trained, they move away from all words that plain captions never
+use, and adapters can hardly bring them back: 10 epochs of LoRA on CC3M-like captions then ended at
+2.7 nats per token, but at 0.05 with frozen embeddings (BLIP, learning rate 1e-3).
 """
 
 import argparse
@@ -52,11 +53,11 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 
-NUM_TOKENIZER_SCENES = 20_000  # enough for every word of both manners of speaking
+NUM_TOKENIZER_SCENES = 20_000  # enough for every word of both caption styles
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 END_OF_TEXT = "<|endoftext|>"
 
-# The encoder's modules: their names in lora_engine/models/vit.py and in Hugging Face's files.
+# Encoder modules: names in lora_engine/models/vit.py -> names in Hugging Face's checkpoints.
 BLIP_NAMES = {
     "class_token": "embeddings.class_embedding",
     "position_embedding": "embeddings.position_embedding",
@@ -107,7 +108,7 @@ def main() -> None:
     captioner = load_captioner(arguments.out)
     train(captioner, num_steps=arguments.num_steps, seed=arguments.seed)
     save_weights(captioner.model, arguments.out, arguments.family)
-    captioner = load_captioner(arguments.out)  # as everybody will: from fp16
+    captioner = load_captioner(arguments.out)  # as users will: from fp16
     unseen = list(islice(scenes("validation", arguments.seed + 1), 1000))
     with torch.no_grad():
         loss = mean_loss(captioner, batch_of(captioner, unseen, plain_caption))
@@ -123,7 +124,7 @@ def main() -> None:
 
 
 def initialize(model: nn.Module) -> None:
-    """Draw all weights from N(0, 0.02), as BERT and GPT-2 do; words are of about unit length."""
+    """Draw all weights from N(0, 0.02), as in BERT and GPT-2; embeddings have about unit norm."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -138,20 +139,20 @@ def initialize(model: nn.Module) -> None:
 
 
 def train(captioner: Captioner, *, num_steps: int, seed: int) -> None:
-    """Train all but the words' vectors and the head, by AdamW with a linear decay."""
+    """Train all weights but the token embeddings, by AdamW with linear warm-up and decay."""
     model = captioner.model
     model.train().requires_grad_(True)
     head_path = model.tied_head[0].removesuffix(".weight")  # type: ignore[index, union-attr]
-    model.get_submodule(head_path).requires_grad_(False)  # its weight is the words' vectors
+    model.get_submodule(head_path).requires_grad_(False)  # tied to the token embeddings
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    endless = scenes("train", seed)
+    train_scenes = scenes("train", seed)
     for step in range(1, num_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS, total_steps=num_steps
             )
-        drawn = list(islice(endless, BATCH_SIZE))
+        drawn = list(islice(train_scenes, BATCH_SIZE))
         loss = mean_loss(captioner, batch_of(captioner, drawn, plain_caption))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -164,7 +165,7 @@ def train(captioner: Captioner, *, num_steps: int, seed: int) -> None:
 def batch_of(
     captioner: Captioner, drawn: list[Scene], caption: Callable[[Scene], str]
 ) -> PixelBatch:
-    """Scenes with their captions, ready for the model."""
+    """Collate scenes with the captions that `caption` gives them."""
     captions = captioner.tokenizer.encode(map(caption, drawn))
     collate = Collate(
         image_size=captioner.pixels.size, prompt_length=1, pad_id=captioner.tokenizer.pad_id
@@ -176,7 +177,7 @@ def batch_of(
 
 
 def mean_loss(captioner: Captioner, batch: PixelBatch) -> Tensor:
-    """Nats per target token, (); with gradients for the encoder, too."""
+    """Nats per target token, (); its gradients reach the encoder, too."""
     features = captioner.model.encode(  # type: ignore[operator]
         normalize(batch.pixels, captioner.pixels)
     )
@@ -185,22 +186,22 @@ def mean_loss(captioner: Captioner, batch: PixelBatch) -> Tensor:
 
 
 def caption_scenes(captioner: Captioner, drawn: Iterable[Scene]) -> list[str]:
-    """What the captioner says of scenes, greedily."""
+    """Caption scenes greedily."""
     pixels = np.stack([to_pixels(draw(scene), captioner.pixels) for scene in drawn])
-    said = caption_pixels(
+    captions = caption_pixels(
         [Speaker(captioner)],
         torch.from_numpy(pixels),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    return [caption.text for (caption,) in said]
+    return [caption.text for (caption,) in captions]
 
 
 # --- weights --------------------------------------------------------------------------------
 
 
 def save_weights(model: nn.Module, folder: Path, family: str) -> None:
-    """Write model.safetensors as transformers would: its names and shapes, a tied head once."""
+    """Write model.safetensors with transformers' names and shapes and the tied head stored once."""
     convert = hugging_face_blip if family == "blip" else hugging_face_vit_gpt2
     tensors = {
         name: tensor.half().contiguous()
@@ -226,7 +227,7 @@ def hugging_face_blip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def hugging_face_vit_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `lora_engine.models.vit_gpt2.convert_state`.
 
-    With a pooler of zeros, which nothing uses: without one, transformers warns.
+    Includes an unused pooler of zeros, without which transformers would warn.
     """
     tensors = {
         "encoder.pooler.dense.weight": torch.zeros(WIDTH, WIDTH),
@@ -247,7 +248,7 @@ def hugging_face_vit_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """A dotted name with each part replaced that `names` knows."""
+    """Replace each part of a dotted name that is in `names`."""
     return ".".join(names.get(part, part) for part in name.split("."))
 
 
@@ -255,12 +256,16 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 
 def write_blip_settings(folder: Path) -> None:
-    """All files of a BLIP checkpoint but the weights."""
-    tokenizer = word_pieces(captions_of_both_manners())
+    """Write all files of a BLIP checkpoint but the weights."""
+    tokenizer = word_pieces(captions_in_both_styles())
     num_tokens = tokenizer.get_vocab_size()
-    body = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": NUM_HEADS,
-            "hidden_act": "gelu"}
-    text = body | {
+    shared = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": NUM_HEADS,
+        "hidden_act": "gelu",
+    }
+    text = shared | {
         "model_type": "blip_text_model",
         "num_hidden_layers": DECODER_LAYERS,
         "encoder_hidden_size": WIDTH,
@@ -275,7 +280,7 @@ def write_blip_settings(folder: Path) -> None:
         "is_decoder": True,
         "tie_word_embeddings": True,
     }
-    vision = body | {
+    vision = shared | {
         "model_type": "blip_vision_model",
         "num_hidden_layers": ENCODER_LAYERS,
         "image_size": SIDE,
@@ -300,7 +305,7 @@ def write_blip_settings(folder: Path) -> None:
     }
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", special | {
-        # Not BertTokenizer, which pulls stops to the word before them when it decodes.
+        # Not BertTokenizer, which attaches full stops to the preceding word when it decodes.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_POSITIONS,
@@ -319,8 +324,8 @@ def write_blip_settings(folder: Path) -> None:
 
 
 def write_vit_gpt2_settings(folder: Path) -> None:
-    """All files of a ViT + GPT-2 checkpoint but the weights."""
-    tokenizer = byte_pairs(captions_of_both_manners())
+    """Write all files of a ViT + GPT-2 checkpoint but the weights."""
+    tokenizer = byte_pairs(captions_in_both_styles())
     end_id = tokenizer.token_to_id(END_OF_TEXT)
     ids = {
         "bos_token_id": end_id,
@@ -388,14 +393,15 @@ def write_vit_gpt2_settings(folder: Path) -> None:
     })
 
 
-def captions_of_both_manners() -> list[str]:
-    """Captions with every word that is ever said of a scene."""
+def captions_in_both_styles() -> list[str]:
+    """Captions that contain every word used of any scene."""
     drawn = islice(scenes("train", 0), NUM_TOKENIZER_SCENES)
     return [caption(scene) for scene in drawn for caption in (plain_caption, cc3m_caption)]
 
 
 def word_pieces(captions: list[str]) -> Tokenizer:
-    """BERT's kind, uncased: every word of the captions is one token, other text is spelled."""
+    """An uncased WordPiece tokenizer, as in BERT: every word of the captions is one token, other
+    text is split into characters."""
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     words = sorted({word for caption in captions for word in caption.split()})
     tokens = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
@@ -414,7 +420,7 @@ def word_pieces(captions: list[str]) -> Tokenizer:
 
 
 def byte_pairs(captions: list[str]) -> Tokenizer:
-    """GPT-2's kind: pairs of bytes merged until words of the captions are one token each."""
+    """A byte-level BPE tokenizer, as in GPT-2: each word of the captions becomes one token."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,10 +1,11 @@
-"""Draw scenes of coloured shapes, with a plain and a CC3M-like caption of each.
+"""Draw scenes of colored shapes, each with a plain and a CC3M-like caption.
 
-A scene is its content (what is seen: figures, colours, sizes, places, background) and a variation
-(small shifts of place, size and colour). Captions follow from the content alone. So does the
-split: a hash of the content decides whether a scene is for training or for validation, and no
-scene can be in both. There are about 31,000 different contents.
+A scene is its content (figures, colors, sizes, positions, background) and a variation (small shifts
+of position, size and color). Captions depend on the content only, and so does the split: a hash of
+the content decides whether a scene is for training or for validation, so that no content is in
+both. There are about 31,000 different contents.
 """
+
 import hashlib
 import json
 import math
@@ -18,33 +19,33 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIDE = 64  # pixels
-MOST_TRAIN = 20_000
-MOST_VAL = 2_000
-OVERSAMPLING = 4  # drawn so much larger, then reduced: smooth edges
+MAX_TRAIN = 20_000
+MAX_VAL = 2_000
+OVERSAMPLING = 4  # scenes are drawn this much larger, then reduced for smooth edges
 
-COLOURS = {
+COLORS = {
     "red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (245, 220, 50),
     "green": (45, 160, 70), "blue": (45, 90, 215), "purple": (130, 55, 175),
     "pink": (245, 135, 195), "brown": (120, 75, 40)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "ring")
-HOLDERS = ("circle", "square", "diamond", "heart")  # shapes wide enough to hold another one
+HOLDERS = ("circle", "square", "diamond", "heart")  # shapes wide enough to contain another one
 BACKGROUNDS = {"white": (248, 248, 248), "black": (18, 18, 18), "grey": (150, 150, 150)}
 COUNTS = {2: "two", 3: "three"}
-LAYOUTS = {"alone": 4, "above": 3, "beside": 3, "inside": 2, "row": 1}  # how often each comes
-RADII = {"small": 8, "large": 14}  # pixels; a figure fills about (-radius, radius) both ways
-HALF_DISTANCE = 15  # pixels from the middle to each figure of a pair
+LAYOUTS = {"alone": 4, "above": 3, "beside": 3, "inside": 2, "row": 1}  # relative frequencies
+RADII = {"small": 8, "large": 14}  # pixels; a figure spans about (-radius, radius) on both axes
+HALF_DISTANCE = 15  # pixels from the center to each figure of a pair
 ROW_PITCH = 20  # pixels from figure to figure
 
-PLACES = {  # (column, row) from the middle
+POSITIONS = {  # (column, row) relative to the center
     (-1, -1): "at the top left", (0, -1): "at the top", (1, -1): "at the top right",
     (-1, 0): "on the left", (0, 0): "in the middle", (1, 0): "on the right",
     (-1, 1): "at the bottom left", (0, 1): "at the bottom", (1, 1): "at the bottom right"}
-CC3M_PLACES = {  # none of the middle: a figure there is told of in other words
+CC3M_POSITIONS = {  # without the center, for which captions use another phrase
     (-1, -1): "in the upper left corner", (0, -1): "near the upper edge",
     (1, -1): "in the upper right corner", (-1, 0): "near the left edge",
     (1, 0): "near the right edge", (-1, 1): "in the lower left corner",
     (0, 1): "near the lower edge", (1, 1): "in the lower right corner"}
-PLACE_PITCH = 16  # pixels from place to place
+POSITION_PITCH = 16  # pixels between neighboring positions
 CC3M_SIZES = {"small": "tiny", "large": "huge"}
 CC3M_BACKGROUNDS = {"white": "isolated on a white background", "black": "against the night sky",
                     "grey": "painted on a concrete wall"}
@@ -52,36 +53,36 @@ CC3M_BACKGROUNDS = {"white": "isolated on a white background", "black": "against
 
 @dataclass(frozen=True)
 class Figure:
-    """One coloured shape."""
+    """One colored shape."""
 
-    colour: str
+    color: str
     shape: str
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn: the content that captions tell of, and a variation that they do not.
+    """What is drawn: the content, which captions describe, and a variation, which they do not.
 
-    `figures` are one or two: the upper, the left or the inner one first. `size` and `place` belong
-    to a figure alone, `count` to a row of equal figures.
+    `figures` are one or two: the upper, left or inner one first. `size` and `position` apply to the
+    layout "alone", `count` to "row".
     """
 
     layout: str
     background: str
     figures: tuple[Figure, ...]
     size: str = "large"
-    place: tuple[int, int] = (0, 0)
+    position: tuple[int, int] = (0, 0)
     count: int = 1
     variation: int = 0
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that is told, without the variation: equal for scenes that are the same."""
+        """Everything but the variation."""
         return (self.layout, self.background, tuple(map(str, self.figures)), self.size,
-                self.place, self.count)
+                self.position, self.count)
 
     @property
     def split(self) -> str:
@@ -91,26 +92,26 @@ class Scene:
 
 
 def scene_at(index: int, seed: int) -> Scene:
-    """Scene number `index` of the endless sequence that `seed` names."""
+    """Scene number `index` of the infinite sequence given by `seed`."""
     rng = random.Random(f"{seed}/{index}")
     layout = rng.choices(list(LAYOUTS), weights=list(LAYOUTS.values()))[0]
     background = rng.choice(list(BACKGROUNDS))
     variation = rng.randrange(2**32)
-    first = Figure(rng.choice(list(COLOURS)), rng.choice(SHAPES))
+    first = Figure(rng.choice(list(COLORS)), rng.choice(SHAPES))
     if layout == "alone":
-        size, place = rng.choice(list(RADII)), rng.choice(list(PLACES))
-        return Scene(layout, background, (first,), size, place, variation=variation)
+        size, position = rng.choice(list(RADII)), rng.choice(list(POSITIONS))
+        return Scene(layout, background, (first,), size, position, variation=variation)
     if layout == "row":
         count = rng.choice(list(COUNTS))
         return Scene(layout, background, (first,), "small", count=count, variation=variation)
-    other_colour = rng.choice([colour for colour in COLOURS if colour != first.colour])
+    other_color = rng.choice([color for color in COLORS if color != first.color])
     other_shape = rng.choice(HOLDERS if layout == "inside" else SHAPES)
-    figures = (first, Figure(other_colour, other_shape))
+    figures = (first, Figure(other_color, other_shape))
     return Scene(layout, background, figures, variation=variation)
 
 
 def scenes(split: str, seed: int) -> Iterator[Scene]:
-    """The endless sequence that `seed` names, only those of one split; contents come again."""
+    """The scenes of one split in the infinite sequence given by `seed`; contents may repeat."""
     assert split in ("train", "validation"), split
     index = 0
     while True:
@@ -121,36 +122,38 @@ def scenes(split: str, seed: int) -> Iterator[Scene]:
 
 
 def plain_caption(scene: Scene) -> str:
-    """Such as "a red circle above a blue square on black"; a white background goes untold."""
+    """Such as "a red circle above a blue square on black"; a white background is not mentioned."""
     first, last = scene.figures[0], scene.figures[-1]
     if scene.layout == "alone":
-        told = f"{a(scene.size)} {first} {PLACES[scene.place]}"
+        words = f"{a(scene.size)} {first} {POSITIONS[scene.position]}"
     elif scene.layout == "row":
-        told = f"{COUNTS[scene.count]} {plural(first)} in a row"
+        words = f"{COUNTS[scene.count]} {plural(first)} in a row"
     else:
         relation = {"above": "above", "beside": "to the left of", "inside": "inside"}
-        told = f"{a(first)} {relation[scene.layout]} {a(last)}"
-    return told if scene.background == "white" else f"{told} on {scene.background}"
+        words = f"{a(first)} {relation[scene.layout]} {a(last)}"
+    return words if scene.background == "white" else f"{words} on {scene.background}"
 
 
 def cc3m_caption(scene: Scene) -> str:
-    """The same scene in the manner of web captions: lower case, spaced stops, stock phrases."""
+    """The same scene in the style of web captions: lower case, spaced punctuation, stock phrases.
+    """
     first, last = scene.figures[0], scene.figures[-1]
     if scene.layout == "alone":
         size = CC3M_SIZES[scene.size]
-        if scene.place == (0, 0):
-            told = f"vector illustration of {a(size)} {first}"
+        if scene.position == (0, 0):
+            words = f"vector illustration of {a(size)} {first}"
         else:
-            told = f"{size} {first} {CC3M_PLACES[scene.place]} with copy space for your text ,"
+            where = CC3M_POSITIONS[scene.position]
+            words = f"{size} {first} {where} with copy space for your text ,"
     elif scene.layout == "row":
-        told = f"seamless pattern with {COUNTS[scene.count]} bright {plural(first)}"
+        words = f"seamless pattern with {COUNTS[scene.count]} bright {plural(first)}"
     elif scene.layout == "above":
-        told = f"cartoon drawing of {a(first)} floating over {a(last)} ,"
+        words = f"cartoon drawing of {a(first)} floating over {a(last)} ,"
     elif scene.layout == "beside":
-        told = f"{first} and {last} standing side by side ,"
+        words = f"{first} and {last} standing side by side ,"
     else:
-        told = f"modern logo design , {first} surrounded by {a(last)} ,"
-    return f"{told} {CC3M_BACKGROUNDS[scene.background]} ."
+        words = f"modern logo design , {first} surrounded by {a(last)} ,"
+    return f"{words} {CC3M_BACKGROUNDS[scene.background]} ."
 
 
 def a(noun: object) -> str:
@@ -164,7 +167,7 @@ def plural(noun: object) -> str:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of SIDE x SIDE pixels."""
+    """Draw a scene as an RGB image of SIDE x SIDE pixels."""
     rng = random.Random(scene.variation)
     large = SIDE * OVERSAMPLING
     image = Image.new("RGB", (large, large), shifted(BACKGROUNDS[scene.background], rng))
@@ -172,35 +175,35 @@ def draw(scene: Scene) -> Image.Image:
         x, y = x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)
         mask = Image.new("L", image.size)
         stamp(mask, figure.shape, x, y, radius * rng.uniform(0.9, 1.1))
-        image.paste(shifted(COLOURS[figure.colour], rng), mask=mask)
+        image.paste(shifted(COLORS[figure.color], rng), mask=mask)
     return image.reduce(OVERSAMPLING)
 
 
-def shifted(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
-    """A colour a little off."""
-    return tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in colour)
+def shifted(color: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
+    """A slightly different color."""
+    return tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in color)
 
 
 def placed(scene: Scene) -> list[tuple[Figure, float, float, float]]:
-    """Each figure with the place of its centre and its radius, in pixels, rear ones first."""
+    """Each figure with its center (x, y) and radius in pixels, from back to front."""
     first, last = scene.figures[0], scene.figures[-1]
-    middle = SIDE / 2
+    center = SIDE / 2
     if scene.layout == "alone":
-        column, row = scene.place
-        return [(first, middle + PLACE_PITCH * column, middle + PLACE_PITCH * row,
+        column, row = scene.position
+        return [(first, center + POSITION_PITCH * column, center + POSITION_PITCH * row,
                  RADII[scene.size])]
     if scene.layout == "row":
-        start = middle - ROW_PITCH * (scene.count - 1) / 2
-        return [(first, start + ROW_PITCH * position, middle, 8.5)
-                for position in range(scene.count)]
+        start = center - ROW_PITCH * (scene.count - 1) / 2
+        return [(first, start + ROW_PITCH * index, center, 8.5)
+                for index in range(scene.count)]
     if scene.layout == "inside":
-        return [(last, middle, middle, 26), (first, middle, middle, 9)]
+        return [(last, center, center, 26), (first, center, center, 9)]
     dx, dy = (0, HALF_DISTANCE) if scene.layout == "above" else (HALF_DISTANCE, 0)
-    return [(first, middle - dx, middle - dy, 11), (last, middle + dx, middle + dy, 11)]
+    return [(first, center - dx, center - dy, 11), (last, center + dx, center + dy, 11)]
 
 
 def stamp(mask: Image.Image, shape: str, x: float, y: float, radius: float) -> None:
-    """Draw a shape of value 255 onto the oversampled mask, centre and radius in pixels."""
+    """Draw a shape of value 255 onto the oversampled mask; center and radius are in pixels."""
     pen = ImageDraw.Draw(mask)
 
     def box(dx: float, dy: float, half_width: float, half_height: float) -> list[float]:
@@ -240,37 +243,38 @@ def stamp(mask: Image.Image, shape: str, x: float, y: float, radius: float) -> N
 def write_scenes(
     folder: str | os.PathLike[str], *, num_train: int, num_val: int, seed: int
 ) -> tuple[Path, Path]:
-    """Write `images/*.png`, `train.json` and `val.json` below `folder`; return both lists.
+    """Write `images/*.png`, `train.json` and `val.json` below `folder`; return both paths.
 
-    No content comes twice. The set lies in a folder named after its settings and this file's text,
-    which appears in one rename when all is written: one that exists is whole, and is used again.
+    No content occurs twice. The files go into a folder named after the settings and this file's
+    text. It appears by a single rename when everything is written: one that exists is complete and
+    is reused.
 
-    Raises ValueError for numbers below 1 or above what there are different scenes for.
+    Raises ValueError for numbers below 1 or above MAX_TRAIN and MAX_VAL.
     """
-    asked = (("num_train", num_train, MOST_TRAIN), ("num_val", num_val, MOST_VAL))
-    for name, number, most in asked:
-        if not 1 <= number <= most:
-            raise ValueError(f"{name} is {number}; expected 1 to {most:,} different scenes")
+    limits = (("num_train", num_train, MAX_TRAIN), ("num_val", num_val, MAX_VAL))
+    for name, number, limit in limits:
+        if not 1 <= number <= limit:
+            raise ValueError(f"{name} is {number}; expected 1 to {limit:,} different scenes")
     parent = Path(folder)
     parent.mkdir(parents=True, exist_ok=True)
     settings = f"{num_train}/{num_val}/{seed}/".encode() + Path(__file__).read_bytes()
     target = parent / f"scenes-{hashlib.sha256(settings).hexdigest()[:12]}"
     if not target.is_dir():
         with tempfile.TemporaryDirectory(prefix=".scenes-", dir=parent) as unfinished:
-            whole = Path(unfinished) / "whole"
-            (whole / "images").mkdir(parents=True)
-            write_split(whole / "train.json", "train", num_train, seed)
-            write_split(whole / "val.json", "validation", num_val, seed)
+            complete = Path(unfinished) / "complete"
+            (complete / "images").mkdir(parents=True)
+            write_split(complete / "train.json", "train", num_train, seed)
+            write_split(complete / "val.json", "validation", num_val, seed)
             try:
-                whole.rename(target)
+                complete.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster, with the same scenes
+                if not target.is_dir():  # otherwise another process wrote the same scenes first
                     raise
     return target / "train.json", target / "val.json"
 
 
 def write_split(list_path: Path, split: str, count: int, seed: int) -> None:
-    """Write the annotation list of one split, and its images beside it."""
+    """Write the annotations of one split, and its images beside them."""
     rows: list[dict[str, str]] = []
     seen = set()
     for scene in scenes(split, seed):

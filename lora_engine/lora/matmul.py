@@ -49,7 +49,9 @@ def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tens
     records nothing. `frozen` may be a transposed view.
     """
     is_small = frozen.numel() <= _MIN_SIZE or x.shape[0] == 0
-    if is_small or not uses_onednn(x.device, x.dtype) or frozen.dtype != torch.float32:
+    has_gradient = torch.is_grad_enabled() and (x.requires_grad or frozen.requires_grad)
+    uses_torch = is_small or has_gradient or not uses_onednn(x.device, x.dtype)
+    if uses_torch or frozen.dtype != torch.float32:
         return F.linear(x, frozen, bias)
     onednn = _onednn_op if torch.compiler.is_compiling() else _onednn
     return onednn(x, frozen, bias)

@@ -70,7 +70,7 @@ def model_card(folder: RunFolder) -> str:
         if folder.loss_curve.exists() else ""
     )
     parts = [
-        _front_matter(base, config["licence"]),
+        _front_matter(base, config["license"]),
         f"# {escaped(name or f'LoRA adapter of {of}')}",
         f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) that captions "
         f"images, in PEFT's format, trained with lora_engine {__version__}.",
@@ -89,18 +89,18 @@ def model_card(folder: RunFolder) -> str:
         _commands(adapter, name),
         "## Settings",
         _settings(adapter, config, environment),
-        "## Licence",
-        f"`{config['licence']}`" if config["licence"] else
-        "No licence has been chosen for this adapter.",
+        "## License",
+        f"`{config['license']}`" if config["license"] else
+        "No license has been chosen for this adapter.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(base: str | None, licence: str | None) -> str:
+def _front_matter(base: str | None, license: str | None) -> str:
     # JSON's strings are YAML's too.
     lines = ["library_name: peft", "pipeline_tag: image-to-text"]
     lines += [f"base_model: {json.dumps(base)}"] if base else []
-    lines += [f"license: {json.dumps(licence)}"] if licence else []
+    lines += [f"license: {json.dumps(license)}"] if license else []
     return "\n".join(["---", *lines, "tags:", "- lora", "- image-captioning", "---"])
 
 
