@@ -29,7 +29,8 @@ from lora_engine.data.batches import (
     epoch_batches,
 )
 from lora_engine.data.images import PixelSettings
-from lora_engine.features.source import FeatureSource, ImageList
+from lora_engine.data.seen_images import ImageList
+from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.lora.injection import inject, lora_layers
 from lora_engine.models.pretrained import Captioner, load_body
 from lora_engine.training import loop as training
@@ -145,7 +146,7 @@ class Ours:
 
     def _empty_source(self) -> FeatureSource:
         self.source = None  # or both would be there for a moment
-        return FeatureSource(
+        return open_features(
             self.captioner,
             device=self.device,
             dtype=self.dtype,
@@ -154,7 +155,6 @@ class Ours:
             cache_dir=Path("nothing is kept on disk"),
             cache_dtype=None,
             cache_limit_bytes=0,
-            say=print,
         )
 
     def _with_pixels(self) -> Callable[[np.ndarray], PixelBatch]:

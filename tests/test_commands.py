@@ -15,12 +15,13 @@ import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
-from lora_engine.captioning.captioner import Caption, Speaker, caption_pixels
+from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import References
-from lora_engine.commands import evaluate as evaluate_room
+from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
 from lora_engine.data.annotations import read_annotations
 from lora_engine.data.images import open_image, to_pixels
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
@@ -48,15 +49,13 @@ def blip_adapter(blip_folder, tmp_path_factory) -> Path:
     return adapter_folder(blip_folder, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-def say(model, image, adapter=None, *, prompt="", **options) -> str:
+def caption_by_hand(model, image, adapter=None, *, prompt="", **settings) -> str:
     captioner = load_captioner(model)
     if adapter is not None:
         lora_engine.load_adapter(captioner.model, adapter)
-    pixels = to_pixels(open_image(image), captioner.pixels)[None]
-    (caption,), = caption_pixels(
-        [Speaker(captioner, prompt)], torch.from_numpy(pixels), device=torch.device("cpu"),
-        dtype=torch.float32, **options,
-    )
+    pixels = torch.from_numpy(to_pixels(open_image(image), captioner.pixels)[None])
+    features = encode_pixels(captioner.model, pixels, captioner.pixels)
+    caption, = caption_features(captioner, features, prompt=prompt, **settings)
     return " ".join(caption.text.split())
 
 
@@ -75,7 +74,7 @@ def test_files_and_folders_are_captioned_in_order_on_stdout_and_in_a_file(
         "--batch_size", "3", sources[1], folder,
     )
     assert (status, err) == (0, "")
-    expected = [(str(image), say(blip_folder, image, blip_adapter)) for image in images]
+    expected = [(str(image), caption_by_hand(blip_folder, image, blip_adapter)) for image in images]
     assert [tuple(line.split("\t")) for line in out.splitlines()] == expected
     assert len({caption for _, caption in expected}) > 1
     lines = json_lines(Path("captions.jsonl"))
@@ -91,11 +90,11 @@ def test_a_model_without_adapter_captions_and_beams_and_lengths_count(
     image = read_annotations(data / "train.json")[0].image
     arguments = ["caption", "--model", blip_folder, image]
     status, out, _ = command(verbs.run_verb, *arguments)
-    assert (status, out) == (0, f"{image}\t{say(blip_folder, image)}\n")
+    assert (status, out) == (0, f"{image}\t{caption_by_hand(blip_folder, image)}\n")
     options = {"num_beams": 3, "max_new_tokens": 5}
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
     status, beams, _ = command(verbs.run_verb, *arguments, *given)
-    assert (status, beams) == (0, f"{image}\t{say(blip_folder, image, **options)}\n")
+    assert (status, beams) == (0, f"{image}\t{caption_by_hand(blip_folder, image, **options)}\n")
     assert beams != out
 
 
@@ -108,15 +107,15 @@ def test_an_adapters_prompt_is_used_and_can_be_replaced(
     for prompt, given in (("a picture of", []), ("the night", ["--prompt", "the night"]),
                           ("", ["--prompt", ""])):
         status, out, _ = command(verbs.run_verb, "caption", "--adapter", adapter, image, *given)
-        texts[prompt] = say(vit_gpt2_folder, image, adapter, prompt=prompt)
+        texts[prompt] = caption_by_hand(vit_gpt2_folder, image, adapter, prompt=prompt)
         assert (status, out) == (0, f"{image}\t{texts[prompt]}\n")
     assert len(set(texts.values())) > 1
 
 
 def test_a_caption_of_several_lines_is_printed_on_one(command, data, blip_folder, monkeypatch):
     monkeypatch.setattr(
-        "lora_engine.captioning.captioner.caption_pixels",
-        lambda *args, **kwargs: [(Caption("a dog\n on\ta  beach", ended=True),)],
+        "lora_engine.captioning.captioner.caption_features",
+        lambda *args, **kwargs: [Caption("a dog\n on\ta  beach", ended=True)],
     )
     image = read_annotations(data / "train.json")[0].image
     _, out, _ = command(verbs.run_verb, "caption", "--model", blip_folder, image)
@@ -331,7 +330,7 @@ def test_captions_lie_beside_their_images(command, refused, data, blip_folder, t
     assert status == 0 and out.count("\n") == 1
     assert images[0].with_suffix(".txt").read_text() == "mine\n"
     said = images[1].with_suffix(".txt").read_text()
-    assert " ".join(said.split()) == say(blip_folder, images[1])
+    assert " ".join(said.split()) == caption_by_hand(blip_folder, images[1])
     command(verbs.run_verb, *given, "--overwrite")
     assert images[0].with_suffix(".txt").read_text() != "mine\n"
     shutil.copy(images[0], images[0].with_suffix(".jpg"))
@@ -348,7 +347,7 @@ def test_several_adapters_caption_side_by_side(command, data, blip_folder, tmp_p
     status, out, _ = command(
         verbs.run_verb, "caption", "--adapter", one, "--adapter", two, image, "--out", "both.jsonl"
     )
-    said = [say(blip_folder, image, one), say(blip_folder, image, two, prompt="a picture of")]
+    said = [caption_by_hand(blip_folder, image, one), caption_by_hand(blip_folder, image, two, prompt="a picture of")]
     assert status == 0 and said[0] != said[1]
     assert out == f"{image}\t{one}\t{said[0]}\n{image}\t{two}\t{said[1]}\n"
     lines = json_lines(Path("both.jsonl"))
@@ -402,7 +401,7 @@ def test_base_and_adapter_are_scored_side_by_side(command, data, blip_folder, tm
     assert [(x["image"], x["references"]) for x in lines] == [(r.image, [r.text]) for r in rows]
     for name, given in (("base", None), ("adapter", adapter)):
         said = [line[name]["caption"] for line in lines]
-        assert " ".join(said[3].split()) == say(blip_folder, rows[3].image, given)
+        assert " ".join(said[3].split()) == caption_by_hand(blip_folder, rows[3].image, given)
         scores = References([line["references"] for line in lines]).score(said)
         assert [line[name]["cider_d"] for line in lines] == scores.cider_d.tolist()
         assert f"{scores.corpus.bleu_1:.3f} [" in out
@@ -476,8 +475,8 @@ def test_a_java_program_that_fails_costs_a_warning(command, data, blip_folder, m
             raise ValueError("SPICE failed: no network")
         return len(captions) / len(references) / 2
 
-    monkeypatch.setattr(evaluate_room, "check_java", lambda: None)
-    monkeypatch.setattr(evaluate_room, "java_score", score)
+    monkeypatch.setattr(evaluate_command, "check_java", lambda: None)
+    monkeypatch.setattr(evaluate_command, "java_score", score)
     status, out, err = command(
         verbs.run_verb, "evaluate", "--model", blip_folder, "--data", data / "val.json",
         "--meteor_spice",

@@ -58,6 +58,7 @@ class Captioner:
     folder: Path
     revision: str | None
     fingerprints: dict[str, str]
+    prompt: str = ""  # the words that its captions continue
 
     @property
     def fingerprint(self) -> str:

@@ -89,7 +89,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
             tracker=start_tracker(config.track, folder.path, config.as_dict()),
             lose_output=stop.lose_output,
         ) as metrics,
-        feature_source(parts, say=metrics.say) as features,
+        feature_source(parts) as features,
         ExitStack() as spare,
     ):
         # Where descriptors have run out, the last checkpoint can still be written with these.

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from lora_engine.devices import (
     resolve_dtype,
 )
 from lora_engine.features.loader import FeatureLoader
-from lora_engine.features.source import FeatureSource
+from lora_engine.features.source import FeatureSource, open_features
+from lora_engine.features.store import default_cache_dir
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject, lora_layers
@@ -389,19 +390,11 @@ def run_folder(parts: Prepared) -> RunFolder:
     )
 
 
-def default_cache_dir() -> Path | None:
-    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
-    """
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # expanduser leaves the "~" where HOME is not set and the user is not in the password database.
-    return None if parent.startswith("~") else Path(parent, "lora_engine")
-
-
-def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSource:
+def feature_source(parts: Prepared) -> FeatureSource:
     config = parts.config
     paths = {path for part in (parts.train_set, parts.val_set) for path in part.image_paths}
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    return FeatureSource(
+    return open_features(
         parts.captioner,
         device=parts.device,
         dtype=parts.dtype,
@@ -410,7 +403,6 @@ def feature_source(parts: Prepared, *, say: Callable[[str], None]) -> FeatureSou
         cache_dir=cache_dir,
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
-        say=say,
     )
 
 
