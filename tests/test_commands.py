@@ -11,23 +11,28 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from pictures import json_lines, png_header
+from pictures import json_lines, png_header, settings, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
-from lora_engine.captioning.captioner import Caption, caption_features
+from lora_engine.captioning.captioner import Caption, caption_features, caption_images
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
+from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import read_annotations
 from lora_engine.data.images import open_image, to_pixels
+from lora_engine.features import encoder, placement
 from lora_engine.features.encoder import encode_pixels
+from lora_engine.features.source import open_features
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
+from lora_engine.training.loop import train
 from recipes import blip_cc3m
+
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
@@ -598,3 +603,114 @@ def test_a_bad_merge_command_is_told_so(
     for name, place in places.items():
         args = [re.sub(rf"^{name}(?=/|$)", str(place), arg) for arg in args]
     refused(verbs.run_verb, "merge", *args, words=words)
+
+
+# --- kept features --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many images each encoder batch of the commands had, black ones included."""
+    sizes: list[int] = []
+
+    def spy(model, pixels, settings):
+        sizes.append(len(pixels))
+        return encode_pixels(model, pixels, settings)
+
+    monkeypatch.setattr(encoder, "encode_pixels", spy)
+    return sizes
+
+
+@pytest.fixture
+def cache_dir(monkeypatch, tmp_path) -> Path:
+    """The default cache folder, empty; its disk is faster than any encoder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(placement, "read_rate", lambda folder: 1e12)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
+    return tmp_path / "cache" / "lora_engine"
+
+
+def test_an_image_is_encoded_once_by_training_captioning_and_evaluating(
+    command, data, captioner_folder, cache_dir, encoded, monkeypatch
+):
+    given = ["--cache", "disk", "--num_workers", "0"]
+    train(settings(captioner_folder, data, Path("run"), cache="disk", epochs=1))
+    read = []
+    read_image_file = batches.read_image_file
+    monkeypatch.setattr(
+        batches, "read_image_file", lambda path: [read.append(path), read_image_file(path)][1]
+    )
+    encoded.clear()
+    evaluated = "evaluate", "--adapter", "run/adapter", "--data", data / "val.json"
+    captioned = "caption", "--adapter", "run/adapter", *images_of(data, 12)
+    assert command(verbs.run_verb, *evaluated, *given)[0] == 0
+    status, kept, _ = command(verbs.run_verb, *captioned, *given)
+    assert status == 0 and len(encoded) == 2  # a blank batch each, for the shape of the features
+    assert read == []
+    status, out, _ = command(verbs.run_verb, *captioned, "--cache", "off", "--num_workers", "0")
+    assert status == 0 and out == kept and len(read) == 12
+    assert len(list(cache_dir.glob("*/features.bin"))) == 1
+
+
+def test_many_images_are_kept_on_disk_by_default_and_not_encoded_again(
+    command, blip_folder, tmp_path, cache_dir, encoded
+):
+    write_pictures(tmp_path, num_images=24)
+    evaluated = "evaluate", "--model", blip_folder, "--data", tmp_path / "train.json"
+    status, first, _ = command(verbs.run_verb, *evaluated)
+    num_measuring = 2
+    assert status == 0 and len(encoded) == num_measuring + 24 // encoded[0]
+    encoded.clear()
+    assert command(verbs.run_verb, *evaluated)[:2] == (0, first)
+    assert len(encoded) == num_measuring
+
+
+def test_for_a_few_images_nothing_is_measured_and_nothing_kept(
+    command, data, blip_folder, cache_dir, encoded, monkeypatch
+):
+    monkeypatch.delattr(placement, "read_rate")
+    status, _, err = command(
+        verbs.run_verb, "caption", "--model", blip_folder, *images_of(data, 3)
+    )
+    assert (status, err) == (0, "") and len(encoded) == 1 and not cache_dir.exists()
+
+
+def test_a_cache_folder_that_cannot_be_used_is_refused_if_asked_for(
+    command, refused, data, blip_folder, cache_dir, tmp_path
+):
+    (tmp_path / "file").touch()
+    given = ["caption", "--model", blip_folder, "--cache_dir", tmp_path / "file"]
+    refused(
+        verbs.run_verb, *given, "--cache", "disk", *images_of(data, 2), "--out", "captions.jsonl",
+        words=[f"--cache disk: {tmp_path / 'file'}", "features cannot be kept here"],
+    )
+    write_pictures(tmp_path, num_images=16)
+    status, out, err = command(verbs.run_verb, *given, tmp_path / "images")
+    assert (status, err) == (0, "") and out.count("\n") == 16
+
+
+def test_a_caption_does_not_depend_on_the_other_images(
+    data, blip_folder, cache_dir, tmp_path
+):
+    """The features of an image are the same to the bit, whichever images come with it."""
+    captioner = load_captioner(blip_folder)
+    images = images_of(data, 7)
+
+    def features_of(*images):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch, open_features(
+            captioner, device=torch.device("cpu"), dtype=torch.float32, num_images=len(images),
+            cache="off", cache_dir=None, cache_dtype=None, cache_limit_bytes=0, used_once=True,
+        ) as features:
+            patch.setattr(
+                "lora_engine.captioning.captioner.caption_features",
+                lambda captioner, features, **_: seen.extend(features) or len(features) * [None],
+            )
+            list(caption_images([captioner], images, features=features, batch_size=3))
+        return seen
+
+    together = features_of(*images)
+    assert len(together) == 7
+    for image, expected in zip(images, together):
+        alone, = features_of(image)
+        assert torch.equal(alone, expected)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +93,7 @@ def caption_images(
     timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
     **settings,
-) -> Iterator[Captioned]:
+) -> Generator[Captioned]:
     """Caption image files, in order; one that cannot be read yields the reason.
 
     The captioners share the encoder of `features`. `num_workers` and `timeout_s` are described in

@@ -58,8 +58,9 @@ class FeatureEncoder:
         if self._shape is None:
             self._features(self._blank_batch())
         assert self._shape is not None
+        num_tokens, width = self._shape
         exact: CacheDtype = "fp32" if self.dtype == torch.float32 else "bf16"
-        return FeatureFormat(*self._shape, self.cache_dtype or exact)
+        return FeatureFormat(num_tokens, width, self.cache_dtype or exact)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
