@@ -39,8 +39,8 @@ from lora_engine.demo import captioner_folder
 from lora_engine.demo.pretrain import batch_of
 from lora_engine.demo.scenes import Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.devices import autocast
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.features.format import CacheDtype, FeatureFormat
-from lora_engine.features.source import encode_pixels
 from lora_engine.features.store import read_rate
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.models.pretrained import load_captioner, load_model

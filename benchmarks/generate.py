@@ -40,7 +40,7 @@ from benchmarks.measure import (
 from lora_engine.captioning.generation import generate
 from lora_engine.data.images import normalize
 from lora_engine.devices import autocast
-from lora_engine.features.source import encode_pixels
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import load_adapter
 from lora_engine.lora.injection import cast_frozen, merge
 from lora_engine.models.pretrained import load_model

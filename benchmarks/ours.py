@@ -28,7 +28,8 @@ from lora_engine.data.batches import (
     epoch_batches,
 )
 from lora_engine.data.images import PixelSettings
-from lora_engine.features.source import FeatureSource, ImageList
+from lora_engine.data.seen_images import ImageList
+from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import Captioner, load_model
 from lora_engine.training.setup import place_model
@@ -139,7 +140,7 @@ class Ours:
 
     def _empty_source(self) -> FeatureSource:
         self.source = None  # or both would be there for a moment
-        return FeatureSource(
+        return open_features(
             self.captioner,
             device=self.device,
             dtype=self.dtype,

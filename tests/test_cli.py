@@ -413,7 +413,10 @@ def test_a_recipe_trains_and_the_printed_command_captions(
 def test_a_run_of_a_version_that_spelled_licence_is_resumed(command, data, blip_folder):
     given = flags(blip_folder, data, save_every=1)
     assert command(blip_cc3m.main, *given, "--license", "mit")[0] == 0
-    config_path, checkpoint = Path("run", "config.json"), Path("run", "checkpoints", "step-00000003")
+    config_path = Path("run", "config.json")
+    checkpoint = Path("run", "checkpoints", "step-00000003")
+    config_path = Path("run", "config.json")
+    checkpoint = Path("run", "checkpoints", "step-00000003")
     state_path, manifest_path = checkpoint / "state.json", checkpoint / "manifest.json"
     for path in (config_path, state_path):
         path.write_text(path.read_text().replace('"license"', '"licence"'))

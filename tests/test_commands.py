@@ -2,29 +2,49 @@
 
 import io
 import json
+import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
-from pictures import json_lines, png_header
+from pictures import json_lines, png_header, settings, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
-from lora_engine.captioning.captioner import Caption, Speaker, caption_pixels
+from lora_engine.captioning.captioner import Caption, caption_features, caption_images
 from lora_engine.captioning.metrics import References
-from lora_engine.commands import evaluate as evaluate_room
+from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
+from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import read_annotations
 from lora_engine.data.images import open_image, to_pixels
+from lora_engine.features import encoder, placement
+from lora_engine.features.encoder import encode_pixels
+from lora_engine.features.source import open_features
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
+from lora_engine.training.loop import train
 from recipes import blip_cc3m
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What the commands log, whatever handler shows it."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("lora_engine.commands")
+    logger.addHandler(handler)
+    yield logged
+    logger.removeHandler(handler)
+
 
 # --- python -m lora_engine caption ----------------------------------------------------------
 
@@ -48,15 +68,13 @@ def blip_adapter(blip_folder, tmp_path_factory) -> Path:
     return adapter_folder(blip_folder, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-def say(model, image, adapter=None, *, prompt="", **options) -> str:
+def caption_by_hand(model, image, adapter=None, *, prompt="", **settings) -> str:
     captioner = load_captioner(model)
     if adapter is not None:
         lora_engine.load_adapter(captioner.model, adapter)
-    pixels = to_pixels(open_image(image), captioner.pixels)[None]
-    (caption,), = caption_pixels(
-        [Speaker(captioner, prompt)], torch.from_numpy(pixels), device=torch.device("cpu"),
-        dtype=torch.float32, **options,
-    )
+    pixels = torch.from_numpy(to_pixels(open_image(image), captioner.pixels)[None])
+    features = encode_pixels(captioner.model, pixels, captioner.pixels)
+    caption, = caption_features(captioner, features, prompt=prompt, **settings)
     return " ".join(caption.text.split())
 
 
@@ -75,7 +93,7 @@ def test_files_and_folders_are_captioned_in_order_on_stdout_and_in_a_file(
         "--batch_size", "3", sources[1], folder,
     )
     assert (status, err) == (0, "")
-    expected = [(str(image), say(blip_folder, image, blip_adapter)) for image in images]
+    expected = [(str(image), caption_by_hand(blip_folder, image, blip_adapter)) for image in images]
     assert [tuple(line.split("\t")) for line in out.splitlines()] == expected
     assert len({caption for _, caption in expected}) > 1
     lines = json_lines(Path("captions.jsonl"))
@@ -91,11 +109,11 @@ def test_a_model_without_adapter_captions_and_beams_and_lengths_count(
     image = read_annotations(data / "train.json")[0].image
     arguments = ["caption", "--model", blip_folder, image]
     status, out, _ = command(verbs.run_verb, *arguments)
-    assert (status, out) == (0, f"{image}\t{say(blip_folder, image)}\n")
+    assert (status, out) == (0, f"{image}\t{caption_by_hand(blip_folder, image)}\n")
     options = {"num_beams": 3, "max_new_tokens": 5}
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
     status, beams, _ = command(verbs.run_verb, *arguments, *given)
-    assert (status, beams) == (0, f"{image}\t{say(blip_folder, image, **options)}\n")
+    assert (status, beams) == (0, f"{image}\t{caption_by_hand(blip_folder, image, **options)}\n")
     assert beams != out
 
 
@@ -108,15 +126,15 @@ def test_an_adapters_prompt_is_used_and_can_be_replaced(
     for prompt, given in (("a picture of", []), ("the night", ["--prompt", "the night"]),
                           ("", ["--prompt", ""])):
         status, out, _ = command(verbs.run_verb, "caption", "--adapter", adapter, image, *given)
-        texts[prompt] = say(vit_gpt2_folder, image, adapter, prompt=prompt)
+        texts[prompt] = caption_by_hand(vit_gpt2_folder, image, adapter, prompt=prompt)
         assert (status, out) == (0, f"{image}\t{texts[prompt]}\n")
     assert len(set(texts.values())) > 1
 
 
 def test_a_caption_of_several_lines_is_printed_on_one(command, data, blip_folder, monkeypatch):
     monkeypatch.setattr(
-        "lora_engine.captioning.captioner.caption_pixels",
-        lambda *args, **kwargs: [(Caption("a dog\n on\ta  beach", ended=True),)],
+        "lora_engine.captioning.captioner.caption_features",
+        lambda *args, **kwargs: [Caption("a dog\n on\ta  beach", ended=True)],
     )
     image = read_annotations(data / "train.json")[0].image
     _, out, _ = command(verbs.run_verb, "caption", "--model", blip_folder, image)
@@ -212,7 +230,7 @@ def test_an_adapter_of_the_other_family_is_refused(
 
 
 def test_an_adapter_on_another_base_model_is_refused_and_can_be_forced(
-    command, refused, data, blip_adapter, blip_folder, tmp_path
+    command, refused, warnings, data, blip_adapter, blip_folder, tmp_path
 ):
     checkpoints.write_blip(tmp_path / "other", seed=5)
     given = ["--adapter", blip_adapter, "--model", tmp_path / "other"]
@@ -225,7 +243,7 @@ def test_an_adapter_on_another_base_model_is_refused_and_can_be_forced(
     )
     status, out, err = command(verbs.run_verb, "caption", image, *given, "--force")
     assert status == 0 and out.count("\n") == 1
-    assert "warning: " in err and "other weights" in err
+    assert len(warnings) == 1 and "other weights" in warnings[0]
 
 
 def test_an_adapters_own_revision_is_loaded(command, data, blip_folder, tmp_path, monkeypatch):
@@ -285,7 +303,7 @@ def test_what_a_file_holds_already_is_not_captioned_again(command, data, blip_fo
     kept = whole.splitlines(keepends=True)[: 2 + name.endswith("csv")]
     Path(name).write_bytes(b"".join(kept) + whole.splitlines()[-1][:20])
     status, out, err = command(verbs.run_verb, *given, *images)
-    assert status == 0 and "2 of 4 images have a caption already" in err
+    assert status == 0 and "2 of 4 images already have a caption" in err
     assert [line.split("\t")[0] for line in out.splitlines()] == images[2:]
     assert Path(name).read_bytes() == whole
     status, out, err = command(verbs.run_verb, *given, *images)
@@ -301,7 +319,7 @@ def test_a_file_of_something_else_is_refused_and_kept(refused, data, blip_folder
         notes.write_text("my notes\nof today\n")
         refused(
             verbs.run_verb, "caption", "--model", blip_folder, *images_of(data, 1), "--out", notes,
-            words=[f"--out {notes} holds something else", "--overwrite"],
+            words=[f"--out {notes} does not contain", "--overwrite"],
         )
         assert notes.read_text() == "my notes\nof today\n"
 
@@ -331,13 +349,13 @@ def test_captions_lie_beside_their_images(command, refused, data, blip_folder, t
     assert status == 0 and out.count("\n") == 1
     assert images[0].with_suffix(".txt").read_text() == "mine\n"
     said = images[1].with_suffix(".txt").read_text()
-    assert " ".join(said.split()) == say(blip_folder, images[1])
+    assert " ".join(said.split()) == caption_by_hand(blip_folder, images[1])
     command(verbs.run_verb, *given, "--overwrite")
     assert images[0].with_suffix(".txt").read_text() != "mine\n"
     shutil.copy(images[0], images[0].with_suffix(".jpg"))
     refused(
         verbs.run_verb, *given, images[0].with_suffix(".jpg"),
-        words=["--txt would write the captions of", "into one file"],
+        words=["--txt would write the captions of", "to one file"],
     )
 
 
@@ -348,9 +366,12 @@ def test_several_adapters_caption_side_by_side(command, data, blip_folder, tmp_p
     status, out, _ = command(
         verbs.run_verb, "caption", "--adapter", one, "--adapter", two, image, "--out", "both.jsonl"
     )
-    said = [say(blip_folder, image, one), say(blip_folder, image, two, prompt="a picture of")]
-    assert status == 0 and said[0] != said[1]
-    assert out == f"{image}\t{one}\t{said[0]}\n{image}\t{two}\t{said[1]}\n"
+    captions = [
+        caption_by_hand(blip_folder, image, one),
+        caption_by_hand(blip_folder, image, two, prompt="a picture of"),
+    ]
+    assert status == 0 and captions[0] != captions[1]
+    assert out == f"{image}\t{one}\t{captions[0]}\n{image}\t{two}\t{captions[1]}\n"
     lines = json_lines(Path("both.jsonl"))
     assert [(line["image"], line["adapter"]) for line in lines] == [
         (image, str(one)), (image, str(two))
@@ -375,7 +396,7 @@ def test_drawn_words_depend_on_the_seed_and_the_image_alone(command, data, blip_
 
 @pytest.mark.parametrize("args, words", [
     (["--temperature", "0"], ["--temperature is 0", "above 0"]),
-    (["--top_p", "0.5"], ["--top_p is for drawing words"]),
+    (["--top_p", "0.5"], ["--top_p is for sampling"]),
     (["--temperature", "1", "--top_p", "0"], ["--top_p is 0"]),
     (["--temperature", "1", "--num_beams", "2"], ["give one of them"]),
     (["--min_new_tokens", "40"], ["--min_new_tokens is 40", "(30)"]),
@@ -402,7 +423,7 @@ def test_base_and_adapter_are_scored_side_by_side(command, data, blip_folder, tm
     assert [(x["image"], x["references"]) for x in lines] == [(r.image, [r.text]) for r in rows]
     for name, given in (("base", None), ("adapter", adapter)):
         said = [line[name]["caption"] for line in lines]
-        assert " ".join(said[3].split()) == say(blip_folder, rows[3].image, given)
+        assert " ".join(said[3].split()) == caption_by_hand(blip_folder, rows[3].image, given)
         scores = References([line["references"] for line in lines]).score(said)
         assert [line[name]["cider_d"] for line in lines] == scores.cider_d.tolist()
         assert f"{scores.corpus.bleu_1:.3f} [" in out
@@ -470,27 +491,29 @@ def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch)
     refused(verbs.run_verb, *given, words=["there is no `java` here"])
 
 
-def test_a_java_program_that_fails_costs_a_warning(command, data, blip_folder, monkeypatch):
+def test_a_java_program_that_fails_costs_a_warning(
+    command, warnings, data, blip_folder, monkeypatch
+):
     def score(name, captions, references):
         if name == "spice":
             raise ValueError("SPICE failed: no network")
         return len(captions) / len(references) / 2
 
-    monkeypatch.setattr(evaluate_room, "check_java", lambda: None)
-    monkeypatch.setattr(evaluate_room, "java_score", score)
+    monkeypatch.setattr(evaluate_command, "check_java", lambda: None)
+    monkeypatch.setattr(evaluate_command, "java_score", score)
     status, out, err = command(
         verbs.run_verb, "evaluate", "--model", blip_folder, "--data", data / "val.json",
         "--meteor_spice",
     )
     assert status == 0 and "METEOR: base 0.500" in out and "CIDEr-D" in out
-    assert err == "warning: SPICE failed: no network\n"
+    assert warnings == ["SPICE failed: no network"]
 
 
 @pytest.mark.parametrize("args, words", [
     ([], ["--data"]),
     (["--data", "absent.json"], ["absent.json: no such file"]),
     (["--data", "VAL", "--image_folder", "."], ["an image folder is for COCO's format"]),
-    (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "make it first"]),
+    (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
     (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
@@ -538,7 +561,7 @@ def test_a_merged_folder_is_compared_on_the_images_and_the_prompt_given(
 
 
 def test_another_base_is_refused_and_can_be_forced(
-    command, refused, blip_adapter, blip_folder, tmp_path
+    command, refused, warnings, blip_adapter, blip_folder, tmp_path
 ):
     checkpoints.write_blip(tmp_path / "other", seed=5)
     given = ["merge", "--adapter", blip_adapter, "--model", tmp_path / "other", "--out", "merged"]
@@ -548,7 +571,7 @@ def test_another_base_is_refused_and_can_be_forced(
     ])
     status, out, err = command(verbs.run_verb, *given, "--force")
     assert status == 0 and "4 of 4 images" in out
-    assert "warning: " in err and "other weights" in err
+    assert len(warnings) == 1 and "other weights" in warnings[0]
     assert (command.work / "merged" / "model.safetensors").is_file()
 
 
@@ -580,3 +603,114 @@ def test_a_bad_merge_command_is_told_so(
     for name, place in places.items():
         args = [re.sub(rf"^{name}(?=/|$)", str(place), arg) for arg in args]
     refused(verbs.run_verb, "merge", *args, words=words)
+
+
+# --- kept features --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """How many images each encoder batch of the commands had, black ones included."""
+    sizes: list[int] = []
+
+    def spy(model, pixels, settings):
+        sizes.append(len(pixels))
+        return encode_pixels(model, pixels, settings)
+
+    monkeypatch.setattr(encoder, "encode_pixels", spy)
+    return sizes
+
+
+@pytest.fixture
+def cache_dir(monkeypatch, tmp_path) -> Path:
+    """The default cache folder, empty; its disk is faster than any encoder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(placement, "read_rate", lambda folder: 1e12)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
+    return tmp_path / "cache" / "lora_engine"
+
+
+def test_an_image_is_encoded_once_by_training_captioning_and_evaluating(
+    command, data, captioner_folder, cache_dir, encoded, monkeypatch
+):
+    given = ["--cache", "disk", "--num_workers", "0"]
+    train(settings(captioner_folder, data, Path("run"), cache="disk", epochs=1))
+    read = []
+    read_image_file = batches.read_image_file
+    monkeypatch.setattr(
+        batches, "read_image_file", lambda path: [read.append(path), read_image_file(path)][1]
+    )
+    encoded.clear()
+    evaluated = "evaluate", "--adapter", "run/adapter", "--data", data / "val.json"
+    captioned = "caption", "--adapter", "run/adapter", *images_of(data, 12)
+    assert command(verbs.run_verb, *evaluated, *given)[0] == 0
+    status, kept, _ = command(verbs.run_verb, *captioned, *given)
+    assert status == 0 and len(encoded) == 2  # a blank batch each, for the shape of the features
+    assert read == []
+    status, out, _ = command(verbs.run_verb, *captioned, "--cache", "off", "--num_workers", "0")
+    assert status == 0 and out == kept and len(read) == 12
+    assert len(list(cache_dir.glob("*/features.bin"))) == 1
+
+
+def test_many_images_are_kept_on_disk_by_default_and_not_encoded_again(
+    command, blip_folder, tmp_path, cache_dir, encoded
+):
+    write_pictures(tmp_path, num_images=24)
+    evaluated = "evaluate", "--model", blip_folder, "--data", tmp_path / "train.json"
+    status, first, _ = command(verbs.run_verb, *evaluated)
+    num_measuring = 2
+    assert status == 0 and len(encoded) == num_measuring + 24 // encoded[0]
+    encoded.clear()
+    assert command(verbs.run_verb, *evaluated)[:2] == (0, first)
+    assert len(encoded) == num_measuring
+
+
+def test_for_a_few_images_nothing_is_measured_and_nothing_kept(
+    command, data, blip_folder, cache_dir, encoded, monkeypatch
+):
+    monkeypatch.delattr(placement, "read_rate")
+    status, _, err = command(
+        verbs.run_verb, "caption", "--model", blip_folder, *images_of(data, 3)
+    )
+    assert (status, err) == (0, "") and len(encoded) == 1 and not cache_dir.exists()
+
+
+def test_a_cache_folder_that_cannot_be_used_is_refused_if_asked_for(
+    command, refused, data, blip_folder, cache_dir, tmp_path
+):
+    (tmp_path / "file").touch()
+    given = ["caption", "--model", blip_folder, "--cache_dir", tmp_path / "file"]
+    refused(
+        verbs.run_verb, *given, "--cache", "disk", *images_of(data, 2), "--out", "captions.jsonl",
+        words=[f"--cache disk: {tmp_path / 'file'}", "features cannot be kept here"],
+    )
+    write_pictures(tmp_path, num_images=16)
+    status, out, err = command(verbs.run_verb, *given, tmp_path / "images")
+    assert (status, err) == (0, "") and out.count("\n") == 16
+
+
+def test_a_caption_does_not_depend_on_the_other_images(
+    data, blip_folder, cache_dir, tmp_path
+):
+    """The features of an image are the same to the bit, whichever images come with it."""
+    captioner = load_captioner(blip_folder)
+    images = images_of(data, 7)
+
+    def features_of(*images):
+        seen = []
+        with pytest.MonkeyPatch.context() as patch, open_features(
+            captioner, device=torch.device("cpu"), dtype=torch.float32, num_images=len(images),
+            cache="off", cache_dir=None, cache_dtype=None, cache_limit_bytes=0, used_once=True,
+        ) as features:
+            patch.setattr(
+                "lora_engine.captioning.captioner.caption_features",
+                lambda captioner, features, **_: seen.extend(features) or len(features) * [None],
+            )
+            list(caption_images([captioner], images, features=features, batch_size=3))
+        return seen
+
+    together = features_of(*images)
+    assert len(together) == 7
+    for image, expected in zip(images, together):
+        alone, = features_of(image)
+        assert torch.equal(alone, expected)

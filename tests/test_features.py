@@ -10,6 +10,7 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,13 +37,16 @@ from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import Row
-from lora_engine.data.batches import FeatureBatch, SampleIndex
+from lora_engine.data.batches import FeatureBatch, Identified, PixelBatch, SampleIndex, read_image
 from lora_engine.data.images import load_pixels
+from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
-from lora_engine.features import source as features
+from lora_engine.features import encoder, placement
 from lora_engine.features import store as feature_store
+from lora_engine.features.cache import RowMemory
+from lora_engine.features.encoder import FeatureEncoder, encode_pixels
 from lora_engine.features.format import FeatureFormat
-from lora_engine.features.source import FeatureSource, encode_pixels
+from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import FeatureStore
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.lora.injection import cast_frozen, inject
@@ -68,7 +72,7 @@ def _a_fast_disk_a_fine_clock_and_no_picture(monkeypatch):
 
     No file has to be 2 s old either; `write_image` gives each a time of its own.
     """
-    monkeypatch.setattr(features, "read_rate", lambda cache_dir: 1e12)
+    monkeypatch.setattr(placement, "read_rate", lambda cache_dir: 1e12)
     monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
     monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
@@ -103,14 +107,23 @@ def captioner(blip_folder) -> Captioner:
 
 
 def open_source(captioner: Captioner, cache_dir: Path, **changes) -> FeatureSource:
-    said: list[str] = []
     given = {
         "device": CPU, "dtype": torch.float32, "num_images": 8, "cache": "disk",
         "cache_dir": cache_dir, "cache_dtype": None, "cache_limit_bytes": 1e9,
     }
-    source = FeatureSource(captioner, **given | changes)
-    source.said = said
-    return source
+    return open_features(captioner, **given | changes)
+
+
+def features_of(source: FeatureSource, path: str) -> Tensor:
+    """Features (P, D) of one image file, as a batch of its own gets them."""
+    images = ImageList([path])
+    pixels, loaded = torch.empty(0, 3, *source.encoder.pixels.size, dtype=torch.uint8), []
+    if not source.has(images, 0):
+        image, file, digest = read_image(path, source.encoder.pixels)
+        pixels, loaded = torch.from_numpy(image)[None], [Identified(0, file, digest)]
+    none = torch.empty(0)
+    batch, = source.attach([PixelBatch(none, none, none, 0, [0], [0], [], pixels, loaded)], images)
+    return batch.features[0]
 
 
 def encoded(captioner: Captioner, path: str, dtype=torch.float32) -> Tensor:
@@ -163,8 +176,8 @@ def fill(captioner: Captioner, cache_dir: Path, images: list[str], **changes) ->
     """Put the features of the images on disk -> how many were encoded for it."""
     with open_source(captioner, cache_dir, **changes) as source:
         for image in images:
-            source.features_of(image)
-    return source.num_encoded
+            features_of(source, image)
+    return source.encoder.num_encoded
 
 
 def wait_until_stopped(store: FeatureStore) -> None:
@@ -181,16 +194,16 @@ def test_other_pixels_under_the_same_name_and_size_are_encoded_again(
 ):
     path = tmp_path / "a.bmp"
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
-        before = source.features_of(write_image(path, 0))
+        before = features_of(source, write_image(path, 0))
         size = path.stat().st_size
-        after = source.features_of(write_image(path, 1))
+        after = features_of(source, write_image(path, 1))
         assert path.stat().st_size == size and not torch.equal(before, after)
         assert torch.equal(after, encoded(captioner, path))
-        assert torch.equal(source.features_of(write_image(path, 0)), before)
-        assert source.num_encoded == 2
+        assert torch.equal(features_of(source, write_image(path, 0)), before)
+        assert source.encoder.num_encoded == 2
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         write_image(path, 2)
-        assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
+        assert torch.equal(features_of(source, str(path)), encoded(captioner, path))
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
@@ -201,11 +214,11 @@ def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, mo
     written_ns = path.stat().st_mtime_ns
     monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 60 * 10**9)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
-        source.features_of(str(path))
+        features_of(source, str(path))
         Loader(source, captioner, [str(path)]).epoch()
         write_image(path, 1)
         os.utime(path, ns=(written_ns, written_ns))
-        assert torch.equal(source.features_of(str(path)), encoded(captioner, path))
+        assert torch.equal(features_of(source, str(path)), encoded(captioner, path))
         loader = Loader(source, captioner, [str(path)])
         assert_equal(loader.epoch(), [encoded(captioner, path)])
 
@@ -292,15 +305,15 @@ def test_whatever_features_depend_on_has_features_of_its_own(
     image, cache = images[0], tmp_path / "cache"
     assert fill(captioner, cache, [image]) == 1
     with open_source(other, cache, **changes) as source:
-        seen = source.features_of(image)
-        assert source.num_encoded == 1
-        row = source.format.pack(encoded(other, image, source.dtype)[None])
-        assert torch.equal(seen, source.format.unpack(row, source.dtype)[0])
+        seen = features_of(source, image)
+        assert source.encoder.num_encoded == 1
+        row = source.encoder.format.pack(encoded(other, image, source.encoder.dtype)[None])
+        assert torch.equal(seen, source.encoder.format.unpack(row, source.encoder.dtype)[0])
         first = encoded(captioner, image)
         assert seen.shape != first.shape or not torch.equal(seen.float(), first)
     with open_source(captioner, cache) as source:
-        assert torch.equal(source.features_of(image), first)
-        assert source.num_encoded == 0
+        assert torch.equal(features_of(source, image), first)
+        assert source.encoder.num_encoded == 0
     assert fill(other, cache, [image], **changes) == 0
 
 
@@ -338,8 +351,8 @@ def test_a_projection_of_the_features_is_the_encoders(tmp_path, images):
     with torch.no_grad():
         captioner.model.enc_to_dec_proj.bias += 1
     with open_source(captioner, tmp_path / "cache") as source:
-        seen = source.features_of(images[0])
-        assert torch.equal(seen, encoded(captioner, images[0])) and source.num_encoded == 1
+        seen = features_of(source, images[0])
+        assert torch.equal(seen, encoded(captioner, images[0])) and source.encoder.num_encoded == 1
 
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
@@ -351,7 +364,7 @@ def test_images_of_one_name_in_two_folders_are_two(captioner, tmp_path, cache):
         assert_equal(loader.epoch(), expected)
         assert_equal(loader.epoch(), expected)
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
-        assert_equal([source.features_of(path) for path in reversed(paths)], expected[::-1])
+        assert_equal([features_of(source, path) for path in reversed(paths)], expected[::-1])
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
@@ -365,13 +378,13 @@ def test_an_image_under_several_names_is_encoded_once(captioner, tmp_path, image
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         loader = Loader(source, captioner, rows)
         assert_equal(loader.epoch(size=size), expected)
-        assert source.num_encoded == 8
+        assert source.encoder.num_encoded == 8
         assert_equal(loader.epoch(size=size), expected)
-        assert source.num_encoded == 8
+        assert source.encoder.num_encoded == 8
     if cache == "disk":
         with open_source(captioner, tmp_path / "cache") as source:
             assert_equal(Loader(source, captioner, copies).epoch(size=size), expected[:8])
-            assert source.num_encoded == 0 and source.store.num_rows == 8
+            assert source.encoder.num_encoded == 0 and source.cache.store.num_rows == 8
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -389,7 +402,7 @@ def test_a_file_that_changes_between_two_epochs_stops_loading_until_it_is_restor
         write_image(Path(images[4]), 4)  # as it was
         assert_equal(loader.epoch(), expected)
         write_image(Path(images[4]), 100)
-        assert torch.equal(source.features_of(images[4]), encoded(captioner, images[4]))
+        assert torch.equal(features_of(source, images[4]), encoded(captioner, images[4]))
 
 
 def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
@@ -407,13 +420,13 @@ def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
     shutil.copy(backup, database)
     with open_source(captioner, cache) as source:
         assert_equal(Loader(source, captioner, images).epoch(), expected)
-        assert source.num_encoded == 0  # by what is in them
+        assert source.encoder.num_encoded == 0  # by what is in them
 
 
 def fill_epoch(captioner: Captioner, cache_dir: Path, images: list[str], **changes) -> int:
     with open_source(captioner, cache_dir, **changes) as source:
         Loader(source, captioner, images).epoch()
-    return source.num_encoded
+    return source.encoder.num_encoded
 
 
 # --- the number format ----------------------------------------------------------------------
@@ -431,9 +444,9 @@ def test_fresh_features_are_those_that_come_back_later(
         loader = Loader(source, captioner, images)
         first = loader.epoch()
         assert_equal(loader.epoch(), first)
-        assert_equal([source.features_of(path) for path in images], first)
+        assert_equal([features_of(source, path) for path in images], first)
     with open_source(captioner, tmp_path / "cache", **changes) as source:
-        assert_equal([source.features_of(path) for path in images], first)
+        assert_equal([features_of(source, path) for path in images], first)
         assert_equal(Loader(source, captioner, images).epoch(), first)
     format = FeatureFormat(NUM_TOKENS, WIDTH, cache_dtype)
     assert_equal(first, [format.unpack(format.pack(f[None]), dtype)[0] for f in exact])
@@ -448,8 +461,8 @@ def test_the_default_number_format_follows_the_compute_dtype(
     captioner, tmp_path, images, dtype, cache_dtype
 ):
     with open_source(captioner, tmp_path, dtype=dtype) as source:
-        assert source.format == FeatureFormat(NUM_TOKENS, WIDTH, cache_dtype)
-        assert source.features_of(images[0]).dtype == dtype
+        assert source.encoder.format == FeatureFormat(NUM_TOKENS, WIDTH, cache_dtype)
+        assert features_of(source, images[0]).dtype == dtype
 
 
 @pytest.mark.parametrize("reference", ["uncached", "uncached_vit_gpt2"])
@@ -468,18 +481,18 @@ def test_coarser_features_hardly_change_the_validation_loss(request, tmp_path, r
 
 
 def test_a_full_cache_keeps_what_fits_and_the_rest_is_encoded_in_each_epoch(
-    captioner, tmp_path, images
+    captioner, tmp_path, images, caplog
 ):
     expected = [encoded(captioner, path) for path in images]
     with open_source(captioner, tmp_path, cache_limit_bytes=5.5 * ROW_BYTES) as source:
         loader = Loader(source, captioner, images)
         assert_equal(loader.epoch(), expected)
-        assert source.num_encoded == 8
-        wait_until_stopped(source.store)
+        assert source.encoder.num_encoded == 8
+        wait_until_stopped(source.cache.store)
         for epoch in (1, 2):
             assert_equal(loader.epoch(), expected)
-            assert source.num_encoded == 8 + 3 * epoch
-    assert len(source.said) == 1 and "has reached its limit of 0.0 GB" in source.said[0]
+            assert source.encoder.num_encoded == 8 + 3 * epoch
+    assert len(caplog.messages) == 1 and "has reached its limit of 0.0 GB" in caplog.text
     assert fill(captioner, tmp_path, images, cache_limit_bytes=5.5 * ROW_BYTES) == 3
 
 
@@ -487,7 +500,7 @@ def free_memory(monkeypatch, cpu: float, cuda: float = 0, *, row_bytes: int = RO
     """Half of what is free holds this many rows."""
     rows = {"cpu": cpu, "cuda": cuda}
     monkeypatch.setattr(
-        features, "free_memory_bytes", lambda device: int(2 * rows[device.type] * row_bytes)
+        placement, "free_memory_bytes", lambda device: int(2 * rows[device.type] * row_bytes)
     )
 
 
@@ -500,8 +513,8 @@ def test_memory_keeps_what_fits(captioner, tmp_path, images, monkeypatch, num_ke
         loader = Loader(source, captioner, images)
         for epoch in range(3):
             assert_equal(loader.epoch(), expected)
-            assert source.num_encoded == 8 + num_missing * epoch
-        assert source.host_memory.rows.shape == (min(8, num_kept), ROW_BYTES)
+            assert source.encoder.num_encoded == 8 + num_missing * epoch
+        assert source.cache.host_memory.rows.shape == (min(8, num_kept), ROW_BYTES)
     assert not (tmp_path / "cache").exists()
 
 
@@ -514,10 +527,10 @@ def test_auto_keeps_in_memory_what_the_disk_does_not_take(
     with open_source(captioner, tmp_path, **changes) as source:
         loader = Loader(source, captioner, images)
         assert_equal(loader.epoch(size=1), expected)
-        wait_until_stopped(source.store)
+        wait_until_stopped(source.cache.store)
         for _ in range(3):
             assert_equal(loader.epoch(size=1), expected)
-        assert source.store.num_rows == 5 and len(source.host_memory.slots) == 2
+        assert source.cache.store.num_rows == 5 and len(source.cache.host_memory.slots) == 2
 
 
 def test_auto_keeps_in_memory_what_a_cache_full_of_other_images_does_not_take(
@@ -531,11 +544,11 @@ def test_auto_keeps_in_memory_what_a_cache_full_of_other_images_does_not_take(
     with open_source(captioner, cache, **changes) as source:
         loader = Loader(source, captioner, images)
         loader.epoch()
-        wait_until_stopped(source.store)
+        wait_until_stopped(source.cache.store)
         loader.epoch()
-        num_encoded = source.num_encoded
+        num_encoded = source.encoder.num_encoded
         assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
-        assert source.num_encoded == num_encoded  # nothing in the third epoch
+        assert source.encoder.num_encoded == num_encoded  # nothing in the third epoch
 
 
 def test_rows_read_from_the_disk_stay_in_the_gpus_memory_each_under_its_own_digest(
@@ -546,16 +559,16 @@ def test_rows_read_from_the_disk_stay_in_the_gpus_memory_each_under_its_own_dige
     expected = [encoded(captioner, path) for path in rows]
     assert fill(captioner, tmp_path / "cache", images) == 8
     with open_source(captioner, tmp_path / "cache") as source:
-        source.device_memory = features._Memory(7, ROW_BYTES, CPU)
+        source.cache.device_memory = RowMemory(7, ROW_BYTES, CPU)
         loader = Loader(source, captioner, rows)
         for _ in range(3):
             assert_equal(loader.epoch(), expected)
-        assert source.num_encoded == 0
-        assert sorted(source.device_memory.slots.values()) == list(range(7))
+        assert source.encoder.num_encoded == 0
+        assert sorted(source.cache.device_memory.slots.values()) == list(range(7))
 
 
 def test_memory_keeps_the_first_rows_and_gives_none_up():
-    memory = features._Memory(4, 2, CPU)
+    memory = RowMemory(4, 2, CPU)
     rows = torch.arange(12, dtype=torch.uint8).view(6, 2)
     memory.keep([b"a", b"b", b"a"], rows[[0, 1, 0]])
     memory.keep([], rows[:0])
@@ -579,14 +592,11 @@ PLANS = {
 
 def plan_of(captioner, cache_dir, monkeypatch, *, encode_s=0.035, rate=1e9, **changes) -> str:
     """The line with these measurements in it, and with short names for the cache's folders."""
-    try_encoder = FeatureSource._try_encoder
     with monkeypatch.context() as patch:
-        patch.setattr(features, "read_rate", lambda folder: rate)
-        patch.setattr(
-            FeatureSource, "_try_encoder", lambda self: (encode_s, try_encoder(self)[1])
-        )
+        patch.setattr(placement, "read_rate", lambda folder: rate)
+        patch.setattr(FeatureEncoder, "measure_s", lambda self: encode_s)
         with open_source(captioner, cache_dir, **changes) as source:
-            folder = source.store.folder if source.store else cache_dir
+            folder = source.cache.store.folder if source.cache.store else cache_dir
             return source.plan.replace(str(folder), "FOLDER").replace(str(cache_dir), "CACHE")
 
 
@@ -603,11 +613,11 @@ def test_the_plan_in_other_sizes(captioner, tmp_path, monkeypatch):
         captioner, tmp_path / "cache", monkeypatch, cache="auto", num_images=3_300_000,
         cache_dtype="int8", encode_s=1.3, cache_limit_bytes=1500 * 1344,
     )
-    room = features.free_memory_bytes(CPU) // 2 // 1344
+    room = placement.free_memory_bytes(CPU) // 2 // 1344
     begin, _, end = plan.rpartition(", up to ")
     assert begin == (
         "features of 3,300,000 images, 4.4 GB as int8 (encoding one takes 1,300 ms): kept on disk "
-        "in FOLDER (0 there already, room for 1,500 more; reading one takes 0.00134 ms)"
+        "in FOLDER (0 there already, space for 1,500 more; reading one takes 0.00134 ms)"
     )
     assert end == f"{min(room, 3_298_500):,} in memory" or room < 3_298_500
 
@@ -652,7 +662,7 @@ def test_a_cache_that_is_damaged_under_a_run_changes_no_feature(
         seen: list[Tensor] = []
         for batch in loader.batches(size=1):
             if len(seen) == num_read:
-                DAMAGE[damage](source.store)
+                DAMAGE[damage](source.cache.store)
             seen += batch.features
         assert_equal(seen, expected)
         for _ in range(2):
@@ -674,14 +684,14 @@ def test_what_the_disk_cannot_read_is_encoded_again(captioner, tmp_path, images,
     with open_source(captioner, tmp_path / "cache") as source:
         loader = Loader(source, captioner, images)
         assert_equal(loader.epoch(), [encoded(captioner, path) for path in images])
-        assert source.num_encoded == 3
+        assert source.encoder.num_encoded == 3
 
 
-def test_damaged_rows_are_encoded_again_once_and_told(captioner, tmp_path, images):
+def test_damaged_rows_are_encoded_again_once_and_reported(captioner, tmp_path, images, caplog):
     expected = [encoded(captioner, path) for path in images]
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
-        path = source.store.folder / "features.bin"
+        path = source.cache.store.folder / "features.bin"
         rows = np.memmap(path, np.uint8, "r+").reshape(8, ROW_BYTES)
         rows[1, 1000] ^= 1
         rows[2] = 0xFF
@@ -690,12 +700,12 @@ def test_damaged_rows_are_encoded_again_once_and_told(captioner, tmp_path, image
         loader = Loader(source, captioner, images)
         for _ in range(3):
             assert_equal(loader.epoch(), expected)
-        assert source.num_encoded == 4
-    assert source.said == ["4 damaged rows of features encoded again"]
+        assert source.encoder.num_encoded == 4
+    assert caplog.messages == ["4 damaged rows of features encoded again"]
     with open_source(captioner, tmp_path / "cache") as source:
         assert_equal(Loader(source, captioner, images).epoch(), expected)
-        assert source.num_encoded == 0
-    assert source.said == []
+        assert source.encoder.num_encoded == 0
+    assert len(caplog.messages) == 1
 
 
 def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
@@ -705,11 +715,11 @@ def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, ima
     with open_source(captioner, tmp_path / "cache") as source:
         loader = Loader(source, captioner, images[:6])
         assert_equal(loader.epoch(), expected[:6])
-        os.truncate(source.store.folder / "features.bin", 0)
+        os.truncate(source.cache.store.folder / "features.bin", 0)
         assert fill(captioner, tmp_path / "cache", images[6:]) == 2  # by another run
-        assert (source.store.folder / "features.bin").stat().st_size == 8 * ROW_BYTES
+        assert (source.cache.store.folder / "features.bin").stat().st_size == 8 * ROW_BYTES
         assert_equal(loader.epoch(), expected[:6])
-        assert source.num_encoded == 6
+        assert source.encoder.num_encoded == 6
 
 
 def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images):
@@ -717,7 +727,7 @@ def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images)
     with open_source(captioner, tmp_path / "cache") as source:
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
         next(batches)  # beside workers all images have been asked for then
-        os.truncate(source.store.folder / "features.bin", 0)
+        os.truncate(source.cache.store.folder / "features.bin", 0)
         write_image(Path(images[1]), 21)
         with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
             list(batches)
@@ -725,11 +735,11 @@ def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images)
 
 def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, images):
     fill_epoch(captioner, tmp_path / "cache", images)
-    reason = "its features have gone from the cache, and it cannot be read: no such file"
+    reason = "its features are no longer in the cache, and it cannot be read: no such file"
     with open_source(captioner, tmp_path / "cache") as source:
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
         next(batches)  # beside workers all images have been asked for then
-        os.truncate(source.store.folder / "features.bin", 0)
+        os.truncate(source.cache.store.folder / "features.bin", 0)
         Path(images[1]).unlink()
         # No name for the error: with it DataLoader's workers would live until it is collected.
         with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
@@ -739,7 +749,10 @@ def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, 
 # --- groups of batches, as a GPU encodes them -----------------------------------------------
 
 
-GROUPED = {"group_size": 4, "num_ahead": 1, "encoder_batch_size": 5}
+def group(source: FeatureSource) -> FeatureSource:
+    """Make a source encode four batches together, and begin four before four are trained on."""
+    source.group_size, source.num_ahead, source.encoder.batch_size = 4, 1, 5
+    return source
 
 
 @pytest.fixture(params=["off", "memory", "disk", "no room"])
@@ -749,15 +762,13 @@ def grouped(request, captioner, tmp_path, monkeypatch) -> Iterator[FeatureSource
         free_memory(monkeypatch, 2)
     cache = "memory" if request.param == "no room" else request.param
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
-        vars(source).update(GROUPED)
-        yield source
+        yield group(source)
 
 
 def encoded_alone(captioner: Captioner, cache_dir: Path, path: str) -> Tensor:
     """Features by an encoder batch of this one image, filled up."""
     with open_source(captioner, cache_dir, cache="off") as source:
-        vars(source).update(GROUPED)
-        return source.features_of(path)
+        return features_of(group(source), path)
 
 
 @pytest.mark.parametrize("num_rows", [7, 24, 29])
@@ -777,7 +788,7 @@ def test_captions_in_neighbouring_groups_share_an_encoding(grouped, captioner, i
     """The second group begins while the first is being encoded, wherever features are kept."""
     loader = Loader(grouped, captioner, images + images[:4] + images)  # 12 rows, and 8
     loader.epoch()
-    assert grouped.num_encoded == len(images)
+    assert grouped.encoder.num_encoded == len(images)
 
 
 def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, monkeypatch):
@@ -788,10 +799,10 @@ def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, m
         sizes.append(len(pixels))
         return encode_pixels(model, pixels, settings)
 
-    monkeypatch.setattr(features, "encode_pixels", spy)
+    monkeypatch.setattr(encoder, "encode_pixels", spy)
     Loader(grouped, captioner, images[:7]).epoch()
-    grouped.features_of(images[7])
-    assert sizes == [5, 5, 5] and grouped.num_encoded == 8
+    features_of(grouped, images[7])
+    assert sizes == [5, 5, 5] and grouped.encoder.num_encoded == 8
 
 
 def test_a_file_that_changes_while_groups_are_under_way_stops_loading(grouped, captioner, images):
@@ -836,7 +847,7 @@ def test_on_a_gpu_each_batch_gets_its_own_images_features_bit_for_bit(
         "device": device, "dtype": dtype, "num_images": 90, "cache_limit_bytes": disk * row_bytes
     }
     with open_source(captioner, tmp_path, cache="off", **given) as source:
-        alone = {path: source.features_of(path) for path in images}
+        alone = {path: features_of(source, path) for path in images}
     work = torch.randn(2048, 2048, device=device)
     num_encoded = []
     for _ in ("first", "second run"):
@@ -849,7 +860,7 @@ def test_on_a_gpu_each_batch_gets_its_own_images_features_bit_for_bit(
                     for _ in range(10):
                         work = (work @ work).tanh()
                 assert_equal(seen, [alone[path] for path in rows])
-        num_encoded.append(source.num_encoded)
+        num_encoded.append(source.encoder.num_encoded)
     assert num_encoded[0] >= 90
     if disk == 100:
         assert num_encoded[1] == 0
@@ -865,11 +876,27 @@ class Run:
     summary: TrainingSummary
     source: FeatureSource
     read: list[str]
-    said: str
+    printed: str
+    logged: list[str]
 
     @property
     def trajectory(self) -> tuple:
         return trajectory(self.summary.path)
+
+    @property
+    def num_encoded(self) -> int:
+        return self.source.encoder.num_encoded
+
+
+class Recorder(logging.Handler):
+    """Collects messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def run(config: TrainingConfig, **changes) -> Run:
@@ -877,11 +904,11 @@ def run(config: TrainingConfig, **changes) -> Run:
     config = replace(config, **changes)
     log = Path(f"{config.output_path}.read")
     log.touch()
-    said = io.StringIO()
+    printed, recorder = io.StringIO(), Recorder()
     read_image_file = batches.read_image_file
 
     def open_and_remember(*args, **kwargs):
-        sources.append(FeatureSource(*args, **kwargs))
+        sources.append(open_features(*args, **kwargs))
         return sources[0]
 
     def read_and_write_down(path):
@@ -889,11 +916,15 @@ def run(config: TrainingConfig, **changes) -> Run:
             file.write(f"{path}\n")
         return read_image_file(path)
 
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-        patch.setattr(preparation, "FeatureSource", open_and_remember)
+    logger = logging.getLogger("lora_engine.features")
+    logger.addHandler(recorder)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(preparation, "open_features", open_and_remember)
         patch.setattr(batches, "read_image_file", read_and_write_down)
         summary = train(config)
-    return Run(summary, sources[0], log.read_text().splitlines(), said.getvalue())
+    logger.removeHandler(recorder)
+    read = log.read_text().splitlines()
+    return Run(summary, sources[0], read, printed.getvalue(), recorder.messages)
 
 
 def trajectory(folder: Path) -> tuple:
@@ -1001,7 +1032,7 @@ def test_a_run_is_bit_identical_wherever_features_are_kept(
     if cache == "disk":
         second = run(config, output_path=str(tmp_path / "second"))
         assert second.trajectory == expected
-        assert second.source.num_encoded == 0 < first.source.num_encoded
+        assert second.num_encoded == 0 < first.num_encoded
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -1015,14 +1046,14 @@ def test_a_run_encodes_each_image_once_and_the_next_one_reads_no_file(
     )
     first = run(config)
     assert len(first.summary.losses) == 3 and len(first.summary.samples) == 4
-    assert first.source.num_encoded == NUM_UNIQUE
+    assert first.num_encoded == NUM_UNIQUE
     assert len(set(first.read)) == NUM_UNIQUE + 1  # one image under two names
     again = run(config, output_path=str(tmp_path / "again"))
     assert again.trajectory == first.trajectory
     if cache == "disk":
-        assert again.source.num_encoded == 0 and again.read == []
+        assert again.num_encoded == 0 and again.read == []
     else:
-        assert again.source.num_encoded == NUM_UNIQUE and again.source.store is None
+        assert again.num_encoded == NUM_UNIQUE and again.source.cache.store is None
 
 
 def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
@@ -1034,7 +1065,7 @@ def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
     shutil.copy(data / "val_0.bmp", data / "8.bmp")
     set_time(data / "8.bmp")
     second = run(config, output_path=str(tmp_path / "second"))
-    assert second.source.num_encoded == 1
+    assert second.num_encoded == 1
     assert set(second.read) == {str(data / name) for name in ("7.bmp", "8.bmp")}
     uncached = run(config, output_path=str(tmp_path / "uncached"), cache="off")
     assert second.trajectory == uncached.trajectory != first.trajectory
@@ -1078,7 +1109,7 @@ def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkey
     for cache in ("memory", "disk", "auto"):
         done = run(config, output_path=str(tmp_path / cache), cache=cache, **limits)
         assert done.trajectory == expected
-        num_encoded[cache] = done.source.num_encoded
+        num_encoded[cache] = done.num_encoded
     assert num_encoded["memory"] > num_encoded["disk"] > num_encoded["auto"]
 
 
@@ -1091,9 +1122,9 @@ def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path)
     path.write_bytes(num_rows * ROW_BYTES * b"\xff")
     done = run(config, output_path=str(tmp_path / "second"))
     assert done.trajectory == expected
-    assert f"\n{num_rows} damaged rows of features encoded again" in done.said
+    assert done.logged == [f"{num_rows} damaged rows of features encoded again"]
     again = run(config, output_path=str(tmp_path / "third"))
-    assert again.trajectory == expected and again.source.num_encoded == 0
+    assert again.trajectory == expected and again.num_encoded == 0
 
 
 def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
@@ -1114,7 +1145,7 @@ def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
         stores.append(FeatureStore(*args, **kwargs))
         return stores[0]
 
-    monkeypatch.setattr(features, "FeatureStore", open_and_remember)
+    monkeypatch.setattr(placement, "FeatureStore", open_and_remember)
     monkeypatch.setattr(feature_store.os, "pwrite", write)
 
 
@@ -1129,10 +1160,9 @@ def test_a_disk_that_is_full_costs_features_and_a_line(
         config, cache=cache, cache_dir=str(tmp_path / "cache"), output_path=str(tmp_path / "run")
     )
     assert done.trajectory == expected
-    lines = [line for line in done.said.splitlines() if "no more features are kept" in line]
-    folder = done.source.store.folder
+    folder = done.source.cache.store.folder
     reason = f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}"
-    assert lines == [f"{folder}: no more features are kept: {reason}"]
+    assert done.logged == [f"{folder}: no more features are kept: {reason}"]
 
 
 @pytest.fixture(params=["a file", "no permission"])
@@ -1151,20 +1181,20 @@ def test_auto_goes_on_without_a_cache_folder_and_says_so(
     uncached, tmp_path, monkeypatch, no_cache_dir
 ):
     config, expected = uncached
-    monkeypatch.setattr(features, "read_rate", feature_store.read_rate)
+    monkeypatch.setattr(placement, "read_rate", feature_store.read_rate)
     done = run(
         config, cache="auto", cache_dir=str(no_cache_dir), output_path=str(tmp_path / "run")
     )
     assert done.trajectory == expected
-    assert done.source.store is None and len(done.source.host_memory.slots) == 13
-    plan, = (line for line in done.said.splitlines() if line.startswith("features of"))
+    assert done.source.cache.store is None and len(done.source.cache.host_memory.slots) == 13
+    plan, = (line for line in done.printed.splitlines() if line.startswith("features of"))
     assert f": kept 17 in memory; not on disk: {no_cache_dir}: features cannot be kept here" in plan
 
 
 def test_a_cache_folder_that_was_asked_for_and_cannot_be_used_is_refused(
     blip_folder, data, tmp_path, monkeypatch, capsys, no_cache_dir
 ):
-    monkeypatch.setattr(features, "read_rate", feature_store.read_rate)
+    monkeypatch.setattr(placement, "read_rate", feature_store.read_rate)
     monkeypatch.chdir(tmp_path)
     flags = {
         "model": blip_folder, "train_data_path": data / "train.json", "output_path": "run",
@@ -1213,7 +1243,7 @@ def test_processes_that_train_on_one_cache_at_once_train_as_they_would_alone(
     third = run(
         config, cache="disk", cache_dir=str(elsewhere / "ab"), output_path=str(tmp_path / "third")
     )
-    assert third.source.num_encoded == 0 and third.trajectory == expected
+    assert third.num_encoded == 0 and third.trajectory == expected
 
 
 def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere, tmp_path):
@@ -1228,8 +1258,8 @@ def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere
     )
     assert done.trajectory == expected
     alone = run(config, output_path=str(tmp_path / "alone"), cache="memory")
-    assert 4 <= num_there < alone.source.num_encoded
-    assert done.source.num_encoded == alone.source.num_encoded - num_there
+    assert 4 <= num_there < alone.num_encoded
+    assert done.num_encoded == alone.num_encoded - num_there
 
 
 def _main(*arguments: str) -> None:
@@ -1263,7 +1293,7 @@ def _train(config: TrainingConfig, kill_before: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
-        patch.setattr(features, "FeatureStore", open_and_remember)
+        patch.setattr(placement, "FeatureStore", open_and_remember)
         patch.setattr(Trainer, "accumulate", accumulate_or_die)
         train(replace(config, lora_targets=tuple(config.lora_targets)))
 

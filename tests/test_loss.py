@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora_engine.data.batches import Collate, Example, FeatureBatch, PixelBatch
 from lora_engine.data.captions import IGNORED
-from lora_engine.features.source import encode_pixels
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.injection import cast_frozen, inject, lora_parameters
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner

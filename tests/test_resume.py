@@ -1194,7 +1194,7 @@ def test_captioning_that_is_told_to_end_keeps_what_it_has_written(
     out = tmp_path / "captions.jsonl"
 
     def signalled():
-        real, calls = captioning.caption_pixels, []
+        real, calls = captioning.caption_features, []
 
         def send(*args, **kwargs):
             calls.append(1)
@@ -1202,7 +1202,7 @@ def test_captioning_that_is_told_to_end_keeps_what_it_has_written(
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args, **kwargs)
 
-        captioning.caption_pixels = send
+        captioning.caption_features = send
         sys.argv = ["program", "caption", "--model", str(blip_folder), str(data / "images"),
                     "--out", str(out), "--batch_size", "2", "--num_workers", "1"]
         return cli.run(verbs.run_verb)

@@ -81,8 +81,8 @@ def test_captions_and_names_are_printed_escaped_and_written_whole(
 ):
     caption = f"ein Hündchen 👩‍👩‍👧 {HOSTILE}"
     monkeypatch.setattr(
-        "lora_engine.captioning.captioner.caption_pixels",
-        lambda *args, **kwargs: [(Caption(caption, ended=True),)],
+        "lora_engine.captioning.captioner.caption_features",
+        lambda *args, **kwargs: [Caption(caption, ended=True)],
     )
     image = tmp_path / "é 名前\n\x1b[2J.png"
     shutil.copy(read_annotations(data / "train.json")[0].image, image)

@@ -18,13 +18,13 @@ from pictures import json_lines, png_header, settings, write_pictures
 from PIL import Image
 from torch import Tensor
 
-from lora_engine.captioning.captioner import Speaker, caption_pixels
+from lora_engine.captioning.captioner import caption_features
 from lora_engine.captioning.metrics import Scores
 from lora_engine.data.annotations import hold_out, read_annotations
 from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.images import open_image, to_pixels
-from lora_engine.features.source import encode_pixels
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import AdapterError, read_adapter
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
 from lora_engine.models.pretrained import Captioner, load_captioner
@@ -191,11 +191,10 @@ def test_samples_are_what_the_adapted_model_says(trained):
         to_pixels(open_image(sample.image), trained.captioner.pixels)
         for sample in trained.summary.samples
     ]
-    said = caption_pixels(
-        [Speaker(trained.captioner)], torch.from_numpy(np.stack(pixels)), device=CPU,
-        dtype=torch.float32,
-    )
-    assert [caption.text for (caption,) in said] == [s.best for s in trained.summary.samples]
+    captioner = trained.captioner
+    features = encode_pixels(captioner.model, torch.from_numpy(np.stack(pixels)), captioner.pixels)
+    captions = [caption.text for caption in caption_features(captioner, features)]
+    assert captions == [sample.best for sample in trained.summary.samples]
 
 
 def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
@@ -649,13 +648,11 @@ def test_a_prompt_is_no_target_and_is_stored_and_used(captioner_folder, data, tm
     assert read_adapter(done.summary.path / "adapter").prompt == prompt
     captioner, sample = done.captioner, done.summary.samples[0]
     pixels = to_pixels(open_image(sample.image), captioner.pixels)[None]
-    say = {
-        text: caption_pixels(
-            [Speaker(captioner, text)], torch.from_numpy(pixels), device=CPU, dtype=torch.float32
-        )[0][0].text
-        for text in (prompt, "")
+    features = encode_pixels(captioner.model, torch.from_numpy(pixels), captioner.pixels)
+    captions = {
+        text: caption_features(captioner, features, prompt=text)[0].text for text in (prompt, "")
     }
-    assert sample.best == say[prompt] != say[""]
+    assert sample.best == captions[prompt] != captions[""]
     assert not sample.best.startswith(prompt)
     # The loss of the captions alone, given the prompt.
     fresh = load_captioner(captioner_folder)

@@ -1,54 +1,47 @@
-"""Images -> captions, with a loaded captioner and any adapters beside each other."""
+"""Images -> captions, by one captioner or by several that share an encoder."""
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lora_engine.captioning.generation import generate
-from lora_engine.data.images import ImageError, PixelSettings, load_pixels
-from lora_engine.data.workers import load
+from lora_engine.data.batches import CaptionedImages, Collate, SampleIndex
 from lora_engine.devices import autocast
-from lora_engine.features.source import encode_pixels
+from lora_engine.features.loader import FeatureLoader
+from lora_engine.features.source import FeatureSource
 from lora_engine.lora.adapter import Adapter, load_adapter
 from lora_engine.lora.injection import merge
 from lora_engine.models.pretrained import Captioner
 
 
 class Caption(NamedTuple):
-    """A caption, and whether it ended by itself: with the end token, not for want of room."""
+    """A caption; `ended` is false if it was cut at the length limit, before an end token."""
 
     text: str
     ended: bool
 
 
 class Captioned(NamedTuple):
-    """One image's outcome: a caption by each speaker, or the reason why there is none."""
+    """The result for one image: a caption by each captioner, or the reason why there is none."""
 
     image: str
     captions: tuple[Caption, ...] = ()
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """Who captions: a base model, alone or with one adapter, and the prompt that it continues."""
+def with_adapter(
+    captioner: Captioner, adapter: Adapter, *, prompt: str | None = None
+) -> Captioner:
+    """A captioner with the adapter merged into its own copy of the weights; others are shared.
 
-    captioner: Captioner
-    prompt: str = ""
-
-
-def with_adapter(captioner: Captioner, adapter: Adapter) -> Captioner:
-    """The captioner with an adapter folded into weights of its own; all others are shared.
-
-    Raises AdapterError if it does not fit.
+    It continues the adapter's prompt unless another one is given. Raises AdapterError if the
+    adapter does not fit.
     """
     model = captioner.model
     shared: dict[int, Any] = {id(model.encoder): model.encoder}
@@ -56,27 +49,26 @@ def with_adapter(captioner: Captioner, adapter: Adapter) -> Captioner:
     model = copy.deepcopy(model, shared)
     load_adapter(model, adapter)
     merge(model)
-    return dataclasses.replace(captioner, model=model)
+    return dataclasses.replace(
+        captioner, model=model, prompt=adapter.prompt if prompt is None else prompt
+    )
 
 
 @torch.no_grad()
 def caption_features(
-    captioner: Captioner,
-    features: Tensor,
-    *,
-    prompt: str = "",
-    **settings,
+    captioner: Captioner, features: Tensor, *, prompt: str | None = None, **settings
 ) -> list[Caption]:
-    """Caption images by their features (B, P, D), without their prompt.
+    """Caption images by their features (B, P, D); the captions do not include the prompt.
 
-    `settings` are those of `generation.generate`: beams, lengths, sampling.
+    `prompt` replaces the captioner's own. `settings` go to `generation.generate`: beams, lengths,
+    sampling.
     """
     model, tokenizer = captioner.model, captioner.tokenizer
     was_training = model.training
     model.eval()
-    prompt_ids = tokenizer.prompt_ids(prompt)
-    # A growing cache has another shape at every token: compiled layers would be compiled anew for
-    # each, up to torch's limit, beyond which the training step, too, would run uncompiled.
+    prompt_ids = tokenizer.prompt_ids(captioner.prompt if prompt is None else prompt)
+    # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
+    # each, up to torch's limit, beyond which the training step would run uncompiled, too.
     with autocast(features.device, features.dtype), torch.compiler.set_stance("force_eager"):
         tokens = generate(
             model,
@@ -91,74 +83,73 @@ def caption_features(
     return [Caption(tokenizer.decode(row), tokenizer.end_id in row) for row in new_tokens]
 
 
-def caption_pixels(
-    speakers: Sequence[Speaker],
-    pixels: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    **settings,
-) -> list[tuple[Caption, ...]]:
-    """Each speaker's captions of uint8 pixels (B, 3, H, W), made by `images.load_pixels`.
-
-    The speakers share an encoder, which runs once. `settings` are those of `generation.generate`.
-    """
-    first = speakers[0].captioner
-    with autocast(device, dtype):
-        features = encode_pixels(first.model, pixels.to(device, non_blocking=True), first.pixels)
-    features = features.to(dtype)
-    return list(zip(*(
-        caption_features(speaker.captioner, features, prompt=speaker.prompt, **settings)
-        for speaker in speakers
-    )))
-
-
 def caption_images(
-    speakers: Sequence[Speaker],
+    captioners: Sequence[Captioner],
     images: Sequence[str | Path],
     *,
+    features: FeatureSource,
     batch_size: int = 16,
     num_workers: int = 0,
     timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
     **settings,
-) -> Iterator[Captioned]:
-    """Caption image files in batches, in order; one that cannot be read yields its reason.
+) -> Generator[Captioned]:
+    """Caption image files, in order; one that cannot be read yields the reason.
 
-    `num_workers` and `timeout_s` are those of `workers.load`. `numbers` are the images' numbers for
-    sampling, by default their places among `images`. `settings` are those of `caption_pixels`.
+    The captioners share the encoder of `features`. `num_workers` and `timeout_s` are described in
+    `workers.load`. `numbers` are the images' numbers for sampling, by default their positions in
+    `images`. `settings` go to `generation.generate`.
     """
     numbers = range(len(images)) if numbers is None else numbers
-    files = _ImageFiles(list(map(str, images)), speakers[0].captioner.pixels)
-    batches = load(
-        files, batch_size=batch_size, collate_fn=list, num_workers=num_workers, timeout_s=timeout_s
+    loader = _image_loader(
+        captioners[0], images, features, batch_size, num_workers=num_workers, timeout_s=timeout_s
     )
-    for batch in batches:
-        usable = [(place, pixels) for place, pixels, _ in batch if pixels is not None]
-        captions: Iterator[tuple[Caption, ...]] = iter(())
-        if usable:
-            captions = iter(caption_pixels(
-                speakers,
-                torch.from_numpy(np.stack([pixels for _, pixels in usable])),
-                numbers=[numbers[place] for place, _ in usable],
-                **settings,
-            ))
-        for place, pixels, reason in batch:
-            yield Captioned(str(images[place]), () if pixels is None else next(captions), reason)
+    with closing(iter(loader)) as batches:
+        for batch in batches:
+            results = {
+                bad.row: Captioned(bad.image, reason=bad.reason) for bad in batch.skipped
+            }
+            if batch.rows:
+                captions = zip(*(
+                    caption_features(
+                        captioner,
+                        batch.features,
+                        numbers=[numbers[row] for row in batch.rows],
+                        **settings,
+                    )
+                    for captioner in captioners
+                ))
+                for row, of_image in zip(batch.rows, captions):
+                    results[row] = Captioned(str(images[row]), of_image)
+            yield from (results[row] for row in sorted(results))
 
 
-class _ImageFiles(Dataset):
-    """(place, pixels uint8 (3, H, W), None) of an image, or (place, None, reason)."""
-
-    def __init__(self, paths: Sequence[str], settings: PixelSettings) -> None:
-        self.paths = paths
-        self.settings = settings
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None, str | None]:
-        try:
-            return place, load_pixels(self.paths[place], self.settings), None
-        except ImageError as error:
-            return place, None, error.reason
+def _image_loader(
+    captioner: Captioner,
+    images: Sequence[str | Path],
+    features: FeatureSource,
+    batch_size: int,
+    **loading,
+) -> FeatureLoader:
+    """Loads images as training does: each is a row whose caption is empty."""
+    tokenizer, pixels = captioner.tokenizer, captioner.pixels
+    dataset = CaptionedImages(
+        [str(image) for image in images],
+        tokenizer.encode(("" for _ in images), max_caption_tokens=0),
+        pixels,
+        seed=0,
+        substitute=False,
+    )
+    rows = [SampleIndex(0, row, row) for row in range(len(images))]
+    return FeatureLoader(
+        dataset,
+        [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)],
+        features=features,
+        collate=Collate(
+            image_size=pixels.size,
+            prompt_length=len(tokenizer.prompt_ids()),
+            pad_id=tokenizer.pad_id,
+        ),
+        batch_bytes=3 * pixels.size[0] * pixels.size[1] * batch_size,
+        **loading,
+    )

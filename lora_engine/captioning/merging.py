@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
-from lora_engine.features.source import encode_pixels
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.files import replaced_folder
 from lora_engine.lora.injection import lora_layers
 from lora_engine.models.model_folder import SMALL_FILES

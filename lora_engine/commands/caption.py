@@ -1,6 +1,7 @@
-"""python -m lora_engine caption: images -> captions, on the screen and in files."""
+"""python -m lora_engine caption: images -> captions, on stdout and in files."""
 
 import csv
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,19 +14,20 @@ import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.captioning.captioner import Captioned, Speaker
+from lora_engine.captioning.captioner import Captioned
 from lora_engine.captioning.generation import Sampling
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
     check_writable,
     load_base,
-    speaker_of,
+    load_onto,
 )
 from lora_engine.config import Range
 from lora_engine.data.images import find_images
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_record import read_records
 from lora_engine.terminal import escaped
 
@@ -37,27 +39,26 @@ class CaptionConfig(CaptioningConfig):
     """Flags of `caption`."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files, folders of images, patterns such as "photos/**/*.jpg", or - for a list of files
-    on stdin, one a line."""
+    """Image files, folders of images, patterns such as "photos/**/*.jpg", or - to read one path per
+    line from stdin."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Adapter folder, such as RUN/adapter; without one the base model captions. Given several
-    times, all adapters caption, side by side."""
+    """Adapter folder, such as RUN/adapter; without one, the base model captions. Repeat the flag to
+    compare several adapters."""
     out: str | None = None
-    """Write the captions to this file, too: {"image", "caption"} JSON lines, or CSV where it ends
-    in .csv. Images that it holds already are not captioned again."""
+    """Also write the captions to this file: {"image", "caption"} JSON lines, or CSV if its name
+    ends in .csv. Skips images that it already contains."""
     txt: bool = False
-    """Write each caption beside its image, into a .txt file. Images that have one are not captioned
-    again."""
+    """Write each caption to a .txt file next to its image. Skips images that already have one."""
     overwrite: bool = False
-    """Caption anew what --out and --txt hold already."""
+    """Replace the captions that --out and --txt already contain."""
     min_new_tokens: int = 0
-    """Shortest caption, in tokens."""
+    """Minimum length of a caption, in tokens."""
     temperature: Annotated[float | None, Range(gt=0)] = None
-    """Draw words at this temperature instead of taking the most probable ones."""
+    """Sample tokens at this temperature instead of choosing the most probable ones."""
     top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
-    """Draw from the fewest words whose probabilities add up to this much."""
+    """Sample from the smallest set of tokens whose probabilities add up to this value."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Random seed for sampling."""
 
     def check(self) -> None:
         super().check()
@@ -67,15 +68,15 @@ class CaptionConfig(CaptioningConfig):
                 f"({self.max_new_tokens})"
             )
         if self.temperature is None and self.top_p < 1:
-            raise ValueError("--top_p is for drawing words: give --temperature 1, too")
+            raise ValueError("--top_p is for sampling: give --temperature 1, too")
         if self.temperature is not None and self.num_beams > 1:
-            raise ValueError("--temperature draws words, --num_beams searches: give one of them")
+            raise ValueError("--temperature samples and --num_beams searches: give one of them")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must be 0 or more")
         if not self.images:
-            raise ValueError("no images to caption: name image files, or folders of images")
+            raise ValueError("no images to caption: give image files or folders of images")
         if self.txt and len(self.adapter) > 1:
-            raise ValueError("--txt holds one caption an image, but there are several --adapter")
+            raise ValueError("--txt takes one caption per image, but there are several --adapter")
         check_writable("--out", self.out)
 
 
@@ -90,52 +91,53 @@ def caption(args: list[str]) -> int:
     left = _without_caption(config, images)
     if len(left) < len(images):
         print(
-            f"{len(images) - len(left)} of {len(images)} images have a caption already "
-            f"(--overwrite makes new ones)",
+            f"{len(images) - len(left)} of {len(images)} images already have a caption "
+            f"(--overwrite replaces them)",
             file=sys.stderr,
         )
     if not left:
         return 0
-    outcomes = config.caption(
-        _speakers(config),
+    sampling = None
+    if config.temperature is not None:
+        sampling = Sampling(config.temperature, config.top_p, config.seed)
+    captions = config.captions(
+        _captioners(config),
         [images[number] for number in left],
         min_new_tokens=config.min_new_tokens,
-        sampling=None if config.temperature is None else Sampling(
-            config.temperature, config.top_p, config.seed
-        ),
+        sampling=sampling,
         numbers=left,
     )
     skipped = SkippedImages(config.out)
-    # Files are opened when everything is loaded: what fails before that changes none.
-    with ExitStack() as stack:
+    # Files are opened after everything has been loaded, so an earlier failure changes none.
+    with captions as captioned, ExitStack() as stack:
         writers = _open_writers(config, stack)
-        for outcome in tqdm(
-            outcomes, total=len(left), unit="image", disable=not sys.stderr.isatty()
+        for result in tqdm(
+            captioned, total=len(left), unit="image", disable=not sys.stderr.isatty()
         ):
-            if outcome.captions:
+            if result.captions:
                 for write in writers:
-                    write(outcome)
+                    write(result)
             else:
-                skipped.add(outcome)
+                skipped.add(result)
     skipped.finish()
     return UNREADABLE if skipped.lines else 0
 
 
 def _listed(paths: Sequence[str]) -> list[str]:
-    """The paths, with those on stdin in the place of "-"."""
+    """The paths, with "-" replaced by the paths on stdin."""
     found: list[str] = []
     for path in paths:
         found += sys.stdin.read().splitlines() if path == "-" else [path]
     return [path for path in found if path.strip()]
 
 
-def _speakers(config: CaptionConfig) -> list[Speaker]:
+def _captioners(config: CaptionConfig) -> list[Captioner]:
     adapters = [read_adapter(folder) for folder in config.adapter]
-    captioner = load_base(config.model, config.revision, adapters)
+    base = load_base(config.model, config.revision, adapters)
     if not adapters:
-        return [Speaker(captioner, config.prompt or "")]
+        return [dataclasses.replace(base, prompt=config.prompt or "")]
     return [
-        speaker_of(captioner, adapter, config.prompt, force=config.force) for adapter in adapters
+        load_onto(base, adapter, prompt=config.prompt, force=config.force) for adapter in adapters
     ]
 
 
@@ -145,7 +147,7 @@ Writer = Callable[[Captioned], None]
 
 
 def _without_caption(config: CaptionConfig, images: Sequence[Path]) -> list[int]:
-    """The numbers of the images whose caption --out or --txt lacks; without them all."""
+    """The numbers of the images without a caption in --out or --txt; all if neither is given."""
     if config.txt:
         _check_no_name_twice(images)
     if config.overwrite or not (config.txt or config.out):
@@ -159,9 +161,9 @@ def _without_caption(config: CaptionConfig, images: Sequence[Path]) -> list[int]
 
 
 def _open_writers(config: CaptionConfig, stack: ExitStack) -> list[Writer]:
-    """What writes an outcome, everywhere that it shall go."""
+    """Open the files that captions go to -> functions that write a result, stdout first."""
     names = list(config.adapter) if len(config.adapter) > 1 else []
-    writers: list[Writer] = [lambda outcome: _print(outcome, names)]
+    writers: list[Writer] = [lambda result: _print(result, names)]
     if config.txt:
         writers.append(_write_beside)
     if config.out is not None:
@@ -170,7 +172,7 @@ def _open_writers(config: CaptionConfig, stack: ExitStack) -> list[Writer]:
         if config.overwrite:
             path = stack.enter_context(replaced_file(path))
         else:
-            _remove_cut_line(path)
+            _remove_incomplete_line(path)
         file = stack.enter_context(
             open(path, "a", encoding="utf-8", errors="backslashreplace", newline="")
         )
@@ -180,44 +182,44 @@ def _open_writers(config: CaptionConfig, stack: ExitStack) -> list[Writer]:
             csv.writer(file).writerow(columns)
         write = _write_csv if is_csv else _write_json
         writers.append(
-            lambda outcome: None if outcome.image in done else write(outcome, names, file)
+            lambda result: None if result.image in done else write(result, names, file)
         )
     return writers
 
 
-def _said(outcome: Captioned, names: Sequence[str]) -> list[dict[str, str]]:
-    """{"image", "caption"} of an outcome; with several adapters one for each, which names it."""
+def _lines(result: Captioned, names: Sequence[str]) -> list[dict[str, str]]:
+    """{"image", "caption"} of a result; with several adapters one each, with the adapter's name."""
     if not names:
-        return [{"image": outcome.image, "caption": outcome.captions[0].text}]
+        return [{"image": result.image, "caption": result.captions[0].text}]
     return [
-        {"image": outcome.image, "adapter": name, "caption": caption.text}
-        for name, caption in zip(names, outcome.captions)
+        {"image": result.image, "adapter": name, "caption": caption.text}
+        for name, caption in zip(names, result.captions)
     ]
 
 
-def _print(outcome: Captioned, names: Sequence[str]) -> None:
-    for line in _said(outcome, names):
+def _print(result: Captioned, names: Sequence[str]) -> None:
+    for line in _lines(result, names):
         line["caption"] = " ".join(line["caption"].split())
         tqdm.write("\t".join(map(escaped, line.values())), file=sys.stdout)
     sys.stdout.flush()
 
 
-def _write_json(outcome: Captioned, names: Sequence[str], file: TextIO) -> None:
-    for line in _said(outcome, names):
+def _write_json(result: Captioned, names: Sequence[str], file: TextIO) -> None:
+    for line in _lines(result, names):
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     file.flush()
 
 
-def _write_csv(outcome: Captioned, names: Sequence[str], file: TextIO) -> None:
-    for line in _said(outcome, names):
-        # On one line of the file, so that a line is an image.
+def _write_csv(result: Captioned, names: Sequence[str], file: TextIO) -> None:
+    for line in _lines(result, names):
+        # Without line breaks in cells, so that each line of the file is one caption.
         csv.writer(file).writerow(" ".join(cell.split()) for cell in line.values())
     file.flush()
 
 
-def _write_beside(outcome: Captioned) -> None:
-    with replaced_file(Path(outcome.image).with_suffix(".txt")) as new:
-        new.write_text(outcome.captions[0].text + "\n", encoding="utf-8")
+def _write_beside(result: Captioned) -> None:
+    with replaced_file(Path(result.image).with_suffix(".txt")) as new:
+        new.write_text(result.captions[0].text + "\n", encoding="utf-8")
 
 
 def _check_no_name_twice(images: Sequence[Path]) -> None:
@@ -226,7 +228,7 @@ def _check_no_name_twice(images: Sequence[Path]) -> None:
         other = owners.setdefault(image.with_suffix(".txt"), image)
         if other != image:
             raise ValueError(
-                f"--txt would write the captions of {other} and {image} into one file; rename one"
+                f"--txt would write the captions of {other} and {image} to one file; rename one"
             )
 
 
@@ -235,7 +237,7 @@ def _is_csv(out: str) -> bool:
 
 
 def _done(out: str | None) -> set[str]:
-    """The images that a file of captions names, but for a last line that was cut short.
+    """The images that a file of captions contains, except in an incomplete last line.
 
     Raises ValueError if it is another kind of file.
     """
@@ -244,18 +246,18 @@ def _done(out: str | None) -> set[str]:
     try:
         if not _is_csv(out):
             return {line["image"] for line in read_records(out, image=str, caption=str)}
-        whole = Path(out).read_text(encoding="utf-8").rpartition("\n")[0]
-        return {row["image"] for row in csv.DictReader(whole.split("\n"))}
+        complete = Path(out).read_text(encoding="utf-8").rpartition("\n")[0]
+        return {row["image"] for row in csv.DictReader(complete.split("\n"))}
     except (ValueError, KeyError) as error:
         kind = "CSV with a column image" if _is_csv(out) else "JSON lines of captions"
         raise ValueError(
-            f"--out {out} holds something else than {kind} ({error}); name another file, or "
-            f"--overwrite it"
+            f"--out {out} does not contain {kind} ({error}); give another file, or replace this "
+            f"one with --overwrite"
         ) from None
 
 
-def _remove_cut_line(path: Path) -> None:
-    """A line without an end would run into what is written behind it."""
+def _remove_incomplete_line(path: Path) -> None:
+    """Remove a last line without an end: the next line would be appended to it."""
     if path.exists():
         data = path.read_bytes()
         with open(path, "r+b") as file:

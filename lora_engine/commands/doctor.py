@@ -157,7 +157,7 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _disks(config: DoctorConfig) -> Iterator[Finding]:
-    from lora_engine.training.setup import default_cache_dir
+    from lora_engine.features.store import default_cache_dir
 
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     for topic, flag, path in (

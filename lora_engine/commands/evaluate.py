@@ -1,6 +1,8 @@
-"""python -m lora_engine evaluate: how good captions are, with the adapter and without it."""
+"""python -m lora_engine evaluate: score captions, with and without an adapter."""
 
+import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_engine import cli
-from lora_engine.captioning.captioner import Caption, Speaker
+from lora_engine.captioning.captioner import Caption
 from lora_engine.captioning.java_metrics import JAVA_SCORES, check_java, java_score
 from lora_engine.captioning.metrics import (
     BOOTSTRAPPED,
@@ -24,13 +26,16 @@ from lora_engine.commands.loading import (
     SkippedImages,
     check_writable,
     load_base,
-    speaker_of,
+    load_onto,
 )
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.models.pretrained import Captioner
 from lora_engine.terminal import printable
 
-UNREADABLE = 1  # exit status: some images or captions are left out of the scores
+logger = logging.getLogger(__name__)
+
+UNREADABLE = 1  # exit status: some images or captions are not scored
 BASE, ADAPTER = "base", "adapter"
 
 
@@ -39,24 +44,25 @@ class EvaluateConfig(CaptioningConfig):
     """Flags of `evaluate`."""
 
     data: str
-    """Annotations with the references: a JSON list of {"text", "image"}, or COCO's captions."""
+    """Annotations with reference captions: a JSON list of {"text", "image"}, or a COCO captions
+    file."""
     adapter: str | None = None
-    """Adapter folder, such as RUN/adapter; it and its base are scored side by side."""
+    """Adapter folder, such as RUN/adapter; its base model is scored for comparison."""
     image_folder: str | None = None
-    """Where the images of a COCO file are. Default: beside the file."""
+    """Folder with the images of a COCO file. Default: the folder of the file."""
     out: str | None = None
-    """Write a JSON line for each image, with its captions and their scores, to this file."""
+    """Write one JSON line per image, with its captions and their scores, to this file."""
     coco_out: str | None = None
     """Write the captions (the adapter's, if there is one) in COCO's results format to this file."""
     meteor_spice: bool = False
-    """Score METEOR and SPICE, too; needs Java and the coco extra."""
+    """Also compute METEOR and SPICE; needs Java and the coco extra."""
 
 
 def evaluate(args: list[str]) -> int:
     """Score captions against references, with and without an adapter -> exit status."""
     config = cli.parse(
         EvaluateConfig, args, prog="python -m lora_engine evaluate",
-        description="Score the captions of a base model, and of an adapter on it, side by side.",
+        description="Score the captions of a base model, and of an adapter for comparison.",
     )
     config.check()
     check_writable("--out", config.out)
@@ -65,16 +71,16 @@ def evaluate(args: list[str]) -> int:
         check_java()
     data, bad_rows = read_references(config.data, image_folder=config.image_folder)
     skipped = SkippedImages(config.out, bad_rows)
-    scored, captions = _caption(config, data, _speakers(config), skipped)
+    scored, captions = _caption(config, data, _captioners(config), skipped)
     if not scored:
-        raise ValueError(f"{config.data}: not one image could be read")
+        raise ValueError(f"{config.data}: none of the images could be read")
     texts = [image.references for image in scored]
     references = References(texts)
     results = {
         name: references.score(
-            [caption.text for caption in said], ended=[caption.ended for caption in said]
+            [caption.text for caption in column], ended=[caption.ended for caption in column]
         )
-        for name, said in captions.items()
+        for name, column in captions.items()
     }
     print(printable(_table(config, results)))
     if config.meteor_spice:
@@ -95,38 +101,37 @@ def evaluate(args: list[str]) -> int:
     return UNREADABLE if skipped.lines else 0
 
 
-def _speakers(config: EvaluateConfig) -> dict[str, Speaker]:
+def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
+    """The base and, if there is one, the adapter on it, both with the same prompt."""
     adapters = [] if config.adapter is None else [read_adapter(config.adapter)]
-    captioner = load_base(config.model, config.revision, adapters)
+    base = load_base(config.model, config.revision, adapters)
     prompt = config.prompt
     if prompt is None:
         prompt = adapters[0].prompt if adapters else ""
-    speakers = {BASE: Speaker(captioner, prompt)}
+    captioners = {BASE: dataclasses.replace(base, prompt=prompt)}
     if adapters:
-        speakers[ADAPTER] = speaker_of(
-            captioner, adapters[0], prompt, force=config.force
-        )
-    return speakers
+        captioners[ADAPTER] = load_onto(base, adapters[0], prompt=prompt, force=config.force)
+    return captioners
 
 
 def _caption(
     config: EvaluateConfig,
     data: Sequence[Referenced],
-    speakers: dict[str, Speaker],
+    captioners: dict[str, Captioner],
     skipped: SkippedImages,
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
-    """The images that could be read, and what each speaker says of them."""
-    outcomes = config.caption(list(speakers.values()), [image.image for image in data])
+    """The images that could be read, and each captioner's captions of them."""
     scored: list[Referenced] = []
-    captions: dict[str, list[Caption]] = {name: [] for name in speakers}
-    progress = tqdm(outcomes, total=len(data), unit="image", disable=not sys.stderr.isatty())
-    for image, outcome in zip(data, progress):
-        if outcome.reason is not None:
-            skipped.add(outcome)
-            continue
-        scored.append(image)
-        for said, caption in zip(captions.values(), outcome.captions):
-            said.append(caption)
+    captions: dict[str, list[Caption]] = {name: [] for name in captioners}
+    with config.captions(list(captioners.values()), [image.image for image in data]) as captioned:
+        progress = tqdm(captioned, total=len(data), unit="image", disable=not sys.stderr.isatty())
+        for image, result in zip(data, progress):
+            if result.reason is not None:
+                skipped.add(result)
+                continue
+            scored.append(image)
+            for column, caption in zip(captions.values(), result.captions):
+                column.append(caption)
     skipped.finish()
     return scored, captions
 
@@ -159,7 +164,7 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
     return "\n".join([
         f"{first.num_images:,} images of {config.data}, {first.num_references:,} references "
         f"({first.mean_reference_length:.3g} tokens on average), {search} captions",
-        "COCO's scores, on tokens cut here as PTB's; in brackets 95 % of 1,000 bootstrap samples",
+        "COCO's scores on PTB-style tokens; in brackets 95 % of 1,000 bootstrap samples",
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
           for row in rows),
@@ -169,18 +174,18 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
 def _print_java_scores(
     captions: dict[str, list[Caption]], references: Sequence[Sequence[str]]
 ) -> None:
-    """One that fails costs a warning, and not what else was found."""
+    """A program that fails costs a warning, but not the other scores."""
     for score in JAVA_SCORES:
         try:
             values = {
-                name: java_score(score, [caption.text for caption in said], references)
-                for name, said in captions.items()
+                name: java_score(score, [caption.text for caption in column], references)
+                for name, column in captions.items()
             }
         except ValueError as error:
-            print(printable(f"warning: {error}"), file=sys.stderr)
+            logger.warning(str(error))
         else:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            print(f"{score.upper()}: {told}")
+            parts = (f"{name} {value:.3f}" for name, value in values.items())
+            print(f"{score.upper()}: {', '.join(parts)}")
 
 
 def _lines(

@@ -1,87 +1,122 @@
-"""What verbs share: a base model with the adapters that are asked for, and how they caption."""
+"""What the captioning commands share: base model, adapters, flags, and lists of skipped images."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lora_engine.captioning.captioner import Captioned, Speaker, caption_images, with_adapter
+from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
-from lora_engine.devices import resolve_device, resolve_dtype
+from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
+from lora_engine.features.source import open_features
+from lora_engine.features.store import default_cache_dir
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.terminal import printable
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningConfig:
-    """The flags of every verb that captions."""
+    """The flags of every command that captions images."""
 
     model: str | None = None
-    """Base model: folder or Hub name. Default: the one that the adapter was trained on."""
+    """Base model: a folder or a Hub name. Default: the model that the adapter was trained on."""
     revision: str | None = None
-    """Revision of a Hub name."""
+    """Revision of a Hub model."""
     num_beams: Annotated[int, Range(ge=1)] = 1
-    """Beams of the search; 1 is greedy."""
+    """Number of beams; 1 is greedy search."""
     max_new_tokens: Annotated[int, Range(ge=1)] = 30
-    """Longest caption, in tokens."""
+    """Maximum length of a caption, in tokens."""
     batch_size: Annotated[int, Range(ge=1)] = 16
-    """Images at a time."""
+    """Images per batch."""
     prompt: str | None = None
-    """Words to continue. Default: the prompt that the adapter was trained with."""
+    """Words for the captions to continue. Default: the prompt that the adapter was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Format of matrix products; auto: bf16 (else fp16) on CUDA, else fp32."""
+    """Number format of matrix products. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; default: CUDA if there is one."""
+    """cpu, cuda, cuda:1, ... Default: CUDA if available."""
+    cache: Literal["auto", "off", "memory", "disk"] = "auto"
+    """Where image features are kept. disk: in --cache_dir, which training uses too, so that images
+    encoded before are not encoded again; auto: on disk from 16 images on, where that is faster than
+    encoding; off and memory: not beyond this command."""
+    cache_dir: str | None = None
+    """Folder for features, on a local disk. Default: $XDG_CACHE_HOME/lora_engine or
+    ~/.cache/lora_engine."""
+    cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
+    """Number format of kept features. Default: fp32 with --precision fp32, otherwise bf16."""
+    cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0
+    """Maximum size of the cache folder."""
     num_workers: Annotated[int | None, Range(ge=0)] = None
-    """Processes that load images. Default: half of the processors, at most 8, beside a GPU; else 0.
-    """
+    """Processes that load images. Default: half of the processors, at most 8, with a GPU; otherwise
+    0."""
     worker_timeout: Annotated[float, Range(ge=1)] = 300.0
-    """Seconds to wait for images until the command ends."""
+    """Seconds to wait for images before the command gives up."""
     force: bool = False
-    """Use adapters even on a base model with other weights, configuration, tokenizer or
-    preprocessor than they were trained on."""
+    """Accept a base model whose weights, configuration, tokenizer or preprocessor differ from those
+    that the adapter was trained on."""
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
         check_ranges(self)
         resolve_device(self.device)
 
-    def caption(
-        self, speakers: Sequence[Speaker], images: Sequence[str | Path], **settings
-    ) -> Iterator[Captioned]:
-        """Caption images as the flags say; `settings` are further ones of `caption_images`."""
+    @contextmanager
+    def captions(
+        self, captioners: Sequence[Captioner], images: Sequence[str | Path], **settings
+    ) -> Iterator[Iterator[Captioned]]:
+        """Captions of images by captioners that share an encoder, as the flags ask, while open.
+
+        `settings` are further ones of `caption_images`.
+        """
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.precision, device)
-        for speaker in speakers:
-            cast_frozen(speaker.captioner.model, dtype)
-            speaker.captioner.model.to(device)
-        return caption_images(
-            speakers,
-            images,
-            batch_size=self.batch_size,
-            num_workers=default_num_workers(device, self.num_workers),
-            timeout_s=self.worker_timeout,
-            device=device,
-            dtype=dtype,
-            num_beams=self.num_beams,
-            max_new_tokens=self.max_new_tokens,
-            **settings,
-        )
+        disable_tf32()  # as in training, whose features these may be
+        for captioner in captioners:
+            cast_frozen(captioner.model, dtype)
+            captioner.model.to(device)
+        with (
+            open_features(
+                captioners[0],
+                device=device,
+                dtype=dtype,
+                num_images=len(set(images)),
+                cache=self.cache,
+                cache_dir=default_cache_dir() if self.cache_dir is None else Path(self.cache_dir),
+                cache_dtype=self.cache_dtype,
+                cache_limit_bytes=self.cache_limit_gb * 1e9,
+                used_once=True,
+            ) as features,
+            closing(caption_images(
+                captioners,
+                images,
+                features=features,
+                batch_size=self.batch_size,
+                num_workers=default_num_workers(device, self.num_workers),
+                timeout_s=self.worker_timeout,
+                num_beams=self.num_beams,
+                max_new_tokens=self.max_new_tokens,
+                **settings,
+            )) as captioned,
+        ):
+            yield captioned
 
 
 def load_base(
     model: str | None, revision: str | None, adapters: Sequence[Adapter]
 ) -> Captioner:
-    """The captioner that is asked for, or the adapters' own base.
+    """Load `model`, or else the base model that the adapters were trained on.
 
-    Raises ValueError where nothing names a model, where adapters name different ones or one that
+    Raises ValueError if nothing names a model, if the adapters name different ones or one that
     depends on the current folder, and for an adapter of another family.
     """
     bases = {(adapter.base_model, adapter.config.get("revision")) for adapter in adapters}
@@ -93,16 +128,16 @@ def load_base(
     if model is None and bases:
         model, its_revision = bases.pop()
         revision = its_revision if revision is None else revision
-        # A name without a machine's folders in it means a repository on the Hub.
+        # A name that is no absolute path means a repository on the Hub.
         if model is not None and not Path(model).is_absolute() and Path(model).exists():
             raise ValueError(
                 f"the adapter in {adapters[0].folder} names its base model {model!r}, which is also"
-                f" a path in the current folder; give the folder with --model if it is the one, or "
-                f"run this elsewhere to take {model!r} from the Hub"
+                f" a path in the current folder; to use that folder give it with --model, or run "
+                f"this elsewhere to load {model!r} from the Hub"
             )
     if model is None:
         raise ValueError(
-            "no model to load: give --adapter, --model, or both (an adapter that does not say its "
+            "no model to load: give --adapter, --model, or both (an adapter that does not name its "
             "base model needs --model)"
         )
     captioner = load_captioner(model, revision=revision)
@@ -111,38 +146,36 @@ def load_base(
         if base_class not in (None, captioner.hugging_face_class):
             raise ValueError(
                 f"the adapter in {adapter.folder} is for {base_class}, but {model} is "
-                f"{captioner.hugging_face_class or captioner.family}; "
-                f"leave --model out to use the adapter's own base ({adapter.base_model})"
+                f"{captioner.hugging_face_class or captioner.family}; omit --model to use the "
+                f"adapter's own base model ({adapter.base_model})"
             )
     return captioner
 
 
 def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
-    """Raises ValueError if the adapter was trained on another base; with `force` it is a warning.
-    """
+    """Raises ValueError if the adapter was trained on another base; with `force` it only warns."""
     complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
     if complaint is None:
         return
     if not force:
-        raise ValueError(f"{complaint}; give its own base with --model, or --force it")
-    print(printable(f"warning: {complaint}; expect worse captions"), file=sys.stderr)
+        raise ValueError(f"{complaint}; give its own base with --model, or use --force")
+    logger.warning(f"{complaint}; expect worse captions")
 
 
-def speaker_of(
-    captioner: Captioner, adapter: Adapter, prompt: str | None, *, force: bool
-) -> Speaker:
-    """The captioner with an adapter, and that one's prompt unless another is given.
-
-    Raises ValueError as `with_adapter` and `check_base` do.
-    """
-    adapted = with_adapter(captioner, adapter)
+def load_onto(
+    captioner: Captioner, adapter: Adapter, *, prompt: str | None, force: bool
+) -> Captioner:
+    """The captioner with an adapter, after `check_base`. Raises as that and `with_adapter` do."""
+    adapted = with_adapter(captioner, adapter, prompt=prompt)
     check_base(captioner, adapter, force=force)
-    return Speaker(adapted, adapter.prompt if prompt is None else prompt)
+    return adapted
 
 
 class SkippedImages:
-    """Names the images that cannot be read, and lists them in skipped.jsonl beside `out`, behind
-    rows of an annotation file that are skipped."""
+    """Names the images that cannot be read, and lists them in skipped.jsonl next to `out`.
+
+    Skipped rows of an annotation file come first.
+    """
 
     def __init__(self, out: str | None, bad_rows: Sequence[BadRow] = ()) -> None:
         self.path = None if out is None else Path(out).with_name("skipped.jsonl")
@@ -158,7 +191,7 @@ class SkippedImages:
         self.lines.append({"image": outcome.image, "reason": outcome.reason})
 
     def finish(self) -> None:
-        """Say how many they are, and list them."""
+        """Print their number and write the list."""
         if not self.lines:
             return
         where = "" if self.path is None else f"; {self.path} lists them"
@@ -166,8 +199,8 @@ class SkippedImages:
             "rows could not be used": self.num_rows,
             "images could not be read": len(self.lines) - self.num_rows,
         }
-        told = [f"{number} {what}" for what, number in counts.items() if number]
-        print(printable(f"{', '.join(told)}{where}"), file=sys.stderr)
+        parts = [f"{number} {what}" for what, number in counts.items() if number]
+        print(printable(f"{', '.join(parts)}{where}"), file=sys.stderr)
         if self.path is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
             with replaced_file(self.path) as new:
@@ -175,11 +208,11 @@ class SkippedImages:
 
 
 def check_writable(flag: str, path: str | None) -> None:
-    """Say before the work, and not after it, that a file cannot be written there."""
+    """Raises ValueError, before any work is done, if a file cannot be written at `path`."""
     if path is None:
         return
     out = Path(path)
     if out.exists() and not out.is_file():
-        raise ValueError(f"{flag} {out} is not a regular file; name one that may be replaced")
+        raise ValueError(f"{flag} {out} is not a regular file; give one that may be replaced")
     if not out.parent.is_dir():
-        raise ValueError(f"{flag} {out}: there is no folder {out.parent}; make it first")
+        raise ValueError(f"{flag} {out}: there is no folder {out.parent}; create it first")

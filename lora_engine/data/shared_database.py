@@ -1,7 +1,7 @@
-"""A small sqlite database that several processes of one machine use at once.
+"""A small SQLite database that several processes on one machine use at the same time.
 
-What is kept in such a database can be had again, so one that is damaged, or of another version, is
-removed and neither repaired nor migrated.
+Its content can be computed again, so a database that is damaged, or of another version, is removed
+instead of being repaired or migrated.
 """
 
 import os
@@ -15,11 +15,11 @@ _BUSY_TIMEOUT_S = 5.0
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Processes that open or replace files of this folder do it one after the other.
+    """Hold a lock while opening or replacing files of this folder.
 
-    The lock ends with the process that holds it, killed or not. Raises OSError.
+    The lock ends with the process that holds it, even if it is killed. Raises OSError.
     """
-    import fcntl  # not on Windows, where the rest of the package should still import
+    import fcntl  # Windows lacks it, but can import the rest of the package
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -30,13 +30,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def open_database(path: Path, schema: str, *, version: int) -> sqlite3.Connection:
-    """Open or create a database: in autocommit mode, for one thread at a time.
+    """Open or create a database in autocommit mode, for use by one thread at a time.
 
-    `version` is that of the schema, for `is_current`. Raises sqlite3.Error.
+    `version` is the version of the schema, which `is_current` checks. Raises sqlite3.Error.
     """
     database = _connect(path)
-    # With a write-ahead log readers never wait for a writer, and a commit waits for no disk: a
-    # power cut may cost the last commits, but leaves those before them whole.
+    # With a write-ahead log readers never wait for a writer, and commits do not wait for the disk:
+    # a power failure may lose the last commits, but leaves the earlier ones intact.
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     database.executescript(f"{schema} PRAGMA user_version = {version};")
@@ -44,7 +44,7 @@ def open_database(path: Path, schema: str, *, version: int) -> sqlite3.Connectio
 
 
 def is_current(path: Path, *, version: int) -> bool:
-    """Whether the file is there, and an undamaged database of this version of its schema.
+    """Whether the file exists and is an intact database with this version of the schema.
 
     Raises sqlite3.Error, OSError.
     """
@@ -64,9 +64,9 @@ def is_current(path: Path, *, version: int) -> bool:
 
 
 def remove_database(path: Path) -> None:
-    """Remove a database with its log. A process that has it open goes on with the removed one."""
-    for ending in ("-wal", "-shm", ""):
-        Path(f"{path}{ending}").unlink(missing_ok=True)
+    """Remove a database and its log. A process that has it open continues with the removed one."""
+    for suffix in ("-wal", "-shm", ""):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -31,10 +31,11 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
 
-from lora_engine.captioning.captioner import Speaker, caption_pixels
+from lora_engine.captioning.captioner import caption_features
 from lora_engine.data.batches import Collate, Example, PixelBatch
 from lora_engine.data.images import normalize, to_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
+from lora_engine.features.encoder import encode_pixels
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import Captioner, build_from_config, load_captioner
 from lora_engine.training.loss import caption_loss
@@ -188,13 +189,8 @@ def mean_loss(captioner: Captioner, batch: PixelBatch) -> Tensor:
 def caption_scenes(captioner: Captioner, drawn: Iterable[Scene]) -> list[str]:
     """Caption scenes greedily."""
     pixels = np.stack([to_pixels(draw(scene), captioner.pixels) for scene in drawn])
-    captions = caption_pixels(
-        [Speaker(captioner)],
-        torch.from_numpy(pixels),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    return [caption.text for (caption,) in captions]
+    features = encode_pixels(captioner.model, torch.from_numpy(pixels), captioner.pixels)
+    return [caption.text for caption in caption_features(captioner, features)]
 
 
 # --- weights --------------------------------------------------------------------------------

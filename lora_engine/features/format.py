@@ -1,4 +1,4 @@
-"""Features as rows of bytes, one fixed-size row an image, in the number format they are kept in.
+"""Features as rows of bytes: one fixed-size row per image, in fp32, bf16 or int8.
 
 Axes: B images, P image tokens, D width.
 """
@@ -16,11 +16,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """How features (P, D) lie in a row: fp32, bf16, or int8 behind an fp32 scale a channel.
+    """The layout of features (P, D) in a row: fp32, bf16, or int8 after one fp32 scale per channel.
 
-    int8 is symmetric: a value is its integer in [-127, 127] times its image's and channel's scale,
-    the largest magnitude there over 127. Rows are padded to 16 bytes, so that a row of any number
-    format begins where its numbers may.
+    int8 is symmetric: a value is an integer in [-127, 127] times the scale of its image and
+    channel, which is the largest magnitude there over 127. Rows are padded to a multiple of 16
+    bytes, so that the numbers of every row are aligned.
     """
 
     num_tokens: int

@@ -1,12 +1,12 @@
-"""Features of images on disk: one row of bytes an image, kept between epochs and between runs.
+"""Features of images on disk: one row of bytes per image, kept between epochs and between runs.
 
     <cache_dir>/<key>/features.bin    rows back to back
     <cache_dir>/<key>/index.sqlite    digest of an image -> number and checksum of its row
-    <cache_dir>/<key>/about.json      what the features were made by; the key is its hash
+    <cache_dir>/<key>/about.json      description of the encoder; the key is its hash
 
-Nobody waits for the disk: a thread writes. It reserves row numbers, writes the rows, and last makes
-them valid by entries in the index. A kill at any moment leaves at worst places that no entry points
-to, and processes that write at once never write to the same place.
+A thread writes, so callers never wait for the disk. It reserves row numbers, writes the rows, and
+only then adds them to the index. A process that is killed leaves at worst unused space in the file,
+and processes that write at the same time never write to the same place.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ import numpy as np
 from lora_engine.data.shared_database import folder_lock, is_current, open_database, remove_database
 from lora_engine.files import replaced_file
 
-QUEUE_BYTES = 256 * 2**20  # rows that wait for the disk; what comes on top is dropped
-WRITE_BYTES = 64 * 2**20  # rows that become valid at once
-MIN_FREE_BYTES = 2**30  # of the disk, or 2 % of it if that is more
+QUEUE_BYTES = 256 * 2**20  # of rows that wait to be written; further ones are dropped
+WRITE_BYTES = 64 * 2**20  # of rows that are written and indexed together
+MIN_FREE_BYTES = 2**30  # left free on the disk, or 2 % of the disk if that is more
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -37,25 +37,24 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS counter (next_number INTEGER NOT NULL);
 INSERT INTO counter SELECT 0 WHERE NOT EXISTS (SELECT * FROM counter);
 """
-_VERSION = 1  # 0 had no checksums: nothing tells which of its rows are damaged
-_PAGE = 512  # numbers of 8 bytes
+_VERSION = 1  # version 0 had no checksums, so damaged rows could not be detected
+_PAGE = 512  # numbers of 8 bytes each
 
 
 class FeatureStoreError(RuntimeError):
-    """A folder that cannot keep features."""
+    """A folder in which features cannot be kept."""
 
 
 class FeatureStore:
-    """The features of one encoder: `find` and `read` what is there, `offer` what is new.
+    """The features of one encoder: `find` and `read` existing rows, `offer` new ones.
 
-    A damaged row is treated as missing; `num_damaged` counts them.
+    description: everything that the features depend on, as JSON; its hash is the key.
+    limit_bytes: for all keys in `cache_dir` together, not counting what other processes are
+    writing at the moment. 1 GiB of the disk, or 2 % of it if that is more, is always left free.
 
-    description: all that the features depend on, as JSON; another description has another key.
-    limit_bytes: for all keys in `cache_dir` together, but for what other processes are just
-    writing. The last 1 GiB of the disk, or 2 % of it if that is more, is left free too.
-
-    Where writing fails it stops for good: `stopped_because` says why in one sentence, and reading
-    goes on. Any number of processes of one machine may use a folder. Raises FeatureStoreError.
+    A damaged row counts as missing; `num_damaged` counts them. After a failed write nothing more is
+    written, and `stopped_because` gives the reason in one sentence; reading continues. Any number
+    of processes on one machine may use a folder. Raises FeatureStoreError.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class FeatureStore:
         self.stopped_because: str | None = None
         self.num_damaged = 0
         self._closing = False
-        self._queue: dict[bytes, np.ndarray] = {}  # in order; a row leaves it when it is valid
-        self._changed = threading.Condition()  # guards the queue and both reasons to stop
-        self._unused: list[int] = []  # reserved row numbers that no entry points to
+        self._queue: dict[bytes, np.ndarray] = {}  # in order; rows leave it once they are indexed
+        self._changed = threading.Condition()  # guards _queue, _closing and stopped_because
+        self._unused: list[int] = []  # reserved row numbers without a row
         try:
             self._open(description)
         except (OSError, sqlite3.Error) as error:
@@ -87,13 +86,13 @@ class FeatureStore:
 
     def _open(self, description: dict[str, Any]) -> None:
         if not hasattr(os, "preadv"):
-            raise OSError("this operating system cannot read and write at a place of a file")
+            raise OSError("this operating system has no preadv and pwrite")
         index, features = self.folder / "index.sqlite", self.folder / "features.bin"
         self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.cache_dir):
             _check_description(self.folder / "about.json", description)
-            # Both or none: a new one beside an old one would give wrong rows. A process that has
-            # the old ones open goes on with them.
+            # Replace both files or neither: an index that does not belong to the rows would give
+            # wrong rows. A process that has the old files open continues to use them.
             if not (features.exists() and is_current(index, version=_VERSION)):
                 features.unlink(missing_ok=True)
                 remove_database(index)
@@ -103,23 +102,23 @@ class FeatureStore:
 
     @property
     def num_rows(self) -> int:
-        """How many rows `find` would find, those of other processes among them."""
+        """The number of rows that `find` can find, including those of other processes."""
         counted = self._ask("SELECT count(*) FROM rows WHERE number < ?", [self._rows_in_file()])
         return counted[0][0] if counted else 0
 
-    def room(self) -> int:
+    def num_free_rows(self) -> int:
         """How many more rows may be written now."""
-        return max(0, self._room()[0])
+        return max(0, self._free_rows()[0])
 
     def find(self, digests: Sequence[bytes]) -> np.ndarray:
-        """int64 row numbers (B,), -1 where there is no row. Ask `pending` before, not after."""
+        """int64 row numbers (B,), -1 if there is no row. Call `pending` before, not after."""
         found = self._ask("SELECT number FROM rows WHERE digest = ?", digests)
-        end = self._rows_in_file()  # beyond it someone has cut the file
+        end = self._rows_in_file()  # the file may have been truncated
         rows = [hit[0] if hit is not None and hit[0] < end else -1 for hit in found]
         return np.array(rows or [-1] * len(digests), dtype=np.int64)
 
     def read(self, digest: bytes, out: np.ndarray) -> bool:
-        """Copy an image's row into `out`, uint8 (row_bytes,); return whether it is there and whole.
+        """Copy an image's row into `out`, uint8 (row_bytes,) -> whether it exists and is intact.
 
         A damaged row is removed from the index, so that it can be offered again.
         """
@@ -134,8 +133,8 @@ class FeatureStore:
         return False
 
     def _read_bytes(self, offset: int, out: np.ndarray) -> bool:
-        # Not by a memory map: it is no faster, and where the file is cut meanwhile, or the disk
-        # fails, it kills the process (SIGBUS).
+        # A memory map is no faster, and kills the process (SIGBUS) if the file is truncated in the
+        # meantime or the disk fails.
         rest = out.data
         while rest:
             try:
@@ -148,21 +147,21 @@ class FeatureStore:
         return True
 
     def _forget(self, number: int) -> None:
-        """Remove a row's entry; its place in the file stays unused."""
+        """Remove a row from the index; its space in the file stays unused."""
         try:
             self._reader.execute("DELETE FROM rows WHERE number = ?", (number,))
         except sqlite3.Error as error:
             self._stop(f"a damaged row cannot be removed from the index: {error}")
 
     def pending(self, digest: bytes) -> np.ndarray | None:
-        """A row that was offered and is not in the index yet."""
+        """A row that has been offered and is not in the index yet, if there is one."""
         with self._changed:
             return self._queue.get(digest)
 
     def offer(self, digest: bytes, row: np.ndarray) -> bool:
-        """Hand over a row, uint8 (row_bytes,), which nobody changes from now on; never waits.
+        """Queue a row, uint8 (row_bytes,), for writing; it must not change from now on.
 
-        Returns False where it was dropped: too many wait already, or writing has stopped.
+        Never waits. Returns False if the row is dropped: the queue is full, or writing has stopped.
         """
         assert row.dtype == np.uint8 and row.shape == (self.row_bytes,) and row.flags.c_contiguous
         with self._changed:
@@ -176,14 +175,14 @@ class FeatureStore:
             return True
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Write what waits, as far as that is done in time, and close the files."""
+        """Write the queue, as far as that is possible in time, and close the files."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._stop(f"writing the last rows took more than {timeout_s:g} s")
-            return  # the thread still has the files; it ends with the process, if not before
+            return  # the thread still uses the files; it ends with the process at the latest
         self._reader.close()
         self._writer.close()
         if self._file >= 0:
@@ -191,7 +190,7 @@ class FeatureStore:
             self._file = -1
 
     def _ask(self, query: str, values: Sequence[Any]) -> list[Any]:
-        """The answer to the query for each value; none at all where the index is broken."""
+        """The result of the query for each value; an empty list if the index cannot be read."""
         try:
             return [self._reader.execute(query, (value,)).fetchone() for value in values]
         except sqlite3.Error as error:
@@ -208,7 +207,7 @@ class FeatureStore:
             self._queue.clear()
             self._changed.notify()
 
-    # What follows runs in the thread.
+    # --- the writing thread -----------------------------------------------------------------
 
     def _write_queue(self) -> None:
         try:
@@ -217,7 +216,7 @@ class FeatureStore:
                 with self._changed:
                     for digest in batch:
                         self._queue.pop(digest, None)
-        except Exception as error:  # whatever it is, it must not cost the training
+        except Exception as error:  # whatever it is, training must not fail
             self._stop(error)
 
     def _next_batch(self) -> dict[bytes, np.ndarray]:
@@ -229,11 +228,11 @@ class FeatureStore:
     def _write(self, batch: dict[bytes, np.ndarray]) -> None:
         with self._writer as index:
             index.execute("BEGIN IMMEDIATE")
-            # What was cut off would come back as zeros when the file grows again.
+            # Rows of a truncated file would come back as zeros when it grows again.
             index.execute("DELETE FROM rows WHERE number >= ?", (self._rows_in_file(),))
             query = "SELECT * FROM rows WHERE digest = ?"
             new = [digest for digest in batch if not index.execute(query, (digest,)).fetchone()]
-            num_fitting, what_is_full = self._room()
+            num_fitting, what_is_full = self._free_rows()
             fitting = new[: max(0, num_fitting)]
             numbers = self._reserve(index, len(fitting))
         entries = [
@@ -251,20 +250,20 @@ class FeatureStore:
             query = "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
             for entry in entries:
                 if index.execute(query, entry).rowcount == 0:
-                    self._unused.append(entry[0])  # another process was first
+                    self._unused.append(entry[0])  # another process has written this image's row
         if len(fitting) < len(new):
             raise FeatureStoreError(what_is_full)
 
     def _reserve(self, index: sqlite3.Connection, count: int) -> list[int]:
-        """Row numbers for this process alone; within a transaction."""
+        """Reserve row numbers for this process, within a transaction."""
         numbers, self._unused = self._unused[:count], self._unused[count:]
         (begin,) = index.execute("SELECT next_number FROM counter").fetchone()
         end = begin + count - len(numbers)
         index.execute("UPDATE counter SET next_number = ?", (end,))
         return [*numbers, *range(begin, end)]
 
-    def _room(self) -> tuple[int, str]:
-        """How many more rows may be written, and what is full then."""
+    def _free_rows(self) -> tuple[int, str]:
+        """How many more rows may be written, and which limit is reached then."""
         files = self.cache_dir.glob("*/features.bin")
         kept_bytes = sum(path.stat().st_size for path in files if path.exists())
         disk = os.statvfs(self.cache_dir)
@@ -277,22 +276,30 @@ class FeatureStore:
         )
 
 
-def read_rate(cache_dir: Path, *, num_bytes: int = 32 * 2**20) -> float:
-    """Bytes per second at which features come back from this disk when none is in memory.
+def default_cache_dir() -> Path | None:
+    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+    """
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # expanduser keeps the "~" if HOME is not set and the user is not in the password database.
+    return None if parent.startswith("~") else Path(parent, "lora_engine")
 
-    Raises FeatureStoreError if nothing can be written there.
+
+def read_rate(cache_dir: Path, *, num_bytes: int = 32 * 2**20) -> float:
+    """Bytes per second at which this disk reads rows that the page cache does not hold.
+
+    Raises FeatureStoreError if the folder cannot be written to.
     """
     buffer = bytearray(2**20)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir) as file:
-            file.write(os.urandom(num_bytes))  # noise: no file system makes it smaller
+            file.write(os.urandom(num_bytes))  # noise, which no file system can compress
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # elsewhere the rate is that of the memory
+            if hasattr(os, "posix_fadvise"):  # otherwise this measures the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             begin_s = time.perf_counter()
-            # Backwards: rows are read in random order, where no read-ahead helps.
+            # Backwards, because read-ahead does not help with rows in random order either.
             for offset in reversed(range(0, num_bytes, len(buffer))):
                 os.preadv(file.fileno(), [buffer], offset)
             return num_bytes / (time.perf_counter() - begin_s)
@@ -302,17 +309,17 @@ def read_rate(cache_dir: Path, *, num_bytes: int = 32 * 2**20) -> float:
 
 def _unusable(folder: Path, error: Exception) -> FeatureStoreError:
     return FeatureStoreError(
-        f"{folder}: features cannot be kept here: {error}. Choose another cache folder, on a disk "
-        "of this machine, or go on without one"
+        f"{folder}: features cannot be kept here: {error}. Choose another cache folder on a local "
+        "disk, or use none"
     )
 
 
 def _checksum(digest: bytes, row: np.ndarray) -> bytes:
-    """16 bytes that tell an image's row, uint8 (row_bytes,), from any other.
+    """The checksum, 16 bytes, of an image's row, uint8 (row_bytes,).
 
-    They are the BLAKE2b of the image's digest and of sums modulo 2**64: of each page of 4 KiB, and
-    of each number of 8 bytes over all pages. A wrong byte changes two sums; numbers or pages that
-    have changed places change two or more. It takes a third of CRC-32's time (0.3 ms for BLIP's
+    It is the BLAKE2b of the image's digest and of sums modulo 2**64: of each page of 4 KiB, and of
+    the 8-byte numbers at each position over all pages. A wrong byte changes two sums; swapped
+    numbers or pages change two or more. It takes a third of the time of CRC-32 (0.3 ms for BLIP's
     1.8 MB).
     """
     numbers = row.view(np.uint64)
@@ -335,5 +342,5 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
     if received != expected:
         raise FeatureStoreError(
             f"{path} describes other features: got {received!r}, expected {expected!r}. Remove the "
-            f"folder {path.parent}: it is only a cache"
+            f"folder {path.parent}, which is only a cache"
         )

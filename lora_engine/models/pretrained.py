@@ -49,6 +49,7 @@ class Captioner:
     folder: Path
     revision: str | None
     fingerprints: dict[str, str]
+    prompt: str = ""  # the words that its captions continue
 
     @property
     def hugging_face_class(self) -> str | None:

@@ -1,7 +1,6 @@
 """What a run is made of, from its settings: data, model, adapters, trainer, folder, loaders."""
 
 import logging
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from lora_engine.data.workers import (
 )
 from lora_engine.devices import autocast, describe, disable_tf32, resolve_device, resolve_dtype
 from lora_engine.features.loader import FeatureLoader
-from lora_engine.features.source import FeatureSource
+from lora_engine.features.source import FeatureSource, open_features
+from lora_engine.features.store import default_cache_dir
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject
@@ -269,7 +269,7 @@ def feature_source(setup: RunSetup) -> FeatureSource:
     config, data = setup.config, setup.data
     paths = {path for part in (data.train_set, data.val_set) for path in part.image_paths}
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
-    return FeatureSource(
+    return open_features(
         setup.captioner,
         device=setup.trainer.device,
         dtype=setup.trainer.dtype,
@@ -369,11 +369,3 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     one_loader = prefetched_bytes(num_workers, _batch_bytes(setup.captioner, config))
     if (shortage := shared_memory_shortage(2 * one_loader)) is not None:  # training, validation
         logger.warning(shortage)
-
-
-def default_cache_dir() -> Path | None:
-    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
-    """
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # expanduser leaves the "~" if HOME is not set and the user is not in the password database.
-    return None if parent.startswith("~") else Path(parent, "lora_engine")

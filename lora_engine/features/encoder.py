@@ -1,0 +1,134 @@
+"""The frozen encoder: images -> features -> rows of bytes, always in batches of one size.
+
+Axes: U images to encode, B batch, H height, W width, P image tokens, D width.
+"""
+
+import dataclasses
+import time
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_engine.data.images import PIXELS_VERSION, PixelSettings, normalize
+from lora_engine.devices import autocast
+from lora_engine.features.format import CacheDtype, FeatureFormat
+from lora_engine.models import CaptioningModel
+from lora_engine.models.pretrained import Captioner
+from lora_engine.models.weights import fingerprint
+
+
+@torch.no_grad()
+def encode_pixels(model: CaptioningModel, pixels: Tensor, settings: PixelSettings) -> Tensor:
+    """uint8 pixels (B, 3, H, W) -> features (B, P, D); normalization runs on the pixels' device."""
+    return model.encode(normalize(pixels, settings))
+
+
+class FeatureEncoder:
+    """Encodes images into rows of `format`.
+
+    Every batch has `batch_size` images, padded with black ones: with another size the last bits of
+    the features could differ. `cache_dtype` None stores the compute dtype (fp32, otherwise bf16).
+    On a GPU callers should encode on `stream`, in parallel with training.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache_dtype: CacheDtype | None = None,
+    ) -> None:
+        self.model = captioner.model
+        self.pixels = captioner.pixels
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = _batch_size(device, captioner.model.encoder.num_tokens)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.cache_dtype = cache_dtype
+        self.num_encoded = 0
+        self._shape: torch.Size | None = None  # of an image's features, (P, D)
+
+    @cached_property
+    def format(self) -> FeatureFormat:
+        """How features are stored; their shape is known once a batch has been encoded."""
+        if self._shape is None:
+            self._features(self._blank_batch())
+        assert self._shape is not None
+        num_tokens, width = self._shape
+        exact: CacheDtype = "fp32" if self.dtype == torch.float32 else "bf16"
+        return FeatureFormat(num_tokens, width, self.cache_dtype or exact)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels (U, 3, H, W) -> rows (U, row_bytes) on the device."""
+        self.num_encoded += len(pixels)
+        packed = []
+        for chunk in pixels.to(self.device, non_blocking=True).split(self.batch_size):
+            num_images, num_missing = len(chunk), self.batch_size - len(chunk)
+            if num_images == 0:
+                break
+            if num_missing:
+                chunk = torch.cat([chunk, chunk.new_zeros(num_missing, *chunk.shape[1:])])
+            features = self._features(chunk)[:num_images]
+            packed.append(self.format.pack(features))
+        if not packed:
+            return torch.empty(0, self.format.row_bytes, dtype=torch.uint8, device=self.device)
+        return torch.cat(packed)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Rows (B, row_bytes) -> features (B, P, D) in the compute dtype."""
+        return self.format.unpack(rows, self.dtype)
+
+    def measure_s(self) -> float:
+        """Seconds per image, measured by encoding two batches."""
+        pixels = self._blank_batch()
+        for _ in range(2):  # the first one is the warm-up
+            begin_s = time.perf_counter()
+            self._features(pixels)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - begin_s) / len(pixels)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that a row depends on besides its image, as JSON: the key of the cache."""
+        return {
+            "encoder": _describe_model(self.model),
+            "encoder_batch_size": self.batch_size,
+            "pixels": {**dataclasses.asdict(self.pixels), "version": PIXELS_VERSION},
+            "format": dataclasses.asdict(self.format),
+            "compute_dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            features = encode_pixels(self.model, pixels, self.pixels)
+        self._shape = features.shape[1:]
+        return features
+
+    def _blank_batch(self) -> Tensor:
+        shape = self.batch_size, 3, *self.pixels.size
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+
+def _batch_size(device: torch.device, num_tokens: int) -> int:
+    """Images per encoder batch.
+
+    A CPU reaches its full rate with about 500 image tokens: one image of BLIP, two of ViT+GPT2
+    (benchmarks/LOG.md).
+    """
+    return 64 if device.type == "cuda" else min(max(512 // num_tokens, 1), 4)
+
+
+def _describe_model(model: CaptioningModel) -> dict[str, Any]:
+    """Everything about a model that its features depend on: weights, and settings."""
+    parts = {name: part for name, part in model.named_children() if part is not model.decoder}
+    is_compiled = any(layer._compiled_call_impl is not None for layer in model.encoder.layers)
+    return {
+        "weights": fingerprint(torch.nn.ModuleDict(parts)),
+        **model.encoder.describe(),
+        "compiled": is_compiled,  # the last bits may differ
+    }
