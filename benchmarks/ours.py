@@ -21,7 +21,7 @@ from benchmarks.measure import wait_for
 from benchmarks.rows import Rows
 from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import Batch, Collate, Example, Identified, epoch_batches
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.features.source import FeatureSource, ImageList
 from lora_engine.lora.injection import inject, lora_layers
 from lora_engine.models.pretrained import Captioner, load_body

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from lora_engine.stopping import SIGNALS, Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.terminal import printable
+from lora_engine.terminal import one_line, printable
 
 USAGE_ERROR = 2
 STOPPED = 3
@@ -56,7 +56,7 @@ def run(main: Callable[[list[str]], int]) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
         error.args = (
-            f"{str(error).splitlines()[0]}\nTry a smaller --batch_size (with --grad_accum_steps "
+            f"{one_line(error)}\nTry a smaller --batch_size (with --grad_accum_steps "
             f"for the same steps), or --gradient_checkpointing",
         )
         _print_error("stopped:", error)

@@ -20,7 +20,8 @@ from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_room
 from lora_engine.commands import loading
 from lora_engine.data.annotations import read_annotations
-from lora_engine.data.images import open_image, to_pixels
+from lora_engine.data.images import open_image
+from lora_engine.data.pixels import to_pixels
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner

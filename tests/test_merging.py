@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lora_engine.captioning import merging
 from lora_engine.captioning.generation import generate
 from lora_engine.captioning.merging import MergeError, Parity, compare, export_merged
-from lora_engine.data.images import to_pixels
+from lora_engine.data.pixels import to_pixels
 from lora_engine.demo.scenes import draw, scene_at
 from lora_engine.features.source import encode_pixels
 from lora_engine.lora.adapter import WEIGHTS_FILE, load_adapter, save_adapter

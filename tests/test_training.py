@@ -20,10 +20,12 @@ from torch import Tensor
 
 from lora_engine.captioning.captioner import Speaker, caption_pixels
 from lora_engine.captioning.metrics import Scores
-from lora_engine.data.annotations import hold_out, read_annotations
+from lora_engine.data.annotations import read_annotations
 from lora_engine.data.batches import Batch, Collate, Example
 from lora_engine.data.captions import IGNORED, collate_captions
-from lora_engine.data.images import open_image, to_pixels
+from lora_engine.data.images import open_image
+from lora_engine.data.pixels import to_pixels
+from lora_engine.data.subsets import hold_out
 from lora_engine.features.source import encode_pixels
 from lora_engine.lora.adapter import AdapterError, read_adapter
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters

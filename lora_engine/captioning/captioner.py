@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_engine.captioning.generation import generate
-from lora_engine.data.images import ImageError, PixelSettings, load_pixels
+from lora_engine.data.images import ImageError
+from lora_engine.data.pixels import PixelSettings, load_pixels
 from lora_engine.data.workers import load
 from lora_engine.devices import autocast
 from lora_engine.features.source import encode_pixels

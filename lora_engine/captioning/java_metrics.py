@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
+from lora_engine.terminal import one_line
+
 JAVA_SCORES = ("meteor", "spice")
 INSTALL = "pip install 'lora_engine[coco]'"
 
@@ -44,6 +46,5 @@ def java_score(
         program = getattr(import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())()
         score, _ = program.compute_score(cut(references), cut([[text] for text in captions]))
     except Exception as error:  # a program that ended, its output cut short, no network
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name.upper()} failed: {reason}") from error
+        raise ValueError(f"{name.upper()} failed: {one_line(error)}") from error
     return float(score)

@@ -22,7 +22,7 @@ from lora_engine.commands.loading import (
     load_base,
     speaker_of,
 )
-from lora_engine.data.images import find_images
+from lora_engine.data.image_files import find_images
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report.run_record import read_records

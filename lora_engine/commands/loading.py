@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_engine.captioning.captioner import Captioned, Speaker, caption_images, with_adapter
-from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import resolve_device, resolve_dtype
 from lora_engine.files import replaced_file

@@ -1,6 +1,5 @@
 """python -m lora_engine validate: whether a data set is fit to train on, row by row."""
 
-import hashlib
 import json
 import os
 import sys
@@ -18,8 +17,10 @@ from lora_engine import cli
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.commands.loading import check_writable
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import BadRow, CheckedRow, Row, bad_row, checked_rows
+from lora_engine.data.annotations import bad_row, checked_rows
+from lora_engine.data.image_identity import content_digest
 from lora_engine.data.images import ImageError, open_image, read_image_file
+from lora_engine.data.rows import BadRow, CheckedRow, Row
 from lora_engine.data.workers import load
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import load_tokenizer
@@ -121,7 +122,7 @@ def validate(args: list[str]) -> int:
         if isinstance(checked.row, Row):
             findings.rows.append(checked)
         else:
-            findings.problems.append((checked.number, checked.line, checked.row))
+            findings.problems.append((checked.number, checked.line, checked.complaint))
     rows = [checked.row for checked in findings.rows if isinstance(checked.row, Row)]
     findings.wordless = [
         checked for checked, row in zip(findings.rows, rows) if not has_words(row.text)
@@ -201,7 +202,7 @@ class _Facts(Dataset):
 def _read_image(path: str) -> ImageFacts:
     try:
         data = read_image_file(path)
-        return ImageFacts(open_image(data).size, hashlib.blake2b(data, digest_size=16).digest())
+        return ImageFacts(open_image(data).size, content_digest(data))
     except ImageError as error:
         return ImageFacts(None, b"", error.reason)
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lora_engine.stopping import LoadingStopped, ignore_signals
+from lora_engine.terminal import one_line
 
 _PREFETCHED = 4  # batches a process
 _PATIENCE_S = 2  # between two looks whether they are alive
@@ -210,10 +211,10 @@ def _explain(
         raise LoadingStopped(
             f"shared memory has run out: {shortage or f'/dev/shm was full. {_MORE_SHARED}'}"
         ) from error
-    if isinstance(error, (ConnectionError, EOFError)):
-        reason = "DataLoader worker (pid unknown) has left while it sent a batch"
-    if reason.startswith("DataLoader worker (pid"):
+    is_cut_off = isinstance(error, (ConnectionError, EOFError))
+    if is_cut_off or reason.startswith("DataLoader worker (pid"):
+        how = "while it sent a batch" if is_cut_off else one_line(error)
         advice = "Often memory ran out, or open files (ulimit -n): try fewer --num_workers"
         raise LoadingStopped(
-            f"a process that loads images has died ({reason.splitlines()[0]}). {shortage or advice}"
+            f"a process that loads images has died ({how}). {shortage or advice}"
         ) from error

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lora_engine.captioning.captioner import Speaker, caption_pixels
 from lora_engine.data.batches import Batch, Collate, Example
-from lora_engine.data.images import normalize, to_pixels
+from lora_engine.data.pixels import normalize, to_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import Captioner, build_from_config, load_captioner

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lora_engine.data.batches import FeatureBatch, PixelBatch, read_image
 from lora_engine.data.image_identity import FileStamp, Identities, stamp
-from lora_engine.data.images import PIXELS_VERSION, ImageError, PixelSettings, normalize
+from lora_engine.data.images import ImageError
+from lora_engine.data.pixels import PIXELS_VERSION, PixelSettings, normalize
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast, free_memory_bytes
 from lora_engine.features.format import CacheDtype, FeatureFormat

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine.data.captions import CaptionTokenizer
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.files import UnusableFileError, check_file, read_limited
 from lora_engine.lora.tensor_files import read_tensors
 from lora_engine.models import CaptioningModel
@@ -35,6 +35,7 @@ from lora_engine.models.blip import convert_state as convert_blip
 from lora_engine.models.vit import VisionTransformer
 from lora_engine.models.vit_gpt2 import GPT2Decoder, ViTGPT2Captioner
 from lora_engine.models.vit_gpt2 import convert_state as convert_vit_gpt2
+from lora_engine.terminal import one_line
 
 
 class PretrainedError(ValueError):
@@ -180,7 +181,7 @@ def _load_body(folder: Path, config: Any) -> CaptioningModel:
         state = FAMILIES[config.model_type].convert_state(tensors)
     except (RuntimeError, IndexError) as error:  # matrices that should be joined or turned
         raise PretrainedError(
-            f"the weights in {folder} do not fit their configuration: {_reason(error)}"
+            f"the weights in {folder} do not fit their configuration: {one_line(error)}"
         ) from None
     _fill(model, state, source=str(folder))
     return model.eval()
@@ -192,7 +193,7 @@ def _build(folder: Path, config: Any) -> CaptioningModel:
         return FAMILIES[config.model_type].build(config)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PretrainedError(
-            f"{folder / 'config.json'} describes no possible model: {_reason(error)}"
+            f"{folder / 'config.json'} describes no possible model: {one_line(error)}"
         ) from None
 
 
@@ -373,7 +374,7 @@ def _read_config(folder: Path, family: str | None) -> Any:
         # From the dictionary: a file may name another one that is to be read in its place.
         return CONFIG_MAPPING[model_type].from_dict(settings)
     except Exception as error:  # transformers has its own kind for every wrong value
-        raise PretrainedError(f"{path} is not a usable configuration: {_reason(error)}") from None
+        raise PretrainedError(f"{path} is not a usable configuration: {one_line(error)}") from None
 
 
 def _check_kind(path: Path, settings: Mapping[str, Any]) -> None:
@@ -500,7 +501,7 @@ def _download(name: str, revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
             f"there is no folder {name!r} here, and it cannot be fetched{at} from the Hugging Face "
-            f"Hub: {_reason(error)}\n"
+            f"Hub: {one_line(error)}\n"
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"captioner`, copy the folder here and pass --model captioner."
         ) from None
@@ -566,7 +567,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch have many words for a damaged file
-        reason = _reason(error)
+        reason = one_line(error)
         raise PretrainedError(
             f"{reason if str(path) in reason else f'cannot read {path}: {reason}'}; fetch the file "
             f"anew"
@@ -591,10 +592,6 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
         raise ValueError("its tensors are larger than the file, so it is no published checkpoint")
     return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _fill(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
@@ -661,7 +658,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Ctrl-C and the like; tokenizers' own, from Rust, is no Exception either
         raise PretrainedError(
-            f"{folder} has no usable tokenizer: {_reason(error)}; {_TOKENIZER_FILES}"
+            f"{folder} has no usable tokenizer: {one_line(error)}; {_TOKENIZER_FILES}"
         ) from None
 
 
@@ -754,7 +751,7 @@ def _read_pixel_settings(folder: Path, config: Any, model: CaptioningModel) -> P
         settings = _pixel_settings(given, FAMILIES[config.model_type].image_processor)
     except (OSError, ValueError) as error:
         raise PretrainedError(
-            f"{folder} has no usable preprocessor_config.json: {_reason(error)}"
+            f"{folder} has no usable preprocessor_config.json: {one_line(error)}"
         ) from None
     image_size = model.encoder.image_size
     if settings.size != image_size:

@@ -13,21 +13,16 @@ import torch
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig, changes_on_resume
-from lora_engine.data.annotations import (
-    MAX_ROWS_SHOWN,
-    BadRow,
-    Row,
-    hold_out,
-    places_of,
-    usable_rows,
-)
+from lora_engine.data.annotations import places_of, usable_rows
 from lora_engine.data.batches import (
-    FeatureBatch,
     CaptionedImages,
     Collate,
+    FeatureBatch,
     load_batches,
 )
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, Row
 from lora_engine.data.seen_images import DIGESTS_FILE, find_change, read_digests, sample_digests
+from lora_engine.data.subsets import evenly_spaced, hold_out
 from lora_engine.data.workers import default_num_workers, prefetched_bytes, shared_memory_shortage
 from lora_engine.devices import (
     autocast,
@@ -48,7 +43,7 @@ from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
-from lora_engine.terminal import printable
+from lora_engine.terminal import one_line, printable
 from lora_engine.training.best_adapter import AdapterKeeper
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -220,7 +215,7 @@ def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[R
 
 def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
     """Say at once, from 200 of the rows, that the images are not where the file says."""
-    looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
+    looked_at = [rows[i] for i in evenly_spaced(len(rows), 200)]
     missing = [row.image for row in looked_at if not os.path.isfile(row.image)]
     if len(missing) > allowed_failures(len(looked_at), max_share, is_sample=len(rows) > 200):
         raise ValueError(
@@ -338,7 +333,7 @@ def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -
                 features = model.encode(pixels)
             model.decode(input_ids, features).sum().backward()
     except Exception as error:  # whatever the compiler's many layers say
-        reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
+        reason = one_line(error)  # the first line names no more than "inductor"
         _warn(f"--compile does not work here ({reason}): training without it")
         for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets
