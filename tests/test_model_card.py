@@ -144,11 +144,11 @@ def test_the_hubs_own_reader_finds_what_is_known_and_nothing_else(finished, chan
         "tags": ["lora", "image-captioning"],
     }
     assert ModelCard(finished.card).data.to_dict() == known
-    assert "No licence has been chosen" in finished.card and "base_model:" not in finished.card
+    assert "No license has been chosen" in finished.card and "base_model:" not in finished.card
     base = "Salesforce/blip-image-captioning-base"
     card = changed(adapter={"base_model_name_or_path": base}, config={"licence": "cc-by-4.0"})
     assert ModelCard(card).data.to_dict() == known | {"base_model": base, "license": "cc-by-4.0"}
-    assert "`cc-by-4.0`" in card and "No licence" not in card
+    assert "`cc-by-4.0`" in card and "No license" not in card
 
 
 @pytest.mark.parametrize("licence", ["Apache 2.0", "MIT", "mit\nbase_model: x", '"', ""])
@@ -214,7 +214,7 @@ def test_the_commands_caption_and_train_further(prompted, tmp_path, monkeypatch,
     small = "--max_steps 1 --num_samples 0 --device cpu --max_caption_tokens 32"
     assert recipe([*further[3:], *small.split(), "--output_path", str(tmp_path / "run")]) == 0
     start = json_lines(tmp_path / "run" / "metrics.jsonl")[0]
-    assert start["step"] == 0 and "those of the adapter that it started from" in card_of(
+    assert start["step"] == 0 and "those of the initial adapter" in card_of(
         tmp_path / "run"
     )
 
@@ -289,7 +289,7 @@ def test_an_adapter_that_training_did_not_improve_says_so(
     )
     train(settings(blip_folder, data, tmp_path / "run"))
     card = card_of(tmp_path / "run")
-    assert "Training made nothing better: the adapter is the one it started from." in card
+    assert "Training improved nothing: this is the initial adapter." in card
     assert "this adapter (step 0 of 10, epoch 0)" in card and "| 4.0000 | 4.0000 |" in card
 
 

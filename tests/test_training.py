@@ -544,7 +544,7 @@ def test_a_run_that_only_got_worse_keeps_the_adapter_it_started_from_and_the_las
     assert all(not torch.equal(last.matrices[k], best.matrices[k]) for k in best.matrices)
     assert (best.provenance["step"], last.provenance["step"]) == ("0", "10")
     text = str(summary)
-    for words in ("The validation loss never became better", "adapter_last/", "--lr"):
+    for words in ("The validation loss never improved", "adapter_last/", "--lr"):
         assert words in text
     assert all(sample.before == sample.best for sample in summary.samples)
 

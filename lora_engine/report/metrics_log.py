@@ -64,7 +64,7 @@ class MetricsLogger:
         traceback: TracebackType | None,
     ) -> None:
         if self.tracker is not None:
-            self.tracker.close(say=self.say)
+            self.tracker.close()
         self._bar.close()
         self._file.close()
 
@@ -86,7 +86,7 @@ class MetricsLogger:
     def track(self, event: str, **values: Any) -> None:
         """Tell the tracker, if there is one, and nobody else."""
         if self.tracker is not None:
-            self.tracker.record(event, values, say=self.say)
+            self.tracker.record(event, values)
 
     def say(self, text: str) -> None:
         """A line for people, above the bar if there is one."""

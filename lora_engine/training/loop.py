@@ -183,7 +183,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
         )
         metrics.say(f"\n{summary}")
         if config.push_to_hub is not None:
-            push_adapter(folder, config.push_to_hub, say=metrics.say)
+            push_adapter(folder, config.push_to_hub)
         stop.answer_at_once()  # only the cache and the tracker are still to be closed
     return summary
 

@@ -102,7 +102,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> Prepared:
         changes = changes_on_resume(checkpoint.settings, config)
     check_tracker(config.track)
     if config.push_to_hub is not None:
-        check_repository(config.push_to_hub, say=_warn)
+        check_repository(config.push_to_hub)
     train_rows, val_rows, bad_rows = read_rows(config)
     device = resolve_device(config.device)
     if config.num_threads is not None:
