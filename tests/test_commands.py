@@ -468,7 +468,7 @@ def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch)
     refused(verbs.run_verb, *given, words=["need the package pycocoevalcap", "lora_engine[coco]"])
     monkeypatch.setattr(java_metrics, "find_spec", lambda name: name)
     monkeypatch.setattr(java_metrics.shutil, "which", lambda name: None)
-    refused(verbs.run_verb, *given, words=["there is no `java` here"])
+    refused(verbs.run_verb, *given, words=["no `java` was found"])
 
 
 def test_a_java_program_that_fails_costs_a_warning(command, data, blip_folder, monkeypatch):
@@ -557,10 +557,10 @@ def test_another_base_is_refused_and_can_be_forced(
     ([], ["--adapter", "--out"]),
     (["--adapter", "ADAPTER"], ["--out"]),
     (["--adapter", "absent", "--out", "merged"], ["absent has no adapter_config.json"]),
-    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "make it first"]),
+    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "create it first"]),
     (["--adapter", "ADAPTER", "--out", "ADAPTER", "--model", "./absent"],
      ["already holds files"]),  # told before anything is loaded
-    (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["lies in the base model's folder"]),
+    (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["is in the base model's folder"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--images", "absent.png"],
      ["absent.png: no such file or folder"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--images", "ADAPTER/adapter_config.json"],
