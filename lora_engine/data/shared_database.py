@@ -1,7 +1,7 @@
-"""A small sqlite database that several processes of one machine use at once.
+"""A small sqlite database that several processes of one machine use at the same time.
 
-What is kept in such a database can be had again, so one that is damaged, or of another version, is
-removed and neither repaired nor migrated.
+Its content can always be computed again, so a database that is damaged, or of another version, is
+removed, not repaired or migrated.
 """
 
 import os
@@ -15,7 +15,7 @@ _BUSY_TIMEOUT_S = 5.0
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Processes that open or replace files of this folder do it one after the other.
+    """Makes processes open or replace files of this folder one after the other.
 
     The lock ends with the process that holds it, killed or not. Raises OSError.
     """
@@ -35,8 +35,8 @@ def open_database(path: Path, schema: str, *, version: int) -> sqlite3.Connectio
     `version` is that of the schema, for `is_current`. Raises sqlite3.Error.
     """
     database = _connect(path)
-    # With a write-ahead log readers never wait for a writer, and a commit waits for no disk: a
-    # power cut may cost the last commits, but leaves those before them whole.
+    # With a write-ahead log readers never wait for a writer, and commits do not wait for the disk:
+    # a power failure may lose the last commits, but damages nothing.
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     database.executescript(f"{schema} PRAGMA user_version = {version};")
@@ -44,7 +44,7 @@ def open_database(path: Path, schema: str, *, version: int) -> sqlite3.Connectio
 
 
 def is_current(path: Path, *, version: int) -> bool:
-    """Whether the file is there, and an undamaged database of this version of its schema.
+    """Whether the file exists and is an undamaged database of this version of its schema.
 
     Raises sqlite3.Error, OSError.
     """
@@ -64,7 +64,7 @@ def is_current(path: Path, *, version: int) -> bool:
 
 
 def remove_database(path: Path) -> None:
-    """Remove a database with its log. A process that has it open goes on with the removed one."""
+    """Remove a database with its log. A process that has it open keeps using the removed one."""
     for ending in ("-wal", "-shm", ""):
         Path(f"{path}{ending}").unlink(missing_ok=True)
 
