@@ -25,10 +25,10 @@ SCORE_NAMES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
-    "ended": "share that reached the end token",
-    "distinct": "share of distinct captions",
-    "repetition": "share of repeated 3-grams",
-    "mean_length": "mean length (tokens)",
+    "ended": "Share with an end token",
+    "distinct": "Share of distinct captions",
+    "repetition": "Share of repeated 3-grams",
+    "mean_length": "Mean length (tokens)",
 }
 BOOTSTRAPPED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 

@@ -223,7 +223,7 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
         targets = "those of the initial adapter"
     batch = f"{config['batch_size']} captions"
     if config["grad_accum_steps"] > 1:
-        batch += f", accumulated over {config['grad_accum_steps']} per optimizer step"
+        batch += f", {config['grad_accum_steps']} gradient accumulation steps"
     return table(["", ""], [
         ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],

@@ -195,8 +195,8 @@ def main_settings(run: RunRecord) -> dict[str, str]:
             "Rank": f"{given('lora_rank')}, alpha {given('lora_alpha')}, dropout "
             f"{given('lora_dropout')}",
             "Epochs": given("epochs"),
-            "Batch size": f"{given('batch_size')}, accumulated over "
-            f"{given('grad_accum_steps')} per optimizer step",
+            "Batch size": f"{given('batch_size')}, gradient accumulation steps: "
+            f"{given('grad_accum_steps')}",
             "Learning rate": f"{given('lr')}, {given('warmup_steps')} warmup steps",
             "Seed": given("seed"),
         }
