@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.ours import Ours
 from benchmarks.rows import Rows
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 
 # name: builder in peers.py, and what it is told beyond the case
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {

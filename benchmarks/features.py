@@ -34,7 +34,7 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import Ours
 from benchmarks.rows import Rows
-from lora_engine.data.images import to_pixels
+from lora_engine.data.pixels import to_pixels
 from lora_engine.demo import captioner_folder
 from lora_engine.demo.pretrain import batch_of
 from lora_engine.demo.scenes import Scene, cc3m_caption, draw, plain_caption, scenes

@@ -38,7 +38,7 @@ from benchmarks.measure import (
     wait_for,
 )
 from lora_engine.captioning.generation import generate
-from lora_engine.data.images import normalize
+from lora_engine.data.pixels import normalize
 from lora_engine.devices import autocast
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import load_adapter

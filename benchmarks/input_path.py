@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import interleave, spread, table, write_result
-from lora_engine.data.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.data.image_files import find_images
+from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
 
 SETTINGS = {  # what is resized how; means do not matter here
     "blip": PixelSettings((384, 384), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

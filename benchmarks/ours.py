@@ -27,7 +27,7 @@ from lora_engine.data.batches import (
     PixelBatch,
     epoch_batches,
 )
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.data.seen_images import ImageList
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.lora.injection import inject

@@ -49,7 +49,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.rows import Rows
 from lora_engine.data.batches import epoch_batches
 from lora_engine.data.captions import IGNORED, collate_captions
-from lora_engine.data.images import PixelSettings, normalize
+from lora_engine.data.pixels import PixelSettings, normalize
 from lora_engine.devices import autocast
 
 RANK, ALPHA = 8, 32

@@ -1,4 +1,4 @@
-"""Which device, and which number format the matrix products run in."""
+"""Device and compute dtype: which are used, and how much memory they have."""
 
 import os
 import resource
@@ -10,9 +10,9 @@ import torch
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The named device; without a name CUDA if there is one, else the CPU.
+    """The device of that name; for None CUDA if available, else the CPU.
 
-    Raises ValueError for a name that torch does not know or a device that is not there.
+    Raises ValueError for an unknown name, and for a device that does not exist.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,9 +22,9 @@ def resolve_device(name: str | None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is none that this engine runs on: cpu, cuda, cuda:1")
+        raise ValueError(f"--device {name!r} is not supported; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
@@ -42,14 +42,14 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix products in `dtype`, the rest in fp32; nothing to do for fp32."""
+    """torch.autocast to `dtype`; for fp32 a context that does nothing."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def disable_tf32() -> None:
-    """Make fp32 mean fp32 in this process: torch allows TF32 for convolutions by default."""
+    """Compute fp32 in full precision: torch allows TF32 for convolutions by default."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -62,7 +62,7 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was taken so far: on a GPU by tensors, else by this process."""
+    """Peak memory so far: of tensors on a GPU, of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -70,11 +70,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, or that this process may still take on the machine."""
+    """Free memory of a GPU, or the memory that this process may still use on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:  # Linux gives up memory that it only uses to remember files
+    try:  # MemAvailable includes the page cache, which Linux frees on demand
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
         group = Path("/sys/fs/cgroup")  # a container's limit

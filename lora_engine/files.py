@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole or not at all, and foreign files read with limits."""
+"""Atomic replacement of files and folders, safe appending, and limits for untrusted files."""
 
 import os
 import re
@@ -16,12 +16,12 @@ class UnusableFileError(ValueError):
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
-    """Yields a new file name beside `path`, which takes the place of `path` on success.
+    """Yields a new file name beside `path`; on success that file replaces `path`.
 
-    On an error what was written is removed and `path` stays as it was.
+    On an error the new file is removed and `path` is unchanged.
     """
     path = Path(path)
-    # A name that Path.suffix-minded writers (savefig) still understand.
+    # With the same suffix, from which some writers (savefig) take the format.
     new = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield new
@@ -32,14 +32,14 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a new, empty folder beside `path`, whose files take the place of those in `path`.
+    """Yields a new, empty folder beside `path`; on success its files replace those in `path`.
 
-    Files in `path` under names that the new folder does not have stay. On an error what was written
-    is removed and `path` stays as it was. A reader never sees a new file beside an old one of the
-    same save; between two renames it may see no folder. `clear_leftovers` repairs what a kill
-    leaves; everything is on the disk before it is renamed, in case the power fails.
+    Files in `path` whose names the new folder does not have are kept. On an error the new folder is
+    removed and `path` is unchanged. A reader never sees new and old files together; between two
+    renames it may see no folder. Everything is synced to the disk before it is renamed, in case of
+    a power failure; `clear_leftovers` repairs what a killed process leaves behind.
     """
-    path = Path(os.path.realpath(path))  # a link stays one: its target is what gets replaced
+    path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(new, ignore_errors=True)
@@ -63,7 +63,7 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _retire(old: Path, path: Path) -> None:
-    """Remove a folder that `path` has replaced; what `path` does not have moves there."""
+    """Remove a folder that `path` has replaced; files that `path` lacks are moved there."""
     for entry in old.iterdir():
         if not os.path.lexists(path / entry.name):
             entry.rename(path / entry.name)
@@ -71,28 +71,28 @@ def _retire(old: Path, path: Path) -> None:
 
 
 def clear_leftovers(parent: Path, is_ours: Callable[[str], object]) -> None:
-    """Repair what a kill within `replaced_folder` or `replaced_file` has left in `parent`.
+    """Repair what a process killed in `replaced_folder` or `replaced_file` has left in `parent`.
 
-    Only for files and folders whose final name `is_ours` accepts, and only while no other process
-    writes there.
+    Only affects files and folders whose final name `is_ours` accepts. No other process may be
+    writing there.
     """
-    for left in sorted(parent.glob(".*.*")):
-        name = replaced_name(left.name)
+    for leftover in sorted(parent.glob(".*.*")):
+        name = replaced_name(leftover.name)
         if name is None or not is_ours(name):
             continue
-        mode = left.lstat().st_mode
+        mode = leftover.lstat().st_mode
         if stat.S_ISREG(mode):
-            left.unlink()
-        elif stat.S_ISDIR(mode) and left.name.endswith(".new"):
-            shutil.rmtree(left, ignore_errors=True)
+            leftover.unlink()
+        elif stat.S_ISDIR(mode) and leftover.name.endswith(".new"):
+            shutil.rmtree(leftover, ignore_errors=True)
         elif stat.S_ISDIR(mode) and (parent / name).exists():
-            _retire(left, parent / name)
+            _retire(leftover, parent / name)
         elif stat.S_ISDIR(mode):
-            left.rename(parent / name)
+            leftover.rename(parent / name)
 
 
 def replaced_name(name: str) -> str | None:
-    """What `replaced_folder` or `replaced_file` would have renamed `name` to; None for others."""
+    """The final name for a temporary name of `replaced_folder` or `replaced_file`, else None."""
     match = re.fullmatch(r"\.(.+)\.\d+\.(?:new|old)", name)
     if match:
         return match[1]
@@ -101,8 +101,7 @@ def replaced_name(name: str) -> str | None:
 
 
 def unused_name(path: Path) -> Path:
-    """`path`, or where something has that name the first of `path`.2, `path`.3, ... that is free.
-    """
+    """`path`, or if it exists the first of `path`.2, `path`.3, ... that does not."""
     candidate, number = path, 1
     while os.path.lexists(candidate):
         number += 1
@@ -111,8 +110,7 @@ def unused_name(path: Path) -> Path:
 
 
 def open_to_append(path: Path) -> FileIO:
-    """An unbuffered file, to write at its end; a symbolic link is never followed. Raises OSError.
-    """
+    """Open a file for unbuffered appending, without following symbolic links. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return open(  # type: ignore[return-value]
         path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)
@@ -120,18 +118,18 @@ def open_to_append(path: Path) -> FileIO:
 
 
 def append_line(file: FileIO, line: bytes) -> None:
-    """Write a line at the end of an unbuffered file, all of it or nothing. Raises OSError."""
+    """Append a line to an unbuffered file, all of it or nothing. Raises OSError."""
     end = file.seek(0, os.SEEK_END)
     try:
         while line:
-            line = line[file.write(line):]  # a disk that fills up takes a part
+            line = line[file.write(line):]  # a full disk may take a part
     except OSError as error:
-        os.truncate(file.fileno(), end)  # the next line would follow half a line
+        os.truncate(file.fileno(), end)  # else the next line would follow half a line
         raise OSError(error.errno, error.strerror, file.name) from None
 
 
 def is_still_at(file: FileIO, path: Path) -> bool:
-    """Whether an open file has been neither removed nor renamed, nor its folder."""
+    """Whether `path` is still that of an open file: nothing was removed or renamed."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:
@@ -139,14 +137,14 @@ def is_still_at(file: FileIO, path: Path) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written to the disk of a folder that is, or will be."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def check_space(folder: Path, *, needed: int) -> None:
-    """Raises OSError where less than `needed` bytes are free."""
+    """Raises OSError if less than `needed` bytes are free."""
     free = free_bytes(folder)
     if free < needed:
         raise OSError(
@@ -156,7 +154,7 @@ def check_space(folder: Path, *, needed: int) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file, and wait until it is on the disk."""
+    """Write a file, and wait until it is on the disk (fsync)."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -164,7 +162,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -173,17 +171,17 @@ def sync(path: Path) -> None:
 
 
 def read_limited(path: Path, max_bytes: int) -> str:
-    """A text file; raises OSError, and ValueError for one that is too large or not UTF-8."""
+    """Read a text file. Raises OSError, and ValueError if it is too large or not UTF-8."""
     size = check_file(path, max_bytes=max_bytes)
     with open(path, "rb") as file:
         return file.read(size).decode()
 
 
 def check_file(path: Path, *, max_bytes: int) -> int:
-    """The size of a regular file, or of one that a link leads to.
+    """The size of a regular file; links are followed.
 
-    Raises UnusableFileError for anything else (reading a pipe or a device may never end) and for a
-    file of more than `max_bytes`, and OSError.
+    Raises OSError, and UnusableFileError for other kinds of files (reading a pipe or a device may
+    never end) and for a file of more than `max_bytes`.
     """
     try:
         status = os.stat(path)

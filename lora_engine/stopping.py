@@ -1,4 +1,4 @@
-"""Why a run stops before its end; Ctrl-C, SIGTERM and SIGHUP, taken where nothing is lost."""
+"""Stopping a run early: the exceptions, and signals that wait for a safe point."""
 
 import signal
 import sys
@@ -12,19 +12,19 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 
 
 class TrainingStopped(RuntimeError):
-    """A run that could not go on; what it had reached is in its folder."""
+    """A run that cannot continue; its progress is in the run folder."""
 
 
 class LoadingStopped(RuntimeError):
-    """Loading cannot continue: a loading process has died, loading takes too long, or an image has
-    changed since the run began."""
+    """Loading cannot continue: a worker has died, loading takes too long, or an image has changed
+    since the run began."""
 
 
 class Interrupted(BaseException):
-    """A run that was asked to stop, and did at a point where it can be taken up again.
+    """A run that a signal has stopped at a point from which it can be resumed.
 
-    Not an Exception, like KeyboardInterrupt: raised while an image is decoded, it must not be taken
-    for a fault of the image.
+    Not an Exception, like KeyboardInterrupt: raised while an image is decoded, it must not be
+    mistaken for an error of the image.
     """
 
     def __init__(self, number: int) -> None:
@@ -33,28 +33,27 @@ class Interrupted(BaseException):
 
     @property
     def status(self) -> int:
-        """What a shell gives a program that this signal ended: 130, 143, ..."""
+        """The exit status by which shells report this signal: 130, 143, ..."""
         return 128 + self.number
 
 
 class StopSignal:
-    """Remembers the first signal, for `check` to be asked at points where to stop is safe; while
-    this process only waits, a signal is answered where it arrives."""
+    """Remembers the first signal until `check` is called at a point where it is safe to stop; while
+    this process only waits, a signal takes effect at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_waiting = False
-        self.is_at_once = False  # whether it has come twice
+        self.is_at_once = False  # whether a second signal has come
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raises Interrupted if a signal has been received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within the context a signal raises Interrupted where it arrives, also in a blocked read.
-        """
+        """Within the context a signal raises Interrupted at once, also in a blocking read."""
         self.answer_at_once()
         try:
             yield
@@ -62,42 +61,42 @@ class StopSignal:
             self.is_waiting = False
 
     def answer_at_once(self) -> None:
-        """From here on a signal raises Interrupted where it arrives; one that has come, here."""
+        """From now on a signal raises Interrupted at once, and so does one received before."""
         self.is_waiting = True
         self.check()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number = number
-            with suppress(OSError, RuntimeError):  # no terminal; in the middle of another print
+            with suppress(OSError, RuntimeError):  # no terminal; within another print
                 print(
                     f"\n{signal.Signals(number).name}: stopping after this step, with a "
-                    f"checkpoint (again: stop at once)",
+                    f"checkpoint (repeat to stop at once)",
                     file=sys.stderr,
                     flush=True,
                 )
             if self.is_waiting:
                 raise Interrupted(number)
         elif signal.Signals(number).name != "SIGHUP":  # which a closed terminal sends twice
-            # A third one ends the process whatever it does.
+            # A third one kills the process.
             signal.signal(number, signal.SIG_DFL)
             self.is_at_once = True
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def lose_output(self, error: OSError) -> None:
-        """Stop as other programs do when a write fails like this: the reader has gone (SIGPIPE), or
-        the terminal (SIGHUP)."""
+        """Stop after a failed write, as after a signal: the reader (SIGPIPE) or the terminal
+        (SIGHUP) is gone."""
         if self.number is None:
             self.number = signal.SIGPIPE if isinstance(error, BrokenPipeError) else signal.SIGHUP
 
 
 @contextmanager
 def signals_held() -> Iterator[StopSignal]:
-    """Within the context signals only set the StopSignal; a second one interrupts.
+    """Within the context the first signal only sets the StopSignal; a second one interrupts.
 
-    A signal that is ignored, as by nohup and in a shell's background jobs, stays ignored. One that
-    came too late for any `check` raises Interrupted at the end. Only a process's main thread can
-    hold signals: in another one nothing changes.
+    A signal that is ignored, as under nohup and in a shell's background jobs, stays ignored. A
+    signal after the last `check` raises Interrupted at the end. Only a process's main thread can
+    handle signals: in other threads nothing changes.
     """
     stop = StopSignal()
     before = {}
@@ -113,7 +112,7 @@ def signals_held() -> Iterator[StopSignal]:
 
 
 def ignore_signals() -> None:
-    """For loading processes: a terminal or a batch system signals them, too; who started them
-    decides when they end."""
+    """For workers, which a terminal or a batch system signals, too: their parent decides when they
+    end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -73,3 +73,9 @@ def _shortened(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message on one line, cut to `limit` characters; its type where it is empty."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= limit else f"{text[:limit]}...") or type(error).__name__

@@ -15,7 +15,8 @@ from itertools import count as numbers
 import numpy as np
 from PIL import Image
 
-from lora_engine.data.images import ImageError, PixelSettings, load_pixels
+from lora_engine.data.images import ImageError
+from lora_engine.data.pixels import PixelSettings, load_pixels
 
 SETTINGS = PixelSettings(resize=12, resample=3, mean=(0.5,) * 3, std=(0.5,) * 3, crop=(8, 8))
 FORMATS = {  # options with which an image is saved, and its mode

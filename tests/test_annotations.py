@@ -7,14 +7,8 @@ import sys
 
 import pytest
 
-from lora_engine.data.annotations import (
-    AnnotationError,
-    Row,
-    hold_out,
-    places_of,
-    read_annotations,
-    usable_rows,
-)
+from lora_engine.data.annotations import places_of, read_annotations, usable_rows
+from lora_engine.data.rows import AnnotationError, Row
 
 
 def write(folder, content) -> str:
@@ -159,44 +153,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         read_annotations(tmp_path)
     with pytest.raises(AnnotationError, match="cannot be read"):
         read_annotations(f"{write(tmp_path, '[]')}/below.json")
-
-
-ROWS = [Row(f"caption {i}", f"/images/{i % 40}.jpg") for i in range(100)]
-
-
-def test_hold_out_splits_by_image_and_loses_no_row():
-    train, validation = hold_out(ROWS, fraction=0.2, seed=1)
-    assert not {row.image for row in train} & {row.image for row in validation}
-    assert len({row.image for row in validation}) == 8
-    assert sorted(train + validation) == sorted(ROWS)
-    assert train == [row for row in ROWS if row in train]
-
-
-def test_hold_out_depends_on_the_seed_and_not_on_the_order():
-    def held_out(rows, seed):
-        return {row.image for row in hold_out(rows, fraction=0.2, seed=seed)[1]}
-
-    assert held_out(ROWS, 1) == held_out(ROWS[::-1], 1) != held_out(ROWS, 2)
-    moved = [Row(row.text, "/elsewhere" + row.image) for row in ROWS]
-    assert held_out(moved, 1) == {"/elsewhere" + image for image in held_out(ROWS, 1)}
-
-
-@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
-def test_hold_out_leaves_an_image_on_each_side(fraction):
-    for count in (2, 3):
-        train, validation = hold_out(ROWS[:count], fraction=fraction, seed=0)
-        assert train and validation
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_hold_out_refuses_an_impossible_fraction(fraction):
-    with pytest.raises(ValueError, match="--val_fraction is .*, expected a number between 0 and 1"):
-        hold_out(ROWS, fraction=fraction, seed=0)
-
-
-def test_hold_out_needs_two_images():
-    with pytest.raises(ValueError, match="pass a validation file with --val_data_path"):
-        hold_out([Row("a", "1.jpg"), Row("b", "1.jpg")], fraction=0.5, seed=0)
 
 
 def test_many_rows_take_little_memory(tmp_path):

@@ -25,8 +25,9 @@ from lora_engine.data.batches import (
     validation_order,
 )
 from lora_engine.data.captions import IGNORED, TokenizedCaptions
-from lora_engine.data.images import PixelSettings, open_image, to_pixels
+from lora_engine.data.images import open_image
 from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.pixels import PixelSettings, to_pixels
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 COLLATE = Collate(image_size=PIXELS.size, prompt_length=2, pad_id=0)

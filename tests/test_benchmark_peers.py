@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 from benchmarks import peers  # noqa: E402
 from benchmarks.checkpoints import write_checkpoint  # noqa: E402
 from benchmarks.rows import END_ID, START_ID, Rows  # noqa: E402
-from lora_engine.data.images import PixelSettings  # noqa: E402
+from lora_engine.data.pixels import PixelSettings  # noqa: E402
 
 SETTINGS = PixelSettings((64, 64), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 DEVICE = torch.device("cpu")

@@ -199,8 +199,8 @@ def test_a_value_out_of_range_is_named_with_its_range(refused, data, blip_folder
 @pytest.mark.parametrize("changes, words", [
     ({"lora_targets": "qeury"}, ["LoRA target 'qeury' matches no linear layer", "query"]),
     ({"lora_targets": "re:encoder.*("}, ["'re:encoder.*('", "not a regular expression"]),
-    ({"device": "gpu"}, ["--device 'gpu' is none that this engine runs on: cpu, cuda"]),
-    ({"device": "mps"}, ["--device 'mps' is none that this engine runs on"]),
+    ({"device": "gpu"}, ["--device 'gpu' is not supported; expected cpu, cuda"]),
+    ({"device": "mps"}, ["--device 'mps' is not supported"]),
     ({"device": "cuda:99"}, ["--device cuda:99"]),
     ({"max_caption_tokens": 5000}, ["--max_caption_tokens", "5000"]),
     ({"init_adapter": "absent"}, ["absent has no adapter_config.json"]),

@@ -23,7 +23,8 @@ from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
 from lora_engine.data import batches, image_identity
 from lora_engine.data.annotations import read_annotations
-from lora_engine.data.images import open_image, to_pixels
+from lora_engine.data.images import open_image
+from lora_engine.data.pixels import to_pixels
 from lora_engine.features import encoder, placement
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.features.source import open_features
@@ -488,7 +489,7 @@ def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch)
     refused(verbs.run_verb, *given, words=["need the package pycocoevalcap", "lora_engine[coco]"])
     monkeypatch.setattr(java_metrics, "find_spec", lambda name: name)
     monkeypatch.setattr(java_metrics.shutil, "which", lambda name: None)
-    refused(verbs.run_verb, *given, words=["there is no `java` here"])
+    refused(verbs.run_verb, *given, words=["no `java` was found"])
 
 
 def test_a_java_program_that_fails_costs_a_warning(
@@ -579,10 +580,10 @@ def test_another_base_is_refused_and_can_be_forced(
     ([], ["--adapter", "--out"]),
     (["--adapter", "ADAPTER"], ["--out"]),
     (["--adapter", "absent", "--out", "merged"], ["absent has no adapter_config.json"]),
-    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "make it first"]),
+    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "create it first"]),
     (["--adapter", "ADAPTER", "--out", "ADAPTER", "--model", "./absent"],
      ["already holds files"]),  # told before anything is loaded
-    (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["lies in the base model's folder"]),
+    (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["is in the base model's folder"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--images", "absent.png"],
      ["absent.png: no such file or folder"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--images", "ADAPTER/adapter_config.json"],

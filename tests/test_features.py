@@ -36,9 +36,9 @@ from torch import Tensor
 from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, image_identity
-from lora_engine.data.annotations import Row
 from lora_engine.data.batches import FeatureBatch, Identified, PixelBatch, SampleIndex, read_image
-from lora_engine.data.images import load_pixels
+from lora_engine.data.pixels import load_pixels
+from lora_engine.data.rows import Row
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement

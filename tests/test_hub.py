@@ -1,8 +1,10 @@
 """Pushing: what is uploaded, that it holds no local path, and that no failure fails the run."""
 
 import json
+import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,13 +76,18 @@ def folder(finished, tmp_path) -> RunFolder:
     return RunFolder(shutil.copytree(finished, tmp_path / "run"))
 
 
-def pushed(folder: RunFolder, name: str = "me/mine") -> str:
-    """The one line that pushing says."""
-    said: list[str] = []
-    push_adapter(folder, name, say=said.append)
-    line, = said
-    assert "\n" not in line
-    return line
+@pytest.fixture
+def pushed(caplog) -> Callable[..., str]:
+    """Push the adapter of a run -> the one line that is logged."""
+    def push(folder: RunFolder, name: str = "me/mine") -> str:
+        caplog.clear()
+        caplog.set_level(logging.INFO, "lora_engine")
+        push_adapter(folder, name)
+        line, = caplog.messages
+        assert "\n" not in line
+        return line
+
+    return push
 
 
 def give_hub_base(folder: RunFolder) -> None:
@@ -111,20 +118,23 @@ def broken():
 @pytest.mark.parametrize("get_token, warnings", [
     (lambda: "hf_x", 0), (lambda: None, 1), (broken, 1),
 ])
-def test_a_missing_token_is_a_warning_at_the_start(monkeypatch, get_token, warnings):
+def test_a_missing_token_is_a_warning_at_the_start(monkeypatch, caplog, get_token, warnings):
     monkeypatch.setattr(huggingface_hub, "get_token", get_token)
     for name in ("owner/name", "name", "Some-Owner/a.b_c-1"):
-        said: list[str] = []
-        check_repository(name, say=said.append)
-        assert len(said) == warnings and all("hf auth login" in line for line in said)
+        caplog.clear()
+        check_repository(name)
+        assert len(caplog.records) == warnings
+        assert all("hf auth login" in record.message for record in caplog.records)
+        assert all(record.levelname == "WARNING" for record in caplog.records)
 
 
 # --- what is uploaded --------------------------------------------------------------------------
 
 
 def test_a_run_uploads_its_best_adapter_with_the_card_after_everything_is_saved(
-    config, uploads, capsys
+    config, uploads, caplog
 ):
+    caplog.set_level(logging.INFO, "lora_engine")
     summary = train(config)
     upload, = uploads
     assert upload.repository == "me/mine"
@@ -134,11 +144,10 @@ def test_a_run_uploads_its_best_adapter_with_the_card_after_everything_is_saved(
     local = summary.path / "adapter"
     for name in upload.files.keys() - {CONFIG_FILE}:
         assert upload.files[name] == (local / name).read_bytes()
-    out = capsys.readouterr().out
-    assert out.index("adapter   ") < out.index("pushed      https://huggingface.co/me/mine")
+    assert caplog.messages[-1] == "pushed      https://huggingface.co/me/mine"
 
 
-def test_no_local_path_is_uploaded_and_the_run_keeps_its_own(folder, uploads, blip_folder):
+def test_no_local_path_is_uploaded_and_the_run_keeps_its_own(pushed, folder, uploads, blip_folder):
     pushed(folder)
     content = b"".join(uploads[0].files.values())
     for path in (folder.path, blip_folder):
@@ -151,7 +160,7 @@ def test_no_local_path_is_uploaded_and_the_run_keeps_its_own(folder, uploads, bl
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_and_this_engine_load_what_was_uploaded(folder, uploads, blip_folder):
+def test_peft_and_this_engine_load_what_was_uploaded(pushed, folder, uploads, blip_folder):
     pushed(folder)
     model = PeftModel.from_pretrained(hugging_face(blip_folder), str(folder.hub_adapter))
     ours = read_adapter(folder.hub_adapter)
@@ -164,7 +173,7 @@ def test_peft_and_this_engine_load_what_was_uploaded(folder, uploads, blip_folde
     assert all(torch.equal(theirs[name], ours.matrices[name]) for name in theirs)
 
 
-def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_as_it_lies(folder, uploads):
+def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_as_it_lies(pushed, folder, uploads):
     give_hub_base(folder)
     assert pushed(folder, "mine") == "pushed      https://huggingface.co/me/mine"
     assert uploads[0].path == folder.adapter and uploads[0].repository == "me/mine"
@@ -181,7 +190,7 @@ def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_as_it_lies(folder, uplo
     TimeoutError(), OSError(28, "No space left on device"), RuntimeError("x" * 5000),
 ])
 def test_all_failures_say_in_one_line_how_to_try_again(
-    folder, uploads, monkeypatch, where, error
+    pushed, folder, uploads, monkeypatch, where, error
 ):
     def fail(*args, **kwargs):
         raise error
@@ -194,7 +203,7 @@ def test_all_failures_say_in_one_line_how_to_try_again(
     assert (folder.hub_adapter / "README.md").exists() and not uploads
 
 
-def test_a_full_disk_is_a_failure_like_others(folder, uploads, monkeypatch):
+def test_a_full_disk_is_a_failure_like_others(pushed, folder, uploads, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -204,33 +213,33 @@ def test_a_full_disk_is_a_failure_like_others(folder, uploads, monkeypatch):
     assert not folder.hub_adapter.exists() and not uploads
 
 
-def test_a_run_that_cannot_push_ends_well(config, uploads, monkeypatch, capsys):
+def test_a_run_that_cannot_push_ends_well(config, uploads, monkeypatch, caplog):
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: broken())
     assert train(config).best_step in (0, 1)
-    assert "not pushed to the Hub: could not renew" in capsys.readouterr().out
+    assert "not pushed to the Hub: could not renew" in caplog.text
 
 
 def test_the_command_names_the_adapter_itself_where_that_is_what_is_pushed(
-    folder, uploads, monkeypatch
+    pushed, folder, uploads, monkeypatch
 ):
     give_hub_base(folder)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: broken())
     assert pushed(folder).endswith(f"hf upload me/mine {folder.adapter}")
 
 
-def test_without_a_token_nothing_is_tried(folder, uploads, monkeypatch):
+def test_without_a_token_nothing_is_tried(pushed, folder, uploads, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: pytest.fail("tried"))
     assert "`hf auth login` stores one" in pushed(folder)
 
 
-def test_without_a_network_huggingface_hubs_own_error_is_told(folder):
+def test_without_a_network_huggingface_hubs_own_error_is_told(pushed, folder):
     """Not replaced: these tests run with HF_HUB_OFFLINE=1."""
     line = pushed(folder)
     assert line.startswith("not pushed to the Hub: ") and "offline" in line.lower()
 
 
-def test_a_server_that_never_answers_is_left_alone(folder, uploads, monkeypatch):
+def test_a_server_that_never_answers_is_left_alone(pushed, folder, uploads, monkeypatch):
     never = threading.Event()
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: never.wait(20))
     monkeypatch.setattr(hub, "UPLOAD_LIMIT_S", 0.05)

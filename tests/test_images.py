@@ -19,19 +19,10 @@ from fuzz_images import loads_or_refuses, mutations
 from PIL import Image, ImageOps
 
 from lora_engine.data import images
-from lora_engine.data.images import (
-    FAST_FROM,
-    MAX_PIXELS,
-    MAX_SIDE,
-    ImageError,
-    PixelSettings,
-    find_images,
-    load_pixels,
-    normalize,
-    open_image,
-    read_image_file,
-    to_pixels,
-)
+from lora_engine.data import pixels as pixels_module
+from lora_engine.data.image_files import find_images
+from lora_engine.data.images import MAX_PIXELS, MAX_SIDE, ImageError, open_image, read_image_file
+from lora_engine.data.pixels import FAST_FROM, PixelSettings, load_pixels, normalize, to_pixels
 
 BLIP = PixelSettings(
     resize=(384, 384),
@@ -306,7 +297,7 @@ def test_an_image_of_the_longest_side_is_good():
 
 @pytest.mark.parametrize("name, room", [
     ("load", Image.Image), ("exif_transpose", ImageOps), ("convert", Image.Image),
-    ("resize", Image.Image), ("_crop", images),
+    ("resize", Image.Image), ("_crop", pixels_module),
 ])
 def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatch, name, room):
     path = tmp_path / "image.png"
@@ -316,7 +307,7 @@ def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatc
         raise MemoryError
 
     monkeypatch.setattr(room, name, fail)
-    with pytest.raises(ImageError, match="too large for the memory that is free") as caught:
+    with pytest.raises(ImageError, match="too large for the free memory") as caught:
         load_pixels(path, DEIT)
     assert caught.value.path == str(path)
 
@@ -326,8 +317,8 @@ def test_a_file_may_be_too_large_for_the_memory_too(tmp_path, monkeypatch):
         def read(self, size=-1):
             raise MemoryError
 
-    monkeypatch.setattr(images, "_open_stream", lambda source, path: Large())
-    with pytest.raises(ImageError, match="a.png: too large for the memory"):
+    monkeypatch.setattr(images, "_open_regular_file", lambda source, path: Large())
+    with pytest.raises(ImageError, match="a.png: too large for the free memory"):
         read_image_file("a.png")
 
 
@@ -481,7 +472,8 @@ def test_a_large_jpeg_is_turned_and_converted_before_it_shrinks(resample, mode, 
 def test_only_large_images_are_resized_by_torch(monkeypatch, height, width, resample, is_fast):
     calls = []
     monkeypatch.setattr(
-        images, "_shrink", lambda image, size, mode: calls.append(mode) or np.zeros((3, *size))
+        pixels_module, "_shrink",
+        lambda image, size, mode: calls.append(mode) or np.zeros((3, *size)),
     )
     settings = PixelSettings((40, 30), resample, mean=VIT.mean, std=VIT.std)
     image = noise(height, width)

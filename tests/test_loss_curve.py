@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from lora_engine.report import loss_curve
-from lora_engine.report.loss_curve import draw_loss_curve, smooth
+from lora_engine.report.loss_curve import draw_loss_curve
+from lora_engine.report.series import Series, smooth, x_limits, y_limits
 
 BLUE, ORANGE = (42, 120, 181), (200, 80, 30)
 
@@ -102,9 +103,19 @@ def test_smoothing_is_a_weighted_mean_of_the_values_so_far():
 
 def test_the_title_tells_the_outcome():
     def title(*points):
-        return loss_curve._title(loss_curve.Series([p[0] for p in points], [p[1] for p in points]))
+        return loss_curve._title(Series([p[0] for p in points], [p[1] for p in points]))
 
     assert title((0, 4.21), (10, 2.0), (20, 2.5)) == "Validation loss 4.210 → 2.000 at step 10"
-    assert title((0, 2.0), (10, 2.5)) == "Validation loss 2.000 at step 0, and never lower after it"
+    assert title((0, 2.0), (10, 2.5)) == "Validation loss 2.000 at step 0, no improvement since"
     assert title((0, 4.21)) == "Validation loss 4.210 at step 0"
     assert title() == "Training loss"
+
+
+def test_the_limits_show_everything_but_the_most_extreme_steps():
+    wild = Series(list(range(1, 401)), [2.0] * 398 + [1e6, -1e6])
+    low, high = y_limits(whole=[Series([0, 400], [4.0, 1.0])], trimmed=[wild])
+    assert (low, high) == pytest.approx((0.7, 4.3))  # one tenth beyond 1.0 and 4.0
+    low, high = y_limits(whole=[Series([0], [2.0])], trimmed=[])
+    assert low < 2.0 < high
+    assert y_limits(whole=[Series([0, 1], [0.0, 1.0])], trimmed=[])[0] > -0.05  # no empty band
+    assert x_limits([wild, Series([], [])]) == pytest.approx((-12, 412))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lora_engine.captioning import merging
 from lora_engine.captioning.generation import generate
 from lora_engine.captioning.merging import MergeError, Parity, compare, export_merged
-from lora_engine.data.images import to_pixels
+from lora_engine.data.pixels import to_pixels
 from lora_engine.demo.scenes import draw, scene_at
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import WEIGHTS_FILE, load_adapter, save_adapter
@@ -272,7 +272,7 @@ def test_links_of_a_download_cache_become_files_that_others_may_read(base, adapt
 def test_the_comparison_says_how_far_logits_and_captions_are_apart(
     captioner_folder, adapter, monkeypatch, prompt
 ):
-    monkeypatch.setattr(merging, "IMAGES_AT_ONCE", 4)  # the six images take two batches
+    monkeypatch.setattr(merging, "BATCH_SIZE", 4)  # the six images take two batches
     pair = load(captioner_folder, adapter), load_captioner(captioner_folder)
     tokens, others = (captions(captioner, prompt, max_new_tokens=30) for captioner in pair)
     first = (tokens != others).int().argmax(dim=1).tolist()
@@ -320,8 +320,8 @@ def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_
     monkeypatch.setattr(LoRALinear, "merged_weight", lambda layer: layer.weight)
     with pytest.raises(MergeError) as caught:
         export(base, adapter, tmp_path / "merged")
-    for words in ("does not say what", "largest logit difference ", "(allowed in float32: ",
-                  "0 of 6 images", "Nothing was written"):
+    for words in ("the merged model differs from", "largest logit difference ",
+                  "(allowed in float32: ", "0 of 6 images", "Nothing was written"):
         assert words in str(caught.value)
     assert_nothing_written(tmp_path, kept={"base"})
 
@@ -329,7 +329,7 @@ def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_
 def test_numbers_too_large_for_the_format_are_not_kept(base, tmp_path):
     write_one(base, {k: v.half() for k, v in stored(base).items()}, "safetensors")
     adapter = write_adapter(base, tmp_path / "adapter", std=300.0)
-    with pytest.raises(MergeError, match="numbers too large for float16, .* stored in float32"):
+    with pytest.raises(MergeError, match="values too large for float16, .* stored in float32"):
         export(base, adapter, tmp_path / "merged")
     assert_nothing_written(tmp_path, kept={"base", "adapter"})
 
@@ -398,10 +398,10 @@ def test_an_empty_folder_may_be_given_and_a_link_to_one(blip_folder, tmp_path):
 @pytest.mark.parametrize("out, words", [
     ("base", "already holds files, which are never overwritten"),
     ("full", "already holds files, which are never overwritten"),
-    ("base/merged", "lies in the base model's folder"),
-    ("link/merged", "lies in the base model's folder"),
+    ("base/merged", "is in the base model's folder"),
+    ("link/merged", "is in the base model's folder"),
     ("base/config.json", "is a file; name a new folder"),
-    ("no/such/folder", "make it first"),
+    ("no/such/folder", "create it first"),
 ])
 def test_a_place_where_it_cannot_be_is_refused(blip_folder, tmp_path, out, words):
     base = shutil.copytree(blip_folder, tmp_path / "base")

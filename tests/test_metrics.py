@@ -185,11 +185,11 @@ def test_a_difference_is_taken_on_the_same_resamples():
     (["a"], [["a"], ["b"]], "received 1 captions for 2 images, expected one for each"),
     (["a", "b", "c"], [["a"], ["b"]], "received 3 captions for 2 images"),
     ([], [], "no images to score"),
-    (["a", "b"], [["a"], []], r"image 1 has \[\] for references"),
-    (["a"], ["a dog"], "image 0 has 'a dog' for references, expected a list of texts"),
-    (["a"], [["..."]], "image 0 has the reference '...', in which there are no words"),
-    (["a"], [[None]], "a reference of image 0 is None, expected a text"),
-    ([None], [["a"]], "caption 0 is None, expected a text"),
+    (["a", "b"], [["a"], []], r"image 1 has \[\] as references"),
+    (["a"], ["a dog"], "image 0 has 'a dog' as references, expected a list of strings"),
+    (["a"], [["..."]], "image 0 has the reference '...', which has no words"),
+    (["a"], [[None]], "a reference of image 0 is None, expected a string"),
+    ([None], [["a"]], "caption 0 is None, expected a string"),
 ])
 def test_what_cannot_be_scored_is_told(captions, references, message):
     with pytest.raises(ValueError, match=message):

@@ -214,7 +214,7 @@ def test_the_commands_caption_and_train_further(prompted, tmp_path, monkeypatch,
     small = "--max_steps 1 --num_samples 0 --device cpu --max_caption_tokens 32"
     assert recipe([*further[3:], *small.split(), "--output_path", str(tmp_path / "run")]) == 0
     start = json_lines(tmp_path / "run" / "metrics.jsonl")[0]
-    assert start["step"] == 0 and "those of the adapter that it started from" in card_of(
+    assert start["step"] == 0 and "those of the initial adapter" in card_of(
         tmp_path / "run"
     )
 
@@ -289,7 +289,7 @@ def test_an_adapter_that_training_did_not_improve_says_so(
     )
     train(settings(blip_folder, data, tmp_path / "run"))
     card = card_of(tmp_path / "run")
-    assert "Training made nothing better: the adapter is the one it started from." in card
+    assert "Training improved nothing: this is the initial adapter." in card
     assert "this adapter (step 0 of 10, epoch 0)" in card and "| 4.0000 | 4.0000 |" in card
 
 

@@ -26,7 +26,7 @@ from checkpoints import (
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.models import pretrained
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import PretrainedError

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_engine.captioning.references import Referenced, read_references
-from lora_engine.data.annotations import AnnotationError
+from lora_engine.data.rows import AnnotationError
 
 
 def write(tmp_path, value):
@@ -75,20 +75,20 @@ def test_items_of_a_coco_file_that_cannot_be_used_are_left_out_by_their_place(tm
     images, bad = read_references(path)
     assert images == [Referenced(7, str(tmp_path / "a.jpg"), ["a dog"])]
     listed = [f'{path}: item {number} of "{name}"' for name, numbers in (
-        ("images", (1, 2, 4)), ("annotations", (1, 2, 3, 4, 5, 6)), ("images", (3,))
+        ("images", (1, 2, 4)), ("annotations", (2, 3, 4, 5, 6, 1)), ("images", (3,))
     ) for number in numbers]
     assert [place for place, _ in bad] == listed
 
 
 @pytest.mark.parametrize("value, message", [
-    (coco(images=[]), "item 0 of \"annotations\": is of image_id 7, which is not among"),
+    (coco(images=[]), "item 0 of \"annotations\": has the image_id 7, which is not among"),
     (coco(images=[], annotations=[]), "no image with a caption"),
     (coco(annotations=[]), "no image with a caption.*a.jpg has no caption"),
     (coco(annotations=[{"image_id": 7, "caption": " "}]), "annotations\": has no words: \" \""),
     (coco(annotations=[{"image_id": 7}]), "item 0 of \"annotations\": lacks"),
     (coco(images=[{"id": 7}]), "item 0 of \"images\": lacks 'id' or 'file_name'"),
     (coco(images=[{"id": 7, "file_name": 3}]), "has the id 7 and the file_name 3"),
-    (coco(images={}), "\"images\" is no list"),
+    (coco(images={}), "\"images\" is not a list"),
     ({"images": []}, "an object with the keys \"images\""),
     ('{"images": ', "not JSON"),
     ([{"text": "", "image": "a.jpg"}], '1: row 1: "text" is empty'),

@@ -1013,7 +1013,7 @@ def in_a_worker(monkeypatch, at_row: int, act) -> None:
         return real(self, place)
 
     monkeypatch.setattr(CaptionedImages, "__getitem__", get)
-    monkeypatch.setattr(workers, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(workers, "_POLL_S", 0.2)
 
 
 @pytest.mark.parametrize("act, words", [

@@ -16,7 +16,7 @@ from lora_engine import __main__ as verbs
 from lora_engine.captioning.captioner import Caption
 from lora_engine.data.annotations import read_annotations
 from lora_engine.report.metrics_log import MetricsLogger
-from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, printable
+from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, one_line, printable
 from lora_engine.training import run as run_module
 from lora_engine.training.loop import train
 
@@ -113,3 +113,9 @@ def test_a_run_on_hostile_captions_prints_none_of_their_controls(
     out = capsys.readouterr().out
     assert rf"  reference  {SHOWN}\x0aadapter a red circle" in out
     assert not any(map(is_control, out.replace("\n", "")))
+
+
+def test_an_error_is_put_on_one_line():
+    assert one_line(ValueError("no route\nto  host")) == "no route to host"
+    assert one_line(TimeoutError()) == "TimeoutError"
+    assert one_line(ValueError("x" * 5000), limit=5) == "xxxxx..."

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from lora_engine.captioning.captioner import caption_features
 from lora_engine.captioning.metrics import Scores
-from lora_engine.data.annotations import hold_out, read_annotations
+from lora_engine.data.annotations import read_annotations
 from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
-from lora_engine.data.images import open_image, to_pixels
+from lora_engine.data.images import open_image
+from lora_engine.data.pixels import to_pixels
+from lora_engine.data.subsets import hold_out
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import AdapterError, read_adapter
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
@@ -547,7 +549,7 @@ def test_a_run_that_only_got_worse_keeps_the_adapter_it_started_from_and_the_las
     assert all(not torch.equal(last.matrices[k], best.matrices[k]) for k in best.matrices)
     assert (best.provenance["step"], last.provenance["step"]) == ("0", "10")
     text = str(summary)
-    for words in ("The validation loss never became better", "adapter_last/", "--lr"):
+    for words in ("The validation loss never improved", "adapter_last/", "--lr"):
         assert words in text
     assert all(sample.before == sample.best for sample in summary.samples)
 

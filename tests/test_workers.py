@@ -38,7 +38,7 @@ def small_shared_memory(monkeypatch):
     """As in Docker without --ipc=host, with 9 MB left."""
     usage = SimpleNamespace(total=64 * 10**6, used=55 * 10**6, free=9 * 10**6)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(workers, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(workers, "_POLL_S", 0.2)
 
 
 def no_shared_memory(*args, **kwargs):
@@ -71,18 +71,18 @@ def test_full_shared_memory_is_blamed_and_not_the_disk(small_shared_memory, act,
     )
     with pytest.raises(LoadingStopped, match=f"{words}.*/dev/shm.*--ipc=host") as caught:
         list(batches)
-    assert "disk" not in str(caught.value) and "memory ran out" not in str(caught.value)
+    assert "disk" not in str(caught.value) and "Often memory" not in str(caught.value)
 
 
 def test_where_shared_memory_is_large_enough_the_disk_is_blamed(monkeypatch):
-    monkeypatch.setattr(workers, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(workers, "_POLL_S", 0.2)
     act = Numbers(lambda: time.sleep(100))
-    with pytest.raises(LoadingStopped, match="does the disk with the images still answer"):
+    with pytest.raises(LoadingStopped, match="does the disk with the images still respond"):
         list(load(act, batch_size=2, num_workers=1, timeout_s=0.5, batch_bytes=1000))
 
 
 def test_a_bus_error_is_told_even_if_the_memory_is_free_again(monkeypatch):
-    monkeypatch.setattr(workers, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(workers, "_POLL_S", 0.2)
     act = Numbers(lambda: os.kill(os.getpid(), signal.SIGBUS))
     with pytest.raises(LoadingStopped, match="/dev/shm was full. Start the container with --ipc"):
         list(load(act, batch_size=2, num_workers=1, batch_bytes=1000))
@@ -101,7 +101,7 @@ def test_a_shortage_is_known_before_the_first_batch(
         blip_folder, data, tmp_path / "other", max_steps=1, batch_size=400, num_workers=1
     ))
     said = capsys.readouterr().err  # 2 x 4 batches of 400 x 3 x 64 x 64 bytes
-    assert "warning: /dev/shm, through which loading processes hand over images, has 9 MB" in said
+    assert "warning: /dev/shm, which workers pass images through, has 9 MB" in said
     assert "39 MB are needed" in said
 
 

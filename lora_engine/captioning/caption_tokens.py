@@ -1,19 +1,19 @@
-"""Captions -> the tokens that scores compare, cut as the COCO caption evaluation cuts them.
+"""Captions -> the tokens that scores compare, as in the COCO caption evaluation.
 
 That evaluation runs Stanford's PTBTokenizer (CoreNLP 3.4.1, `-lowerCase`), a Java program, and
-drops most punctuation. Here are the rules of that tokenizer which captions meet. Compared with the
-program itself, all of 300 captions of Conceptual Captions and of 165 others of photographs are cut
-the same, and 275 of 296 lines made of what is difficult. Known to differ: a single letter that ends
-a sentence inside a caption ("vitamin c. a"), telephone numbers with brackets, HTML's entities,
-"c++", and curly apostrophes inside some words.
+drops most punctuation. This file has the tokenizer's rules that matter for captions. The tokens
+equal the program's on all of 300 captions of Conceptual Captions and 165 others of photographs, and
+on 275 of 296 lines of difficult cases. Known differences: a single letter that ends a sentence
+inside a caption ("vitamin c. a"), telephone numbers with brackets, HTML entities, "c++", and curly
+apostrophes inside some words.
 """
 
 import re
 from functools import lru_cache
 
-# Some tokenizers' output is more than a cut: currencies and fractions are spelled out, dashes and
-# dots are one sign, soft hyphens go. A curly apostrophe is a straight one everywhere here; the
-# program leaves it in the few words that it knows whole (o’clock, ’em, ’90s).
+# The tokenizer also rewrites: currencies and fractions are spelled out, dashes and dots unified,
+# soft hyphens removed. Here every curly apostrophe becomes a straight one; the program keeps it in
+# the few words that it knows as a whole (o’clock, ’em, ’90s).
 _REWRITTEN = str.maketrans({
     "’": "'", "´": "'", "‘": "`", "‛": "`", "‹": "`", "›": "`",
     "“": '"', "”": '"', "«": '"', "»": '"',
@@ -26,8 +26,8 @@ _REWRITTEN = str.maketrans({
 _BRACKETS = str.maketrans({
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
 })
-# The evaluation's list of punctuation, but for its brackets: it has them in upper case only, while
-# they arrive in lower case. So "-lrb-" and "-rrb-" stay tokens there, and here.
+# The evaluation's list of punctuation, except for its brackets: it has them in upper case, while
+# the tokens are in lower case. So "-lrb-" and "-rrb-" stay tokens there, and here.
 _DROPPED = re.compile(r"""'{1,2}|`{1,2}|"|\.+|-{1,4}|[?!,:; ]""")
 
 # Abbreviations, whose period is theirs.
@@ -56,7 +56,8 @@ def _rule(token: str, before: str = "") -> re.Pattern[str]:
     return re.compile(f"({token})(?:{before})", re.IGNORECASE)
 
 
-# At each place the longest match wins, with what must follow the token; of equal ones the first.
+# At each position the longest match wins, including what must follow the token; of equal ones the
+# first.
 _RULES = [
     _rule("can", before="not"),
     _rule("gon|wan", before="na"),
@@ -99,7 +100,7 @@ _RULES = [
     _rule(r"(?-i:[A-Z]+(?:[+&][A-Z]+)+)"),
     _rule("."),
 ]
-# The program skips what it has no rule for: all beyond the basic plane, among it most emoji.
+# The program skips what it has no rule for: everything beyond the basic plane, such as most emoji.
 _PIECE = re.compile(
     rf"(?:\b{_NUMBERED} (?=\d))?"
     r"[^\s\U00010000-\U0010ffff\u200b-\u200f\u20a0-\u20cf\ue000-\uf8ff\ufe00-\ufe0f\ufeff]+",
@@ -112,7 +113,7 @@ _SURELY_A_WORD = re.compile(r"(?![_\U00010000-\U0010ffff])\w")
 
 
 def has_words(caption: str) -> bool:
-    """Whether a caption has any token, so that scores can compare it."""
+    """Whether a caption has any token that scores can compare."""
     return _SURELY_A_WORD.search(caption) is not None or bool(tokenize(caption))
 
 

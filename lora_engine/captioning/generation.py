@@ -1,10 +1,10 @@
 """Captions from features: batched greedy search, sampling and beam search with key/value caches.
 
 Greedy and beam search give the tokens of Hugging Face's `generate`; beam search follows its
-vectorised rewrite (huggingface/transformers, `generation/utils.py: _beam_search`), step by step, at
-its defaults (`early_stopping=False`). Captions that have ended leave the batch.
+vectorized implementation (huggingface/transformers, `generation/utils.py: _beam_search`), step by
+step, at its defaults (`early_stopping=False`). Finished captions leave the batch.
 
-Axes: B images, G beams, T tokens so far, V vocabulary.
+Axes: B images, G beams, N sequences in the batch, T tokens so far, V vocabulary.
 """
 
 import math
@@ -25,9 +25,9 @@ _NEVER = -1e9  # Hugging Face's score of what must not be chosen
 class Sampling(NamedTuple):
     """How to draw tokens instead of taking the most probable one.
 
-    Logits are divided by `temperature`; then the fewest tokens whose probabilities reach `top_p`
-    are drawn from (Holtzman et al., arXiv:1904.09751). A caption is a function of `seed` and of its
-    image's number: the others in the batch change nothing.
+    Logits are divided by `temperature`; then a token is drawn from the fewest tokens whose
+    probabilities sum to `top_p` (Holtzman et al., arXiv:1904.09751). A caption depends on `seed`
+    and on its image's number, not on the other images in the batch.
     """
 
     temperature: float = 1.0
@@ -50,21 +50,21 @@ def generate(
     sampling: Sampling | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Tensor:
-    """Caption each image of `features` (B, P, D) -> token ids (B, T), prompt first.
+    """Caption each image of `features` (B, P, D) -> token ids (B, T), starting with the prompt.
 
-    Rows that ended earlier are filled with `pad_id`. `prompt_ids` begin with the start token. No
-    caption ends before `min_new_tokens`. A beam's score is its log-probability divided by (number
-    of new tokens) ** `length_penalty`. `numbers` are the images' numbers for `sampling`, by default
-    0 to B - 1. The model should be in evaluation mode.
+    Rows that end earlier are filled with `pad_id`. `prompt_ids` begin with the start token. No
+    caption ends before `min_new_tokens`. The score of a beam is its log-probability divided by
+    (number of new tokens) ** `length_penalty`. `numbers` are the images' numbers for `sampling`, by
+    default 0 to B - 1. The model should be in evaluation mode.
 
-    Raises ValueError for lengths and beams below 1, if prompt and new tokens outgrow the decoder's
-    positions, and for sampling together with beams.
+    Raises ValueError if max_new_tokens or num_beams is below 1, if prompt and new tokens exceed the
+    decoder's positions, and for sampling with more than one beam.
     """
-    longest = len(prompt_ids) + max_new_tokens
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(
             f"max_new_tokens={max_new_tokens}, num_beams={num_beams}: both must be 1 or more"
         )
+    longest = len(prompt_ids) + max_new_tokens
     max_positions = model.decoder.max_positions
     if longest > max_positions:
         raise ValueError(
@@ -75,23 +75,24 @@ def generate(
         raise ValueError(f"sampling together with num_beams={num_beams}: use one of them")
     prompt = torch.tensor([prompt_ids], device=features.device).expand(len(features), -1)
     next_logits = _NextLogits(model, longest, len(prompt_ids) + min_new_tokens, end_id)
-    if num_beams == 1:
-        choose = _argmax
-        if sampling is not None:
-            choose = _Sampler(sampling, numbers or range(len(features)), max_new_tokens)
-        return _one_by_one(next_logits, features, prompt, choose, end_id, pad_id, max_new_tokens)
-    return _beam_search(
-        next_logits, features, prompt, end_id, pad_id, max_new_tokens, num_beams, length_penalty
-    )
+    if num_beams > 1:
+        return _beam_search(
+            next_logits, features, prompt, end_id, pad_id, max_new_tokens, num_beams, length_penalty
+        )
+    choose: Callable[[Tensor, Tensor, int], Tensor] = _most_probable
+    if sampling is not None:
+        choose = _Sampler(sampling, numbers or range(len(features)), max_new_tokens)
+    return _token_by_token(next_logits, features, prompt, choose, end_id, pad_id, max_new_tokens)
 
 
 class _NextLogits:
-    """(N, T new tokens) -> fp32 logits (N, V) of the token after the last, or their log_softmax."""
+    """Decodes new tokens (N, T) -> fp32 logits (N, V) of the token after the last, or their
+    log_softmax. The key/value cache holds all tokens before."""
 
     def __init__(self, model: CaptioningModel, longest: int, first_end: int, end_id: int) -> None:
         self.model = model
         self.cache = KeyValueCache(longest)
-        self.first_end = first_end  # tokens before an end token may come
+        self.first_end = first_end  # the first position at which an end token is allowed
         self.end_id = end_id
 
     def __call__(
@@ -101,39 +102,15 @@ class _NextLogits:
         logits = self.model.head(hidden[:, -1]).float()
         if log_softmax:
             logits = F.log_softmax(logits, dim=-1)
-        if self.cache.length < self.first_end:  # in beams the others gain nothing by it
+        if self.cache.length < self.first_end:  # after log_softmax: other scores do not change
             logits[:, self.end_id] = -math.inf
         return logits
 
 
-def _argmax(logits: Tensor, images: Tensor, num_new: int) -> Tensor:
-    return logits.argmax(dim=-1)
+# --- greedy search and sampling --------------------------------------------------------------
 
 
-class _Sampler:
-    """Draws the next tokens of captions: logits (N, V) of `images` (N,) -> token ids (N,)."""
-
-    def __init__(self, sampling: Sampling, numbers: Sequence[int], max_new_tokens: int) -> None:
-        self.temperature = sampling.temperature
-        self.top_p = sampling.top_p
-        # (B, new tokens): all chances at once.
-        self.chances = torch.tensor(np.stack([
-            np.random.default_rng([sampling.seed, number]).random(max_new_tokens, dtype=np.float32)
-            for number in numbers
-        ]))
-
-    def __call__(self, logits: Tensor, images: Tensor, num_new: int) -> Tensor:
-        probs, tokens = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-        reached = probs.cumsum(dim=-1)
-        kept = reached - probs < self.top_p  # the first one always
-        mass = (probs * kept).sum(dim=-1, keepdim=True)
-        chance = self.chances[images.cpu(), num_new].to(logits.device)[:, None]
-        # The inverse of the distribution function; rounding must not lead past what is kept.
-        place = (reached < chance * mass).sum(dim=-1, keepdim=True)
-        return tokens.gather(1, place.minimum(kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
-
-
-def _one_by_one(
+def _token_by_token(
     next_logits: _NextLogits,
     features: Tensor,
     prompt: Tensor,
@@ -142,8 +119,13 @@ def _one_by_one(
     pad_id: int,
     max_new: int,
 ) -> Tensor:
+    """Extend each caption by what `choose` takes, until all have ended.
+
+    `choose` maps logits (N, V), the images (N,) that they belong to, and the number of new tokens
+    so far to token ids (N,).
+    """
     tokens = F.pad(prompt, (0, max_new), value=pad_id)
-    images = torch.arange(len(prompt), device=prompt.device)  # those whose captions go on
+    images = torch.arange(len(prompt), device=prompt.device)  # of unfinished captions
     new_tokens = prompt
     for num_new in range(max_new):
         position = prompt.shape[1] + num_new
@@ -160,6 +142,62 @@ def _one_by_one(
     return tokens[:, : position + 1]
 
 
+def _most_probable(logits: Tensor, images: Tensor, num_new: int) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+class _Sampler:
+    """Draws the next tokens: logits (N, V) of `images` (N,) -> token ids (N,)."""
+
+    def __init__(self, sampling: Sampling, numbers: Sequence[int], max_new_tokens: int) -> None:
+        self.temperature = sampling.temperature
+        self.top_p = sampling.top_p
+        # (B, new tokens): the uniform random numbers of all draws.
+        self.uniforms = torch.tensor(np.stack([
+            np.random.default_rng([sampling.seed, number]).random(max_new_tokens, dtype=np.float32)
+            for number in numbers
+        ]))
+
+    def __call__(self, logits: Tensor, images: Tensor, num_new: int) -> Tensor:
+        probs, tokens = (logits / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+        kept = _nucleus(probs, self.top_p)
+        mass = (probs * kept).sum(dim=-1, keepdim=True)
+        uniform = self.uniforms[images.cpu(), num_new].to(logits.device)[:, None]
+        # Inverse transform sampling; rounding must not lead past the last kept token.
+        rank = (probs.cumsum(dim=-1) < uniform * mass).sum(dim=-1, keepdim=True)
+        return tokens.gather(1, rank.minimum(kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Which of `probs` (N, V), sorted from high to low, are the fewest that sum to `top_p`.
+
+    Always the first of each row. Like any truncation of a sorted distribution (top-k), this is a
+    mask (N, V) that is true for the beginning of each row.
+    """
+    return probs.cumsum(dim=-1) - probs < top_p
+
+
+# --- beam search -----------------------------------------------------------------------------
+
+
+class _Finished(NamedTuple):
+    """The best finished captions of each image, best first; unused entries are not `exists`."""
+
+    tokens: Tensor  # (B, G, T)
+    scores: Tensor  # (B, G)
+    lengths: Tensor  # (B, G), of new tokens
+    exists: Tensor  # (B, G)
+
+    def best_with(self, others: "_Finished", num_beams: int) -> "_Finished":
+        """The `num_beams` best captions of both."""
+        both = [torch.cat(pair, dim=1) for pair in zip(self, others)]
+        best = both[1].topk(num_beams).indices
+        return _Finished(*(_take(x, best) for x in both))
+
+    def of_images(self, kept: Tensor) -> "_Finished":
+        return _Finished(*(x[kept] for x in self))
+
+
 def _beam_search(
     next_logits: _NextLogits,
     features: Tensor,
@@ -170,23 +208,25 @@ def _beam_search(
     num_beams: int,
     length_penalty: float,
 ) -> Tensor:
+    """The best caption of each image among those that `num_beams` running beams lead to."""
     num_images, prompt_length = prompt.shape
     device = prompt.device
     shape = (num_images, num_beams)
     best_tokens = F.pad(prompt, (0, max_new), value=pad_id)
     longest = 0
-    images = torch.arange(num_images, device=device)  # those whose captions may still improve
+    images = torch.arange(num_images, device=device)  # whose captions may still improve
 
-    # Running beams and the best finished ones, each with its score. At first all beams are the
-    # same, so that only the first one may be continued.
+    # At first all beams are equal, so only the first one may be continued.
     running = best_tokens[:, None].repeat(1, num_beams, 1)
     running_scores = torch.zeros(shape, device=device)
     running_scores[:, 1:] = _NEVER
-    finished = running.clone()
-    finished_scores = torch.full(shape, _NEVER, device=device)
-    finished_lengths = torch.zeros(shape, dtype=torch.long, device=device)
-    is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
-    # Twice as many candidates as beams: even if the best ones all end here, as many go on.
+    finished = _Finished(
+        tokens=running.clone(),
+        scores=torch.full(shape, _NEVER, device=device),
+        lengths=torch.zeros(shape, dtype=torch.long, device=device),
+        exists=torch.zeros(shape, dtype=torch.bool, device=device),
+    )
+    # Twice as many candidates as beams: even if the best half ends here, enough can continue.
     is_top_candidate = torch.arange(2 * num_beams, device=device) < num_beams
 
     new_tokens = prompt.repeat_interleave(num_beams, dim=0)
@@ -203,30 +243,33 @@ def _beam_search(
         if num_new == max_new:
             ends = torch.ones_like(ends)
 
-        # Those that go on.
+        # The best candidates that do not end become the running beams.
         open_scores = scores + ends * _NEVER
         kept = open_scores.topk(num_beams).indices
         running, running_scores = _take(candidates, kept), _take(open_scores, kept)
         parents = _take(parents, kept)
 
-        # Those that end now and are better than what has finished before.
+        # Those that end compete with the captions that finished before.
         ends_now = ends & is_top_candidate
-        end_scores = scores / num_new**length_penalty + (~ends_now) * _NEVER
-        lengths = torch.full_like(tokens, num_new)
-        best = torch.cat([finished_scores, end_scores], dim=1).topk(num_beams).indices
-        finished = _take(torch.cat([finished, candidates], dim=1), best)
-        finished_scores = _take(torch.cat([finished_scores, end_scores], dim=1), best)
-        finished_lengths = _take(torch.cat([finished_lengths, lengths], dim=1), best)
-        is_finished = _take(torch.cat([is_finished, ends_now], dim=1), best)
+        finished = finished.best_with(
+            _Finished(
+                tokens=candidates,
+                scores=scores / num_new**length_penalty + (~ends_now) * _NEVER,
+                lengths=torch.full_like(tokens, num_new),
+                exists=ends_now,
+            ),
+            num_beams,
+        )
 
-        # An image is done where no running beam could still beat its worst finished one.
-        worst = torch.where(is_finished, finished_scores.min(dim=1, keepdim=True).values, _NEVER)
+        # An image is done if no running beam can still beat its worst finished caption.
+        worst = finished.scores.min(dim=1, keepdim=True).values
+        worst = torch.where(finished.exists, worst, _NEVER)
         reachable = running_scores[:, :1] / num_new**length_penalty
-        goes_on = (reachable > worst).any(dim=1) & (num_new < max_new)
-        kept, done = goes_on.nonzero()[:, 0], (~goes_on).nonzero()[:, 0]
-        best_tokens[images[done]] = finished[done, 0]
+        is_open = (reachable > worst).any(dim=1) & (num_new < max_new)
+        kept, done = is_open.nonzero()[:, 0], (~is_open).nonzero()[:, 0]
+        best_tokens[images[done]] = finished.tokens[done, 0]
         if len(done):
-            longest = max(longest, int(finished_lengths[done, 0].max()))
+            longest = max(longest, int(finished.lengths[done, 0].max()))
         if len(kept) == 0:
             break
         next_logits.cache.reorder((num_beams * kept[:, None] + parents[kept]).flatten())
@@ -235,8 +278,7 @@ def _beam_search(
             next_logits.cache.keep_images(kept)
             images, features = images[kept], features[kept]
             running, running_scores = running[kept], running_scores[kept]
-            finished, finished_scores = finished[kept], finished_scores[kept]
-            finished_lengths, is_finished = finished_lengths[kept], is_finished[kept]
+            finished = finished.of_images(kept)
 
     return best_tokens[:, : prompt_length + longest]
 

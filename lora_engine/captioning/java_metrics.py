@@ -1,7 +1,7 @@
 """METEOR and SPICE, by the Java programs of the COCO caption evaluation (salaniz/pycocoevalcap).
 
-The optional package `pycocoevalcap` brings them and the PTBTokenizer that cuts their tokens; SPICE
-fetches Stanford's models when it is first used.
+The optional package `pycocoevalcap` contains them and their PTBTokenizer; SPICE downloads
+Stanford's models when it is first used.
 """
 
 import shutil
@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
+from lora_engine.terminal import one_line
+
 JAVA_SCORES = ("meteor", "spice")
 INSTALL = "pip install 'lora_engine[coco]'"
 
 
 def check_java() -> None:
-    """Raises ValueError, saying what to install, where METEOR and SPICE cannot run."""
+    """Raises ValueError, with what to install, if METEOR and SPICE cannot run."""
     if find_spec("pycocoevalcap") is None:
         raise ValueError(f"METEOR and SPICE need the package pycocoevalcap: {INSTALL}")
     if shutil.which("java") is None:
         raise ValueError(
-            "METEOR and SPICE are Java programs, and there is no `java` here: install a Java "
-            "runtime (Debian and Ubuntu: default-jre-headless), or leave them out"
+            "METEOR and SPICE are Java programs, and no `java` was found: install a Java runtime "
+            "(Debian and Ubuntu: default-jre-headless), or do without them"
         )
 
 
@@ -29,21 +31,20 @@ def java_score(
 ) -> float:
     """METEOR or SPICE, between 0 and 1, of `captions[i]` against the texts `references[i]`.
 
-    `name` is one of JAVA_SCORES. Raises ValueError as `check_java` does, and where the program
-    fails.
+    `name` is one of JAVA_SCORES. Raises ValueError as `check_java` does, and if the program fails.
     """
     check_java()
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def cut(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    def tokenized(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
         return PTBTokenizer().tokenize({
             image: [{"caption": text} for text in of_image] for image, of_image in enumerate(texts)
         })
 
     try:
         program = getattr(import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())()
-        score, _ = program.compute_score(cut(references), cut([[text] for text in captions]))
-    except Exception as error:  # a program that ended, its output cut short, no network
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name.upper()} failed: {reason}") from error
+        of_captions = tokenized([[caption] for caption in captions])
+        score, _ = program.compute_score(tokenized(references), of_captions)
+    except Exception as error:  # the program failed, truncated output, no network
+        raise ValueError(f"{name.upper()} failed: {one_line(error)}") from error
     return float(score)

@@ -1,9 +1,9 @@
-"""A captioner with its adapter folded in, as the kind of folder that its base came from.
+"""Export a captioner with its adapter merged, as a Hugging Face folder like its base's.
 
-Only the adapted tensors are written anew: in the checkpoint's own files, under their own names, in
-their own layout and number format. Every other tensor, the configuration, the tokenizer and the
-preprocessor are the base's, so that whatever loads the base loads the result, without PEFT. Before
-the folder takes its name it is loaded back and compared with base and adapter apart.
+Only the adapted tensors are rewritten: in the checkpoint's own files, under their own names, in
+their own layout and dtype. All other tensors, the configuration, the tokenizer and the preprocessor
+are copied from the base, so that whatever loads the base loads the result, without PEFT. Before the
+folder gets its final name it is loaded and compared with the unmerged model.
 
 Axes: B images, T caption tokens, V vocabulary.
 """
@@ -22,31 +22,31 @@ from torch import Tensor
 
 from lora_engine.captioning.generation import generate
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.files import replaced_folder
+from lora_engine.files import free_bytes, replaced_folder
 from lora_engine.lora.injection import lora_layers
 from lora_engine.models.model_folder import SMALL_FILES
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import read_weights, weight_files
 
-# An index is written anew where one is needed. An adapter that lies beside the base's weights
-# would be loaded on top of the merged ones: transformers does so unasked.
-LEFT_BEHIND = ("*.index.json", "adapter_config.json")
+# Files of the base that are not copied. An index is written again if one is needed. transformers
+# would load an adapter beside the weights on top of the merged ones.
+NOT_COPIED = ("*.index.json", "adapter_config.json")
 
-IMAGES_AT_ONCE = 8
+BATCH_SIZE = 8
 
 
 class MergeError(ValueError):
-    """A merged model that cannot be written, or does not say what base and adapter say."""
+    """A merged model that cannot be written, or whose captions differ from the unmerged model's."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near a merged model comes to base and adapter apart, on some images.
+    """How closely a merged model matches the unmerged one on some images.
 
-    `difference` is the largest between two logits, at any token of the captions of base and
-    adapter; `allowed` is how far a logit may move by rounding the merged weights to `dtype`. `gap`
-    is the largest lead in logits that a token had over the one which took its place, first in its
-    caption (0 where all captions are identical).
+    `difference` is the largest difference of two logits at any token of the unmerged model's
+    captions; `allowed` is how far a logit may move when the merged weights are rounded to `dtype`.
+    `gap` is the largest lead in logits that a token had over the one that replaced it, at the first
+    difference of two captions (0 if all captions are identical).
     """
 
     num_images: int
@@ -58,7 +58,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        # Each of two logits may move. False, too, for differences that are not numbers.
+        # Each of two logits may move. Also False if a difference is NaN.
         return self.difference <= self.allowed and self.gap <= 2 * self.allowed
 
     def __str__(self) -> str:
@@ -72,34 +72,34 @@ class Parity:
 def export_merged(
     captioner: Captioner, out: str | Path, *, pixels: np.ndarray, prompt: str = ""
 ) -> Parity:
-    """Write a captioner and its LoRA layers, not merged, as one plain Hugging Face folder.
+    """Write a captioner whose LoRA layers are not merged as one plain Hugging Face folder.
 
-    `pixels` (B, 3, height, width), uint8, are the images on which the written folder, loaded back,
-    is compared with `captioner`, behind `prompt`. The model of `captioner` is in evaluation mode
-    afterwards, and else as it was.
+    `pixels` (B, 3, height, width), uint8, are the images on which the written folder is loaded and
+    compared with `captioner`, with `prompt`. Afterwards the model of `captioner` is in evaluation
+    mode, and otherwise unchanged.
 
-    Raises MergeError where `out` holds anything or lies in the base's folder, where the disk has
-    too little space, and where the comparison fails; `out` is then as it was.
+    Raises MergeError if `out` is not empty or is inside the base's folder, if the disk has too
+    little space, and if the comparison fails; `out` is then unchanged.
     """
     out = Path(out)
     check_out(out)
-    _check_room(out, captioner.folder)
+    _check_target(out, captioner.folder)
     with replaced_folder(out.resolve()) as new:
         _copy_small_files(captioner.folder, new)
         dtype = _write_weights(captioner, new)
         parity = compare(captioner, load_captioner(new), pixels, prompt=prompt, dtype=dtype)
         if not parity.holds:
             raise MergeError(
-                f"the merged model does not say what {captioner.name} and the adapter say apart: "
-                f"{parity}. Nothing was written. {_name(dtype)} is too coarse for the merged "
-                f"weights (finest is a base that is stored in float32)"
+                f"the merged model differs from {captioner.name} with the adapter: {parity}. "
+                f"Nothing was written. {_name(dtype)} is too coarse for the merged weights; a base "
+                f"that is stored in float32 is the most precise"
             )
-        check_out(out)  # this took a while, in which another program may have written there
+        check_out(out)  # another program may have written there in the meantime
     return parity
 
 
 def check_out(out: Path) -> None:
-    """Raises MergeError unless `out` is a folder that can be made, or an empty one."""
+    """Raises MergeError unless `out` is a folder that can be created, or an empty one."""
     if out.exists() and not out.is_dir():
         raise MergeError(f"--out {out} is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
@@ -107,14 +107,14 @@ def check_out(out: Path) -> None:
             f"--out {out} already holds files, which are never overwritten; choose another folder"
         )
     if not out.resolve().parent.is_dir():
-        raise MergeError(f"--out {out}: there is no folder {out.parent}; make it first")
+        raise MergeError(f"--out {out}: there is no folder {out.parent}; create it first")
 
 
-def _check_room(out: Path, base: Path) -> None:
+def _check_target(out: Path, base: Path) -> None:
     if out.resolve().is_relative_to(base.resolve()):
-        raise MergeError(f"--out {out} lies in the base model's folder {base}; choose another one")
+        raise MergeError(f"--out {out} is in the base model's folder {base}; choose another one")
     needed = sum(path.stat().st_size for path in weight_files(base))
-    free = shutil.disk_usage(out.resolve().parent).free
+    free = free_bytes(out.resolve().parent)
     if free < needed:
         raise MergeError(
             f"--out {out}: the merged model takes {needed / 1e9:.2f} GB, but that disk has "
@@ -125,12 +125,12 @@ def _check_room(out: Path, base: Path) -> None:
 def _copy_small_files(base: Path, folder: Path) -> None:
     for pattern in SMALL_FILES:
         for path in base.glob(pattern):
-            if path.is_file() and not any(path.match(name) for name in LEFT_BEHIND):
+            if path.is_file() and not any(path.match(name) for name in NOT_COPIED):
                 shutil.copyfile(path, folder / path.name)
 
 
 def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
-    """Write the base's files with the adapted tensors merged -> the coarsest format of those."""
+    """Write the base's files with the adapted tensors merged -> the coarsest of their dtypes."""
     merged = {f"{path}.weight": layer for path, layer in lora_layers(captioner.model)}
     # GPT-2's Conv1D stores (in, out), our layers (out, in).
     is_transposed = captioner.model.fan_in_fan_out
@@ -149,7 +149,7 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
             tensors[name] = (weight.T if is_transposed else weight).to(dtype).contiguous()
             if not tensors[name].isfinite().all():
                 raise MergeError(
-                    f"the merged {name} has numbers too large for {_name(dtype)}, the format of "
+                    f"the merged {name} has values too large for {_name(dtype)}, the dtype of "
                     f"{captioner.name}; merge into a base that is stored in float32. Nothing was "
                     f"written"
                 )
@@ -170,9 +170,9 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, too
+    except SafetensorError as error:  # also for a full disk
         raise OSError(f"cannot write {path}: {error}") from None
-    # save_file's are readable by their owner alone, whatever the umask.
+    # save_file makes files readable for their owner only, whatever the umask.
     shutil.copymode(path.with_name("config.json"), path)
 
 
@@ -181,24 +181,24 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def compare(
-    apart: Captioner, merged: Captioner, pixels: np.ndarray, *, prompt: str, dtype: torch.dtype
+    unmerged: Captioner, merged: Captioner, pixels: np.ndarray, *, prompt: str, dtype: torch.dtype
 ) -> Parity:
     """Caption `pixels` (B, 3, height, width), uint8, greedily with both, in fp32 on the CPU.
 
-    Logits are compared on the captions of `apart`, whose model has LoRA layers; `merged` had its
-    weights rounded to `dtype`.
+    Logits are compared on the captions of `unmerged`, whose model has LoRA layers; the weights of
+    `merged` were rounded to `dtype`.
     """
-    apart.model.eval()  # layers that were injected come in training mode, with dropout
+    unmerged.model.eval()  # injected layers start in training mode, with dropout
     differences, gaps, spreads, num_identical = [], [], [], 0
-    for begin in range(0, len(pixels), IMAGES_AT_ONCE):
-        batch = torch.from_numpy(pixels[begin : begin + IMAGES_AT_ONCE])
-        features, tokens = _encode_and_caption(apart, batch, prompt)
+    for begin in range(0, len(pixels), BATCH_SIZE):
+        batch = torch.from_numpy(pixels[begin : begin + BATCH_SIZE])
+        features, tokens = _encode_and_caption(unmerged, batch, prompt)
         merged_features, merged_tokens = _encode_and_caption(merged, batch, prompt)
-        tokens, merged_tokens = _equally_long(tokens, merged_tokens, apart.tokenizer.pad_id)
-        logits = _logits(apart, tokens, features)
+        tokens, merged_tokens = _equally_long(tokens, merged_tokens, unmerged.tokenizer.pad_id)
+        logits = _logits(unmerged, tokens, features)
         differences.append((_logits(merged, tokens, merged_features) - logits).abs().max())
         gaps.append(_gaps(logits, tokens, merged_tokens).max())
-        # Over the vocabulary: what all logits of a token have in common changes no probability.
+        # Over the vocabulary: a constant added to all logits of a token changes no probability.
         spreads.append(logits.std(dim=-1).mean())
         num_identical += int((tokens == merged_tokens).all(dim=1).sum())
     return Parity(
@@ -212,7 +212,7 @@ def compare(
 
 
 def _encode_and_caption(captioner: Captioner, pixels: Tensor, prompt: str) -> tuple[Tensor, Tensor]:
-    """Features of images and the tokens (B, T) of their captions, prompt first."""
+    """Features of images, and the tokens (B, T) of their captions, starting with the prompt."""
     features = encode_pixels(captioner.model, pixels, captioner.pixels)
     tokenizer = captioner.tokenizer
     tokens = generate(
@@ -232,12 +232,12 @@ def _equally_long(a: Tensor, b: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def _logits(captioner: Captioner, tokens: Tensor, features: Tensor) -> Tensor:
-    """Logits (B, T - 1, V) of every token (B, T) but the first."""
+    """Logits (B, T - 1, V) for each of `tokens` (B, T) except the first."""
     return captioner.model.head(captioner.model.decode(tokens[:, :-1], features))
 
 
 def _gaps(logits: Tensor, tokens: Tensor, others: Tensor) -> Tensor:
-    """By how much each row's first token that differs leads the other one's -> (B,)."""
+    """By how much each row's first different token leads the other row's -> (B,)."""
     first = (tokens != others).int().argmax(dim=1).clamp(min=1)  # a row without one has gap 0
     rows = torch.arange(len(tokens))
     scores = logits[rows, first - 1]  # (B, V)
@@ -247,7 +247,7 @@ def _gaps(logits: Tensor, tokens: Tensor, others: Tensor) -> Tensor:
 def _tolerance(dtype: torch.dtype) -> float:
     """How far a logit may move, in standard deviations of the logits over the vocabulary.
 
-    Rounding moves a weight by up to eps / 2 of itself; in fp32 the order of sums moves more.
+    Rounding changes a weight by up to eps / 2 of itself; in fp32 the order of sums changes more.
     """
     return max(1e-3, 16 * torch.finfo(dtype).eps)
 

@@ -1,8 +1,8 @@
-"""Scores of captions against references: BLEU, ROUGE-L, CIDEr-D, and what shows trouble early.
+"""Scores of captions against references: BLEU, ROUGE-L, CIDEr-D, and signs of degenerate output.
 
 BLEU, ROUGE-L and CIDEr-D are those of the COCO caption evaluation (arXiv:1504.00325, in the code of
-salaniz/pycocoevalcap), to the last digits on equal tokens. An image with all its references is one
-item. METEOR and SPICE need Java: `java_metrics.py`.
+salaniz/pycocoevalcap): equal to the last digits for equal tokens. METEOR and SPICE need Java:
+`java_metrics.py`.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 from lora_engine.captioning.caption_tokens import tokenize
 
 MAX_NGRAM = 4
-# The scores of `Scores` as people write them, those that most look at first.
+# Names of the scores for people, the most common ones first.
 SCORE_NAMES = {
     "cider_d": "CIDEr-D",
     "bleu_4": "BLEU-4",
@@ -25,10 +25,10 @@ SCORE_NAMES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
-    "ended": "ended by themselves, share",
-    "distinct": "distinct captions, share",
-    "repetition": "repeated 3-grams, share",
-    "mean_length": "mean length, tokens",
+    "ended": "Share with an end token",
+    "distinct": "Share of distinct captions",
+    "repetition": "Share of repeated 3-grams",
+    "mean_length": "Mean length (tokens)",
 }
 BOOTSTRAPPED = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 
@@ -46,10 +46,10 @@ class Scores:
     """Scores of a whole set of captions.
 
     BLEU and ROUGE-L are between 0 and 1, CIDEr-D between 0 and 10 (and 0 for a single image, whose
-    words are all equally frequent). `distinct` is the share of different captions, `repetition`
-    the mean share of a caption's 3-grams that it has said before (seq-rep-3, arXiv:1908.04319),
-    `ended` the share of captions that ended by themselves, or None where that is unknown. Mean
-    lengths are in tokens.
+    words are all equally frequent). `distinct` is the share of distinct captions, `repetition` the
+    mean share of a caption's 3-grams that repeat an earlier one (seq-rep-3, arXiv:1908.04319),
+    `ended` the share of captions that reached the end token, or None if unknown. Mean lengths are
+    in tokens.
     """
 
     bleu_1: float
@@ -67,7 +67,7 @@ class Scores:
     num_references: int
 
     def as_dict(self) -> dict[str, float]:
-        """What is known, by name, as metrics.jsonl has it."""
+        """The known scores by name, as in metrics.jsonl."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -75,7 +75,7 @@ class Scores:
 class CaptionScores:
     """Scores of a set of captions, and of each of them: arrays (I,) over the images, in order.
 
-    `bleu_counts` (I, 2 * MAX_NGRAM + 1) are the counts that BLEU is made of, see `bleu`.
+    `bleu_counts` (I, 2 * MAX_NGRAM + 1) are the counts that BLEU is computed from, see `bleu`.
     """
 
     corpus: Scores
@@ -91,11 +91,11 @@ class Interval(NamedTuple):
 
 
 class References:
-    """The references of I images, cut into tokens and counted once for any number of scorings.
+    """The references of I images, tokenized and counted once for any number of `score` calls.
 
     `references[i]` are the texts of image i. CIDEr-D takes its document frequencies from them.
-    `tokenize` cuts references and captions; pass `str.split` where they are cut already. Raises
-    ValueError if there is no image, an image has no reference, or a reference has no token.
+    `tokenize` splits references and captions; pass `str.split` if they are tokenized already.
+    Raises ValueError if there is no image, an image has no reference, or a reference no token.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class References:
         if len(references) == 0:
             raise ValueError("no images to score, expected the references of at least one")
         self._tokenize = tokenize
-        self._tokens = [self._cut_references(*item) for item in enumerate(references)]
+        self._tokens = [self._tokenize_references(*item) for item in enumerate(references)]
         counts = [[ngram_counts(tokens) for tokens in image] for image in self._tokens]
         self._max_counts = [_largest_counts(image) for image in counts]
         self._log_images = math.log(len(references))
@@ -123,7 +123,7 @@ class References:
     def score(
         self, captions: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> CaptionScores:
-        """Score one caption for each image; `ended[i]` says whether caption i ended by itself.
+        """Score one caption for each image; `ended[i]`: whether caption i reached its end token.
 
         A caption without a token scores 0. Raises ValueError unless there is one text, and one
         value of `ended`, for each image.
@@ -134,7 +134,7 @@ class References:
                     f"received {len(values):,} {name} for {len(self):,} images, expected one for "
                     "each image, in their order"
                 )
-        tokens = [self._cut(f"caption {i}", caption) for i, caption in enumerate(captions)]
+        tokens = [self._tokenize_text(f"caption {i}", text) for i, text in enumerate(captions)]
         counts = [ngram_counts(caption) for caption in tokens]
         bleu_counts = np.array([
             _bleu_counts(*image) for image in zip(tokens, counts, self._tokens, self._max_counts)
@@ -162,23 +162,23 @@ class References:
         )
         return CaptionScores(corpus, bleu(bleu_counts)[:, -1], rouge, cider, bleu_counts)
 
-    def _cut_references(self, image: int, texts: Sequence[str]) -> list[list[str]]:
+    def _tokenize_references(self, image: int, texts: Sequence[str]) -> list[list[str]]:
         if isinstance(texts, str) or len(texts) == 0:
             raise ValueError(
-                f"image {image} has {texts!r} for references, expected a list of texts"
+                f"image {image} has {texts!r} as references, expected a list of strings"
             )
-        tokens = [self._cut(f"a reference of image {image}", text) for text in texts]
+        tokens = [self._tokenize_text(f"a reference of image {image}", text) for text in texts]
         for text, found in zip(texts, tokens):
             if not found:
                 raise ValueError(
-                    f"image {image} has the reference {text!r}, in which there are no words; leave "
-                    "it out, and the image too if it has no other"
+                    f"image {image} has the reference {text!r}, which has no words; remove it, and "
+                    "the image if it has no other"
                 )
         return tokens
 
-    def _cut(self, name: str, text: str) -> list[str]:
+    def _tokenize_text(self, name: str, text: str) -> list[str]:
         if not isinstance(text, str):
-            raise ValueError(f"{name} is {text!r}, expected a text")
+            raise ValueError(f"{name} is {text!r}, expected a string")
         return self._tokenize(text)
 
     def _vector(self, counts: Mapping[Ngram, int]) -> "_Vector":
@@ -212,13 +212,13 @@ def _largest_counts(counts: Iterable[Counter[Ngram]]) -> Counter[Ngram]:
 def bleu(counts: np.ndarray) -> np.ndarray:
     """BLEU-1 to BLEU-4 (..., MAX_NGRAM) from summed counts (..., 2 * MAX_NGRAM + 1).
 
-    The counts are, for each n, the caption's n-grams found in a reference (no more often than in
-    one of them) and all its n-grams; and the length of the reference nearest in length. They add
-    up over captions, and BLEU is made of the sums (Papineni et al., 2002).
+    The counts are, for each n, the caption's n-grams found in a reference (each at most as often
+    as in one of them) and all its n-grams; and the length of the reference closest in length. They
+    add up over captions, and BLEU is computed from the sums (Papineni et al., 2002).
     """
-    matched, all_, reference_length = np.split(counts, [MAX_NGRAM, 2 * MAX_NGRAM], axis=-1)
-    precisions = (matched + _TINY) / (all_ + _SMALL)
-    length_ratio = (all_[..., :1] + _TINY) / (reference_length + _SMALL)
+    matched, total, reference_length = np.split(counts, [MAX_NGRAM, 2 * MAX_NGRAM], axis=-1)
+    precisions = (matched + _TINY) / (total + _SMALL)
+    length_ratio = (total[..., :1] + _TINY) / (reference_length + _SMALL)
     brevity_penalty = np.exp(np.minimum(1 - 1 / length_ratio, 0))
     roots = 1 / np.arange(1, MAX_NGRAM + 1)
     return np.cumprod(precisions, axis=-1) ** roots * brevity_penalty
@@ -233,15 +233,15 @@ def _bleu_counts(
     matched = [0] * MAX_NGRAM
     for ngram, count in counts.items():
         matched[len(ngram) - 1] += min(count, max_counts.get(ngram, 0))
-    all_ = [max(len(caption) - n, 0) for n in range(MAX_NGRAM)]
-    _, nearest_length = min((abs(len(r) - len(caption)), len(r)) for r in references)
-    return [*matched, *all_, nearest_length]
+    total = [max(len(caption) - n, 0) for n in range(MAX_NGRAM)]
+    _, closest_length = min((abs(len(r) - len(caption)), len(r)) for r in references)
+    return [*matched, *total, closest_length]
 
 
 def rouge_l(caption: Tokens, references: Sequence[Tokens]) -> float:
-    """F-measure of the longest common subsequence, recall weighing 1.44 times precision.
+    """F-measure of the longest common subsequence; recall has 1.44 times the weight of precision.
 
-    The best precision and the best recall may be those of different references, as in the COCO
+    The best precision and the best recall may come from different references, as in the COCO
     caption evaluation.
     """
     common = [_common_length(caption, reference) for reference in references]
@@ -254,17 +254,17 @@ def rouge_l(caption: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def _common_length(one: Tokens, other: Tokens) -> int:
-    """Length of the longest common subsequence, a row of its table at a time, in bits.
+    """Length of the longest common subsequence, one row of its table at a time, as bits.
 
-    Hyyrö, "Bit-parallel LCS-length computation revisited" (2004): a bit of the row is 0 where the
-    length grows by one.
+    Hyyrö, "Bit-parallel LCS-length computation revisited" (2004): a bit of the row is 0 if the
+    length grows by one there.
     """
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for index, token in enumerate(one):
-        places[token] = places.get(token, 0) | 1 << index
+        positions[token] = positions.get(token, 0) | 1 << index
     full = row = (1 << len(one)) - 1
     for token in other:
-        matches = row & places.get(token, 0)
+        matches = row & positions.get(token, 0)
         row = (row + matches | row - matches) & full
     return len(one) - row.bit_count()
 
@@ -272,7 +272,7 @@ def _common_length(one: Tokens, other: Tokens) -> int:
 class _Vector(NamedTuple):
     """tf-idf weights of a text's n-grams, their norm for each n, and the text's length.
 
-    The length counts bigrams, one less than tokens, as the reference implementation has it.
+    The length counts bigrams, one less than tokens, as in the reference implementation.
     """
 
     weights: dict[Ngram, float]
@@ -281,7 +281,7 @@ class _Vector(NamedTuple):
 
 
 def _cider_d(caption: _Vector, references: Sequence[_Vector]) -> float:
-    """10 times the mean cosine over references and n, clipped and less for unequal lengths.
+    """10 times the mean cosine over references and n, clipped, with a penalty for unequal lengths.
 
     arXiv:1411.5726, section "CIDEr-D".
     """
@@ -313,8 +313,8 @@ def bootstrap_intervals(
     """95 % percentile intervals of the scores in BOOTSTRAPPED over resampled images, by name.
 
     With a `baseline`, other captions of the same images, the intervals are those of the difference
-    `scores` minus `baseline`, both on the same resamples. CIDEr-D keeps the document frequencies of
-    the whole set. Raises ValueError if the baseline has another number of images.
+    `scores` minus `baseline`, both on the same resamples. CIDEr-D uses the document frequencies of
+    the whole set. Raises ValueError if the baseline has a different number of images.
     """
     resampled = _resampled(scores, num_resamples, seed)
     if baseline is not None:
@@ -329,7 +329,7 @@ def bootstrap_intervals(
 
 
 def _resampled(scores: CaptionScores, num_resamples: int, seed: int) -> np.ndarray:
-    """Corpus scores (num_resamples, 6) of images drawn with replacement, as many as there are."""
+    """Corpus scores (num_resamples, 6) of as many images, drawn with replacement."""
     summands = np.column_stack([scores.bleu_counts, scores.rouge_l, scores.cider_d])
     num_images, num_columns = summands.shape
     generator = np.random.default_rng(seed)

@@ -24,7 +24,7 @@ from lora_engine.commands.loading import (
     load_onto,
 )
 from lora_engine.config import Range
-from lora_engine.data.images import find_images
+from lora_engine.data.image_files import find_images
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.models.pretrained import Captioner

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
 from lora_engine.config import Range, check_ranges
-from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
 from lora_engine.features.source import open_features

@@ -9,7 +9,8 @@ import numpy as np
 from lora_engine import cli
 from lora_engine.captioning.merging import check_out, export_merged
 from lora_engine.commands.loading import check_base, load_base
-from lora_engine.data.images import PixelSettings, find_images, load_pixels, to_pixels
+from lora_engine.data.image_files import find_images
+from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import lora_layers
 from lora_engine.terminal import printable

@@ -1,6 +1,5 @@
 """python -m lora_engine validate: check every row and image of a data set before training."""
 
-import hashlib
 import json
 import os
 import sys
@@ -18,8 +17,10 @@ from lora_engine import cli
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.commands.loading import check_writable
 from lora_engine.config import Range, TrainingConfig, check_ranges
-from lora_engine.data.annotations import BadRow, Row, bad_row, checked_rows
+from lora_engine.data.annotations import bad_row, checked_rows
+from lora_engine.data.image_identity import content_digest
 from lora_engine.data.images import ImageError, open_image, read_image_file
+from lora_engine.data.rows import BadRow, Row
 from lora_engine.data.workers import load
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import load_tokenizer
@@ -127,10 +128,10 @@ def validate(args: list[str]) -> int:
 def _examine(config: ValidateConfig) -> Findings:
     findings = Findings()
     positions: list[tuple[int, int]] = []  # (row, line) of each well-formed row
-    for number, line, row in checked_rows(config.data):
+    for number, line, row, complaint in checked_rows(config.data):
         findings.num_rows += 1
-        if not isinstance(row, Row):
-            findings.problems.append((number, line, row))
+        if row is None:
+            findings.problems.append((number, line, complaint))
             continue
         findings.rows.append(row)
         positions.append((number, line))
@@ -166,7 +167,7 @@ def _examine_val_data(findings: Findings, val_data: str) -> None:
     """Check the rows of `val_data`, and count its images that are also in the training data."""
     images = set()
     for checked in checked_rows(val_data):
-        if not isinstance(checked.row, Row):
+        if checked.row is None:
             findings.bad_val_rows.append(bad_row(val_data, checked))
             continue
         images.add(checked.row.image)
@@ -202,8 +203,7 @@ class _ImageFiles(Dataset):
     def __getitem__(self, number: int) -> ImageFacts:
         try:
             data = read_image_file(self.paths[number])
-            digest = hashlib.blake2b(data, digest_size=16).digest()
-            return ImageFacts(open_image(data).size, digest)
+            return ImageFacts(open_image(data).size, content_digest(data))
         except ImageError as error:
             return ImageFacts(None, b"", error.reason)
 

@@ -1,1 +1,1 @@
-"""How image-caption pairs come in: annotations, images, tokenized captions, and batches."""
+"""Image-caption pairs: annotations, images, tokenized captions, and batches."""

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, default_collate
 
 from lora_engine.data.captions import IGNORED, TokenizedCaptions, collate_captions
 from lora_engine.data.image_identity import FileStamp, content_digest, stamp
-from lora_engine.data.images import ImageError, PixelSettings, load_pixels, read_image_file
+from lora_engine.data.images import ImageError, read_image_file
 from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.pixels import PixelSettings, load_pixels
 from lora_engine.data.seen_images import ImageList
 from lora_engine.data.workers import load
 

@@ -1,11 +1,11 @@
-"""Captions as token ids: start, prompt, caption, end; tokenised once, kept flat.
+"""Captions as token ids: start, prompt, caption, end; tokenized once, kept in one flat array.
 
     <start> prompt caption <end>        BLIP: [DEC] ... [SEP]; GPT-2: <|endoftext|> at both ends
 
-Each position predicts the next one. The prompt is given, so it is no target; exactly one end
-token is a target, although GPT-2's padding is the same id (padding is told by length, not by id).
-A caption is tokenised as it stands, stripped; behind a prompt it begins with a space, as it
-would in running text.
+Each position predicts the next token. The prompt is given, so it is not a target; exactly one end
+token is a target, although GPT-2's padding has the same id (padding is identified by length, not by
+id). Captions are stripped and otherwise tokenized as they are; after a prompt a caption begins with
+a space, as in running text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target that counts for nothing: F.cross_entropy's own convention
+IGNORED = -100  # as a target: F.cross_entropy's ignore_index
 
-# What normalizers and pre-tokenizers tell apart: case, accents, spaces, scripts, signs, digits.
-_PROBE = "The QUICK fox's 3,000 naïve Façades e.g. \u201cÜNÏTED\u201d\u00a0日本語 \t e\u0301 - [SEP]!"
+# What normalizers and pre-tokenizers distinguish: case, accents, spaces, scripts, signs, digits.
+_PROBE = (
+    "The QUICK fox's 3,000 naïve Façades e.g. \u201cÜNÏTED\u201d\u00a0日本語 \t e\u0301 - [SEP]!"
+)
 
-_CHUNK = 10_000  # captions tokenised per call; bounds the Python lists of a large set
+_CHUNK = 10_000  # captions tokenized per call; bounds the Python lists of a large data set
 
 
 @dataclass(frozen=True)
 class TokenizedCaptions:
-    """Token ids of many captions, one after the other in one array.
+    """Token ids of many captions, concatenated in one array.
 
-    `lengths` (number of captions,) counts each one's tokens with start, prompt and end;
-    `num_truncated` of them were longer than allowed and end without an end token, so that the
-    model is not taught to stop in the middle of a sentence.
+    `lengths` (number of captions,) counts each caption's tokens with start, prompt and end;
+    `offsets` is where each begins. `num_truncated` of them were longer than allowed and have no end
+    token, so that the model does not learn to stop in the middle of a sentence.
     """
 
     ids: np.ndarray
@@ -47,9 +49,10 @@ class TokenizedCaptions:
 
 
 class CaptionTokenizer:
-    """A checkpoint's tokenizer together with the ids that its decoder starts, ends and pads with.
+    """A checkpoint's tokenizer, with the ids that its decoder starts, ends and pads with.
 
-    `tokenizer` is a Hugging Face tokenizer. It need not know `start_id`: BLIP's does not.
+    `tokenizer` is a Hugging Face tokenizer. It need not have a token for `start_id`: BLIP's has
+    none.
     """
 
     def __init__(self, tokenizer, *, start_id: int, end_id: int, pad_id: int, max_positions: int):
@@ -60,15 +63,15 @@ class CaptionTokenizer:
         self.max_positions = max_positions
 
     def prompt_ids(self, prompt: str = "") -> list[int]:
-        """What generation starts from."""
+        """The tokens that generation starts from: the start token and the prompt."""
         return [self.start_id, *self._tokenize([prompt.rstrip()])[0]]
 
     def encode(
         self, captions: Iterable[str], *, prompt: str = "", max_caption_tokens: int = 64
     ) -> TokenizedCaptions:
-        """Tokenise captions for training, cutting each to `max_caption_tokens` tokens.
+        """Tokenize captions for training, truncating each to `max_caption_tokens` tokens.
 
-        Raises ValueError if prompt and caption together could outgrow the decoder's positions.
+        Raises ValueError if prompt and caption together may exceed the decoder's positions.
         """
         prefix = self.prompt_ids(prompt)
         needed = len(prefix) + max_caption_tokens
@@ -112,9 +115,9 @@ class CaptionTokenizer:
         return self.tokenizer.decode(list(kept), skip_special_tokens=True).strip()
 
     def behavior(self) -> list:
-        """All that token ids follow from, as JSON: vocabulary, special ids, and ids of all tokens.
+        """Everything that token ids depend on, as JSON: vocabulary, special ids, and encoded texts.
 
-        A tokenizer's own serialization would differ from one version of its library to another.
+        A tokenizer's own serialization would differ between versions of its library.
         """
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         words = [token for token, _ in vocabulary]
@@ -126,7 +129,7 @@ class CaptionTokenizer:
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
-            split_special_tokens=True,  # "[SEP]" in a caption is text and ends nothing
+            split_special_tokens=True,  # "[SEP]" in a caption is text, not an end token
             return_attention_mask=False,
             verbose=False,
         )

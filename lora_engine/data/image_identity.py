@@ -1,4 +1,4 @@
-"""What an image file holds, in 16 bytes, without reading it again while it has not changed."""
+"""Digests of image files, remembered so that unchanged files are not read again."""
 
 import hashlib
 import os
@@ -9,10 +9,10 @@ from types import TracebackType
 
 from lora_engine.data.shared_database import folder_lock, is_current, open_database, remove_database
 
-# The coarsest clock of a file system in use (FAT) ticks every 2 s.
+# The coarsest timestamps of common file systems (FAT) have 2 s.
 _CLOCK_TICK_NS = 2 * 10**9
 
-# What a kill may lose. Only that: entries are few and small, and a commit waits for no disk.
+# These bound what a kill may lose; commits are cheap, because they do not wait for the disk.
 _COMMIT_EVERY_S = 1.0
 _COMMIT_EVERY = 256  # entries
 
@@ -23,23 +23,23 @@ CREATE TABLE IF NOT EXISTS files (
 """
 _VERSION = 1  # 0 had stamps of size and modification time alone
 
-FileStamp = bytes  # 16 of them, of which a changed file has others
+FileStamp = bytes  # 16 bytes, different for a changed file
 
 
 def content_digest(data: bytes) -> bytes:
-    """The 16 bytes under which this content is known; others have other ones (BLAKE2b)."""
+    """The BLAKE2b of 16 bytes that identifies this content."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def stamp(path: str | Path) -> FileStamp | None:
-    """The stamp of a file, to be taken before it is read; None where none can be trusted.
+    """The stamp of a file, to be taken before it is read; None if it would not be reliable.
 
-    It covers size, inode, modification and status change time. The last two are what a replaced
-    file cannot keep: a copy can have its size and its modification time set, but not these.
+    It covers size, inode, modification time and status change time. Size and modification time of a
+    replaced file can be set to the old values, inode and status change time cannot.
 
-    A file that cannot be looked at has no stamp, nor has one that changed in the last 2 s: changed
-    a second time within one tick of the file system's clock it would keep its stamp (git calls this
-    racy).
+    There is no stamp for a file whose status cannot be read, nor for one that changed in the last
+    2 s: changed again within one tick of the file system's clock, it would keep its stamp (git
+    calls this racy).
     """
     try:
         status = os.stat(path)
@@ -47,18 +47,18 @@ def stamp(path: str | Path) -> FileStamp | None:
         return None
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _CLOCK_TICK_NS:
         return None
-    # Not the numbers themselves: some file systems have larger ones than a database takes.
+    # Not the numbers themselves: some file systems have larger ones than sqlite can store.
     values = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
     return content_digest(repr(values).encode())
 
 
 class Identities:
-    """Remembers the digests of files under their path and stamp, for one thread at a time.
+    """Remembers the digests of files by path and stamp, for one thread at a time.
 
     `identities.sqlite` in the folder outlives the run and is shared with other processes. It is
-    only a memory: where it is damaged, or of another version, it is replaced, and where it cannot
-    be used, or `folder` is None, it lasts as long as this object. What is lost costs reading a file
-    again, never a result.
+    only a cache: if it is damaged, or of another version, it is replaced; if it cannot be used, or
+    `folder` is None, digests are remembered as long as this object lives. A lost entry costs
+    reading a file again.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -78,20 +78,20 @@ class Identities:
         self.close()
 
     def recall(self, path: str | Path, stamp: FileStamp) -> bytes | None:
-        """The digest of the file's content, if it was remembered under this very stamp."""
+        """The digest of the file's content, if it was remembered with exactly this stamp."""
         name = _absolute(path)
         known = self._fresh.get(name) or self._look_up(name)
         return known[1] if known is not None and known[0] == stamp else None
 
     def remember(self, path: str | Path, stamp: FileStamp, digest: bytes) -> None:
-        """Keep the digest of what was read from the file after its stamp was taken."""
+        """Store the digest of content that was read after the stamp was taken."""
         self._fresh[_absolute(path)] = (stamp, digest)
         is_due = time.monotonic() - self._committed_s >= _COMMIT_EVERY_S
         if is_due or len(self._fresh) >= _COMMIT_EVERY:
             self._commit()
 
     def close(self) -> None:
-        """Write what is new; from then on the memory is this object's own."""
+        """Write new entries and close the database; later entries stay in memory."""
         self._commit()
         if self._database is not None:
             self._database.close()
@@ -133,7 +133,7 @@ def _open(folder: Path) -> sqlite3.Connection | None:
             if not is_current(path, version=_VERSION):
                 remove_database(path)
             database = open_database(path, _SCHEMA, version=_VERSION)
-        # Moving the log into the database waits for the disk: at each 64 MiB, and at closing.
+        # Moving the log into the database waits for the disk: every 64 MiB, and when closing.
         database.execute("PRAGMA wal_autocheckpoint = 16384")
         return database
     except (OSError, sqlite3.Error):

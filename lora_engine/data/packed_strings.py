@@ -7,14 +7,14 @@ import numpy as np
 
 
 class PackedStrings(Sequence[str]):
-    """Strings, back to back in one buffer instead of as a million objects.
+    """Strings, concatenated in one buffer instead of a million objects.
 
-    Python counts the references to an object in the object itself: processes that are forked to
-    load images would each get a copy of every page with a string that they look at.
+    Python stores an object's reference count in the object: forked loading processes would each
+    copy every memory page with a string that they read.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        # JSON may hold halves of surrogate pairs, and file names bytes that are not text.
+        # JSON may hold halves of surrogate pairs, and file names may hold bytes that are not text.
         parts = [string.encode("utf-8", "surrogatepass") for string in strings]
         self._ends = np.cumsum([0, *map(len, parts)])
         self._bytes = b"".join(parts)
@@ -31,6 +31,6 @@ class PackedStrings(Sequence[str]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        begin, end = self._ends[place], self._ends[place + 1]
+        position = range(len(self))[index]
+        begin, end = self._ends[position], self._ends[position + 1]
         return self._bytes[begin:end].decode("utf-8", "surrogatepass")

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_engine.data.image_identity import FileStamp, content_digest
 from lora_engine.data.images import ImageError, read_image_file
+from lora_engine.data.subsets import evenly_spaced
 from lora_engine.files import replaced_file, write_synced
 from lora_engine.stopping import LoadingStopped
 
@@ -49,7 +50,7 @@ class ImageList:
 def sample_digests(paths: Sequence[str]) -> np.ndarray:
     """Digests of images, V16 (N,): of 64 evenly spread ones, `UNKNOWN` for the others."""
     digests = np.zeros(len(paths), dtype="V16")
-    for image in _spread(np.arange(len(paths))):
+    for image in evenly_spaced(len(paths), NUM_SAMPLED):
         digests[image] = np.void(_digest(paths[image]))
     return digests
 
@@ -62,7 +63,8 @@ def find_change(paths: Sequence[str], digests: np.ndarray) -> str | None:
     if len(paths) != len(digests):
         return f"there are {len(paths):,}, not {len(digests):,}"
     is_known = digests.view(np.uint64).reshape(-1, 2).any(axis=1)
-    for image in _spread(np.flatnonzero(is_known)):
+    known = np.flatnonzero(is_known)
+    for image in known[evenly_spaced(len(known), NUM_SAMPLED)].tolist():
         if _digest(paths[image]) not in (UNKNOWN, digests[image].tobytes()):
             return f"{paths[image]} has changed"
     return None
@@ -96,8 +98,3 @@ def _digest(path: str) -> bytes:
         return content_digest(read_image_file(path))
     except ImageError:
         return UNKNOWN
-
-
-def _spread(images: np.ndarray) -> list[int]:
-    places = np.linspace(0, len(images) - 1, min(len(images), NUM_SAMPLED)).astype(int)
-    return images[places].tolist()

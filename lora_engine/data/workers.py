@@ -1,4 +1,4 @@
-"""Processes that load data ahead of its use, how long they are waited for, and how they end."""
+"""Load data ahead of its use in worker processes, with time limits and clear errors."""
 
 import atexit
 import errno
@@ -19,15 +19,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lora_engine.stopping import LoadingStopped, ignore_signals
+from lora_engine.terminal import one_line
 
-_PREFETCHED = 4  # batches a process
-_PATIENCE_S = 2  # between two looks whether they are alive
-_CLOSE_S = 2  # to close the queues of processes that were killed
+_PREFETCHED = 4  # batches per process
+_POLL_S = 2  # between two checks that the processes are alive
+_CLOSE_S = 2  # to close the queues of killed processes
 _END = object()
 
 
 class _Late(BaseException):
-    """No batch in time. Not an Exception: it must not be taken for a fault of an image."""
+    """No batch in time. Not an Exception: it must not be mistaken for an image's error."""
 
 
 def load(
@@ -39,15 +40,15 @@ def load(
     batch_bytes: int = 0,
     **settings: Any,
 ) -> Iterator[Any]:
-    """What a DataLoader with `settings` gives, loaded in `num_workers` processes, or in this one.
+    """The batches of a DataLoader with `settings`, loaded by `num_workers` processes (0: this one).
 
-    The processes leave signals to this one, and are killed when the iterator is closed. Each batch
-    is waited for within the context `waiting()`; it takes about `batch_bytes` of shared memory.
+    The workers ignore signals and are killed when the iterator is closed. Each batch takes about
+    `batch_bytes` of shared memory; waiting for it happens within the context `waiting()`.
 
-    Raises LoadingStopped, only when it is asked for a batch, where a process has died, where
-    descriptors or shared memory run out, and where no batch has come for `timeout_s` (0: for ever).
-    In the main thread the time also ends a read that blocks; in another thread it is only checked
-    between reads, and not where no processes load.
+    Raises LoadingStopped, only when a batch is requested, if a worker has died, if file descriptors
+    or shared memory have run out, or if there has been no batch for `timeout_s` (0: no limit). In
+    the main thread the limit also interrupts a blocking read; in other threads it is only checked
+    between reads, and not at all without workers.
     """
     shortage = shared_memory_shortage(prefetched_bytes(num_workers, batch_bytes))
     loader: DataLoader = DataLoader(
@@ -55,7 +56,7 @@ def load(
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
         worker_init_fn=_begin,
-        timeout=_PATIENCE_S if num_workers else 0,
+        timeout=_POLL_S if num_workers else 0,
         **settings,
     )
     try:
@@ -64,7 +65,7 @@ def load(
         _explain(error, (), shortage)
         raise
     kill = partial(_kill, workers)
-    atexit.register(kill)  # where nobody exhausts this iterator or lets go of it
+    atexit.register(kill)  # in case this iterator is neither exhausted nor closed
     try:
         begin_s = time.monotonic()
         while True:
@@ -78,7 +79,7 @@ def load(
                 raise
             except (OSError, EOFError, RuntimeError) as error:
                 full = shortage or shared_memory_shortage(batch_bytes if num_workers else 0)
-                if not str(error).startswith("DataLoader timed out"):  # after _PATIENCE_S
+                if not str(error).startswith("DataLoader timed out"):  # after _POLL_S
                     _explain(error, workers, full)
                     raise
                 if timeout_s and time.monotonic() - begin_s > timeout_s:
@@ -96,21 +97,21 @@ def load(
 
 
 def default_num_workers(device: torch.device, asked: int | None) -> int:
-    """Processes that load images for `device`, where no number is asked for."""
+    """The number of loading processes: `asked`, or the default for `device`."""
     if asked is not None:
         return asked
     if device.type == "cpu":
-        return 0  # a loading process would only take turns with the threads that compute
+        return 0  # workers would only compete with the threads that compute
     return min(8, len(os.sched_getaffinity(0)) // 2)
 
 
 def prefetched_bytes(num_workers: int, batch_bytes: int) -> int:
-    """Shared memory for the batches that `load` has ready at a time."""
+    """Shared memory of the batches that `load` prefetches."""
     return _PREFETCHED * num_workers * batch_bytes
 
 
 def shared_memory_shortage(needed_bytes: int) -> str | None:
-    """What to say and to do where fewer bytes of shared memory are free; None where they are."""
+    """A message with advice if less than `needed_bytes` of shared memory is free, else None."""
     try:
         free_bytes = shutil.disk_usage("/dev/shm").free
     except OSError:  # not Linux
@@ -118,7 +119,7 @@ def shared_memory_shortage(needed_bytes: int) -> str | None:
     if needed_bytes <= free_bytes:
         return None
     return (
-        f"/dev/shm, through which loading processes hand over images, has "
+        f"/dev/shm, which workers pass images through, has "
         f"{free_bytes / 1e6:,.0f} MB free, {needed_bytes / 1e6:,.0f} MB are needed. {_MORE_SHARED}"
     )
 
@@ -129,7 +130,7 @@ _MORE_SHARED = (
 
 
 def _start(loader: DataLoader) -> tuple[Any, set[BaseProcess]]:
-    """The loader's iterator, and the processes that load for it."""
+    """The loader's iterator, and its worker processes."""
     others = set(multiprocessing.active_children())
     before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     try:
@@ -139,15 +140,15 @@ def _start(loader: DataLoader) -> tuple[Any, set[BaseProcess]]:
         raise
     workers = set(multiprocessing.active_children()) - others
     if workers and threading.current_thread() is threading.main_thread():
-        # DataLoader has just asked to be told of a dead process at once, and would raise wherever
-        # this one is, be it half through a step. It also notices one when it is asked for a batch.
+        # DataLoader has just installed a handler that raises as soon as a worker dies, even in the
+        # middle of a training step. It also notices a dead worker when a batch is requested.
         signal.signal(signal.SIGCHLD, before)
     return batches, workers
 
 
 def _begin(number: int) -> None:
     ignore_signals()
-    gc.freeze()  # looking for garbage among what was there before would copy all of it
+    gc.freeze()  # collecting the parent's objects would copy their memory pages
 
 
 def _kill(workers: Collection[BaseProcess]) -> None:
@@ -156,23 +157,23 @@ def _kill(workers: Collection[BaseProcess]) -> None:
 
 
 def _close(batches: Any) -> None:
-    """Close DataLoader's queues, whose processes are dead; in a thread, which can be left behind.
+    """Close DataLoader's queues after its workers were killed; in a thread, which can be abandoned.
 
-    One that was killed while it held a lock of a queue, or had sent half a batch to the thread that
-    pins memory, keeps DataLoader waiting for ever.
+    DataLoader waits forever for a worker that was killed while it held a lock of a queue, or had
+    sent half a batch to the thread that pins memory.
     """
     closing = threading.Thread(target=batches._shutdown_workers, daemon=True)
     closing.start()
     closing.join(_CLOSE_S)
     if closing.is_alive():
-        batches._worker_result_queue.cancel_join_thread()  # else waited for at exit
+        batches._worker_result_queue.cancel_join_thread()  # otherwise the exit would wait for it
 
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raises _Late within the context after so many seconds (0: never), also in a blocked read."""
+    """Raises _Late within the context after `seconds` (0: never), also in a blocking read."""
     is_main = threading.current_thread() is threading.main_thread()
-    if not seconds or not is_main or not hasattr(signal, "setitimer"):  # Windows has none
+    if not seconds or not is_main or not hasattr(signal, "setitimer"):  # not on Windows
         yield
         return
 
@@ -191,18 +192,18 @@ def _deadline(seconds: float) -> Iterator[None]:
 def _too_late(timeout_s: float, shortage: str | None) -> LoadingStopped:
     return LoadingStopped(
         f"no images have been loaded for {timeout_s:g} s (--worker_timeout): "
-        f"{shortage or 'does the disk with the images still answer?'}"
+        f"{shortage or 'does the disk with the images still respond?'}"
     )
 
 
 def _explain(
     error: Exception, workers: Collection[BaseProcess], shortage: str | None
 ) -> None:
-    """Raises LoadingStopped for what is the fault of processes and limits, not of what they load.
+    """Raises LoadingStopped for errors of workers and limits, but not of the data that they load.
     """
     reason = str(error)
-    is_out = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
-    if is_out or "Too many open files" in reason or "ancdata" in reason:
+    is_limit = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    if is_limit or "Too many open files" in reason or "ancdata" in reason:
         raise LoadingStopped(
             "too many open files: raise the limit (ulimit -n 4096), or use fewer --num_workers"
         ) from error
@@ -210,10 +211,10 @@ def _explain(
         raise LoadingStopped(
             f"shared memory has run out: {shortage or f'/dev/shm was full. {_MORE_SHARED}'}"
         ) from error
-    if isinstance(error, (ConnectionError, EOFError)):
-        reason = "DataLoader worker (pid unknown) has left while it sent a batch"
-    if reason.startswith("DataLoader worker (pid"):
-        advice = "Often memory ran out, or open files (ulimit -n): try fewer --num_workers"
+    is_cut_off = isinstance(error, (ConnectionError, EOFError))
+    if is_cut_off or reason.startswith("DataLoader worker (pid"):
+        how = "while it sent a batch" if is_cut_off else one_line(error)
+        advice = "Often memory or open files (ulimit -n) ran out: try fewer --num_workers"
         raise LoadingStopped(
-            f"a process that loads images has died ({reason.splitlines()[0]}). {shortage or advice}"
+            f"a process that loads images has died ({how}). {shortage or advice}"
         ) from error

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lora_engine.captioning.captioner import caption_features
 from lora_engine.data.batches import Collate, Example, PixelBatch
-from lora_engine.data.images import normalize, to_pixels
+from lora_engine.data.pixels import normalize, to_pixels
 from lora_engine.demo.scenes import SIDE, Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.files import replaced_file

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_engine.data.images import PIXELS_VERSION, PixelSettings, normalize
+from lora_engine.data.pixels import PIXELS_VERSION, PixelSettings, normalize
 from lora_engine.devices import autocast
 from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.models import CaptioningModel

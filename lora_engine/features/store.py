@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_engine.data.image_identity import content_digest
 from lora_engine.data.shared_database import folder_lock, is_current, open_database, remove_database
 from lora_engine.files import replaced_file
 
@@ -325,7 +326,7 @@ def _checksum(digest: bytes, row: np.ndarray) -> bytes:
     numbers = row.view(np.uint64)
     pages = numbers[: len(numbers) // _PAGE * _PAGE].reshape(-1, _PAGE)
     parts = pages.sum(axis=0), pages.sum(axis=1), numbers[pages.size :]
-    return hashlib.blake2b(digest + np.concatenate(parts).tobytes(), digest_size=16).digest()
+    return content_digest(digest + np.concatenate(parts).tobytes())
 
 
 def _key(description: dict[str, Any]) -> str:

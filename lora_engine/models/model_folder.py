@@ -9,6 +9,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from lora_engine.files import UnusableFileError, check_file, read_limited
+from lora_engine.terminal import one_line
 
 
 class PretrainedError(ValueError):
@@ -110,13 +111,8 @@ def _download(name: str, revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
             f"there is no folder {name!r} here, and it cannot be fetched{at} from the Hugging Face "
-            f"Hub: {reason(error)}\n"
+            f"Hub: {one_line(error)}\n"
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"captioner`, copy the folder here and pass --model captioner."
         ) from None
     return Path(folder)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

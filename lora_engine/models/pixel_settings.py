@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.models.config_values import valid_image_size
-from lora_engine.models.model_folder import PretrainedError, read_json, reason
+from lora_engine.models.model_folder import PretrainedError, read_json
+from lora_engine.terminal import one_line
 
 # The defaults of transformers' preprocessors.
 _HALF = [0.5, 0.5, 0.5]
@@ -49,7 +50,7 @@ def read_pixel_settings(
         settings = _pixel_settings(given, default_kind)
     except (OSError, ValueError) as error:
         raise PretrainedError(
-            f"{folder} has no usable preprocessor_config.json: {reason(error)}"
+            f"{folder} has no usable preprocessor_config.json: {one_line(error)}"
         ) from None
     if settings.size != image_size:
         raise PretrainedError(

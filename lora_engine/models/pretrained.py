@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 from lora_engine.data.captions import CaptionTokenizer
-from lora_engine.data.images import PixelSettings
+from lora_engine.data.pixels import PixelSettings
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import (
     PretrainedError,
     check_files,
     find_folder,
     read_json,
-    reason,
 )
 from lora_engine.models.pixel_settings import read_pixel_settings
 from lora_engine.models.protocol import CaptioningModel
 from lora_engine.models.weights import fingerprint, load_state, read_checkpoint, tie_head
+from lora_engine.terminal import one_line
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _load_model(folder: Path, config: Any) -> CaptioningModel:
         state = FAMILIES[config.model_type].convert_state(tensors)
     except (RuntimeError, IndexError) as error:  # shapes that cannot be joined or transposed
         raise PretrainedError(
-            f"the weights in {folder} do not fit their configuration: {reason(error)}"
+            f"the weights in {folder} do not fit their configuration: {one_line(error)}"
         ) from None
     load_state(model, state, source=str(folder))
     return model.eval()
@@ -160,7 +160,7 @@ def _build(folder: Path, config: Any) -> CaptioningModel:
         return FAMILIES[config.model_type].from_config(config)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PretrainedError(
-            f"{folder / 'config.json'} does not describe a valid model: {reason(error)}"
+            f"{folder / 'config.json'} does not describe a valid model: {one_line(error)}"
         ) from None
 
 
@@ -195,7 +195,7 @@ def _read_config(folder: Path, family: str | None) -> Any:
         # From the dictionary: a file could name another file to read instead.
         return kind.from_dict(settings)
     except Exception as error:  # transformers raises many kinds for wrong values
-        raise PretrainedError(f"{path} is not a usable configuration: {reason(error)}") from None
+        raise PretrainedError(f"{path} is not a usable configuration: {one_line(error)}") from None
 
 
 def _check_kind(path: Path, settings: Mapping[str, Any]) -> None:
@@ -240,7 +240,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Ctrl-C, say; a panic of the tokenizers library is a BaseException, too
         raise PretrainedError(
-            f"{folder} has no usable tokenizer: {reason(error)}; {_TOKENIZER_FILES}"
+            f"{folder} has no usable tokenizer: {one_line(error)}; {_TOKENIZER_FILES}"
         ) from None
 
 
@@ -270,7 +270,7 @@ def _read_tokenizer(folder: Path, config: Any, model: CaptioningModel) -> Captio
     try:
         ids = FAMILIES[config.model_type].special_ids(config)
     except (ValueError, AttributeError) as error:
-        raise PretrainedError(f"{folder / 'config.json'}: {reason(error)}") from None
+        raise PretrainedError(f"{folder / 'config.json'}: {one_line(error)}") from None
     if not all(type(token) is int and 0 <= token < num_embedded for token in ids):
         raise PretrainedError(
             f"{folder / 'config.json'} gives start, end and pad tokens as {shortened(ids)}; "

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_engine.files import UnusableFileError, check_file, read_limited
 from lora_engine.lora.tensor_files import read_tensors
-from lora_engine.models.model_folder import MAX_CONFIG_BYTES, PretrainedError, reason
+from lora_engine.models.model_folder import MAX_CONFIG_BYTES, PretrainedError
 from lora_engine.models.protocol import CaptioningModel
+from lora_engine.terminal import one_line
 
 _MAX_WEIGHTS_BYTES = 2**37
 _MAX_TENSORS = 100_000
@@ -79,7 +80,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        why = reason(error)
+        why = one_line(error)
         message = why if str(path) in why else f"cannot read {path}: {why}"
         raise PretrainedError(f"{message}; download it again") from None
 

@@ -1,33 +1,31 @@
-"""Validation images beside their captions, as cards of the report."""
+"""The report's gallery: validation images with their captions, as cards."""
 
 import base64
 import io
 import os
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from lora_engine.data.images import ImageError, open_image
-from lora_engine.report.markup import Markup, join, tag
+from lora_engine.data.subsets import evenly_spaced
+from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_record import CaptionedImage
 
-# Together these bound a report: 48 images of 40 kB are 2.6 MB as text.
+# Together these bound the size of a report: 48 images of 40 kB are 2.6 MB in base64.
 MAX_IMAGES = 48
 MAX_THUMBNAIL_BYTES = 40_000
 THUMBNAIL_SIZE = 320  # longer edge, in pixels
 MAX_REFERENCES = 5
-MAX_LETTERS = 400
-
-T = TypeVar("T")
+MAX_CAPTION_LENGTH = 400  # characters
 
 
 def gallery(names: Sequence[Markup], runs: Sequence[Sequence[CaptionedImage]]) -> list[Markup]:
-    """Cards of the images that all `runs` captioned, some MAX_IMAGES of them.
+    """Cards of images that all `runs` captioned, at most MAX_IMAGES of them.
 
-    By CIDEr-D: the best and the worst captions of a single run, and where several differ most;
-    beside them others, spread over all. Without scores the others are all.
+    First come the best and the worst captions by CIDEr-D of a single run, or the images on which
+    several runs differ most, then a sample of all others. Without scores there is only the sample.
     """
     by_path = [{image.image: image for image in images} for images in runs]
     rows = [
@@ -47,7 +45,9 @@ def gallery(names: Sequence[Markup], runs: Sequence[Sequence[CaptionedImage]]) -
         groups = {"Where CIDEr-D differs most": ranked[: min(MAX_IMAGES // 2, len(scored) // 2)]}
     special = {row[0].image for group in groups.values() for row in group}
     others = [row for row in rows if row[0].image not in special]
-    groups["Other images" if special else ""] = _spread(others, MAX_IMAGES - len(special))
+    groups["Other images" if special else ""] = [
+        others[i] for i in evenly_spaced(len(others), MAX_IMAGES - len(special))
+    ]
     parts = []
     for title, group in groups.items():
         if title and group:
@@ -58,14 +58,14 @@ def gallery(names: Sequence[Markup], runs: Sequence[Sequence[CaptionedImage]]) -
 
 
 def thumbnail(path: str) -> Markup:
-    """The image, small and within the page; of one that cannot be read, its name and why."""
+    """An embedded thumbnail, or the name of an image that cannot be read and the reason."""
     name = os.path.basename(path) or path
     try:
         image = open_image(path)
     except ImageError as error:
         return tag("div", tag("span", name), tag("span", error.reason), class_="missing")
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    image.info.clear()  # a JPEG's comment would travel along
+    image.info.clear()  # a JPEG's comment would be saved, too
     encoded = base64.b64encode(_jpeg(image)).decode()
     return tag("img", src=f"data:image/jpeg;base64,{encoded}", alt=name)
 
@@ -83,43 +83,37 @@ def _scores(row: Sequence[CaptionedImage]) -> list[float]:
     return [image.cider_d_after for image in row if image.cider_d_after is not None]
 
 
-def _spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` items, evenly over all."""
-    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
-    return [items[index] for index in chosen]
-
-
 def _card(names: Sequence[Markup], row: Sequence[CaptionedImage]) -> Markup:
-    """One image as every run captioned it."""
+    """One image with the captions of every run."""
     image = row[0]
     references = image.references[:MAX_REFERENCES]
-    spoken = [tag("dt", "Reference" if len(references) == 1 else "References")]
-    spoken += [_caption(reference) for reference in references]
+    entries = [tag("dt", "Reference" if len(references) == 1 else "References")]
+    entries += [_caption(reference) for reference in references]
     if len({other.before for other in row}) == 1:  # runs that start from the same captioner
-        spoken += _said("Before", image.before, image.cider_d_before)
+        entries += _entry("Before", image.before, image.cider_d_before)
     else:
         for name, other in zip(names, row):
-            spoken += _said(join([name, ", before"]), other.before, other.cider_d_before)
+            entries += _entry(join([name, ", before"]), other.before, other.cider_d_before)
     for name, other in zip(names, row):
-        by = "After" if len(row) == 1 else name
-        spoken += _said(by, other.after, other.cider_d_after)
+        label = "After" if len(row) == 1 else name
+        entries += _entry(label, other.after, other.cider_d_after)
     return tag(
         "article",
         thumbnail(image.image),
         tag("p", os.path.basename(image.image) or image.image, class_="name"),
-        tag("dl", *spoken),
+        tag("dl", *entries),
         class_="card",
     )
 
 
-def _said(by: Markup | str, caption: str | None, score: float | None) -> list[Markup]:
+def _entry(label: Markup | str, caption: str | None, score: float | None) -> list[Markup]:
     if caption is None:
         return []
-    told = [] if score is None else [tag("span", f"CIDEr-D {score:.2f}", class_="score")]
-    return [tag("dt", by, *told), _caption(caption)]
+    shown = [] if score is None else [tag("span", f"CIDEr-D {score:.2f}", class_="score")]
+    return [tag("dt", label, *shown), _caption(caption)]
 
 
 def _caption(text: str) -> Markup:
-    """Text of a data set: its direction is its own, and its length is bounded."""
-    cut = text if len(text) <= MAX_LETTERS else text[:MAX_LETTERS] + " …"
-    return tag("dd", cut, dir="auto")
+    """A caption in its own writing direction, shortened if it is very long."""
+    shown = text if len(text) <= MAX_CAPTION_LENGTH else text[:MAX_CAPTION_LENGTH] + " …"
+    return tag("dd", shown, dir="auto")

@@ -1,4 +1,4 @@
-"""A finished adapter goes to the Hugging Face Hub, or stays here with the command to send it."""
+"""Upload a finished adapter to the Hugging Face Hub."""
 
 import json
 import logging
@@ -13,21 +13,22 @@ from typing import TypeVar
 from lora_engine.files import replaced_folder
 from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
 from lora_engine.report.run_folder import RunFolder
-
-UPLOAD_LIMIT_S = 600.0  # huggingface_hub waits for a silent server for ever
-TOKEN_LIMIT_S = 10.0  # a token of a browser's login may have to be renewed
-NO_TOKEN = "there is no Hugging Face token on this machine; `hf auth login` stores one"
+from lora_engine.terminal import one_line
 
 logger = logging.getLogger(__name__)
+
+UPLOAD_LIMIT_S = 600.0  # huggingface_hub waits forever for a server that does not answer
+TOKEN_LIMIT_S = 10.0  # the token of a browser login may have to be renewed
+NO_TOKEN = "there is no Hugging Face token on this machine; `hf auth login` stores one"
 
 T = TypeVar("T")
 
 
 def check_repository(name: str) -> None:
-    """Say at the start of a run what would fail at its end.
+    """Report at the start of a run what would make `push_adapter` fail at its end.
 
-    Raises ValueError for a name that no repository can have. A missing token is only a warning: it
-    may be there by the end.
+    Raises ValueError for a name that no repository can have. A missing token is only a warning,
+    because there may be one by the end.
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -36,35 +37,36 @@ def check_repository(name: str) -> None:
     except HFValidationError as error:
         raise ValueError(
             f"--push_to_hub is {name!r}; expected owner/name, or name for your own account "
-            f"({_in_a_line(error)})"
+            f"({one_line(error)})"
         ) from None
     if not _has_token():
         logger.warning(f"--push_to_hub: {NO_TOKEN}")
 
 
 def push_adapter(folder: RunFolder, name: str) -> None:
-    """Upload the run's best adapter with its card; say where it is, or why not and what to type.
+    """Upload the run's best adapter with its model card, and log its address.
 
-    What goes wrong here never fails the run, whose adapter is saved.
+    A failure is logged with the command to try again; it never fails the run, whose adapter is
+    saved.
     """
-    path = folder.hub_adapter  # never advise to push adapter/, which may name a local folder
+    path = folder.hub_adapter  # never suggest to push adapter/, which may name a local folder
     try:
         path = _without_local_paths(folder)
         url = _within(UPLOAD_LIMIT_S, lambda: _upload(path, name))
         logger.info(f"pushed      {url}")
-    except Exception as error:  # the network, the Hub and the disk have many words for it
+    except Exception as error:  # of the network, the Hub or the disk
         logger.warning(
-            f"not pushed to the Hub: {_in_a_line(error)}; to try again: "
+            f"not pushed to the Hub: {one_line(error)}; to try again: "
             f"hf upload {name} {shlex.quote(str(path))}"
         )
 
 
 def _without_local_paths(folder: RunFolder) -> Path:
-    """The folder to upload: adapter/, or a copy that does not name the base model's folder.
+    """The folder to upload: adapter/, or a copy that does not name the base model's local folder.
 
     PEFT's `PeftModel.from_pretrained` is given the base and does not read that name;
-    `AutoPeftModel` would look for the folder on whatever machine it runs. Any other name in its
-    place could be somebody else's model on the Hub, so that the copy has none.
+    `AutoPeftModel` would look for the folder on the machine that it runs on. Any other name could
+    be somebody else's model on the Hub, so the copy has none.
     """
     adapter = read_adapter(folder.adapter)
     if adapter.base_on_hub is not None:
@@ -77,7 +79,7 @@ def _without_local_paths(folder: RunFolder) -> Path:
 
 
 def _upload(path: Path, name: str) -> str:
-    """Make the repository, if need be, and upload a folder into it -> its address."""
+    """Create the repository if necessary, and upload a folder to it -> its address."""
     import huggingface_hub
 
     if not _has_token():
@@ -94,12 +96,12 @@ def _has_token() -> bool:
 
     try:
         return _within(TOKEN_LIMIT_S, huggingface_hub.get_token) is not None
-    except Exception:  # a renewal that failed leaves none
+    except Exception:  # the token could not be renewed
         return False
 
 
 def _within(limit_s: float, call: Callable[[], T]) -> T:
-    """`call`'s result; raises TimeoutError, and leaves it alone, where that takes longer."""
+    """The result of `call`; raises TimeoutError, and leaves it running, if it takes longer."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -115,7 +117,3 @@ def _within(limit_s: float, call: Callable[[], T]) -> T:
         if future.done():
             raise  # the call's own
         raise TimeoutError(f"no answer within {limit_s:g} s") from None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

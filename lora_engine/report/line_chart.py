@@ -1,24 +1,24 @@
-"""Line charts as inline SVG: small, crisp at any size, coloured by the page's style sheet."""
+"""One line chart as inline SVG: small, sharp at any size, colored by report.css."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_engine.report.markup import Markup, tag
-from lora_engine.report.run_record import Series
+from lora_engine.report.html import Markup, tag
+from lora_engine.report.series import Series, x_limits, y_limits
 
-MAX_BUCKETS = 300  # parts of a long line, each drawn by its lowest and its highest value
+MAX_BUCKETS = 300  # of a long line, each drawn by its lowest and its highest value
 MAX_DOTS = 60
-TOP, RIGHT, BOTTOM = 8, 8, 26  # around the frame, in the chart's units
+TOP, RIGHT, BOTTOM = 8, 8, 26  # margins around the plot, in the chart's units
 DIGIT = 7.0  # width of a digit
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series and how it is drawn: `style` are classes of the style sheet.
+    """A series and how it is drawn: `style` are classes of report.css.
 
-    `label` says in a dot's tooltip whose it is. Lines with dots are shown whole; of the others the
-    wildest 1 % of the values may leave the frame.
+    `label` names the line in a dot's tooltip. Lines with dots are shown in full; of the others the
+    most extreme 1 % of the values may be cut off.
     """
 
     series: Series
@@ -28,13 +28,16 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], *, title: str, width: int, height: int) -> Markup:
-    """Draw lines over optimizer steps; `title` is read out in place of the picture.
+    """Draw lines over optimizer steps; `title` is for screen readers.
 
     At least one of the lines must have a value.
     """
     lines = [line for line in lines if line.series.steps]
-    left, right = _x_limits(lines)
-    low, high = _y_limits(lines)
+    left, right = x_limits(line.series for line in lines)
+    low, high = y_limits(
+        whole=[line.series for line in lines if line.has_dots],
+        trimmed=[line.series for line in lines if not line.has_dots],
+    )
     rows = _ticks(low, high, count=height // 45)
     margin = 10 + DIGIT * max(len(label) for _, label in rows)
     inner_width, inner_height = width - margin - RIGHT, height - TOP - BOTTOM
@@ -45,7 +48,7 @@ def line_chart(lines: Sequence[Line], *, title: str, width: int, height: int) ->
     def y(value: float) -> float:
         return round((high - value) / (high - low) * inner_height, 1)
 
-    # A picture within the picture cuts off what leaves its frame.
+    # A nested <svg> clips what lies outside of it.
     frame = tag(
         "svg",
         *(
@@ -77,41 +80,22 @@ def _drawn(
     count = len(line.series.steps)
     if count == 1 or line.has_dots and count <= MAX_DOTS:
         for step, value in zip(*line.series):
-            told = tag("title", f"{line.label}, step {step:,}: {value:.4g}")
-            yield tag("circle", told, cx=x(step), cy=y(value), r=3.5, class_=line.style)
+            tooltip = tag("title", f"{line.label}, step {step:,}: {value:.4g}")
+            yield tag("circle", tooltip, cx=x(step), cy=y(value), r=3.5, class_=line.style)
 
 
 def _thinned(series: Series) -> list[tuple[int, float]]:
-    """Points that look like all of them: a part's lowest and highest, in their order."""
+    """Fewer points that look the same: the lowest and the highest of each bucket."""
     points = list(zip(*series))
     if len(points) <= 2 * MAX_BUCKETS:
         return points
     size = math.ceil(len(points) / MAX_BUCKETS)
     kept = []
     for begin in range(0, len(points), size):
-        part = points[begin : begin + size]
-        extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-        kept += sorted(extremes)
+        bucket = points[begin : begin + size]
+        low, high = (pick(bucket, key=lambda point: point[1]) for pick in (min, max))
+        kept += sorted({low, high})
     return kept
-
-
-def _x_limits(lines: Sequence[Line]) -> tuple[float, float]:
-    last = max(max(line.series.steps) for line in lines) or 1
-    return -0.03 * last, 1.03 * last  # dots at both ends are whole
-
-
-def _y_limits(lines: Sequence[Line]) -> tuple[float, float]:
-    shown: list[float] = []
-    for line in lines:
-        cut = 0 if line.has_dots else len(line.series.values) // 200
-        shown += sorted(line.series.values)[cut : len(line.series.values) - cut]
-    low, high = min(shown), max(shown)
-    is_flat = high - low <= 1e-6 * max(abs(low), abs(high))
-    room = (0.05 * abs(high) if is_flat else 0.08 * (high - low)) or 1.0
-    room = max(room, 1e-12)
-    # Nothing here is negative but by surprise: leave no empty stripe below zero.
-    bottom = max(low - room, -0.03 * (high + room)) if low >= 0 else low - room
-    return bottom, high + room
 
 
 def _ticks(

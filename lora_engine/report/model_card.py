@@ -1,7 +1,7 @@
 """The model card of a run's adapter: adapter/README.md, as the Hugging Face Hub reads it.
 
-It is derived from what the run has written, and names no path of this machine: an adapter folder is
-made to be handed on. Format: https://huggingface.co/docs/hub/model-cards.
+It is derived from the files of the run and contains no local paths, because adapter folders are
+meant to be shared. Format: https://huggingface.co/docs/hub/model-cards.
 """
 
 import json
@@ -21,7 +21,7 @@ from lora_engine.version import __version__
 CARD_FILE = "README.md"
 MAX_SAMPLES = 8
 
-_LOCAL_BASE = "BASE_MODEL"  # stands in commands for a base that has no name on the Hub
+_LOCAL_BASE = "BASE_MODEL"  # placeholder in commands for a base that is not on the Hub
 
 _SNIPPET = """\
 from peft import PeftModel
@@ -41,19 +41,19 @@ print(tokenizer.decode(tokens[0, start:], skip_special_tokens=True).strip())"""
 
 _GENERATE = """\
 tokens = model.generate(pixel_values=pixel_values, max_new_tokens=30)
-start = 1  # behind the start token"""
+start = 1  # after the start token"""
 
 
 def write_model_card(folder: RunFolder) -> None:
     """Write README.md, and the loss curve that it shows, beside the run's best adapter.
 
-    The adapter is described as it lies there, whatever the run did after it was saved.
+    It describes the adapter as saved, whatever the run did afterwards.
     """
     if folder.loss_curve.exists():
         with replaced_file(folder.adapter / folder.loss_curve.name) as new:
             shutil.copyfile(folder.loss_curve, new)
     with replaced_file(folder.adapter / CARD_FILE) as new:
-        # A caption may hold half of a character pair, which is no text for UTF-8.
+        # A caption may hold half of a surrogate pair, which UTF-8 cannot encode.
         new.write_text(model_card(folder), encoding="utf-8", errors="replace")
 
 
@@ -62,7 +62,7 @@ def model_card(folder: RunFolder) -> str:
     config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
     environment = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
     base = adapter.base_on_hub
-    # A name without an owner would be looked for among the Hub's own models.
+    # The Hub would take a name without an owner for one of its own models.
     name = config["push_to_hub"] if "/" in (config["push_to_hub"] or "") else None
     of = base or _base_class(adapter) or "a captioner"
     curve = (
@@ -72,17 +72,17 @@ def model_card(folder: RunFolder) -> str:
     parts = [
         _front_matter(base, config["license"]),
         f"# {escaped(name or f'LoRA adapter of {of}')}",
-        f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) that captions "
-        f"images, in PEFT's format, trained with lora_engine {__version__}.",
+        f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) for image "
+        f"captioning, in PEFT's format, trained with lora_engine {__version__}.",
         _origin(adapter, environment),
         "## Scores",
         _scores(folder, adapter),
         curve,
         _samples(folder, adapter),
-        "## Use it",
+        "## Usage",
         "" if base else
-        f"`{_LOCAL_BASE}` below is the base model's folder or Hub name; its weights have the "
-        f"fingerprint above.",
+        f"Replace `{_LOCAL_BASE}` below by the base model's folder or Hub name; its weights must "
+        f"have the fingerprint above.",
         _snippet(adapter, name),
         f"Training labels: {escaped(adapter.provenance['label_convention'])}. Captions start from "
         f"the decoder's own start token, in training and in generation.",
@@ -97,7 +97,7 @@ def model_card(folder: RunFolder) -> str:
 
 
 def _front_matter(base: str | None, license: str | None) -> str:
-    # JSON's strings are YAML's too.
+    # JSON strings are valid YAML.
     lines = ["library_name: peft", "pipeline_tag: image-to-text"]
     lines += [f"base_model: {json.dumps(base)}"] if base else []
     lines += [f"license: {json.dumps(license)}"] if license else []
@@ -109,12 +109,12 @@ def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
     revision = adapter.config["revision"]
     at = f", revision {escaped(revision)}" if revision else ""
     kind = _base_class(adapter)
-    named = f"[{escaped(base)}](https://huggingface.co/{base}){at}" if base else "from a folder"
+    named = f"[{escaped(base)}](https://huggingface.co/{base}){at}" if base else "a local folder"
     return table(["", ""], [
         ["base model", f"{named} (`{kind}`)" if kind else named],
         ["fingerprint of its weights", f"`{provenance['base_fingerprint']}`"],
         ["training data", _size(environment, "train")],
-        ["its fingerprint", f"`{provenance['data_fingerprint']}`"],
+        ["fingerprint of the training data", f"`{provenance['data_fingerprint']}`"],
         ["validation data", _size(environment, "val")],
         *([["prompt", escaped(adapter.prompt)]] if adapter.prompt else []),
     ])
@@ -126,7 +126,7 @@ def _size(environment: dict[str, Any], part: str) -> str:
 
 
 def _scores(folder: RunFolder, adapter: Adapter) -> str:
-    """The loss and every score that the validations gave, before training and of the adapter."""
+    """The validation loss and all scores, before training and with this adapter."""
     records = read_records(folder.metrics)
     validations = {r["step"]: r for r in records if r["event"] == "validation"}
     best_step = int(adapter.provenance["step"])
@@ -140,7 +140,7 @@ def _scores(folder: RunFolder, adapter: Adapter) -> str:
     of = f"step {best_step:,} of {last_step:,}, epoch {best['epoch']:.3g}"
     scores = table(["validation", "before training", f"this adapter ({of})"], rows)
     if best_step == 0:
-        return f"Training made nothing better: the adapter is the one it started from.\n\n{scores}"
+        return f"Training improved nothing: this is the initial adapter.\n\n{scores}"
     return scores
 
 
@@ -192,7 +192,7 @@ def _snippet(adapter: Adapter, name: str | None) -> str:
 
 
 def _commands(adapter: Adapter, name: str | None) -> str:
-    """Captioning and further training with lora_engine, in a shell."""
+    """Shell commands for captioning and for further training with lora_engine."""
     base, revision = adapter.base_on_hub, adapter.config["revision"]
     family = family_of_class(_base_class(adapter))
     recipe = family.recipe if family else "finetune"
@@ -216,10 +216,10 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
     lora = adapter.config
     targets = " ".join(config["lora_targets"])
     if config["init_adapter"] is not None:
-        targets = "those of the adapter that it started from"
+        targets = "those of the initial adapter"
     batch = f"{config['batch_size']} captions"
     if config["grad_accum_steps"] > 1:
-        batch += f" in each of a step's {config['grad_accum_steps']} micro-steps"
+        batch += f", {config['grad_accum_steps']} gradient accumulation steps"
     return table(["", ""], [
         ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],

@@ -1,7 +1,7 @@
-"""report.html: what a run came to, or several side by side, in one file that needs no other.
+"""report.html: one run, or several side by side, as one self-contained HTML file.
 
-Style, curves and small copies of the images are in it. It has no script and names nothing on any
-network, and its content security policy holds the browser to that.
+Style, charts and thumbnails are embedded. It has no scripts and loads nothing from a network, and
+its content security policy enforces that.
 """
 
 from collections import Counter
@@ -10,45 +10,35 @@ from pathlib import Path
 
 from lora_engine.files import replaced_file
 from lora_engine.report import run_facts
+from lora_engine.report.charts import charts, color_chip, run_color
 from lora_engine.report.gallery import gallery
-from lora_engine.report.line_chart import Line, line_chart
-from lora_engine.report.loss_curve import smooth, smoothing_decay
-from lora_engine.report.markup import Markup, join, tag
+from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_facts import NOTHING, Result
-from lora_engine.report.run_record import RunRecord, Series, read_run
+from lora_engine.report.run_record import RunRecord, read_run
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-NUM_COLOURS = 8  # that the style sheet has
 MAX_REASONS = 10
 MAX_SKIPPED = 100
-
-# What is drawn of training lines: its title, and the factor that it is drawn with.
-TRAINING_CURVES = {
-    "learning_rate": ("Learning rate", 1),
-    "grad_norm": ("Gradient norm", 1),
-    "images_per_s": ("Images per second", 1),
-    "data_wait_share": ("Waiting for data, %", 100),
-}
 
 
 def write_report(runs: Sequence[str | Path], out_path: str | Path) -> None:
     """Write one HTML file about a run folder, or about several side by side.
 
-    A file that is there is replaced only by a whole one. Images that cannot be read any more are
-    grey boxes.
+    An existing file is replaced only once the new one is complete. Images that can no longer be
+    read are shown as gray boxes.
 
     Raises ValueError for a folder that holds no run, for a damaged file in one (with its line),
-    and for a run given twice.
+    and for a run that is given twice.
     """
     seen: set[Path] = set()
     for path in map(Path, runs):
         if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice; name every run once")
+            raise ValueError(f"{path} is given twice; name each run once")
         seen.add(path.resolve())
     records = [read_run(path) for path in runs]
     page = _page_of_one(records[0]) if len(records) == 1 else _page_of_several(records)
     with replaced_file(out_path) as new:
-        # A file's name may hold bytes that are not text.
+        # File names may hold bytes that are not text.
         new.write_text(page.source, encoding="utf-8", errors="backslashreplace")
 
 
@@ -63,19 +53,19 @@ def _page_of_one(run: RunRecord) -> Markup:
         tag("p", run_facts.headline(run), class_="headline"),
         *(tag("p", notice, class_="notice") for notice in run_facts.notices(run)),
         _tiles(run),
-        _section("Curves", *_charts([run], names)),
+        _section("Curves", *charts([run], names)),
         _section("Scores", *_scores(run)),
         _section("Captions", *gallery([join(names)], [run.images])),
         _section("What was trained", *_settings(run)),
         _section("Skipped images and rows", *_skipped(run)),
         _section("Environment", *_pairs(run_facts.versions_and_machine(run))),
-        footer=f"Made from the files in {run.path}.",
+        footer=f"Generated from the files in {run.path}.",
     )
 
 
 def _page_of_several(runs: Sequence[RunRecord]) -> Markup:
     names = run_facts.names(runs)
-    labels = [join([_chip(_colour(index)), name]) for index, name in enumerate(names)]
+    labels = [join([color_chip(run_color(index)), name]) for index, name in enumerate(names)]
     notices = [
         f"{name}: {notice}" for run, name in zip(runs, names) for notice in run_facts.notices(run)
     ]
@@ -88,16 +78,16 @@ def _page_of_several(runs: Sequence[RunRecord]) -> Markup:
         _section(
             "Settings", *_differences([run_facts.settings(run) for run in runs], labels, names)
         ),
-        _section("Curves", *_charts(runs, names)),
+        _section("Curves", *charts(runs, names)),
         _section(
             "Captions of the same images",
-            *(pictures or [tag("p", "The runs captioned no image in common.")]),
+            *(pictures or [tag("p", "The runs have no captioned images in common.")]),
         ),
         _section(
             "Environment",
             *_differences([run_facts.versions_and_machine(run) for run in runs], labels, names),
         ),
-        footer="Made from the files in " + ", ".join(str(run.path) for run in runs) + ".",
+        footer="Generated from the files in " + ", ".join(str(run.path) for run in runs) + ".",
     )
 
 
@@ -129,8 +119,8 @@ def _section(title: str, *content: Markup) -> Markup:
 
 
 def _tiles(run: RunRecord) -> Markup:
-    """The figures that most people look for; of many scores the first two."""
-    lesser = {run_facts.score_name(key) for key in run_facts.score_keys([run])[2:]}
+    """The main figures as tiles; of the scores only the first two."""
+    left_out = {run_facts.score_name(key) for key in run_facts.score_keys([run])[2:]}
     return tag("dl", *(
         tag(
             "div",
@@ -138,12 +128,12 @@ def _tiles(run: RunRecord) -> Markup:
             tag("dd", result.text, class_="figure"),
             tag("dd", result.remark, class_="remark"),
         )
-        for label, result in run_facts.results(run).items() if label not in lesser
+        for label, result in run_facts.results(run).items() if label not in left_out
     ), class_="tiles")
 
 
 def _scores(run: RunRecord) -> list[Markup]:
-    """Loss and scores before training, of the best adapter, and at the end."""
+    """Loss and scores before training, with the best adapter, and at the end."""
     keys = run_facts.score_keys([run])
     losses = run.validation("loss")
     if not keys or not losses.steps:
@@ -167,7 +157,7 @@ def _settings(run: RunRecord) -> list[Markup]:
         key: [value, "" if defaults.get(key, value) == value else defaults[key]]
         for key, value in run_facts.settings(run).items()
     }
-    headings = ["This run", "Default, where another"]
+    headings = ["This run", "Default, if different"]
     everything = _table(headings, headings, rows)
     return [
         *_pairs(run_facts.main_settings(run)),
@@ -178,7 +168,7 @@ def _settings(run: RunRecord) -> list[Markup]:
 def _results(
     runs: Sequence[RunRecord], labels: Sequence[Markup], names: Sequence[str]
 ) -> list[Markup]:
-    """A row for every figure; where runs can be ranked by it, the best is bold."""
+    """A row for each figure; the best of the runs is bold if they can be ranked by it."""
     found = [run_facts.results(run) for run in runs]
     rows = {}
     for label in dict.fromkeys(label for results in found for label in results):
@@ -199,7 +189,7 @@ def _results(
 def _differences(
     tables: Sequence[Mapping[str, str]], labels: Sequence[Markup], names: Sequence[str]
 ) -> list[Markup]:
-    """What differs between runs, and folded what does not."""
+    """What differs between runs, and collapsed what does not."""
     keys = dict.fromkeys(key for table in tables for key in table)
     values = {key: [table[key] for table in tables if key in table] for key in keys}
     differing = {
@@ -209,7 +199,7 @@ def _differences(
     same = {key: values[key][0] for key in keys if key not in differing}
     shown = [_table(labels, names, differing)] if differing else [tag("p", "No differences.")]
     if same:
-        shown.append(tag("details", tag("summary", "The same in all runs"), *_pairs(same)))
+        shown.append(tag("details", tag("summary", "Same in all runs"), *_pairs(same)))
     return shown
 
 
@@ -225,7 +215,7 @@ def _table(
     names: Sequence[str],
     rows: Mapping[str, Sequence[Markup | str]],
 ) -> Markup:
-    """A column for each heading; on a narrow page `names` stand in front of the cells instead."""
+    """A column per heading; on a narrow page `names` precede the cells instead."""
     head = tag("tr", tag("td"), *(tag("th", heading, scope="col") for heading in headings))
     body = [
         tag("tr", tag("th", label, scope="row"), *(
@@ -245,77 +235,9 @@ def _skipped(run: RunRecord) -> list[Markup]:
         rest = sum(number for _, number in reasons[MAX_REASONS:])
         rows["other reasons"] = [run_facts.count(rest)]
     paths = list(run.skipped)[:MAX_SKIPPED]
-    title = "Which they are" if len(paths) == len(run.skipped) else f"The first {len(paths)}"
+    title = "All of them" if len(paths) == len(run.skipped) else f"The first {len(paths)}"
     listed = tag("ul", *(tag("li", path) for path in paths))
     return [
         _table(["Number"], ["Number"], rows),
         tag("details", tag("summary", title), listed),
     ]
-
-
-# --- curves ---------------------------------------------------------------------------------
-
-
-def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
-    """The loss, large, and everything else that was measured over steps, small."""
-    lines = _loss_lines(runs, names)
-    if not any(line.series.steps for line in lines):
-        return []
-    chart = line_chart(lines, title="Loss over optimizer steps", width=720, height=320)
-    small = []
-    for key in run_facts.score_keys(runs):
-        title = run_facts.score_name(key)
-        small += _small_chart(title, [run.validation(key) for run in runs], names, has_dots=True)
-    for key, (title, factor) in TRAINING_CURVES.items():
-        found = [run.training(key) for run in runs]
-        scaled = [Series(s.steps, [factor * value for value in s.values]) for s in found]
-        small += _small_chart(title, scaled, names, has_dots=False)
-    return [
-        tag("figure", tag("figcaption", "Loss, nats per token", _legend(runs)), chart),
-        tag("div", *small, class_="charts"),
-    ]
-
-
-def _loss_lines(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Line]:
-    lines = []
-    for index, (run, name) in enumerate(zip(runs, names)):
-        training = run.training("loss")
-        decay = smoothing_decay(len(training.steps))
-        smoothed = Series(training.steps, smooth(training.values, decay=decay))
-        colour = _colour(index)
-        if len(runs) == 1:
-            lines.append(Line(training, "training", f"{colour} faint"))
-        lines.append(Line(smoothed, f"{name}, training", f"{colour} thin"))
-        colour = _colour(1) if len(runs) == 1 else colour
-        lines.append(Line(run.validation("loss"), f"{name}, validation", colour, has_dots=True))
-    return lines
-
-
-def _legend(runs: Sequence[RunRecord]) -> Markup:
-    if len(runs) > 1:
-        return tag("span", "dots: validation; thin: training, smoothed", class_="hint")
-    return join([
-        tag("span", _chip(_colour(0)), "training, with its moving average", class_="key"),
-        tag("span", _chip(_colour(1)), "validation", class_="key"),
-    ])
-
-
-def _small_chart(
-    title: str, found: Sequence[Series], names: Sequence[str], *, has_dots: bool
-) -> list[Markup]:
-    if not any(series.steps for series in found):
-        return []
-    lines = [
-        Line(series, name, _colour(index), has_dots)
-        for index, (series, name) in enumerate(zip(found, names))
-    ]
-    chart = line_chart(lines, title=f"{title} over optimizer steps", width=340, height=180)
-    return [tag("figure", tag("figcaption", title), chart)]
-
-
-def _colour(index: int) -> str:
-    return f"c{index % NUM_COLOURS}"
-
-
-def _chip(colour: str) -> Markup:
-    return tag("i", class_=f"chip {colour}")

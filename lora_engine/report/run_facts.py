@@ -1,4 +1,4 @@
-"""What a run's record says, in words and figures; how they are laid out is the report's matter."""
+"""A RunRecord -> the sentences, figures and settings that the report shows."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from lora_engine.report.run_record import RunRecord, is_number
 
 NOTHING = "–"
 
-# Keys of environment.json that tell of the run, and not of versions and the machine.
+# Keys of environment.json that describe the run, not versions and the machine.
 ABOUT_THE_RUN = frozenset((
     "started", "total_s", "peak_memory_bytes", "num_train_captions", "num_train_images",
     "num_val_captions", "num_val_images", "num_adapted_modules", "num_trainable", "num_frozen",
@@ -23,15 +23,14 @@ ABOUT_THE_RUN = frozenset((
 
 Better = Callable[[Iterable[float]], float] | None  # max, min, or neither
 
-
-# Which values of a score are better; of those that are not here, neither.
+# Which values of a score are better; scores that are not listed are not ranked.
 BETTER: dict[str, Better] = dict.fromkeys(SCORE_NAMES, max) | {
     "repetition": min, "mean_length": None,
 }
 
 
 class Result(NamedTuple):
-    """A figure as text, with a remark and, where runs can be ranked by it, as a number."""
+    """A figure as text, with a remark and, if runs can be ranked by it, its value."""
 
     text: str
     remark: str = ""
@@ -44,7 +43,7 @@ def score_name(key: str) -> str:
 
 
 def score_keys(runs: Sequence[RunRecord]) -> list[str]:
-    """The scores that any of the runs has, in the order of SCORE_NAMES and then in their own."""
+    """The scores that any of the runs has: in the order of SCORE_NAMES, then all others."""
     found = dict.fromkeys(key for run in runs for key in run.scores)
     return [key for key in SCORE_NAMES if key in found] + [
         key for key in found if key not in SCORE_NAMES
@@ -56,7 +55,7 @@ def score_at(run: RunRecord, key: str, step: int) -> float | None:
 
 
 def names(runs: Sequence[RunRecord]) -> list[str]:
-    """The folders' own names, or their paths where two names are alike."""
+    """The folders' names, or their paths if two names are equal."""
     own = [run.path.resolve().name for run in runs]
     return own if len(set(own)) == len(own) else [str(run.path) for run in runs]
 
@@ -70,7 +69,7 @@ def subtitle(run: RunRecord) -> str:
 
 
 def headline(run: RunRecord) -> str:
-    """The outcome in a sentence."""
+    """The outcome in one sentence."""
     losses = run.validation("loss")
     if not losses.steps:
         return "No validation is recorded."
@@ -82,36 +81,36 @@ def headline(run: RunRecord) -> str:
         return f"The validation loss {when} is {figure(best)} nats per token."
     if step == first_step:
         return (
-            f"No validation was better than the one before training, of {figure(best)} nats per "
-            f"token: adapter/ holds what the run started from. At step {last_step:,} the loss is "
+            f"No validation improved on the one before training ({figure(best)} nats per token), "
+            f"so adapter/ holds the initial adapter. At step {last_step:,} the loss is "
             f"{figure(losses.values[-1])}."
         )
-    told = (
+    sentence = (
         f"The validation loss went from {figure(losses.values[0])} to {figure(best)} nats per "
         f"token, best at step {step:,} of {_total(run)}"
     )
     for key in score_keys([run])[:1]:
         before, after = (score_at(run, key, at) for at in (first_step, step))
         if before is not None and after is not None:
-            change = "rose" if after > before else "fell" if after < before else "went"
-            told += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
-    return told + "."
+            change = "rose" if after > before else "fell" if after < before else "stayed"
+            sentence += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
+    return sentence + "."
 
 
 def scored(run: RunRecord) -> str:
-    """On what the scores were measured, and how."""
+    """What the scores were measured on, and how."""
     lines = [line for line in run.metrics if line["event"] == "validation"]
     known = [line for line in lines if "num_images" in line and "num_references" in line]
     if not known:
         return ""
     return (
         f"Greedy captions of {count(known[-1]['num_images'])} validation images with "
-        f"{count(known[-1]['num_references'])} references, COCO's scores on PTB-like tokens."
+        f"{count(known[-1]['num_references'])} references, scored as by COCO's caption evaluation."
     )
 
 
 def notices(run: RunRecord) -> list[str]:
-    """What one must know to read the rest rightly."""
+    """Notes that the reader needs to interpret the rest."""
     found = []
     if not run.is_finished:
         total = f" of {run.total_steps:,}" if run.total_steps else ""
@@ -119,20 +118,21 @@ def notices(run: RunRecord) -> list[str]:
         found.append(f"This run is not finished: its record ends at {reached}.")
     for name, content in (("config.json", run.config), ("environment.json", run.environment)):
         if not content:
-            found.append(f"The run folder has no {name}; what it would tell is missing here.")
+            found.append(f"The run folder has no {name}, so its information is missing here.")
     skipped = Counter(
         bool(line.get("by_grad_scaler")) for line in run.metrics
         if line["event"] == "skipped_step"
     )
     if skipped[False]:
-        found.append(f"Steps that were not finite, and changed nothing: {skipped[False]:,}.")
+        number = f"{skipped[False]:,}"
+        found.append(f"Steps skipped because loss or gradients were not finite: {number}.")
     if skipped[True]:
-        found.append(f"Steps that fp16 needed to find its loss scale: {skipped[True]:,}.")
+        found.append(f"Steps skipped to adjust the loss scale of fp16: {skipped[True]:,}.")
     return found
 
 
 def results(run: RunRecord) -> dict[str, Result]:
-    """What a run measured, by what it is called: the loss and the scores of the best step first."""
+    """A run's figures by label; the loss and the scores are those of the best step."""
     found = {}
     losses = run.validation("loss")
     if losses.steps:
@@ -152,16 +152,16 @@ def results(run: RunRecord) -> dict[str, Result]:
     environment = run.environment
     seconds, memory = environment.get("total_s"), environment.get("peak_memory_bytes")
     if is_number(seconds):
-        found["Time"] = Result(duration(seconds), "with loading and validating", seconds, min)
+        found["Time"] = Result(duration(seconds), "including loading and validation", seconds, min)
     if is_number(memory):
         on_gpu = text(environment.get("device")).startswith("cuda")
-        remark = "of the GPU, at its peak" if on_gpu else "of the process, at its peak"
+        remark = "peak on the GPU" if on_gpu else "peak of the process"
         found["Memory"] = Result(_bytes(memory), remark, memory, min)
     trainable, frozen = environment.get("num_trainable"), environment.get("num_frozen")
     if is_number(trainable) and is_number(frozen):
         share = 100.0 * trainable / max(trainable + frozen, 1)
         found["Trainable parameters"] = Result(
-            count(trainable), f"{share:.2f} % of all; {count(frozen)} are frozen"
+            count(trainable), f"{share:.2f} % of all; {count(frozen)} frozen"
         )
     if run.skipped:
         found["Skipped images and rows"] = Result(count(len(run.skipped)), "could not be used")
@@ -169,7 +169,7 @@ def results(run: RunRecord) -> dict[str, Result]:
 
 
 def main_settings(run: RunRecord) -> dict[str, str]:
-    """What was trained on what and how: the settings that people ask for first."""
+    """The most important settings: what was trained, on which data, and how."""
     config, environment = run.config, run.environment
 
     def given(key: str) -> str:
@@ -178,10 +178,10 @@ def main_settings(run: RunRecord) -> dict[str, str]:
     def data(path: str, part: str) -> str:
         captions = environment.get(f"num_{part}_captions")
         images = environment.get(f"num_{part}_images")
-        told = given(path) if config.get(path) else "held out of the training data"
+        source = given(path) if config.get(path) else "held out from the training data"
         if captions is None:
-            return told
-        return f"{count(captions)} captions of {count(images)} images: {told}"
+            return source
+        return f"{count(captions)} captions of {count(images)} images: {source}"
 
     found: dict[str, str] = {}
     if config:
@@ -191,32 +191,33 @@ def main_settings(run: RunRecord) -> dict[str, str]:
             "Model": given("model"),
             "Training data": data("train_data_path", "train"),
             "Validation data": data("val_data_path", "val"),
-            "Adapted": f"{given('lora_targets')}{modules}",
+            "Adapted layers": f"{given('lora_targets')}{modules}",
             "Rank": f"{given('lora_rank')}, alpha {given('lora_alpha')}, dropout "
             f"{given('lora_dropout')}",
             "Epochs": given("epochs"),
-            "Batch size": f"{given('batch_size')}, {given('grad_accum_steps')} to a step",
-            "Learning rate": f"{given('lr')}, {given('warmup_steps')} steps of warm-up",
+            "Batch size": f"{given('batch_size')}, gradient accumulation steps: "
+            f"{given('grad_accum_steps')}",
+            "Learning rate": f"{given('lr')}, {given('warmup_steps')} warmup steps",
             "Seed": given("seed"),
         }
         optional = {
-            "Revision": "revision", "Adapter to start from": "init_adapter", "Prompt": "prompt",
-            "Steps at most": "max_steps",
+            "Revision": "revision", "Initial adapter": "init_adapter", "Prompt": "prompt",
+            "Maximum steps": "max_steps",
         }
         found |= {label: given(key) for label, key in optional.items() if config.get(key)}
     if environment:
-        found["Computed in"] = text(environment.get("compute_dtype"))
+        found["Compute dtype"] = text(environment.get("compute_dtype"))
         found["Device"] = text(environment.get("device"))
     return found
 
 
 def settings(run: RunRecord) -> dict[str, str]:
-    """All settings but the run folder's own path."""
+    """All settings except the run folder's path."""
     return {key: text(value) for key, value in run.config.items() if key != "output_path"}
 
 
 def default_settings() -> dict[str, str]:
-    """What a recipe's settings are unless a flag, or the recipe, says otherwise."""
+    """The defaults of TrainingConfig, which recipes and flags change."""
     fields = [
         field for field in dataclasses.fields(TrainingConfig)
         if field.default is not dataclasses.MISSING
@@ -231,7 +232,7 @@ def versions_and_machine(run: RunRecord) -> dict[str, str]:
 
 
 def figure(value: float | None) -> str:
-    """Four digits that carry meaning."""
+    """Four significant digits."""
     return NOTHING if value is None else f"{value:#.4g}".removesuffix(".")
 
 
@@ -240,7 +241,7 @@ def count(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """A value of a JSON file as people write it."""
+    """A JSON value for people to read."""
     if value is None or value == "":
         return NOTHING
     if isinstance(value, bool):

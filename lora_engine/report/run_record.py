@@ -1,32 +1,26 @@
-"""A run folder's files -> what they say about the run, finished or not."""
+"""The files of a run folder, finished or not -> a RunRecord."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 from lora_engine.files import check_file
+from lora_engine.report.series import Series, lowest
 
-_MAX_BYTES = 2**30  # of a file of a run, which may be a stranger's
+_MAX_BYTES = 2**30  # per file: a run folder may come from anyone
 
-# Keys of a validation line
+# The keys of a validation line that are not scores.
 NOT_SCORES = frozenset((
     "event", "step", "epoch", "loss", "num_images", "num_references", "mean_reference_length",
 ))
 
 
-class Series(NamedTuple):
-    """Finite values over optimizer steps, in the order in which they were written."""
-
-    steps: list[int]
-    values: list[float]
-
-
 @dataclass(frozen=True)
 class CaptionedImage:
-    """A validation image with its captions before training and of the best adapter.
+    """A validation image with its captions before training and with the best adapter.
 
-    What the run did not come to write is None.
+    Captions and scores that the run has not written are None.
     """
 
     image: str
@@ -39,7 +33,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `skipped` are the reasons by image, or by row as path:line."""
+    """What a run folder holds; `skipped` maps images, or rows as path:line, to reasons."""
 
     path: Path
     config: dict[str, Any]
@@ -49,82 +43,82 @@ class RunRecord:
     skipped: dict[str, str]
 
     def training(self, key: str) -> Series:
-        return series(self.metrics, "train", key)
+        return logged_series(self.metrics, "train", key)
 
     def validation(self, key: str) -> Series:
-        return series(self.metrics, "validation", key)
+        return logged_series(self.metrics, "validation", key)
 
     @property
     def scores(self) -> list[str]:
-        """Names of what validations measured besides the loss, in the order of their lines."""
+        """Names of the scores that validations measured, in the order of their lines."""
         lines = [line for line in self.metrics if line["event"] == "validation"]
         names = dict.fromkeys(key for line in lines for key in line if key not in NOT_SCORES)
         return [name for name in names if self.validation(name).steps]
 
     @property
     def best_step(self) -> int:
-        """The step of the adapter that was kept: the first with the best validation, else 0."""
+        """The step of the saved adapter: the first with the best validation, else 0."""
         return _best_step(self.metrics, self.config)
 
     @property
     def last_step(self) -> int:
-        """The last optimizer step that metrics.jsonl tells of."""
+        """The last optimizer step in metrics.jsonl."""
         steps = (line.get("step") for line in self.metrics)
         return int(max((step for step in steps if is_number(step)), default=0))
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps the settings ask for; None if too little is recorded to tell."""
+        """The number of steps that the settings ask for; None if it cannot be computed yet."""
         epochs, max_steps = self.config.get("epochs"), self.config.get("max_steps")
-        epochs_per_step = epoch_scale(self.metrics)
-        if not isinstance(epochs, int) or epochs_per_step is None:
+        step_in_epochs = epochs_per_step(self.metrics)
+        if not isinstance(epochs, int) or step_in_epochs is None:
             return None
-        total = epochs * round(1 / epochs_per_step)  # a whole number of steps an epoch
+        total = epochs * round(1 / step_in_epochs)  # a whole number of steps per epoch
         return min(total, max_steps) if isinstance(max_steps, int) else total
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end, which it may have found early, as far as can be told."""
+        """Whether the run has ended, early or not, as far as its files tell."""
         steps = self.validation("loss").steps
-        is_through = bool(steps) and steps[-1] > 0 and steps[-1] >= (self.total_steps or 0)
-        return is_through or "total_s" in self.environment
+        is_complete = bool(steps) and steps[-1] > 0 and steps[-1] >= (self.total_steps or 0)
+        return is_complete or "total_s" in self.environment
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Read a run folder. Files that are missing, and last lines cut short, are passed over.
+    """Read a run folder. Missing files and truncated last lines are ignored.
 
-    Captions are those of captions.jsonl, or of the few images of samples.jsonl.
+    Captions come from captions.jsonl, or else from samples.jsonl, which has only a few images.
 
     Raises ValueError for a folder that holds no run, and for a damaged file, with its line.
     """
     path = Path(path)
     if not (path / "metrics.jsonl").is_file():
-        raise ValueError(_no_run(path))
+        raise ValueError(_no_run_message(path))
     metrics = read_records(path / "metrics.jsonl", event=str)
-    captions = _records_if_there(
+    captions = _optional_records(
         path / "captions.jsonl", image=str, references=list, before=str, after=str
     )
-    samples = _records_if_there(
+    samples = _optional_records(
         path / "samples.jsonl", step=int, image=str, reference=str, caption=str
     )
-    skipped = _records_if_there(path / "skipped.jsonl", reason=str)
-    config = _object_if_there(path / "config.json")
+    skipped = _optional_records(path / "skipped.jsonl", reason=str)
+    config = _optional_object(path / "config.json")
     best_step = _best_step(metrics, config)
     return RunRecord(
         path=path,
         config=config,
-        environment=_object_if_there(path / "environment.json"),
+        environment=_optional_object(path / "environment.json"),
         metrics=metrics,
-        images=tuple(map(_captioned, captions)) or _followed(samples, best_step),
+        images=tuple(map(_captioned, captions)) or _sampled(samples, best_step),
         skipped={str(line.get("row", line.get("image"))): line["reason"] for line in skipped},
     )
 
 
 def read_records(path: str | Path, **required: type) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, without a last line that a crash cut short.
+    """The objects of a JSON Lines file, without a last line truncated by a crash.
 
-    Raises ValueError that names the line of whatever else is no JSON object with the `required`
-    keys and types.
+    Raises ValueError, with the line, for any other line that is not a JSON object with the
+    `required` keys and types.
     """
     lines = _read(Path(path)).rstrip("\n").split("\n")
     records = []
@@ -146,8 +140,8 @@ def read_records(path: str | Path, **required: type) -> list[dict[str, Any]]:
     return records
 
 
-def series(records: list[dict[str, Any]], event: str, key: str) -> Series:
-    """The finite values of a key: a step that was not finite is written as null, or as NaN."""
+def logged_series(records: list[dict[str, Any]], event: str, key: str) -> Series:
+    """The finite values of a key: others are logged as null, or as NaN."""
     found = [
         (record["step"], record[key]) for record in records
         if record["event"] == event
@@ -156,23 +150,17 @@ def series(records: list[dict[str, Any]], event: str, key: str) -> Series:
     return Series([step for step, _ in found], [value for _, value in found])
 
 
-def lowest(values: Series) -> tuple[int, float]:
-    """(step, value) of the lowest value, the first of equal ones."""
-    value = min(values.values)
-    return values.steps[values.values.index(value)], value
-
-
 def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
     metrics = [line for line in metrics if is_number(line.get("loss"))]
-    scores = series(metrics, "validation", str(config.get("best_by", "loss")))
+    scores = logged_series(metrics, "validation", str(config.get("best_by", "loss")))
     if config.get("best_by", "loss") != "loss" and scores.steps:
         return lowest(Series(scores.steps, [-value for value in scores.values]))[0]
-    losses = series(metrics, "validation", "loss")
+    losses = logged_series(metrics, "validation", "loss")
     return lowest(losses)[0] if losses.steps else 0
 
 
-def epoch_scale(records: list[dict[str, Any]]) -> float | None:
-    """Epochs a step, from the last line that has both; None before the first step."""
+def epochs_per_step(records: list[dict[str, Any]]) -> float | None:
+    """Epochs per step, from the last line that has both; None before the first step."""
     for record in reversed(records):
         step, epoch = record.get("step"), record.get("epoch")
         if is_number(step) and is_number(epoch) and step and epoch:
@@ -181,7 +169,7 @@ def epoch_scale(records: list[dict[str, Any]]) -> float | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number to reckon with: no NaN, and none beyond a float's reach."""
+    """Whether a JSON value is a finite number that fits into a float."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
@@ -197,8 +185,8 @@ def _captioned(line: dict[str, Any]) -> CaptionedImage:
     )
 
 
-def _followed(samples: list[dict[str, Any]], best_step: int) -> tuple[CaptionedImage, ...]:
-    """The images of samples.jsonl, as they were captioned at step 0 and at the best step."""
+def _sampled(samples: list[dict[str, Any]], best_step: int) -> tuple[CaptionedImage, ...]:
+    """The images of samples.jsonl, with their captions at step 0 and at the best step."""
     captions = {(line["image"], line["step"]): line["caption"] for line in samples}
     references = {line["image"]: line["reference"] for line in samples}
     return tuple(
@@ -212,11 +200,11 @@ def _followed(samples: list[dict[str, Any]], best_step: int) -> tuple[CaptionedI
     )
 
 
-def _records_if_there(path: Path, **required: type) -> list[dict[str, Any]]:
+def _optional_records(path: Path, **required: type) -> list[dict[str, Any]]:
     return read_records(path, **required) if path.exists() else []
 
 
-def _object_if_there(path: Path) -> dict[str, Any]:
+def _optional_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -229,20 +217,20 @@ def _object_if_there(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    """Raises ValueError for what is no regular file, or a very large one."""
+    """Raises ValueError for anything but a regular file, and for a very large one."""
     check_file(path, max_bytes=_MAX_BYTES)
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _no_run(path: Path) -> str:
-    """Why `path` is no run, with the runs that are near."""
+def _no_run_message(path: Path) -> str:
+    """Why `path` is not a run, with the runs beside it and in it."""
     if not path.exists():
-        return f"{path}: no such folder, expected the folder of a run"
+        return f"{path}: no such folder, expected a run folder"
     if not path.is_dir():
-        return f"{path} is a file, expected the folder of a run"
-    near = [path.parent, *sorted(path.iterdir())]
-    runs = [str(folder) for folder in near if (folder / "metrics.jsonl").is_file()]
-    advice = "name a folder that a recipe made"
+        return f"{path} is a file, expected a run folder"
+    nearby = [path.parent, *sorted(path.iterdir())]
+    runs = [str(folder) for folder in nearby if (folder / "metrics.jsonl").is_file()]
+    advice = "give the --output_path of a training run"
     if runs:
         advice = f"did you mean {' or '.join(runs[:3])}?"
     return f"{path} holds no run (looked for metrics.jsonl in it); {advice}"

@@ -1,4 +1,4 @@
-"""What a run came to, in figures and for people."""
+"""The outcome of a run, as figures and as the text that is printed at its end."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from lora_engine.terminal import escaped
 
 @dataclass(frozen=True)
 class Sample:
-    """A fixed validation image whose captions are followed through the run."""
+    """A validation image with its captions before training and with the best adapter."""
 
     image: str
     reference: str
@@ -23,11 +23,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a run came to; `str` of it is what people read at the end.
+    """The outcome of a run; `str` of it is what is printed at the end.
 
-    `losses` are the validation losses (nats per valid target token) by step, 0 among them, `scores`
-    those of captions, if there were any; `best_step` is the best by `best_by`, "loss" or
-    "cider_d". `seconds` is the wall-clock time of everything.
+    `losses` are the validation losses (nats per valid target token) by step, from step 0 on;
+    `scores` those of the captions, if any were scored. `best_step` is the best by `best_by`,
+    "loss" or "cider_d". `seconds` is the wall-clock time of the whole run.
     """
 
     path: Path
@@ -82,8 +82,8 @@ class TrainingSummary:
             # An adapter whose values are not finite is not saved.
             is_finite = math.isfinite(self.losses[self.last_step])
             return (
-                f"The {name} never became better than the {values[0]:.4f} of before training (at "
-                f"the end {values[self.last_step]:.4f}), so adapter/ holds the one it started from"
+                f"The {name} never improved on {values[0]:.4f} before training (at the end "
+                f"{values[self.last_step]:.4f}), so adapter/ holds the initial adapter"
                 f"{' and adapter_last/ the last' if is_finite else ''}. Try another --lr."
             )
         lines = [
@@ -91,7 +91,7 @@ class TrainingSummary:
             f"{self.last_step}; before training it was {values[0]:.4f}"
         ]
         lines += [
-            f"{name} {values[self.best_step]:.4f} there, {values[0]:.4f} before training"
+            f"{name} {values[self.best_step]:.4f} at that step, {values[0]:.4f} before training"
             for name, values in others
         ]
         if self.scores:
@@ -101,6 +101,6 @@ class TrainingSummary:
 
 
 def _interpreter() -> str:
-    """This Python as a person would type it here."""
+    """The path of this Python, relative to the working folder if it is inside."""
     path = Path(sys.executable)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""Trackers: what a run writes is sent to TensorBoard, W&B or Trackio, too, and never in its way."""
+"""Send a run's metrics to TensorBoard, W&B or Trackio, without ever delaying or failing the run."""
 
 import json
 import logging
@@ -12,11 +12,12 @@ from threading import Thread
 from typing import Any, Protocol
 
 from lora_engine.report.markdown import escaped, table
+from lora_engine.terminal import one_line
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 1000  # events that a slow tracker may be behind; further ones are dropped
-CLOSE_S = 5.0  # what a tracker may take to finish before it is left behind
+MAX_WAITING = 1000  # events in a slow tracker's queue; further ones are dropped
+CLOSE_S = 5.0  # time for a tracker to finish before it is abandoned
 
 PROJECT = "lora_engine"
 SAMPLE_COLUMNS = ["image", "reference", "before", "now"]
@@ -25,7 +26,7 @@ Rows = Sequence[Sequence[str]]  # of the columns above
 
 
 class Service(Protocol):
-    """One tracker's own words for a run's events."""
+    """One tracker's interface for a run's events."""
 
     def log_numbers(self, numbers: dict[str, float], step: int | None) -> None: ...
 
@@ -35,24 +36,23 @@ class Service(Protocol):
 
 
 class Tracker:
-    """Hands a run's events to a service in a thread of its own.
+    """Passes a run's events to a service in a background thread.
 
-    A service that fails is turned off with a line of warning; one that hangs loses events, and is
-    left behind when the run ends.
+    A service that fails is turned off with a warning; one that hangs loses events, and is abandoned
+    when the run ends.
     """
 
     def __init__(self, name: str, start: Callable[[], Service]) -> None:
         self.name = name
         self._waiting: Queue[tuple[str, dict[str, Any]] | None] = Queue(MAX_WAITING)
         self._num_dropped = 0
-        self._failure: str | None = None  # set by the thread, told by the run's own
-        self._is_off = False
+        self._is_off = False  # set by the thread when the service fails
         self._thread = Thread(target=self._work, args=(start,), daemon=True)
         self._thread.start()
 
     def record(self, event: str, values: dict[str, Any]) -> None:
-        """Pass on an event: numbers by name, or the `rows` of "samples"; `step` among them."""
-        if self._is_off or self._has_failed():
+        """Pass on an event: numbers by name, or the `rows` of "samples"; both with `step`."""
+        if self._is_off:
             return
         try:
             self._waiting.put_nowait((event, values))
@@ -60,7 +60,7 @@ class Tracker:
             self._num_dropped += 1
 
     def close(self) -> None:
-        """Wait for what is still to be sent, a few seconds at most."""
+        """Wait at most CLOSE_S for the events that are still to be sent."""
         if self._is_off:
             return
         deadline_s = time.monotonic() + CLOSE_S
@@ -69,19 +69,17 @@ class Tracker:
         except Full:
             pass
         self._thread.join(max(deadline_s - time.monotonic(), 0))
-        if self._has_failed():
+        if self._is_off:
             return
         if self._thread.is_alive():
-            logger.warning(f"--track {self.name} did not finish within {CLOSE_S:g} s; it may lack "
-                f"the run's last lines")
+            logger.warning(
+                f"--track {self.name} did not finish within {CLOSE_S:g} s; it may lack the run's "
+                f"last events"
+            )
         elif self._num_dropped:
-            logger.warning(f"--track {self.name} was too slow: it lacks {self._num_dropped} lines")
-
-    def _has_failed(self) -> bool:
-        if self._failure is not None:
-            self._is_off = True
-            logger.warning(f"--track {self.name} is off: {self._failure}")
-        return self._is_off
+            logger.warning(
+                f"--track {self.name} was too slow: it lacks {self._num_dropped} events"
+            )
 
     def _work(self, start: Callable[[], Service]) -> None:
         try:
@@ -94,9 +92,11 @@ class Tracker:
                 else:
                     service.log_numbers(_numbers(event, values), step)
             service.finish()
-        except BaseException as error:  # SystemExit, too: some libraries give up like that
-            reason = " ".join(str(error).split())[:200]
-            self._failure = f"{type(error).__name__}: {reason}"
+        except BaseException as error:  # SystemExit, too: some libraries exit on errors
+            logger.warning(
+                f"--track {self.name} is off: {type(error).__name__}: {one_line(error)}"
+            )
+            self._is_off = True
 
 
 def check_tracker(name: str) -> None:
@@ -106,15 +106,15 @@ def check_tracker(name: str) -> None:
     module, package, _ = _SERVICES[name]
     try:
         import_module(module)
-    except Exception as error:  # missing, or at odds with what else is installed
+    except Exception as error:  # missing, or incompatible with another package
         raise ValueError(
-            f"--track {name} needs the package {name} ({' '.join(str(error).split())}): "
+            f"--track {name} needs the package {name} ({one_line(error)}): "
             f"pip install '{package}'"
         ) from None
 
 
 def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker | None:
-    """A tracker of the run in `folder`, which has these settings; None for "none"."""
+    """Start a tracker for the run in `folder` with these settings; None for "none"."""
     if name == "none":
         return None
     start = _SERVICES[name][2]
@@ -122,7 +122,7 @@ def start_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Track
 
 
 def _numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """{"train/loss": ...}; without what is not finite, which is None by now."""
+    """{"train/loss": ...}, without values that are not finite, which are None here."""
     return {
         f"{event}/{name}": value for name, value in values.items()
         if name != "step" and isinstance(value, (int, float))
@@ -149,7 +149,7 @@ class _TensorBoard:
 
 
 class _Run:
-    """A run of W&B, or of Trackio, which speaks W&B's language."""
+    """A run of W&B, or of Trackio, which has the same interface."""
 
     def __init__(self, run: Any, make_table: Callable[..., Any]) -> None:
         self.run = run
@@ -178,7 +178,7 @@ def _start_wandb(folder: Path, settings: dict[str, Any]) -> _Run:
         dir=str(folder),
         config=settings,
         mode=mode,
-        # It would stand between the run and its console, and wait for its server at exit.
+        # By default it would capture the console, and wait for its server at exit.
         settings=wandb.Settings(console="off", finish_timeout=CLOSE_S - 1),
     )
     return _Run(run, wandb.Table)
@@ -191,7 +191,7 @@ def _start_trackio(folder: Path, settings: dict[str, Any]) -> _Run:
     return _Run(run, trackio.Table)
 
 
-# Module, what pip installs, and what starts a run.
+# The module, what pip installs, and the function that starts a run.
 _SERVICES: dict[str, tuple[str, str, Callable[[Path, dict[str, Any]], Service]]] = {
     "tensorboard": ("torch.utils.tensorboard", "tensorboard", _TensorBoard),
     "wandb": ("wandb", "wandb>=0.31", _start_wandb),

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_engine.terminal import one_line
+
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 64  # each keeps the activations of its shape; further shapes run as they are
@@ -69,8 +71,9 @@ class CudaGraphs:
             self._recorded[key] = self._run_and_record(function, inputs)
         except Exception as error:  # torch's many reasons why something cannot be recorded
             self._works = False
-            reason = " ".join(str(error).split())[:200]
-            logger.warning(f"CUDA graphs do not work here ({reason}): training without them")
+            logger.warning(
+                f"CUDA graphs do not work here ({one_line(error)}): training without them"
+            )
         return key in self._recorded
 
     def _run_and_record(

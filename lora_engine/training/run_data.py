@@ -10,15 +10,10 @@ import numpy as np
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import (
-    MAX_ROWS_SHOWN,
-    BadRow,
-    Row,
-    hold_out,
-    places_of,
-    usable_rows,
-)
+from lora_engine.data.annotations import places_of, usable_rows
 from lora_engine.data.batches import CaptionedImages
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, Row
+from lora_engine.data.subsets import evenly_spaced, hold_out
 from lora_engine.models.pretrained import Captioner
 from lora_engine.training.skipped_rows import allowed_failures
 
@@ -166,7 +161,7 @@ def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[R
 
 def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
     """Check up to 200 of the rows at once, in case the paths do not lead to the images."""
-    checked = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), 200)).astype(int)]
+    checked = [rows[i] for i in evenly_spaced(len(rows), 200)]
     missing = [row.image for row in checked if not os.path.isfile(row.image)]
     if len(missing) > allowed_failures(len(checked), max_share, is_sample=len(rows) > 200):
         raise ValueError(

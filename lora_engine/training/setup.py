@@ -38,6 +38,7 @@ from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
+from lora_engine.terminal import one_line
 from lora_engine.training.best_adapter import BestAdapter
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -221,8 +222,7 @@ def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -
                 features = model.encode(pixels)
             model.decode(input_ids, features).sum().backward()
     except Exception as error:  # the compiler's layers raise many kinds
-        reason = " ".join(str(error).split())[:200]  # the first line names no more than "inductor"
-        logger.warning(f"--compile does not work here ({reason}): training without it")
+        logger.warning(f"--compile does not work here ({one_line(error)}): training without it")
         for layer in layers:
             layer._compiled_call_impl = None  # what nn.Module.compile sets
     model.zero_grad(set_to_none=True)

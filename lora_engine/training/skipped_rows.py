@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lora_engine.data.annotations import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.batches import CaptionedImages, FeatureBatch, Skipped
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.stopping import TrainingStopped
 

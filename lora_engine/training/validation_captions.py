@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
-from lora_engine.data.annotations import Row
 from lora_engine.data.batches import FeatureBatch, SampleIndex
+from lora_engine.data.rows import Row
+from lora_engine.data.subsets import evenly_spaced
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample
@@ -49,7 +48,9 @@ class ValidationCaptions:
         candidates = [
             row for image, row in first_rows.items() if image in self.texts or not self.is_scored
         ]
-        self.wanted = _spread(candidates, max(num_scored, num_samples))
+        self.wanted = [
+            candidates[i] for i in evenly_spaced(len(candidates), max(num_scored, num_samples))
+        ]
         self.references: tuple[list[int], References] | None = None  # and whose: rows
         self.captions: dict[int, dict[int, Caption]] = {}  # by step, by row
         self.scores: dict[int, CaptionScores] = {}  # by step
@@ -119,7 +120,7 @@ class ValidationCaptions:
     def _samples(self, *steps: int) -> list[int]:
         """The rows to show, among those with a caption at all of these steps."""
         rows = [row for row in self.wanted if all(row in self.captions[step] for step in steps)]
-        return _spread(rows, self.num_samples)
+        return [rows[i] for i in evenly_spaced(len(rows), self.num_samples)]
 
     def write(self, folder: RunFolder, step: int) -> None:
         """Add the samples of `step` to samples.jsonl."""
@@ -164,8 +165,3 @@ class ValidationCaptions:
             )
             for row in self._samples(0, step)
         )
-
-
-def _spread(rows: Sequence[int], count: int) -> list[int]:
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    return [rows[index] for index in chosen]

@@ -1,4 +1,4 @@
-"""HTML and SVG elements: text is escaped where it enters, so that no text becomes markup."""
+"""HTML and SVG elements: text is escaped when it is added, so that no text becomes markup."""
 
 import html
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ VOID = frozenset(("img", "link", "meta"))  # elements without content
 
 @dataclass(frozen=True)
 class Markup:
-    """Finished markup. Whatever is a plain `str` is text, and is escaped."""
+    """Finished markup. A plain `str` is text, and is escaped."""
 
     source: str
 
 
 def tag(name: str, /, *content: Markup | str, **attributes: str | int | float) -> Markup:
-    """An element. Attributes are spelled as Python lets them: `class_`, `aria_label`, `viewBox`."""
+    """An element. Attributes are spelled as Python allows: `class_`, `aria_label`, `viewBox`."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
