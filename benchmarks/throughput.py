@@ -43,6 +43,7 @@ from benchmarks.measure import (
     spread,
     table,
 )
+from lora_engine.lora.matmul import frozen_linear
 from lora_engine.models import CaptioningModel
 
 PEERS_BY_DEFAULT = {
@@ -157,7 +158,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
 def matrix_rates(
     case: Case, model: CaptioningModel, size: int
 ) -> dict[str, Callable[[int], float]]:
-    """Contenders whose figures are GFLOP/s: torch.mm at its best, and `product` at our shapes."""
+    """Contenders whose figures are GFLOP/s: torch.mm at its best, and `frozen_linear` at our shapes."""
     width = model.vocabulary.in_features
     num_rows = case.batch_size * int(np.median(case.rows.lengths) - 1)
 
