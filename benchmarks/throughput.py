@@ -158,7 +158,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
 def matrix_rates(
     case: Case, model: CaptioningModel, size: int
 ) -> dict[str, Callable[[int], float]]:
-    """Contenders whose figures are GFLOP/s: torch.mm at its best, and `frozen_linear` at our shapes."""
+    """GFLOP/s of torch.mm on large matrices, and of `frozen_linear` on the step's shapes."""
     width = model.vocabulary.in_features
     num_rows = case.batch_size * int(np.median(case.rows.lengths) - 1)
 
