@@ -23,8 +23,8 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.g
 MAX_README_WORDS = 1300
 OURS = "recipes|lora_engine|benchmarks"
 
-# Flags of other programs than ours that the pages name.
-FOREIGN_FLAGS = {"ipc", "shm_size"}
+# Flags of other programs, and an old spelling.
+OTHER_FLAGS = {"ipc", "shm_size", "licence"}
 
 NOT_ENGLISH = {  # expression: what it looks like in a text
     "one file a recipe": r"\bone (plain )?(Python )?(file|line) an? \w",
@@ -97,7 +97,7 @@ def known_flags():
     def known(module: str, verb: str | None = None) -> set[str]:
         if module.startswith("recipes."):
             names = {field.name for field in dataclasses.fields(TrainingConfig)}
-            return names | {f"no_{name}" for name in names}
+            return names | {f"no_{name}" for name in names} | {"help"}
         if verb is not None:
             return help_of(lambda: run_verb([verb, "--help"]))
         pytest.importorskip("peft")
@@ -148,6 +148,8 @@ def test_modules_and_verbs_of_commands_exist():
     assert len(commands()) > 20
     for page, words in commands():
         module = words[0]
+        if module == "recipes.NAME":
+            continue
         assert importlib.util.find_spec(module.rstrip(".")), f"{page}: no module {module}"
         if module == "lora_engine" and len(words) > 1 and words[1] != "VERB":
             assert words[1] in VERBS, f"{page}: no verb {words[1]}"
@@ -163,7 +165,7 @@ def test_flags_of_commands_exist(known_flags):
 
 
 def test_flags_that_are_named_in_the_text_exist(known_flags):
-    known = known_flags("recipes.blip_cc3m") | FOREIGN_FLAGS
+    known = known_flags("recipes.blip_cc3m") | OTHER_FLAGS
     for verb in VERBS:
         known |= known_flags("lora_engine", verb)
     for module in ("all", "same_bits", "throughput", "generate"):
@@ -173,6 +175,24 @@ def test_flags_that_are_named_in_the_text_exist(known_flags):
             if not code.startswith(("python", "pip", "git", "torchrun")):
                 unknown = flags_in(code.split()) - known
                 assert not unknown, f"{page.name}: `{code}` has no --{unknown}"
+
+
+def test_hyperparameters_are_those_of_the_recipes(capsys):
+    rows = re.findall(r"^\|(.+)\|$", (ROOT / "docs/hyperparameters.md").read_text(), re.MULTILINE)
+    (_, *recipes), _, *settings = ([cell.strip(" `") for cell in row.split("|")] for row in rows)
+    assert len(recipes) == 3 and len(settings) > 10
+    for column, recipe in enumerate(recipes, start=1):
+        importlib.import_module(f"recipes.{recipe}").main(
+            ["--print_config", "--train_data_path", "train.json"]
+        )
+        config = json.loads(capsys.readouterr().out)
+        for row in settings:
+            value = config[row[0].removeprefix("--")]
+            shown = " ".join(value) if isinstance(value, list) else value
+            same = float(row[column]) == shown if isinstance(shown, float | int) else (
+                row[column] == str(shown).lower()
+            )
+            assert same, f"{row[0]} of {recipe} is {shown}, not {row[column]}"
 
 
 @pytest.fixture
