@@ -151,7 +151,7 @@ class Ours:
         )
 
     def _with_pixels(self) -> Callable[[np.ndarray], Batch]:
-        """Batches of an epoch in which the first row of an image has its pixels."""
+        """Batches of an epoch in which the first row of an image brings its pixels."""
         return partial(self._batch, seen=set())
 
     def _batch(self, indices: np.ndarray, seen: set[int] | None = None) -> Batch:
