@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 def _operations(
     arguments: argparse.Namespace, model_folder: Path, folder: Path
 ) -> tuple[Callable[[int], float], Callable[[int], float], int]:
-    """A function that writes a checkpoint and one that reads it, both -> seconds; and its bytes."""
+    """Functions that write and read a checkpoint -> seconds, and its bytes."""
     model = load_body(model_folder).to(arguments.device)
     inject(model, ["attention", "feed_forward"], rank=arguments.rank, alpha=ALPHA)
     matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), arguments.dtype)

@@ -151,7 +151,7 @@ def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
 
 
 def ours(case: Case, *, merged: bool) -> tuple[Caption, Caption]:
-    """Our engine with the same adapter: from pixels, and from features."""
+    """This engine with that adapter: from pixels, and from features."""
     model = load_body(case.folder)
     load_adapter(model, case.folder / "adapter")
     if merged:
