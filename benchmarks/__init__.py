@@ -1,4 +1,4 @@
-"""Side-by-side measurements, each `python -m benchmarks.NAME`; LOG.md keeps what they showed.
+"""Side-by-side measurements, each run as `python -m benchmarks.NAME`; LOG.md has the results.
 
-They run with argparse and the package's core, plus the peers (`pip install -e '.[bench]'`).
+They need the package itself, and the peers: `pip install -e '.[bench]'`.
 """

@@ -1,9 +1,9 @@
-"""Every benchmark for both models, each in a process of its own, and a summary.
+"""Run every benchmark for both models, each in its own process, and print a summary.
 
-    python -m benchmarks.all --quick          do they all run? about three minutes on two cores
-    python -m benchmarks.all --device cuda    what counts: nothing else may run on the machine
+    python -m benchmarks.all --quick          check that all run: about three minutes on two cores
+    python -m benchmarks.all --device cuda    real figures: nothing else may run on the machine
 
-Exits with 1 if one of them failed; the others run all the same.
+Exits with 1 if one of them failed; the others still run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure import MODELS
 
-BENCHMARKS = {  # name: the command's arguments
+BENCHMARKS = {  # name: arguments of the command
     "first epoch": ["throughput", "--phase", "first"],
     "later epochs": ["throughput", "--phase", "later"],
     "wall-clock": ["throughput", "--phase", "wall"],
@@ -26,7 +26,7 @@ BENCHMARKS = {  # name: the command's arguments
     "checkpointing": ["checkpointing"],
     "input_path": ["input_path"],
 }
-ON_CPU = {"input_path"}  # whatever the device
+ON_CPU = {"input_path"}  # whatever --device is
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: CUDA if there is one")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
-    parser.add_argument("--rounds", type=int, help="default: each benchmark's own")
+    parser.add_argument("--rounds", type=int, help="default: that of each benchmark")
     parser.add_argument("--quick", action="store_true", help="small models, 2 rounds")
     arguments = parser.parse_args(argv)
     summary = []
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: list[str]) -> tuple[bool, str]:
-    """Run a command, pass on what it prints -> whether it failed, and the last line of it."""
+    """Run a command and print its output -> whether it failed, and its last line of output."""
     print(f"\n$ {' '.join(command)}", flush=True)
     last_line = ""
     with subprocess.Popen(

@@ -1,11 +1,11 @@
-"""What a checkpoint costs a run: writing it, all of it on the disk, and reading it back.
+"""The cost of a checkpoint: writing it, flushed to the disk, and reading it back.
 
     python -m benchmarks.checkpointing --model blip
     python -m benchmarks.checkpointing --model vit_gpt2 --rank 64 --folder /mnt/slow
 
-Writing is what training waits for: the adapter and AdamW's moments leave the device, are hashed,
-written and flushed to the disk, and the folder gets its name. Reading checks every hash. The best
-adapter is in it, too, with two hundred captions of it and as many before training, as in a run's.
+Training waits while the adapter and AdamW's moments are copied from the device, hashed, written and
+flushed to the disk, and while the folder is renamed. Reading checks every hash. As in a real run,
+the checkpoint also holds the best adapter and two hundred captions each of it and of the base.
 """
 
 import argparse
@@ -45,7 +45,7 @@ STATE: dict[str, Any] = {
 def main(argv: list[str] | None = None) -> None:
     parser = flags(__doc__)
     parser.add_argument("--rank", type=int, default=RANK, help=f"default: {RANK}")
-    parser.add_argument("--folder", type=Path, help="whose disk; default: that for temporary files")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
     arguments = read_flags(parser, argv)
     with (
         checkpoint(arguments.model, small=arguments.quick) as model_folder,

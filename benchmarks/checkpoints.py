@@ -1,7 +1,7 @@
-"""Random checkpoints of the published captioners' sizes, because speed does not ask for weights.
+"""Checkpoints of the published sizes with random weights: speed does not depend on the weights.
 
-The numbers are those of the published config.json files (Salesforce/blip-image-captioning-base,
-nlpconnect/vit-gpt2-image-captioning); what they do not say is transformers' class default.
+The sizes are from the published config.json files (Salesforce/blip-image-captioning-base,
+nlpconnect/vit-gpt2-image-captioning), with transformers' class defaults for missing values.
 """
 
 from pathlib import Path
@@ -55,8 +55,8 @@ def write_checkpoint(
 ) -> None:
     """Write `model`, one of MODELS, with random weights: config.json and model.safetensors.
 
-    With `small`, two layers of width 64 on 64-pixel images: for trying a benchmark out. `dropout`
-    is that of GPT-2's attention, embeddings and residuals, as published 0.1; BLIP has none.
+    With `small`, two layers of width 64 on 64-pixel images, to try a benchmark. `dropout` applies
+    to GPT-2's attention, embeddings and residuals (0.1 as published); BLIP has none.
     """
     torch.manual_seed(seed)
     if model == "blip":

@@ -1,7 +1,7 @@
-"""Every contender by its short name, on the same checkpoint and the same rows.
+"""The contenders by short name, on the same checkpoint and the same rows.
 
-PEFT and transformers' models are imported with the first need of them: a process of ours alone
-shall not pay for what it does not use.
+PEFT and transformers' models are imported when they are first needed, so that a process that runs
+only our engine does not pay for them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.ours import Ours
 from benchmarks.rows import Rows
 from lora_engine.data.pixels import PixelSettings
 
-# name: builder in peers.py, and what it is told beyond the case
+# name: builder in peers.py, and its additional arguments
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "B0": ("published_loop", {}),
     "B1": ("trainer", {}),
@@ -31,12 +31,12 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
         "compiled_loop", {"compile_options": {"dynamic": False, "mode": "reduce-overhead"}}
     ),
 }
-_B0_BATCH_SIZE = 2  # it takes seconds an image on a CPU
+_B0_BATCH_SIZE = 2  # an image takes seconds on a CPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all contenders of a run are given."""
+    """What all contenders of a benchmark get."""
 
     folder: Path
     model: str
@@ -54,7 +54,7 @@ class Case:
         )
 
     def peer(self, name: str) -> Callable[[int], float]:
-        """A peer, one of PEERS: a function that trains an epoch -> captions/s."""
+        """A peer from PEERS: a function that trains an epoch -> captions/s."""
         from benchmarks import peers
 
         _hide_progress_bars()
@@ -71,7 +71,7 @@ class Case:
 
 @contextmanager
 def checkpoint(model: str, *, small: bool, dropout: float = 0.0) -> Iterator[Path]:
-    """A random checkpoint in a temporary folder; `dropout` is GPT-2's own."""
+    """A random checkpoint in a temporary folder; `dropout` is that of GPT-2 itself."""
     from benchmarks.checkpoints import write_checkpoint
 
     _hide_progress_bars()
@@ -88,7 +88,7 @@ def make_case(
     captions_per_image: int = 1,
     lora_dropout: float = 0.0,
 ) -> Case:
-    """A checkpoint with rows of its images' size, for the flags of `measure.read_flags`."""
+    """A checkpoint and rows with images of its size, as the flags of `measure.read_flags` ask."""
     settings = pixel_settings(folder)
     rows = Rows(
         num_rows, settings.size, model=arguments.model, captions_per_image=captions_per_image
@@ -100,14 +100,14 @@ def make_case(
 
 
 def _hide_progress_bars() -> None:
-    """Those of loading and writing weights, which would stand among the figures."""
+    """Hide the bars of loading and writing weights, which would clutter the figures."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def pixel_settings(folder: Path) -> PixelSettings:
-    """For pixels that have the encoder's size already."""
+    """Settings for pixels that already have the encoder's size."""
     config = json.loads((folder / "config.json").read_text())
     size = config.get("vision_config", config.get("encoder"))["image_size"]
     return PixelSettings((size, size), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -1,12 +1,13 @@
-"""Absorbed and projected cross-attention of one layer, over the length of the caption.
+"""Absorbed against projected cross-attention of one layer, by caption length.
 
     python -m benchmarks.cross_attention --model blip        577 image tokens
     python -m benchmarks.cross_attention --model vit_gpt2    197 image tokens
 
 Both forms are timed as `lora_engine.models.cross_attention.attend` runs them, with
-adapters on keys and values, from the query to its context, and back to the gradients of the query
-and the adapters. At the crossing, found between the measured lengths on straight lines, both take
-the same time; beside it stands the length up to which the engine's rule takes the absorbed form.
+adapters on keys and values: forward to the context, and backward to the gradients of the query and
+the adapters. The crossing is the length at which both take the same time, interpolated linearly
+between measured lengths. It is printed with the length up to which the engine uses the absorbed
+form.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ PASSES = ("forward", "forward and backward")
 def main(argv: list[str] | None = None) -> None:
     parser = flags(__doc__)
     parser.add_argument(
-        "--cuda_graph", action="store_true", help="time the GPU's work without its launching"
+        "--cuda_graph", action="store_true", help="time the GPU's work without the launches"
     )
     arguments = read_flags(parser, argv)
     sizes = {
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         ) - 1
         result.setdefault("crossing", {})[passes] = {"measured": measured, "rule": rule}
-        where = "none between those measured" if measured is None else f"{measured:.0f}"
+        where = "outside the measured lengths" if measured is None else f"{measured:.0f}"
         crossings.append(f"{passes} {where} (rule: {rule})")
     finish(
         "cross_attention", arguments, result,
@@ -113,7 +114,7 @@ def attention_calls(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Callable[[], object]]:
-    """By passes, a function that attends once, in the form that the engine's rule says."""
+    """By passes, a function that attends once, in the form that the engine chooses."""
     def draw(*shape: int, trained: bool = False) -> Tensor:
         x = torch.randn(shape, device=device, dtype=dtype) * shape[-1] ** -0.5
         return x.requires_grad_(trained)
@@ -144,7 +145,7 @@ def attention_calls(
 
 
 def crossing(ratios_by_length: dict[int, Spread]) -> float | None:
-    """The length at which the median ratio reaches 1, if it does between two of those measured."""
+    """The length at which the median ratio reaches 1; None outside the measured lengths."""
     points = [(length, ratio["median"]) for length, ratio in ratios_by_length.items()]
     for (length, ratio), (next_length, next_ratio) in zip(points, points[1:]):
         if ratio < 1 <= next_ratio:
@@ -170,7 +171,7 @@ def _draw(axes: Any, result: dict[str, Any]) -> None:
             )
     for crossing in result["crossing"].values():
         axes.axvline(crossing["rule"], color="grey", linewidth=1, linestyle=":")
-    axes.set(xlabel="caption tokens; dotted: where the rule changes", ylabel="ms", ylim=(0, None))
+    axes.set(xlabel="caption tokens; dotted: the engine switches", ylabel="ms", ylim=(0, None))
     axes.legend()
 
 

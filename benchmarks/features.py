@@ -1,13 +1,13 @@
-"""Number formats of kept features: what they cost in loss, in bytes and in time.
+"""Number formats of kept features: their effect on loss, bytes and time.
 
     python -m benchmarks.features --model blip
     python -m benchmarks.features --model vit_gpt2 --cache_dir /a/disk/of/this/machine
 
-The loss is that of the demo's captioner on validation scenes whose features went through each
-format, in fp32 otherwise: with the plain captions that it was trained on, and with CC3M-like ones
-after NUM_EPOCHS epochs of LoRA on those, when it has not learned them all. Sizes and speeds are
-those of the full-size encoder: packing its features into rows, unpacking a batch for the decoder,
-reading rows from the disk with nothing of them in memory, and encoding the images anew.
+The loss is that of the demo's captioner on validation scenes, in fp32 except for the features,
+which go through each format. It is measured with the plain captions that the captioner was trained
+on, and with CC3M-like captions after NUM_EPOCHS epochs of LoRA on those. Sizes and speeds are those
+of the full-size encoder: packing its features into rows, unpacking a batch for the decoder, reading
+rows from the disk with an empty page cache, and encoding the images again.
 """
 
 from collections.abc import Callable
@@ -53,14 +53,14 @@ NUM_SCENES, NUM_EPOCHS, TRAINING_BATCH, LEARNING_RATE = 512, 8, 32, 1e-3
 def main(argv: list[str] | None = None) -> None:
     parser = flags(__doc__)
     parser.add_argument(
-        "--cache_dir", type=Path, default=Path(gettempdir()), help="whose disk is read"
+        "--cache_dir", type=Path, default=Path(gettempdir()), help="on the disk to read from"
     )
     arguments = read_flags(parser, argv)
     losses = measure_losses(
         arguments.model, arguments.device, num_scenes=16 if arguments.quick else NUM_SCENES
     )
     num_bytes, speeds = measure_speeds(arguments)
-    rows = [["", *(f"loss, {captions}, nats" for captions in losses), "kB an image"]]
+    rows = [["", *(f"loss, {captions}, nats" for captions in losses), "kB per image"]]
     for name in FORMATS:
         row: list[str] = [name]
         for by_format in losses.values():
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         headline=(
             f"int8 moves the loss by {plain['int8'] - plain['fp32']:+.1e} nats of "
             f"{plain['fp32']:.4f}, bf16 by {plain['bf16'] - plain['fp32']:+.1e}; reading int8 is "
-            f"{faster:.0f} x as fast as encoding"
+            f"{faster:.0f} times as fast as encoding"
         ),
         draw=lambda axes: _draw(axes, speeds),
     )
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_losses(
     model: str, device: torch.device, *, num_scenes: int
 ) -> dict[str, dict[str, float]]:
-    """Nats a token by manner of caption and format."""
+    """Loss in nats per token, by style of caption and by format."""
     captioner = load_captioner(captioner_folder(model))
     trained = list(islice(scenes("train", 1), num_scenes))
     drawn = list(islice(scenes("validation", 1), num_scenes))
@@ -113,14 +113,14 @@ def measure_losses(
             losses[name] = validation_loss(ours.model, [kept]).loss
         return losses
 
-    plain = by_format(plain_caption)  # new adapters change nothing
+    plain = by_format(plain_caption)  # new adapters change nothing yet
     for epoch in range(NUM_EPOCHS):
         ours.later_epoch(epoch)
     return {"plain": plain, "CC3M-like": by_format(cc3m_caption)}
 
 
 def measure_speeds(arguments: Any) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-    """Bytes an image by format, and images/s by what is done."""
+    """Bytes per image by format, and images/s by operation."""
     device, dtype = arguments.device, arguments.dtype
     with checkpoint(arguments.model, small=arguments.quick) as folder:
         case = make_case(folder, arguments, num_rows=arguments.batch_size)

@@ -1,8 +1,8 @@
-"""The floating-point operations that a training step cannot do without.
+"""The minimum number of floating-point operations of a training step.
 
-A product of (M, K) and (K, N) is 2 M K N. Only matrix products count; norms, softmax, activations
-and the optimizer, whose time is a step's too, do not. Against the best rate that the machine's
-products were measured at, what is missing to 1 is what could still be gained at the very most.
+A product of (M, K) and (K, N) counts as 2 M K N. Only matrix products count; norms, softmax,
+activations and the optimizer take time, too, but do not count. Compared with the machine's best
+measured rate, the distance from 1 is an upper bound of what could still be gained.
 
 Axes: T caption tokens, P image tokens, D width, H heads, V vocabulary, R rank.
 """
@@ -19,9 +19,9 @@ Linear = nn.Linear | LoRALinear
 
 
 def encoder_flops(model: CaptioningModel) -> int:
-    """Of one image through the frozen encoder, forward.
+    """FLOPs of one image through the frozen encoder, forward.
 
-    A layer: the products of its four linear layers, 2 P (weights), and attention, 4 P P D.
+    A layer takes the products of its four linear layers, 2 P (weights), and attention, 4 P P D.
     """
     encoder: Any = model.encoder
     num_tokens, width = encoder.num_tokens, encoder.width
@@ -33,16 +33,16 @@ def encoder_flops(model: CaptioningModel) -> int:
 
 
 def decoder_flops(model: CaptioningModel, num_tokens: int) -> int:
-    """Of one caption of T = `num_tokens` inputs on kept features, forward and backward.
+    """FLOPs of one caption of T = `num_tokens` inputs on kept features, forward and backward.
 
-    Every token predicts the next. Pads are not counted: they could be left out. A layer takes
+    Every token predicts the next. Padding is not counted, because it is avoidable. A layer takes
 
     - linear layers of tokens: 2 T (weights) forward, as much again for the gradient of the input,
-      and none for that of the weight, which is frozen. The first layer's input, the embedding, is
-      frozen, too, so that its query, key and value take no input gradient;
-    - their adapters: 6 T R (in + out), of which the first layer's lack 2 T R in;
+      and nothing for that of the frozen weight. The first layer's input, the embedding, is frozen,
+      too, so its query, key and value take no input gradient;
+    - their adapters: 6 T R (in + out), less 2 T R in in the first layer;
     - causal self-attention: T (T + 1) / 2 pairs, 2 products forward and 4 backward;
-    - cross-attention, whichever is less: keys and values of the features, which want no gradient,
+    - cross-attention, whichever is less: keys and values of the features, which take no gradient,
       4 P D D, and attention onto them, 8 T P D; or absorbed, 8 T (H P D + D D);
     - adapters of keys and values, as the absorbed form has them: 4 P R D for U and its A of each
       layer, and 6 T R (D + H P) for each of keys and values.
@@ -74,7 +74,7 @@ def decoder_flops(model: CaptioningModel, num_tokens: int) -> int:
 
 
 def _first_input_gradient(layer: Any, num_tokens: int) -> int:
-    """What the self-attention of the first layer needs not compute for its input."""
+    """The input gradient that the first layer's self-attention need not compute."""
     is_blip = hasattr(layer, "attention")
     linears = layer.attention.self.values() if is_blip else [layer.attn.c_attn]
     weights = sum(linear.weight.numel() for linear in linears)

@@ -1,19 +1,19 @@
-"""Captions a second, generated greedily and with 4 beams: ours beside Hugging Face's `generate`.
+"""Captions per second, greedy and with 4 beams: ours against Hugging Face's `generate`.
 
     python -m benchmarks.generate --model blip
     python -m benchmarks.generate --model vit_gpt2 --device cuda --merge
     python -m benchmarks.generate --as_shipped
 
-Both caption pixels in memory, encoder included, with the same adapter of rank 8 on all decoder
-linears, unmerged unless --merge; ours also from kept features. BLIP's encoder in transformers gets
-SDPA patched in, as an expert would. With --as_shipped both sides are what a user gets: transformers
-and PEFT as they are, and the adapter folded into ours, as `lora_engine caption` does.
+Both sides caption pixels in memory, including the encoder, with the same adapter of rank 8 on all
+decoder linears, unmerged unless --merge; ours also captions kept features. BLIP's encoder in
+transformers gets SDPA patched in, as an expert would do. With --as_shipped both sides are what a
+user gets: transformers and PEFT as they are, and our adapter merged, as `lora_engine caption` does.
 
-Random weights hardly ever end a caption, so that each has MAX_NEW_TOKENS new tokens. How many
-captions are the same on both sides, token by token, is printed, too: all in fp32; in bf16 some
-differ, because to random weights many words are about as likely. To such weights images look much
-alike (see how many captions are distinct): what images do to captions is for
-tests/test_generation.py to compare.
+With random weights a caption hardly ever ends, so each has MAX_NEW_TOKENS new tokens. The number of
+captions that are equal on both sides, token by token, is printed: all of them in fp32; in bf16 some
+differ, because random weights make many words about equally likely. Random weights also caption
+most images alike (see the number of distinct captions), so tests/test_generation.py, not this
+benchmark, compares how captions depend on images.
 """
 
 import time
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
     parser.add_argument(
         "--as_shipped", action="store_true",
-        help="both as they come: no SDPA patched in, ours merged",
+        help="both as users get them: no SDPA patched in, ours merged",
     )
     arguments = read_flags(parser, argv)
     if arguments.quick:
@@ -121,13 +121,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
-    """transformers with PEFT; its adapter stays in the case's folder, for ours to read."""
+    """transformers with PEFT; writes its adapter into the case's folder, for ours to load."""
     model: Any = peers._lora_model(
         case.folder, case.model, case.device, case.dtype, dropout=0.0, seed=0
     ).eval()
     generator = torch.Generator().manual_seed(0)
     for name, matrix in model.named_parameters():
-        if "lora_B" in name:  # zeros would adapt nothing
+        if "lora_B" in name:  # zeros would change nothing
             matrix.data.copy_(0.02 * torch.randn(matrix.shape, generator=generator))
     model.save_pretrained(case.folder / "adapter")
     if merged:
@@ -135,7 +135,7 @@ def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
     encoder, decoder = peers._halves(model, case.model)
     if sdpa:
         peers._patch_sdpa(encoder)
-    decoder.config.use_cache = True  # training goes without
+    decoder.config.use_cache = True  # off for training
     pixels = torch.from_numpy(case.rows.pixels).to(case.device)
 
     def caption(images: slice, num_beams: int) -> Tensor:

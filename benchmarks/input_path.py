@@ -1,20 +1,20 @@
-"""Images a second and core, from a file's bytes to pixels: plain Pillow beside this engine.
+"""Images per second and core, from a file's bytes to pixels: plain Pillow against this engine.
 
     python -m benchmarks.input_path --model blip
     python -m benchmarks.input_path --model vit_gpt2 --images PHOTOS --num_workers 1 8 16
 
 Four paths over the same JPEGs, drawn here at five sizes or taken from a folder of photos:
 
-- Pillow: what transformers' Pillow processors do; distances are levels (of 0 to 255) from there;
+- Pillow: what transformers' Pillow processors do; differences are in levels (0 to 255) from it;
 - ours: `lora_engine.data.images.load_pixels`;
-- unguarded: ours without the checks, the orientation and the transparency of its `open_image`;
-- draft: ours, after libjpeg decoded a JPEG to 1/2, 1/4 or 1/8 of its size where that is still
-  DRAFT_MARGIN times as large as needed. The engine does not: it leaves images of up to seven (BLIP)
-  or two megapixels as they are, is a hundred times further away, and is unsafe before Pillow 13 in
-  lossless JPEGs, where the decoder scales nothing and writes beyond the end of Pillow's buffer.
+- unguarded: ours without the checks, orientation and transparency of `open_image`;
+- draft: ours, after libjpeg decoded a JPEG to 1/2, 1/4 or 1/8 of its size if that is still
+  DRAFT_MARGIN times as large as needed. The engine does not use it: it has no effect on images of
+  up to seven (BLIP) or two megapixels, differs a hundred times more, and is unsafe before Pillow 13
+  for lossless JPEGs, where the decoder does not scale and writes beyond the end of Pillow's buffer.
 
-These speeds are by the processor time of one process, so other programs on the machine hardly
-count. Loading processes at work together are by the clock.
+These speeds use the processor time of one process, so other programs hardly affect them. Several
+loading processes together are timed by the clock.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from benchmarks.measure import interleave, spread, table, write_result
 from lora_engine.data.image_files import find_images
 from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
 
-SETTINGS = {  # what is resized how; means do not matter here
+SETTINGS = {  # sizes and filters; means do not matter here
     "blip": PixelSettings((384, 384), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "vit_gpt2": PixelSettings((224, 224), 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 SIZES = ((400, 300), (640, 480), (1024, 768), (2048, 1536), (4000, 3000))  # (width, height)
-LOADED = "1024x768"  # what the loading processes read, unless photos are given
+LOADED = "1024x768"  # what the loading processes read without --images
 NEEDED_PER_S = 1000
 DRAFT_MARGIN = 3
 
@@ -63,7 +63,7 @@ def draft(data: bytes, settings: PixelSettings) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
     for scale in (8, 4, 2):
         width, height = image.width // scale, image.height // scale
-        # A fraction of a pixel left at the edge would shift all others.
+        # A remaining fraction of a pixel at the edge would shift all other pixels.
         divides = (width * scale, height * scale) == image.size
         if divides and min(width, height) >= DRAFT_MARGIN * max(settings.size):
             image.draft(None, (width, height))  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ PATHS: dict[str, InputPath] = {
 
 
 def draw(width: int, height: int, *, seed: int) -> Image.Image:
-    """Clouds, with so much detail of every size that a JPEG takes two bits a pixel, as of photos.
+    """Draw clouds with detail at every scale: a JPEG takes two bits per pixel, as for photos.
 
     Pictures beyond 1024 x 768 repeat one of that size: drawing them would take too long.
     """
@@ -89,7 +89,7 @@ def draw(width: int, height: int, *, seed: int) -> Image.Image:
     for octave in range(9):
         shape = (1, 4, max(tile[0] >> octave, 2), max(tile[1] >> octave, 2))
         noise = torch.randn(shape, generator=generator)
-        noise = noise[:, :1] + 0.3 * noise[:, 1:]  # grey, with some colour
+        noise = noise[:, :1] + 0.3 * noise[:, 1:]  # gray, with some color
         pixels += 1.4**octave * F.interpolate(noise, tile, mode="bicubic")
     levels = (pixels / pixels.std() * 60 + 118).clamp(0, 255).to(torch.uint8)
     repeats = -(-height // tile[0]), -(-width // tile[1])
@@ -111,7 +111,7 @@ def write_pictures(folder: Path, *, quick: bool) -> dict[str, list[Path]]:
 def measure(
     files: list[Path], settings: PixelSettings, *, num_rounds: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Speed, speed against Pillow within a round, and distance from its pixels, by path."""
+    """By path: speed, speed relative to Pillow within a round, and difference from its pixels."""
     def speed(path: InputPath, _: int) -> float:
         begin_s = time.process_time()
         for file in files:
@@ -141,7 +141,7 @@ def measure(
 def measure_loading(
     files: list[Path], settings: PixelSettings, num_workers: list[int], *, num_rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Images a second that arrive from so many processes; they live on between the rounds."""
+    """Images per second from each number of processes, which stay alive between rounds."""
     def epoch(loader: DataLoader, _: int) -> float:
         begin_s = time.perf_counter()
         count = sum(len(batch) for batch in loader)
@@ -169,10 +169,10 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=SETTINGS, default="blip", help="whose pixels")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--images", type=Path, help="a folder of photos, in place of drawn ones")
+    parser.add_argument("--images", type=Path, help="a folder of photos; default: drawn pictures")
     parser.add_argument(
         "--num_workers", type=int, nargs="*", default=sorted({1, os.cpu_count() or 1}),
-        help="loading processes to time at work together (default: 1, and one a core)",
+        help="numbers of loading processes to time (default: 1, and one per core)",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="few images and 2 rounds")
@@ -215,7 +215,7 @@ def main() -> None:
 
 def _as_table(result: dict[str, Any]) -> str:
     rows = [["", "images/s, core", "/ Pillow", f"cores for {NEEDED_PER_S}/s",
-             "levels apart: mean", "p99.9", "max"]]
+             "difference, levels: mean", "p99.9", "max"]]
     for size, paths in result["sizes"].items():
         for name, figures in paths.items():
             speed = figures["images_per_s_and_core"]["median"]
@@ -232,7 +232,7 @@ def _as_table(result: dict[str, Any]) -> str:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    """Images a second and core over the size of the images."""
+    """Plot images per second and core by image size."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -1,13 +1,13 @@
-"""Linear layers with LoRA, forward and backward: ours beside PEFT's, and beside none.
+"""Linear layers with LoRA, forward and backward: ours against PEFT's, and without adapters.
 
     python -m benchmarks.lora_linear --model blip
     python -m benchmarks.lora_linear --model vit_gpt2 --device cuda
 
-"frozen" are the same layers without adapters, with only the gradient of the input: what no LoRA can
-be faster than, by F.linear, and by `products.product`, whose kernels ours uses. Under bf16 all have
-frozen weights in bf16 and matrices in fp32, as in training; ours also has its cast copy of these,
-made once a step (optim.py), and PEFT does not cast its input (peers.py). The rows are those of all
-captions of a batch together.
+The lower bound is the same layers without adapters, with only the gradient of the input: by
+F.linear, and by `frozen_linear` ("product" in the results), whose kernels ours uses. Under bf16 all
+have frozen weights in bf16 and LoRA matrices in fp32, as in training; ours also has a cast copy of
+the matrices, made once per step (optim.py), and PEFT does not cast its input (peers.py). The rows
+are the tokens of all captions of a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ FROZEN = ("F.linear", "product")
 def main(argv: list[str] | None = None) -> None:
     parser = flags(__doc__)
     parser.add_argument(
-        "--cuda_graph", action="store_true", help="time the GPU's work without its launching"
+        "--cuda_graph", action="store_true", help="time the GPU's work without the launches"
     )
     arguments = read_flags(parser, argv)
     shapes, all_rows = SHAPES[arguments.model], list(NUM_ROWS)
@@ -115,7 +115,7 @@ def layer_calls(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Callable[[], object]]:
-    """By contender, a function that runs layers of one input forward and backward once."""
+    """By contender, a function that runs layers that share an input forward and backward once."""
     x = torch.randn(num_rows, width, device=device, dtype=dtype, requires_grad=True)
     gradients = [torch.randn(num_rows, out, device=device, dtype=dtype) for out in outs]
 
@@ -134,7 +134,7 @@ def layer_calls(
         inject(ours, r"\d+", rank=RANK, alpha=ALPHA, dropout=dropout)
         cast_frozen(ours, dtype)
         ours.to(device).train()
-        # The matrices' copies in the compute dtype are of no use without it.
+        # It holds the copies of the LoRA matrices in the compute dtype.
         FlatLoRAParameters((layer for _, layer in lora_layers(ours)), dtype)
         calls[f"ours {dropout}"] = partial(both, partial(_project, ours), _trained(ours))
 

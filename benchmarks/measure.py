@@ -1,4 +1,4 @@
-"""What all benchmarks share: flags, interleaved rounds, timing, a table and a JSON file."""
+"""Shared by all benchmarks: flags, interleaved rounds, timing, tables and result files."""
 
 import argparse
 import ctypes
@@ -34,25 +34,25 @@ _BATCH_SIZE = {"cpu": 8, "cuda": 32}
 
 
 def flags(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """The flags of every benchmark; each adds its own, then calls `read_flags`."""
+    """The flags of every benchmark; each adds more, then calls `read_flags`."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, default="blip", help="whose sizes")
+    parser.add_argument("--model", choices=MODELS, default="blip", help="its sizes are used")
     parser.add_argument("--device", help="default: CUDA if there is one")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--batch_size", type=int, help="default: 8 on a CPU, 32 on a GPU")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     parser.add_argument(
         "--quick", action="store_true",
-        help=f"a small model and {_QUICK_ROUNDS} rounds: does it run? Its figures mean nothing",
+        help=f"check that it runs: a small model, {_QUICK_ROUNDS} rounds, meaningless figures",
     )
-    parser.add_argument("--tag", help="goes into the names of the files written")
+    parser.add_argument("--tag", help="added to the names of the result files")
     return parser
 
 
 def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags' values, with `device` and `dtype` as torch's own objects."""
+    """Parse the flags, with `device` and `dtype` as torch objects."""
     arguments = parser.parse_args(argv)
     try:
         arguments.device = resolve_device(arguments.device)
@@ -76,10 +76,10 @@ def interleave(
     num_warm_ups: int = 1,
     show: bool = True,
 ) -> dict[str, list[float]]:
-    """Call every contender once a round, in turn -> its figure of each round.
+    """Call every contender once per round, in turn -> its figure of each round.
 
-    Some rounds before the first warm up and do not count. In turn, because a machine's speed
-    drifts: ratios are formed within rounds. A contender is told how often it was called before.
+    They take turns because a machine's speed drifts; ratios are formed within rounds. Warm-up
+    rounds do not count. A contender gets the number of its earlier calls.
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(num_warm_ups + num_rounds):
@@ -111,7 +111,7 @@ def wait_for(device: torch.device) -> None:
 def seconds_a_call(
     call: Callable[[], object], device: torch.device, *, least_s: float = 0.1
 ) -> float:
-    """The mean time of one of so many calls that together they take `least_s`, after a first."""
+    """Mean time of a call, over enough calls to take `least_s`, after a first one."""
     def together(count: int) -> float:
         wait_for(device)
         begin_s = time.perf_counter()
@@ -128,11 +128,11 @@ def seconds_a_call(
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A CUDA graph of the call: its kernels' own time, without that of launching them."""
+    """A CUDA graph of the call, to time its kernels without their launches."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # so that libraries have their workspaces before the capture
+        for _ in range(3):  # libraries allocate their workspaces before the capture
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -142,9 +142,9 @@ def replayed(call: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def in_fresh_process(function: str, **arguments: Any) -> Any:
-    """Call "benchmarks.MODULE:FUNCTION" in a new process, which imports no more than it needs.
+    """Call "benchmarks.MODULE:FUNCTION" in a new process, which imports only what it needs.
 
-    Arguments and result travel as JSON.
+    Arguments and result are passed as JSON.
     """
     program = (
         "import importlib, json, sys\n"
@@ -163,19 +163,19 @@ def in_fresh_process(function: str, **arguments: Any) -> Any:
 
 
 def start_peak(device: torch.device) -> int:
-    """Begin to watch for the peak of this process's memory -> bytes in use now."""
+    """Start measuring this process's peak memory -> bytes currently in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    if platform.libc_ver()[0] == "glibc":  # which keeps what was freed, and counts as in use
+    if platform.libc_ver()[0] == "glibc":  # it keeps freed memory, which would count as in use
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current use
     return _status_bytes("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was in use since `start_peak`."""
+    """Peak memory since `start_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")
@@ -191,7 +191,7 @@ def _status_bytes(name: str) -> int:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of cells as text, the first row above a line; all but the first column to the right."""
+    """Rows of cells as text: a line below the first row, numbers aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -204,7 +204,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def cells(name: str, figures: Spread, form: str = ".2f") -> list[str]:
-    """A row of a table whose columns are median, min and max."""
+    """A table row with the columns median, min and max."""
     return [name, *(format(figures[key], form) for key in ("median", "min", "max"))]
 
 
@@ -217,9 +217,9 @@ def finish(
     headline: str,
     draw: Draw,
 ) -> Path:
-    """Write results/NAME-MODEL-DEVICE[-TAG][-quick].json and .png, print the table.
+    """Write results/NAME-MODEL-DEVICE[-TAG][-quick].json and .png, and print the table.
 
-    The last line printed is the headline, the sentence that `benchmarks.all` shows.
+    The last line printed is the headline, which `benchmarks.all` shows.
     """
     size = " (small)" if arguments.quick else ""
     settings = {
@@ -245,7 +245,7 @@ def finish(
 
 
 def write_result(name: str, result: dict[str, Any], *, device: torch.device) -> Path:
-    """Write results/<name>.json with what the figures depend on."""
+    """Write results/NAME.json with commit, machine and versions."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
         cwd=Path(__file__).parent,

@@ -1,12 +1,12 @@
-"""Peak memory of later epochs: ours beside PEFT on kept features (B3) and on pixels (B2).
+"""Peak memory of later epochs: ours against PEFT on kept features (B3) and on pixels (B2).
 
     python -m benchmarks.memory --model blip
     python -m benchmarks.memory --model vit_gpt2 --device cuda
 
-Each contender is a process of its own. Its baseline is what it holds after an epoch, between two:
-the model, AdamW's moments, all that Python imports late, images and kept features. Then an epoch
-trains. On a CPU both are resident sizes; on a GPU they are what tensors take of its memory, and the
-features that ours keeps there are in its baseline, where B3 keeps its own in the host's memory.
+Each contender runs in its own process. Its baseline is the memory between two epochs: the model,
+AdamW's moments, late imports, images and kept features. Then an epoch trains. On a CPU both figures
+are resident sizes; on a GPU they are allocated tensors. There our baseline includes the kept
+features, while B3 keeps its features in host memory.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def _peak_mb(
 def train_an_epoch(
     name: str, folder: str, model: str, device: str, precision: str, batch_size: int
 ) -> tuple[int, int]:
-    """Bytes in use before a contender's second epoch, and at its peak."""
+    """Bytes in use before a contender's second epoch, and the peak during it."""
     place = torch.device(device)
     case = make_case(
         Path(folder),
@@ -129,7 +129,7 @@ def train_an_epoch(
 
 
 def _draw(axes: Any, result: dict[str, Any]) -> None:
-    plots.bars(axes, result["peak_mb"], "MB at the peak; hollow: the baseline")
+    plots.bars(axes, result["peak_mb"], "peak MB; hollow: baseline")
     baselines = [figures["median"] for figures in result["baseline_mb"].values()]
     axes.barh(list(result["baseline_mb"]), baselines, color="white", edgecolor="C0")
 

@@ -1,9 +1,9 @@
-"""This engine as one more contender, made of the parts that `lora_engine.training.loop` is made of.
+"""This engine as a contender, built from the parts of `lora_engine.training`.
 
-Targets, rank, clipping and optimizer are those of the peers (peers.py). Two things are ours: rows
-of similar length go together, and features are kept, here in memory, where the first epoch leaves
-them. Images are in memory, too, as theirs are, and beside a GPU a thread gathers the next batches
-into pinned memory; what loading files costs is in the wall-clock figure of throughput.py.
+Targets, rank, clipping and optimizer are those of the peers (peers.py). Two things differ: rows of
+similar length share a batch, and features are kept, here in memory. Images are in memory, as for
+the peers, and with a GPU a thread gathers the next batches in pinned memory. The cost of loading
+files is in the wall-clock figure of throughput.py.
 """
 
 import time
@@ -43,7 +43,7 @@ U = TypeVar("U")
 
 
 class Ours:
-    """The engine on rows in memory; an epoch, first or later, gives captions/s."""
+    """The engine on rows in memory; a first or later epoch -> captions/s."""
 
     def __init__(
         self,
@@ -92,19 +92,19 @@ class Ours:
         )
         no_tokenizer: Any = None
         self.captioner = Captioner(self.model, no_tokenizer, settings, "", "", Path(), None, {})
-        # An image's number stands for the digest of its file, which nobody looks for.
+        # An image's number takes the place of its file's digest.
         self.images = ImageList([f"image {number}" for number in range(len(rows.pixels))])
         for number in range(len(rows.pixels)):
             self.images.know(number, None, _digest(number))
         self.source: FeatureSource | None = None
 
     def first_epoch(self, number: int) -> float:
-        """No features are there; each image is encoded when its first row comes."""
+        """Without kept features: each image is encoded with its first row."""
         self.source = self._empty_source()
         return self._epoch(number, self.source, self._with_pixels())
 
     def later_epoch(self, number: int) -> float:
-        """All features are there."""
+        """With all features kept."""
         if self.source is None:
             self.encode()
         assert self.source is not None
@@ -179,7 +179,7 @@ def _digest(image: int) -> bytes:
 
 
 def _ahead(function: Callable[[T], U], items: Iterable[T], *, num_ahead: int) -> Iterator[U]:
-    """The function of each item in order, in a thread so many items ahead; with 0 without one."""
+    """`function` of the items in order, in a thread `num_ahead` items ahead (0: no thread)."""
     if not num_ahead:
         yield from map(function, items)
         return

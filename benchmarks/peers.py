@@ -1,21 +1,21 @@
-"""The peers that this engine is measured against: PEFT on transformers, in five grades of care.
+"""The peers that this engine is measured against: PEFT on transformers, from naive to expert.
 
-    B0  published_loop   captions padded to 512 or 1024 tokens, all of them counted; fp32
+    B0  published_loop   captions padded to 512 or 1024 tokens, padding counted in the loss; fp32
     B1  trainer          Hugging Face's Trainer, with loading processes
     B2  peft_loop        a plain loop, the encoder in every step; also with `sdpa`
     B3  feature_loop     B2 on features that were encoded once
     B4  compiled_loop    B3 with torch.compile and length buckets
 
-Each builds a `Peer`, and calling that trains one epoch. All adapt every linear layer of the decoder
-(rank 8, alpha 32) and clip gradients to norm 1; AdamW with learning rate 1e-4 and weight decay
-0.01, fused but for B0. What transformers and PEFT leave open is chosen in the peers' favour:
+Each builds a `Peer`; calling it trains one epoch. All adapt every linear layer of the decoder (rank
+8, alpha 32) and clip gradients to norm 1; AdamW has learning rate 1e-4 and weight decay 0.01, and
+is fused except in B0. Where transformers and PEFT leave a choice, it is made in the peers' favor:
 
-- under bf16 frozen matrices are cast once, not in every step, and PEFT does not cast what goes into
+- under bf16 frozen matrices are cast once, not in every step, and PEFT does not cast the inputs of
   its adapters to fp32 and back; adapters, norms and embeddings stay fp32;
 - keys and values are not collected as for generation (transformers' `use_cache`);
 - the loops B2 to B4 do not wait for the GPU within an epoch;
-- pixels (uint8) and features lie in host memory; beside a GPU a thread gathers the next batches
-  into pinned memory while one trains. Only Trainer has a loader of its own.
+- pixels (uint8) and features are in host memory; with a GPU, a thread gathers the next batches in
+  pinned memory while one trains. Only Trainer uses its own loader.
 
 Axes: B batch, T caption tokens, P image tokens, D width, V vocabulary.
 """
@@ -54,7 +54,7 @@ from lora_engine.devices import autocast
 
 RANK, ALPHA = 8, 32
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0
-BUCKETS = (8, 12, 20, 32, 64)  # T; few, as each costs a compilation. CC3M needs the first four
+BUCKETS = (8, 12, 20, 32, 64)  # T; few, because each is compiled. CC3M needs the first four
 
 _TARGETS = {
     "blip": r"text_decoder\.bert\.encoder\.layer\..*\.(query|key|value|dense)",
@@ -62,7 +62,7 @@ _TARGETS = {
 }
 _IDS_NAME = {"blip": "input_ids", "vit_gpt2": "decoder_input_ids"}
 _ENCODE_BATCH = 32
-_NUM_AHEAD = 3  # batches gathered ahead of their use
+_NUM_AHEAD = 3  # batches gathered in advance
 
 
 class Batch(NamedTuple):
@@ -78,10 +78,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Peer:
-    """A trainer under measurement; calling it trains epoch `number` of all rows -> captions/s.
+    """A trainer to measure; calling it trains epoch `number` of all rows -> captions/s.
 
-    `batch_of(row numbers)`, on the CPU, and `loss_of(batch)`, (), are its step for those who want
-    to look inside.
+    `batch_of(row numbers)`, on the CPU, and `loss_of(batch)`, (), expose its step to tests.
     """
 
     model: peft.PeftModel
@@ -105,13 +104,13 @@ def published_loop(
     lora_dropout: float = 0.0,
     seed: int = 0,
 ) -> Peer:
-    """B0: the loop of the published script that the recipes descend from, for history.
+    """B0: the loop of the published script that the recipes are based on, for history.
 
-    Captions are padded to as many tokens as the decoder has positions, and the pads are targets.
-    BLIP's labels are shifted here and once more in its decoder, so that it learns the token after
-    the next; GPT-2's captions have neither start nor end. fp32 whatever `dtype` says, AdamW not
-    fused. For equal work it differs from the script in what is adapted (48 modules of BLIP and 36
-    of ViT+GPT2 there), in learning rate and clipping, and in reading no image files.
+    Captions are padded to the decoder's number of positions, and padding is a target. BLIP's labels
+    are shifted here and again in its decoder, so it learns the token after the next; GPT-2's
+    captions have neither start nor end. Always fp32, AdamW not fused. To do equal work it differs
+    from the script in the adapted modules (48 of BLIP and 36 of ViT+GPT2 there), in learning rate
+    and clipping, and in reading no image files.
     """
     captioner = _lora_model(folder, model, device, torch.float32, lora_dropout, seed)
     is_blip = model == "blip"
@@ -145,11 +144,11 @@ def trainer(
     seed: int = 0,
     num_workers: int = 4,
 ) -> Peer:
-    """B1: Hugging Face's Trainer; its processes pad captions and hand over normalised pixels.
+    """B1: Hugging Face's Trainer; its worker processes pad captions and normalize pixels.
 
-    The loss is taken from the logits here, as the mean over all labels: what transformers' own
-    losses shift, and what Trainer divides them by, differs between versions. An epoch's clock
-    starts with its first step, because Trainer starts its processes anew at every call.
+    The loss is computed here from the logits, as the mean over all labels, because shifting and
+    scaling of transformers' own losses differ between versions. An epoch is timed from its first
+    step, because Trainer restarts its processes at every call.
     """
     captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed)
     clock = _Clock(device)
@@ -174,7 +173,7 @@ def trainer(
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
-            logging_nan_inf_filter=False,  # a part of logging that reads the loss in every step
+            logging_nan_inf_filter=False,  # it reads the loss in every step
             disable_tqdm=True,
         ),
         data_collator=partial(_trainer_inputs, rows, settings, model),
@@ -182,7 +181,7 @@ def trainer(
         callbacks=[clock],
     )
     hf_trainer.remove_callback(PrinterCallback)
-    # Or it passes the number of labels into the model, to whose forward that means nothing.
+    # Otherwise it passes the number of labels to the model's forward, which ignores it.
     hf_trainer.model_accepts_loss_kwargs = False
 
     def loss_of(batch: Batch) -> Tensor:
@@ -192,7 +191,7 @@ def trainer(
             return _loss_of_outputs(captioner(**inputs), labels)
 
     def epoch(number: int) -> float:
-        # Another order at every call, whatever Trainer's own shuffling makes of it.
+        # A new order at every call, whatever Trainer's own shuffling does.
         hf_trainer.train_dataset = _permutation(rows, seed, number).tolist()
         hf_trainer.train()
         _wait_for(device)
@@ -215,10 +214,10 @@ def peft_loop(
     seed: int = 0,
     sdpa: bool = False,
 ) -> Peer:
-    """B2: a plain loop, the encoder in every step, captions padded to the batch's longest.
+    """B2: a plain loop with the encoder in every step; captions are padded to the batch's longest.
 
-    The encoder is as transformers loads it: BLIP's eager, ViT's (and GPT-2) with SDPA. With `sdpa`
-    BLIP's encoder gets it too, as an expert would patch it in; ViT+GPT2 stays as it is.
+    The encoder is as transformers loads it: BLIP's eager, ViT's (and GPT-2) with SDPA. `sdpa`
+    patches SDPA into BLIP's encoder, as an expert would do; ViT+GPT2 stays as it is.
     """
     captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed)
     encoder, decoder = _halves(captioner, model)
@@ -249,7 +248,7 @@ def feature_loop(
     lora_dropout: float = 0.0,
     seed: int = 0,
 ) -> Peer:
-    """B3: B2 on features, encoded here once (with SDPA) and kept in `dtype`: any later epoch."""
+    """B3: B2 on features that are encoded here once (with SDPA) and kept in `dtype`."""
     captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed)
     encoder, decoder = _halves(captioner, model)
     features = _encode(encoder, rows, settings, device, dtype)
@@ -279,10 +278,10 @@ def compiled_loop(
 ) -> Peer:
     """B4: B3 with decoder and loss compiled, on batches of a few shapes.
 
-    Rows of similar length go together, in our engine's own order, and are padded to the next of
+    Rows of similar length share a batch, in our engine's order, and are padded to the next of
     `buckets` (T); the last batch is filled up with rows without labels. Every shape is compiled
-    here. `compile_options` go to torch.compile, such as {"dynamic": False, "mode":
-    "reduce-overhead"} for CUDA graphs; with None nothing is compiled.
+    here. `compile_options` are arguments of torch.compile, such as {"dynamic": False, "mode":
+    "reduce-overhead"} for CUDA graphs; None compiles nothing.
     """
     captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed)
     encoder, decoder = _halves(captioner, model)
@@ -303,7 +302,7 @@ def compiled_loop(
         )
 
     def loss_of(batch: Batch) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # or the last step's loss could be kept
+        torch.compiler.cudagraph_mark_step_begin()  # otherwise the last step's loss could be kept
         with autocast(device, dtype):
             return decoder_loss(*_to(batch, device))
 
@@ -326,7 +325,7 @@ def compiled_loop(
 def _lora_model(
     folder: Path, model: str, device: torch.device, dtype: torch.dtype, dropout: float, seed: int
 ) -> peft.PeftModel:
-    """The checkpoint with fresh adapters, in training mode; `seed` also seeds torch."""
+    """The checkpoint with new adapters, in training mode; `seed` also seeds torch."""
     is_blip = model == "blip"
     kind = BlipForConditionalGeneration if is_blip else VisionEncoderDecoderModel
     captioner = kind.from_pretrained(folder)
@@ -357,7 +356,7 @@ def _halves(captioner: nn.Module, model: str) -> tuple[Any, Any]:
 
 
 def _patch_sdpa(encoder: nn.Module) -> None:
-    """Give BLIP's vision attention torch's fused kernel; other encoders stay as they are."""
+    """Patch SDPA into BLIP's vision attention; other encoders stay as they are."""
 
     def forward(self: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         num_rows, num_tokens, width = hidden_states.shape
@@ -389,8 +388,8 @@ def _decoder_loss(decoder: Any, features: Tensor, input_ids: Tensor, labels: Ten
     """Mean cross-entropy of a batch on features (B, P, D) -> ()."""
     mask = None
     if decoder.config.model_type == "gpt2":
-        # Without a ready mask transformers asks in every step whether ids are pads and whether
-        # captions are packed, and waits for the answers. Pads come last: causal is all it takes.
+        # Without a mask, transformers checks in every step whether ids are padding and whether
+        # captions are packed, and waits for the GPU. Padding comes last: a causal mask is enough.
         num_tokens = input_ids.shape[1]
         mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=input_ids.device)
         mask = mask.tril()[None, None]  # (1, 1, T, T)
@@ -413,7 +412,7 @@ def _collate(rows: Rows, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(images: Tensor, rows: Rows, indices: Tensor, device: torch.device) -> Tensor:
-    """The images of some rows; for a GPU in pinned memory, so that their copy does not block."""
+    """The images of some rows; for a GPU in pinned memory, so that the copy does not block."""
     chosen = torch.from_numpy(rows.image_of_row)[indices]
     out = torch.empty(
         (len(chosen), *images.shape[1:]), dtype=images.dtype, pin_memory=device.type == "cuda"
@@ -430,7 +429,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _model_inputs(batch: Batch, settings: PixelSettings, model: str) -> dict[str, Tensor]:
-    """A batch as the arguments of the whole model's forward."""
+    """A batch as arguments of the whole model's forward."""
     return {
         "pixel_values": normalize(batch.images, settings),
         _IDS_NAME[model]: batch.input_ids,
@@ -441,7 +440,7 @@ def _model_inputs(batch: Batch, settings: PixelSettings, model: str) -> dict[str
 def _trainer_inputs(
     rows: Rows, settings: PixelSettings, model: str, indices: list[int]
 ) -> dict[str, Tensor]:
-    """What Trainer's processes do; it pins the memory itself."""
+    """The collate function of Trainer's processes; Trainer pins the memory."""
     pixels = torch.from_numpy(rows.pixels)
     batch = _padded_batch(rows, pixels, torch.device("cpu"), torch.tensor(indices))
     return _model_inputs(batch, settings, model)
@@ -457,7 +456,7 @@ def _random_order(rows: Rows, batch_size: int, seed: int, epoch: int) -> Sequenc
 
 
 def _ahead(batch_of: Callable[[Tensor], Batch], order: Iterable[Tensor]) -> Iterator[Batch]:
-    """Batches in order, gathered in a thread ahead of their use."""
+    """Batches in order, gathered by a thread in advance."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: deque[Future[Batch]] = deque()
         for indices in order:
@@ -477,7 +476,7 @@ def _peer(
     *,
     fused: bool = True,
 ) -> Peer:
-    """The loop of all peers but Trainer's; `order(epoch)` are the row numbers of its batches."""
+    """The loop of all peers except Trainer; `order(epoch)` gives the row numbers of its batches."""
     trainable = [p for p in captioner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused
@@ -487,7 +486,7 @@ def _peer(
         batches = order(number)
         _wait_for(device)
         begin_s = time.perf_counter()
-        # On a CPU a thread would only take time from the training.
+        # On a CPU, a thread would only take time from training.
         for batch in (_ahead if device.type == "cuda" else map)(batch_of, batches):
             loss_of(batch).backward()
             nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
@@ -500,7 +499,7 @@ def _peer(
 
 
 class _Clock(TrainerCallback):
-    """Notes when Trainer begins an epoch's first step."""
+    """Records when Trainer begins an epoch's first step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

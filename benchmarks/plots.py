@@ -1,14 +1,14 @@
-"""Plots of measurements, where matplotlib is there to draw them."""
+"""Plots of measurements, if matplotlib is installed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Draw = Callable[[Any], None]  # of matplotlib's Axes
+Draw = Callable[[Any], None]  # takes matplotlib's Axes
 
 
 def save_plot(path: Path, title: str, draw: Draw) -> bool:
-    """Draw one pair of axes into a PNG file -> whether matplotlib is there to do it."""
+    """Draw one pair of axes into a PNG file -> whether matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -23,7 +23,7 @@ def save_plot(path: Path, title: str, draw: Draw) -> bool:
 
 
 def bars(axes: Any, figures: Mapping[str, Mapping[str, float]], label: str) -> None:
-    """A bar a contender, as long as its median, with its range."""
+    """One bar per contender: its median, with its range."""
     names = list(figures)
     medians = [figures[name]["median"] for name in names]
     axes.barh(names, medians, xerr=_range(list(figures.values())), capsize=3)
@@ -32,13 +32,13 @@ def bars(axes: Any, figures: Mapping[str, Mapping[str, float]], label: str) -> N
 
 
 def line(axes: Any, x: Sequence, figures: Sequence[Mapping[str, float]], **style: Any) -> None:
-    """Medians over `x`, each with its range."""
+    """Medians by `x`, each with its range."""
     medians = [figure["median"] for figure in figures]
     axes.errorbar(x, medians, yerr=_range(figures), **{"marker": "o", "capsize": 3, **style})
 
 
 def _range(figures: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """How far each range reaches below and above its median."""
+    """Distances from each median to its minimum and maximum."""
     return [
         [figure["median"] - figure["min"] for figure in figures],
         [figure["max"] - figure["median"] for figure in figures],

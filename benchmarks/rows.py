@@ -1,14 +1,14 @@
-"""Rows to train on: random pixels, and random captions whose lengths are those of real ones.
+"""Rows to train on: random pixels, and random captions with the lengths of real ones.
 
-Speed does not ask what a picture shows or a caption says, but how long the captions are.
+Speed depends on the lengths of captions, not on the contents of captions and images.
 """
 
 import numpy as np
 
-START_ID, FIRST_WORD_ID, LAST_WORD_ID, END_ID = 1, 200, 29_999, 102  # any do: weights are random
+START_ID, FIRST_WORD_ID, LAST_WORD_ID, END_ID = 1, 200, 29_999, 102  # arbitrary: weights are random
 
-# How many of 300 captions of CC3M's validation set have so many tokens, start and end not counted,
-# under the tokenizers of the two published checkpoints.
+# Number of captions by length in tokens, without start and end: 300 captions of CC3M's validation
+# set, under the tokenizers of the two published checkpoints.
 _CAPTIONS_BY_LENGTH = {
     "blip": {
         5: 21, 6: 33, 7: 28, 8: 36, 9: 28, 10: 24, 11: 32, 12: 17, 13: 9, 14: 12, 15: 10, 16: 14,
@@ -24,7 +24,7 @@ _CAPTIONS_BY_LENGTH = {
 class Rows:
     """`num_rows` captions, each of an image in memory; a function of the arguments alone.
 
-    `pixels` uint8 (N, 3, H, W); `image_of_row` (num_rows,) says which of the N images a row shows;
+    `pixels` uint8 (N, 3, H, W); `image_of_row` (num_rows,) gives the image of each row;
     `captions` are token ids with START_ID and END_ID, `lengths` (num_rows,) their lengths.
     """
 

@@ -1,22 +1,22 @@
-"""Captions a second of training: ours beside PEFT on transformers, in five grades of care.
+"""Training speed in captions per second: ours against PEFT on transformers.
 
     python -m benchmarks.throughput --model blip --batch_size 8 --rounds 5
     python -m benchmarks.throughput --model vit_gpt2 --phase later --peers B0 B2 B3 --steps 2
     python -m benchmarks.throughput --model blip --captions_per_image 5 --tag photos
     python -m benchmarks.throughput --model blip --phase wall
 
-Every phase is measured by itself and has files of its own:
+Every phase is measured separately and writes its own files:
 
-- first: an epoch that knows no image's features;
-- later: an epoch for which ours (and B3 and B4) has them all;
+- first: an epoch in which no features are kept yet;
+- later: an epoch for which ours (and B3 and B4) has all features;
 - wall: seconds from starting a process to the end of --epochs epochs over --images images, with
-  imports, loading, compiling, and on our side reading files, validation and keeping adapters. It
-  takes minutes, so by default it is one round, and none that warms up.
+  imports, loading, compiling, and on our side reading files, validation and saving adapters. It
+  takes minutes, so by default there is one round and no warm-up.
 
-Beside the first two stand the rates of the machine's matrix products in the same rounds, and what
-share of them ours makes use of (flops.py). All sides train LoRA of rank 8 on all decoder linears of
-the same checkpoint, of full size with random weights, on the same rows; peers.py says what the
-peers are, ours.py what ours is. B0 takes 2 rows a step.
+The first two also measure the machine's matrix products in the same rounds, and the share of their
+rate that ours reaches (flops.py). All sides train LoRA of rank 8 on all decoder linears of the same
+full-size checkpoint with random weights, on the same rows; peers.py describes the peers, ours.py
+our side. B0 takes 2 rows per step.
 """
 
 import argparse
@@ -51,8 +51,8 @@ PEERS_BY_DEFAULT = {
     "cuda": {"first": ["B1", "B2"], "later": ["B1", "B3", "B4"], "wall": ["B2", "B2sdpa"]},
 }
 STEPS = {"cpu": 4, "cuda": 64}
-WARM_UPS = {"cpu": 1, "cuda": 3}  # rounds; on a GPU ours records a shape when it comes again
-# Of the square product that shows what the machine can do; a GPU needs a larger one to show it.
+WARM_UPS = {"cpu": 1, "cuda": 3}  # rounds; on a GPU ours records a shape when it recurs
+# The square product that reaches the machine's best rate; a GPU needs a larger one.
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -62,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
         "--phase", nargs="+", choices=["first", "later", "wall"], default=["first", "later"]
     )
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: by phase and device")
-    parser.add_argument("--steps", type=int, help="a round; default: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--steps", type=int, help="per round; default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--captions_per_image", type=int, default=1)
     parser.add_argument("--lora_dropout", type=float, default=0.0)
-    parser.add_argument("--checkpoint_dropout", type=float, default=0.0, help="GPT-2's own")
+    parser.add_argument("--checkpoint_dropout", type=float, default=0.0, help="that of GPT-2")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
-    parser.add_argument("--images", type=int, default=64, help="of the wall phase")
-    parser.add_argument("--epochs", type=int, default=10, help="of the wall phase")
+    parser.add_argument("--images", type=int, default=64, help="in the wall phase")
+    parser.add_argument("--epochs", type=int, default=10, help="in the wall phase")
     parser.add_argument("--wall_rounds", type=int, default=1, help="rounds of the wall phase")
     arguments = read_flags(parser, argv)
     arguments.steps = arguments.steps or STEPS[arguments.device.type]
@@ -87,14 +87,14 @@ def _peers(arguments: argparse.Namespace, phase: str) -> list[str]:
     if arguments.peers is not None:
         return arguments.peers
     names = PEERS_BY_DEFAULT[arguments.device.type][phase]
-    # ViT+GPT2 has SDPA as it is shipped.
+    # transformers' ViT+GPT2 already uses SDPA.
     return [name for name in names if name != "B2sdpa" or arguments.model == "blip"]
 
 
 def measure_epochs(
     folder: Path, arguments: argparse.Namespace, phase: str, peers: list[str]
 ) -> None:
-    """First or later epochs, in turn with the machine's own rates."""
+    """Measure first or later epochs, in turn with the machine's matrix products."""
     case = make_case(
         folder,
         arguments,
@@ -149,7 +149,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
         for name, rate in result["machine_gflop_per_s"].items()
     ]
     for part, work in result["work"].items():
-        name = f"ours, {part}: {work['gflop_a_caption']:.3g} GFLOP a caption"
+        name = f"ours, {part}: {work['gflop_a_caption']:.3g} GFLOP per caption"
         rows.append(cells(f"{name}, GFLOP/s", work["gflop_per_s"], ".1f"))
         rows += [cells(f"  of {rate}", share) for rate, share in work["share_of"].items()]
     return table(rows)
@@ -158,7 +158,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
 def matrix_rates(
     case: Case, model: CaptioningModel, size: int
 ) -> dict[str, Callable[[int], float]]:
-    """Contenders whose figures are GFLOP/s: torch.mm at its best, and `product` at our shapes."""
+    """GFLOP/s of torch.mm on large matrices, and of `frozen_linear` on the step's shapes."""
     width = model.vocabulary.in_features
     num_rows = case.batch_size * int(np.median(case.rows.lengths) - 1)
 
@@ -187,7 +187,7 @@ def flops_of_a_caption(case: Case, model: CaptioningModel, phase: str) -> dict[s
 def measure_wall(
     folder: Path, arguments: argparse.Namespace, phase: str, peers: list[str]
 ) -> None:
-    """Whole processes."""
+    """Measure whole processes."""
     from benchmarks.wall import seconds, write_dataset
 
     with tempfile.TemporaryDirectory() as dataset:

@@ -1,4 +1,4 @@
-"""The wall phase of throughput.py: what is written for it, and what its processes do."""
+"""The wall phase of throughput.py: its data, and what its processes do."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ from lora_engine.devices import resolve_dtype
 
 
 def seconds(contender: str, settings: dict[str, Any], _: int) -> float:
-    """From starting a process of "ours" or of a peer to its end, which is that of training."""
+    """Seconds from starting a process of "ours" or of a peer until it ends after training."""
     begin_s = time.perf_counter()
     if contender == "ours":
         in_fresh_process("benchmarks.wall:train_ours", **settings)
@@ -29,7 +29,7 @@ def seconds(contender: str, settings: dict[str, Any], _: int) -> float:
 def train_ours(
     checkpoint: str, dataset: str, *, epochs: int, model: str, num_images: int, **settings: Any
 ) -> None:
-    """The whole engine, on image files, with a cache folder that is empty."""
+    """The whole engine, on image files, with an empty cache folder."""
     from lora_engine.config import TrainingConfig
     from lora_engine.training.loop import train
 
@@ -61,7 +61,7 @@ def train_peer(
     lora_dropout: float,
     compile: bool,  # ours alone
 ) -> None:
-    """A peer on pixels that it finds in memory."""
+    """A peer, on pixels in memory."""
     settings = pixel_settings(Path(checkpoint))
     place = torch.device(device)
     peer = Case(
@@ -73,10 +73,10 @@ def train_peer(
 
 
 def write_dataset(folder: Path, checkpoint: Path, *, model: str, num_images: int) -> None:
-    """Image files of the encoder's size with the captions of `Rows`, and one to validate on.
+    """Write image files of the encoder's size with the captions of `Rows`, one for validation.
 
-    The checkpoint gets the tokenizer and the preprocessor that it lacks. A word of a caption is
-    the id of its token, behind a "w".
+    Also writes a tokenizer and a preprocessor into the checkpoint. The words of a caption are "w"
+    followed by the token's id.
     """
     from benchmarks.input_path import draw
 
