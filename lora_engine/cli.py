@@ -1,7 +1,7 @@
 """Command lines: flags from a dataclass, and users' mistakes as messages, not tracebacks.
 
-This module imports nothing slow, such as torch: commands import it within `run`, which also turns a
-Ctrl-C during the import into a message.
+This module imports nothing slow, such as torch: commands import it within `reported_errors`, which
+also turns a Ctrl-C during the import into a message.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from lora_engine.stopping import SIGNALS, Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.terminal import printable
+from lora_engine.terminal import ConsoleHandler, logging_to, one_line, printable
 
 USAGE_ERROR = 2
 STOPPED = 3
@@ -28,8 +28,18 @@ PIPE_CLOSED = 141
 T = TypeVar("T")
 
 
-def run(main: Callable[[list[str]], int]) -> int:
-    """Call `main` with the command line and return its exit status; errors go to stderr."""
+class ExitStatus:
+    """The exit status of a program, in `code`."""
+
+    code = 0
+
+
+@contextmanager
+def reported_errors() -> Iterator[ExitStatus]:
+    """Turn errors within the context into a message on stderr and an exit status; show log records.
+
+    A context manager, not a function that calls `main`: it adds no frame to the stack.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
@@ -39,37 +49,45 @@ def run(main: Callable[[list[str]], int]) -> int:
         for number in SIGNALS
         if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN
     }
+    status = ExitStatus()
     try:
-        status = main(sys.argv[1:])
+        with logging_to(ConsoleHandler()):
+            yield status
         sys.stdout.flush()
-        return status
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        return PIPE_CLOSED
+        status.code = PIPE_CLOSED
     except (ValueError, OSError) as error:
         _print_error("error:", error)
-        return USAGE_ERROR
+        status.code = USAGE_ERROR
     except (TrainingStopped, LoadingStopped) as error:
         _print_error("stopped:", error)
-        return STOPPED
+        status.code = STOPPED
     except Interrupted as error:
         _print_error("stopped by", error)
-        return error.status
+        status.code = error.status
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
             raise
         error.args = (
-            f"{str(error).splitlines()[0]}\nTry a smaller --batch_size (with more "
-            f"--grad_accum_steps to keep the step the same) or --gradient_checkpointing",
+            f"{one_line(error)}\nTry a smaller --batch_size (with more --grad_accum_steps to keep "
+            f"the step the same) or --gradient_checkpointing",
         )
         _print_error("stopped:", error)
-        return STOPPED
+        status.code = STOPPED
     except KeyboardInterrupt as error:
         _print_error("interrupted", error)
-        return INTERRUPTED
+        status.code = INTERRUPTED
     finally:
         _drop_unwritable_output()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run(main: Callable[[list[str]], int]) -> int:
+    """Call `main` with the command line and return its exit status; see `reported_errors`."""
+    with reported_errors() as status:
+        status.code = main(sys.argv[1:])
+    return status.code
 
 
 def _print_error(kind: str, error: BaseException) -> None:

@@ -18,7 +18,7 @@ drawn scenes plainly ("a red circle above a blue square") learns to caption in t
 
 import sys
 
-from lora_engine.cli import run
+from lora_engine.cli import reported_errors
 from lora_engine.commands.recipe import run_recipe
 from lora_engine.config import TrainingConfig
 from lora_engine.demo import demo_settings
@@ -57,4 +57,6 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    with reported_errors() as status:
+        status.code = main(sys.argv[1:])
+    sys.exit(status.code)

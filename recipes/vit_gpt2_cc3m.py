@@ -19,7 +19,7 @@ of CC3M.
 
 import sys
 
-from lora_engine.cli import run
+from lora_engine.cli import reported_errors
 from lora_engine.commands.recipe import run_recipe
 from lora_engine.config import TrainingConfig
 from lora_engine.demo import demo_settings
@@ -58,4 +58,6 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    with reported_errors() as status:
+        status.code = main(sys.argv[1:])
+    sys.exit(status.code)

@@ -1,10 +1,15 @@
 """The house: each folder imports only those below it, without circles; transformers at one door."""
 
 import ast
+import runpy
+import sys
+import traceback
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from pictures import write_pictures
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_engine"
@@ -97,3 +102,30 @@ def test_only_pretrained_imports_transformers():
 
 def test_the_top_of_the_package_stays_small():
     assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+def test_from_a_recipe_to_backward_there_are_at_most_four_frames(
+    blip_folder, tmp_path, monkeypatch
+):
+    """Of our own: run_recipe, train, Trainer.accumulate, Trainer.micro_step."""
+    stacks: list[list[str]] = []
+    backward = torch.Tensor.backward
+
+    def spy(*args, **kwargs):
+        stacks.append([f"{frame.filename}:{frame.name}" for frame in traceback.extract_stack()])
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    rows = str(write_pictures(tmp_path, num_images=4))
+    monkeypatch.setattr(sys, "argv", [
+        "blip_cc3m", "--model", str(blip_folder), "--train_data_path", rows,
+        "--val_data_path", rows, "--output_path", str(tmp_path / "run"),
+        "--max_steps", "1", "--num_workers", "0", "--cache", "off", "--eval_captions", "0",
+    ])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("recipes.blip_cc3m", run_name="__main__", alter_sys=True)
+    assert stop.value.code == 0
+    recipe = str(ROOT / "recipes" / "blip_cc3m.py")
+    frames = [frame for frame in stacks[0] if frame.startswith(str(ROOT / "lora_engine"))]
+    assert any(frame.startswith(recipe) for frame in stacks[0])
+    assert len(frames) <= 4, frames
