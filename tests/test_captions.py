@@ -102,11 +102,11 @@ def test_names_of_special_tokens_in_a_caption_are_plain_text(tokenizer):
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_captions_may_use_every_position_but_not_one_more(tokenizer, prompt):
-    room = MAX_POSITIONS - len(tokenizer.prompt_ids(prompt))
-    longest = tokenizer.encode(["a " * 200], prompt=prompt, max_caption_tokens=room)
+    num_left = MAX_POSITIONS - len(tokenizer.prompt_ids(prompt))
+    longest = tokenizer.encode(["a " * 200], prompt=prompt, max_caption_tokens=num_left)
     assert longest.lengths.tolist() == [MAX_POSITIONS]
     with pytest.raises(ValueError) as caught:
-        tokenizer.encode(CAPTIONS, prompt=prompt, max_caption_tokens=room + 1)
+        tokenizer.encode(CAPTIONS, prompt=prompt, max_caption_tokens=num_left + 1)
     for part in (str(MAX_POSITIONS), str(MAX_POSITIONS + 1), "--max_caption_tokens", "--prompt"):
         assert part in str(caught.value)
 

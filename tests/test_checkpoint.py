@@ -22,7 +22,7 @@ from lora_engine.report.run_folder import (
     is_checkpoint_name,
     set_aside_after,
 )
-from lora_engine.training import checkpoint as room
+from lora_engine.training import checkpoint as checkpoint_module
 from lora_engine.training.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
     trainee, tmp_path, monkeypatch, number
 ):
     trainee.write(tmp_path, 1)
-    real, calls = room.write_synced, []
+    real, calls = checkpoint_module.write_synced, []
 
     def full(path, data):
         calls.append(path)
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, data)
 
-    monkeypatch.setattr(room, "write_synced", full)
+    monkeypatch.setattr(checkpoint_module, "write_synced", full)
     with pytest.raises(OSError, match="No space left"):
         trainee.write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -295,7 +295,7 @@ def test_a_malicious_tensor_file_is_refused_in_words(trainee, tmp_path, content,
 def vouch_for(path: Path, name: str) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     data = (path / name).read_bytes()
-    manifest[name] = {"bytes": len(data), "sha256": room.hashlib.sha256(data).hexdigest()}
+    manifest[name] = {"bytes": len(data), "sha256": checkpoint_module.hashlib.sha256(data).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

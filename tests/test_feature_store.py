@@ -325,7 +325,7 @@ def test_the_limit_counts_all_keys(tmp_path):
 def test_the_last_of_the_disk_is_left_free(tmp_path, monkeypatch, disk_gib, free_gib):
     disk = SimpleNamespace(f_frsize=4096, f_blocks=disk_gib * 2**18, f_bavail=free_gib * 2**18 + 4)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
-    with open_store(tmp_path) as store:  # 4 blocks are room for 3 rows
+    with open_store(tmp_path) as store:  # 4 blocks hold 3 rows
         offer_at_once(store, range(5))
         wait_until(lambda: store.stopped_because is not None)
         assert f"the disk has no more than {free_gib * 2**30 / 1e9:.1f} GB" in store.stopped_because

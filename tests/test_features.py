@@ -613,13 +613,13 @@ def test_the_plan_in_other_sizes(captioner, tmp_path, monkeypatch):
         captioner, tmp_path / "cache", monkeypatch, cache="auto", num_images=3_300_000,
         cache_dtype="int8", encode_s=1.3, cache_limit_bytes=1500 * 1344,
     )
-    room = placement.free_memory_bytes(CPU) // 2 // 1344
+    num_rows = placement.free_memory_bytes(CPU) // 2 // 1344
     begin, _, end = plan.rpartition(", up to ")
     assert begin == (
         "features of 3,300,000 images, 4.4 GB as int8 (encoding one takes 1,300 ms): kept on disk "
         "in FOLDER (0 there already, space for 1,500 more; reading one takes 0.00134 ms)"
     )
-    assert end == f"{min(room, 3_298_500):,} in memory" or room < 3_298_500
+    assert end == f"{min(num_rows, 3_298_500):,} in memory" or num_rows < 3_298_500
 
 
 def test_auto_uses_no_disk_that_is_slower_than_the_encoder(captioner, tmp_path, monkeypatch):
@@ -755,12 +755,12 @@ def group(source: FeatureSource) -> FeatureSource:
     return source
 
 
-@pytest.fixture(params=["off", "memory", "disk", "no room"])
+@pytest.fixture(params=["off", "memory", "disk", "no memory"])
 def grouped(request, captioner, tmp_path, monkeypatch) -> Iterator[FeatureSource]:
     """A source that takes four batches at a time, and begins four before four are trained on."""
-    if request.param == "no room":
+    if request.param == "no memory":
         free_memory(monkeypatch, 2)
-    cache = "memory" if request.param == "no room" else request.param
+    cache = "memory" if request.param == "no memory" else request.param
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         yield group(source)
 

@@ -295,18 +295,18 @@ def test_an_image_of_the_longest_side_is_good():
     assert load_pixels(data, VIT)[:, 0, 0].tolist() == list(RED)
 
 
-@pytest.mark.parametrize("name, room", [
+@pytest.mark.parametrize("name, owner", [
     ("load", Image.Image), ("exif_transpose", ImageOps), ("convert", Image.Image),
     ("resize", Image.Image), ("_crop", pixels_module),
 ])
-def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatch, name, room):
+def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatch, name, owner):
     path = tmp_path / "image.png"
     path.write_bytes(encode(palette_row(0, 1), "PNG"))
 
     def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(room, name, fail)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(ImageError, match="too large for the free memory") as caught:
         load_pixels(path, DEIT)
     assert caught.value.path == str(path)

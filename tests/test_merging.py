@@ -347,11 +347,11 @@ def test_an_interrupted_export_leaves_nothing(base, adapter, tmp_path, monkeypat
             return save_file(*arguments, **settings)
         raise error
 
-    room, name = {
+    owner, name = {
         "configuration": (shutil, "copyfile"), "second shard": (merging, "save_file"),
         "comparison": (merging, "compare"),
     }[where]
-    monkeypatch.setattr(room, name, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(type(error), match="disk full"):
         export_merged(captioner, tmp_path / "merged", pixels=pixels(captioner))
     assert_nothing_written(tmp_path, kept={"base"})

@@ -378,10 +378,10 @@ def test_another_number_format_is_refused(halfway, blip_folder, data, tmp_path):
 
 def test_all_settings_are_either_compared_or_named_as_free():
     """So that a new one is not forgotten."""
-    from lora_engine import config as room
+    from lora_engine.config import _MAY_CHANGE, _MAY_GROW, _MAY_ROUND
 
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
-    free = room._MAY_CHANGE | set(room._MAY_GROW) | set(room._MAY_ROUND)
+    free = _MAY_CHANGE | set(_MAY_GROW) | set(_MAY_ROUND)
     assert free <= names
     assert not {"lr", "batch_size", "seed", "lora_rank", "eval_every"} & free
 
@@ -499,8 +499,8 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
     flags = [f"--{name}={value}" for name, value in _flags(long_run(blip_folder, data, run))]
 
     def signalled():
-        room, name, call = PHASES[phase]
-        real, calls = getattr(room, name), []
+        owner, name, call = PHASES[phase]
+        real, calls = getattr(owner, name), []
 
         def send(*args, **kwargs):
             calls.append(1)
@@ -508,7 +508,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
                 os.kill(os.getpid(), number)
             return real(*args, **kwargs)
 
-        setattr(room, name, send)
+        setattr(owner, name, send)
         sys.argv = ["program", *flags, "--num_workers", "2"]
         return cli.run(blip_cc3m.main)
 
@@ -654,17 +654,17 @@ def test_a_signal_after_the_last_step_finishes_all_and_tells_by_the_status(
     config = long_run(blip_folder, data, tmp_path / "run")
 
     def prepare():
-        room, name = (run_module, phase) if phase != "the summary" else (
+        owner, name = (run_module, phase) if phase != "the summary" else (
             validation_captions.ValidationCaptions, "compare"
         )
-        real = getattr(room, name)
+        real = getattr(owner, name)
 
         def signalled(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
-            setattr(room, name, real)
+            setattr(owner, name, real)
             return real(*args, **kwargs)
 
-        at_step(13, lambda: setattr(room, name, signalled))
+        at_step(13, lambda: setattr(owner, name, signalled))
 
     ended = ended_run(config, prepare, tmp_path)
     assert ended.status == cli.TERMINATED and "Traceback" not in ended.output, ended.output
@@ -1080,15 +1080,15 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
     assert json_lines(path) == [{"event": "train", "step": 1, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("room, name", [
+@pytest.mark.parametrize("owner, name", [
     (metrics, "append_line"), (validation_captions.ValidationCaptions, "write"),
     (validation_captions.ValidationCaptions, "write_best"),
 ], ids=["metrics", "samples", "captions"])
 def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
-    unbroken, blip_folder, data, tmp_path, monkeypatch, room, name
+    unbroken, blip_folder, data, tmp_path, monkeypatch, owner, name
 ):
     config = long_run(blip_folder, data, tmp_path / "run")
-    real, calls = getattr(room, name), []
+    real, calls = getattr(owner, name), []
 
     def full(*args, **more):
         calls.append(1)
@@ -1096,7 +1096,7 @@ def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
             raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
         return real(*args, **more)
 
-    monkeypatch.setattr(room, name, full)
+    monkeypatch.setattr(owner, name, full)
     with pytest.raises(TrainingStopped, match="No space left .*somewhere.*--resume to continue"):
         train(config)
     monkeypatch.undo()

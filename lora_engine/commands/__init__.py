@@ -1,1 +1,1 @@
-"""What comes after training, a room for each verb of `python -m lora_engine`."""
+"""The commands of `python -m lora_engine VERB` and what a recipe runs, one file per command."""
