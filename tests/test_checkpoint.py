@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, found again when whole, refused by name when not."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -295,7 +296,7 @@ def test_a_malicious_tensor_file_is_refused_in_words(trainee, tmp_path, content,
 def vouch_for(path: Path, name: str) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     data = (path / name).read_bytes()
-    manifest[name] = {"bytes": len(data), "sha256": checkpoint_module.hashlib.sha256(data).hexdigest()}
+    manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
