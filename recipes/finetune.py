@@ -19,8 +19,8 @@ r"""Fine-tune any supported captioner on your own pairs: the recipe to copy.
       BLIP, rank 16           0.33          7.17          8.74
       ViT+GPT2, rank 8        0.29          5.79          8.69
 
-  CIDEr-D first falls while the captions change their style, at 5e-4 for two epochs: hence a patience
-  of three. Without warm-up, BLIP reached 8.62 at 5e-3.
+  CIDEr-D first falls while the captions change their style, at 5e-4 for two epochs: hence a
+  patience of three. Without warm-up, BLIP reached 8.62 at 5e-3.
 
 Without data paths, the embedded demo runs, with a learning rate of 5e-3 and 8 epochs.
 """

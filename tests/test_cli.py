@@ -221,7 +221,9 @@ def test_a_captioner_of_the_other_family_is_refused(refused, data, blip_folder, 
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_the_error_for_a_hub_name_without_network_explains_how_to_use_a_folder(refused, data, monkeypatch, recipe):
+def test_a_hub_name_without_network_explains_the_use_of_a_folder(
+    refused, data, monkeypatch, recipe
+):
     def raise_error(*args, **kwargs):
         raise LocalEntryNotFoundError("cannot find the files on the Hub, and no network")
 
