@@ -1,4 +1,4 @@
-"""The embedded demo: scenes that can be relied on, and tiny captioners that ship and see."""
+"""The embedded demo: reproducible scenes, and the tiny captioners that ship with the package."""
 
 import json
 from itertools import islice
@@ -82,7 +82,7 @@ def test_images_are_small_rgb_images_that_differ_with_the_variation():
         " night sky .",
     ),
 ])
-def test_captions_tell_what_is_drawn(scene, plain, cc3m):
+def test_captions_describe_what_is_drawn(scene, plain, cc3m):
     assert plain_caption(scene) == plain
     assert cc3m_caption(scene) == cc3m
 
@@ -96,7 +96,7 @@ def test_splits_share_no_scene_and_hold_thousands():
     assert len(contents["train"]) > 4000 and len(contents["validation"]) > 700
 
 
-def test_written_scenes_match_their_annotations_and_are_used_again(tmp_path, monkeypatch):
+def test_written_scenes_match_their_annotations_and_are_reused(tmp_path, monkeypatch):
     lists = scenes.write_scenes(tmp_path, num_train=30, num_val=10, seed=3)
     texts = []
     for path, count in zip(lists, (30, 10)):
@@ -116,7 +116,7 @@ def test_written_scenes_match_their_annotations_and_are_used_again(tmp_path, mon
     assert scenes.write_scenes(tmp_path, num_train=30, num_val=10, seed=3) == lists
 
 
-def test_a_killed_run_leaves_no_set_behind(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_partial_set(tmp_path, monkeypatch):
     def draw_until_killed(scene, left=iter(range(25))):
         if next(left, None) is None:
             raise KeyboardInterrupt
@@ -145,7 +145,7 @@ def family(request) -> str:
     return request.param
 
 
-def test_hugging_face_and_ours_caption_alike(family):
+def test_captions_equal_those_of_hugging_face(family):
     import transformers
 
     folder = demo_folder(family)
@@ -167,7 +167,7 @@ def test_captions_of_unseen_scenes_are_plain_and_right(family):
     assert right >= MEASURED[family] - MARGIN
 
 
-def test_tokenizers_keep_cc3m_captions_and_spell_what_they_do_not_know(family):
+def test_tokenizers_keep_cc3m_captions_and_spell_unknown_words(family):
     tokenizer = load_captioner(demo_folder(family)).tokenizer
     known = [cc3m_caption(scene) for scene in unseen(50)]
     strange = "my cat , 2 jam-jars & a kazoo ?"

@@ -123,7 +123,7 @@ def _stored_settings(
             f"to choose it; if it is the right one, add {flags}"
         )
     if ignored:
-        logger.warning("%s: ignored; to use them, add to this command line: %s", path, flags)
+        logger.warning("ignored in %s; to use them, add to this command line: %s", path, flags)
     return stored
 
 
