@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     num_differing = 0
     for recipe in RECIPES:
-        before, after = (
-            outcome(commit, recipe) for commit in (arguments.before, arguments.after)
-        )
+        before, after = outcome(arguments.before, recipe), outcome(arguments.after, recipe)
         differing = [key for key in before | after if before.get(key) != after.get(key)]
         num_differing += len(differing)
         print(f"{recipe}: {len(before)} values, {len(differing)} differ {differing[:10] or ''}")
