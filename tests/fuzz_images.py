@@ -1,4 +1,4 @@
-"""Damaged image files of each format; run as a script, for as long as asked.
+"""Damaged image files of each format; as a script it tries them for SECONDS.
 
     PYTHONPATH=. python tests/fuzz_images.py SECONDS
 """
@@ -56,7 +56,7 @@ def _encoded(format: str, mode: str, options: dict) -> bytes:
 
 
 def _damage(data: bytearray, generator: np.random.Generator) -> None:
-    """Change a byte, a number, or what is there; headers more often than what follows them."""
+    """Change a byte, a number, or a stretch of bytes; headers more often than the rest."""
     end = len(data) if generator.random() < 0.5 else min(len(data), 64)
     place, length = int(generator.integers(end)), int(generator.integers(1, 9))
     part = data[place : place + length]
@@ -72,7 +72,7 @@ def _damage(data: bytearray, generator: np.random.Generator) -> None:
 
 
 def _with_checksums(data: bytes) -> bytes:
-    """A PNG whose chunks are damaged, but not so that their CRC tells it."""
+    """A PNG whose chunks are damaged but have a correct CRC."""
     new, place = data[:8], 8
     while place + 8 <= len(data):
         (length,) = struct.unpack(">I", data[place : place + 4])
@@ -83,7 +83,7 @@ def _with_checksums(data: bytes) -> bytes:
 
 
 def loads_or_refuses(data: bytes) -> bool:
-    """Whether the file has pixels; raises what is neither good pixels nor an ImageError."""
+    """Whether the file has pixels; raises anything but an ImageError."""
     try:
         pixels = load_pixels(data, SETTINGS)
     except ImageError as error:

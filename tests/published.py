@@ -1,4 +1,4 @@
-"""Configurations of the two published checkpoints: what of their config.json shapes a model.
+"""The parts of the two published checkpoints' config.json that shape a model.
 
 Salesforce/blip-image-captioning-base (revision 82a3776) and nlpconnect/vit-gpt2-image-captioning.
 Left out are the many settings of other tasks; the traps are kept, such as BLIP's unused

@@ -1,4 +1,4 @@
-"""Annotation files: rows as written, and complaints that say where, what and what to do."""
+"""Annotation files: their rows, and errors with place, reason and fix."""
 
 import json
 import os
@@ -141,7 +141,7 @@ def test_rows_are_found_again_by_line(tmp_path):
     assert places_of(path, wanted) == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_value_of_any_length_is_shown_in_a_few_words(tmp_path):
+def test_long_values_are_shortened_in_messages(tmp_path):
     for row in ({"text": ["x" * 10**6], "image": "b"}, {"k" * 10**6: 1}, "x" * 10**6):
         assert len(complaint_about(tmp_path, json.dumps([row]))) < 300
 

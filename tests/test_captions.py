@@ -1,4 +1,4 @@
-"""Captions as token ids: which tokens are targets, and what comes back as text."""
+"""Captions as token ids: which tokens are targets, and decoding."""
 
 import numpy as np
 import pytest
@@ -41,14 +41,14 @@ def test_a_caption_is_start_tokens_end(tokenizer):
         assert row == [tokenizer.start_id, *plain_ids(tokenizer, caption), tokenizer.end_id]
 
 
-def test_a_caption_is_tokenised_stripped_and_without_a_space_before_it(tokenizer):
+def test_a_caption_is_tokenized_stripped_and_without_a_space_before_it(tokenizer):
     bare, padded = rows(tokenizer.encode(["two people", " \n two people\t"]))
     assert bare == padded == [
         tokenizer.start_id, *plain_ids(tokenizer, "two people"), tokenizer.end_id
     ]
 
 
-def test_a_caption_behind_a_prompt_continues_its_text(tokenizer):
+def test_a_caption_after_a_prompt_continues_its_text(tokenizer):
     for prompt in (PROMPT, f"{PROMPT} "):
         row = rows(tokenizer.encode(["two people"], prompt=prompt))[0]
         text = plain_ids(tokenizer, f"{PROMPT} two people")
@@ -61,7 +61,7 @@ def test_generation_without_a_prompt_starts_from_the_start_token_alone(tokenizer
     assert tokenizer.prompt_ids() == tokenizer.prompt_ids("  ") == [tokenizer.start_id]
 
 
-def test_captions_lie_one_behind_the_other(tokenizer):
+def test_captions_are_concatenated(tokenizer):
     tokens = tokenizer.encode(CAPTIONS)
     assert tokens.ids.tolist() == [token for row in rows(tokens) for token in row]
     assert tokens.ids.dtype == np.int32 and tokens.num_truncated == 0
@@ -69,7 +69,7 @@ def test_captions_lie_one_behind_the_other(tokenizer):
     assert len(tokens) == len(CAPTIONS) and len(tokenizer.encode([])) == 0
 
 
-def test_many_captions_are_tokenised_in_chunks_that_do_not_show(tokenizer, monkeypatch):
+def test_many_captions_are_tokenized_in_chunks_without_a_difference(tokenizer, monkeypatch):
     expected = tokenizer.encode(CAPTIONS * 3, max_caption_tokens=5)
     monkeypatch.setattr("lora_engine.data.captions._CHUNK", 4)
     tokens = tokenizer.encode(iter(CAPTIONS * 3), max_caption_tokens=5)

@@ -134,7 +134,7 @@ def test_a_short_run_that_diverges_mentions_no_adapter_that_does_not_exist(
     status, out, _ = command(
         blip_cc3m.main, *flags(blip_folder, data, lr="1e300", max_steps=2, log_every=1)
     )
-    assert status == 0 and "(at the end nan), so adapter/ holds the one it started from. Try" in out
+    assert status == 0 and "(at the end nan), so adapter/ holds the initial adapter. Try" in out
     assert not Path("run", "adapter_last").exists()
 
 

@@ -1,4 +1,4 @@
-"""Greedy and beam search: token for token what Hugging Face's `generate` makes."""
+"""Greedy and beam search give the tokens of Hugging Face's `generate`."""
 
 from types import SimpleNamespace
 
@@ -92,7 +92,7 @@ def test_greedy_tokens_equal_hugging_faces(pair, prompt):
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_beam_search_tokens_equal_hugging_faces(pair, prompt, length_penalty):
-    pair.raised.amount = 1 + length_penalty / 2  # the penalty makes the end less worth while
+    pair.raised.amount = 1 + length_penalty / 2  # the penalty favors longer captions
     settings = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": length_penalty}
     tokens = ours(pair, prompt, **settings)
     assert torch.equal(tokens, hugging_faces(pair, prompt, **settings))
@@ -193,7 +193,7 @@ def test_sampling_goes_with_one_beam_only(pair):
 
 
 def test_end_and_pad_ids_need_not_be_the_checkpoints(pair):
-    """Rows are filled with the id that was asked for, not with one that looks like the end."""
+    """Rows are filled with the given pad id, even if the checkpoint has another one."""
     pair.raised.amount, pair.pad_id = 1.0, 77
     for num_beams in (1, 4):
         tokens = ours(pair, num_beams=num_beams, max_new_tokens=12)

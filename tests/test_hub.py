@@ -1,4 +1,4 @@
-"""Pushing: what is uploaded, that it holds no local path, and that no failure fails the run."""
+"""Pushing: what is uploaded, without local paths, and that failures do not fail the run."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from lora_engine.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def _a_token(monkeypatch):
-    """No test reads the token of whoever runs it."""
+    """No test reads the real token of the user."""
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_made_up")
 
 
@@ -173,7 +173,7 @@ def test_peft_and_this_engine_load_what_was_uploaded(pushed, folder, uploads, bl
     assert all(torch.equal(theirs[name], ours.matrices[name]) for name in theirs)
 
 
-def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_as_it_lies(pushed, folder, uploads):
+def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_unchanged(pushed, folder, uploads):
     give_hub_base(folder)
     assert pushed(folder, "mine") == "pushed      https://huggingface.co/me/mine"
     assert uploads[0].path == folder.adapter and uploads[0].repository == "me/mine"
@@ -189,7 +189,7 @@ def test_an_adapter_whose_base_is_on_the_hub_is_uploaded_as_it_lies(pushed, fold
     ConnectionError("no route\nto host"), ValueError("Client Error 403\n\nForbidden"),
     TimeoutError(), OSError(28, "No space left on device"), RuntimeError("x" * 5000),
 ])
-def test_all_failures_say_in_one_line_how_to_try_again(
+def test_all_failures_are_logged_on_one_line_with_the_command_to_try_again(
     pushed, folder, uploads, monkeypatch, where, error
 ):
     def fail(*args, **kwargs):
@@ -219,7 +219,7 @@ def test_a_run_that_cannot_push_ends_well(config, uploads, monkeypatch, caplog):
     assert "not pushed to the Hub: could not renew" in caplog.text
 
 
-def test_the_command_names_the_adapter_itself_where_that_is_what_is_pushed(
+def test_the_command_names_the_adapter_folder_if_that_is_pushed(
     pushed, folder, uploads, monkeypatch
 ):
     give_hub_base(folder)
@@ -233,13 +233,13 @@ def test_without_a_token_nothing_is_tried(pushed, folder, uploads, monkeypatch):
     assert "`hf auth login` stores one" in pushed(folder)
 
 
-def test_without_a_network_huggingface_hubs_own_error_is_told(pushed, folder):
+def test_without_a_network_huggingface_hubs_error_is_logged(pushed, folder):
     """Not replaced: these tests run with HF_HUB_OFFLINE=1."""
     line = pushed(folder)
     assert line.startswith("not pushed to the Hub: ") and "offline" in line.lower()
 
 
-def test_a_server_that_never_answers_is_left_alone(pushed, folder, uploads, monkeypatch):
+def test_a_server_that_never_answers_is_abandoned(pushed, folder, uploads, monkeypatch):
     never = threading.Event()
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: never.wait(20))
     monkeypatch.setattr(hub, "UPLOAD_LIMIT_S", 0.05)

@@ -1,4 +1,4 @@
-"""A digest is recalled for the very file that was read, and for no other."""
+"""A digest is recalled for exactly the file that was read."""
 
 import hashlib
 import os
@@ -97,7 +97,7 @@ def test_a_replaced_file_of_the_same_size_and_modification_time_has_another_stam
 def test_each_part_counts_however_large_a_file_system_makes_it(
     tmp_path, identities, monkeypatch, what, value
 ):
-    """Inodes of 64 bits, and times before 1677 or after 2262, are no integers of a database."""
+    """Inodes of 64 bits, and times before 1677 or after 2262, do not fit sqlite's integers."""
     status = SimpleNamespace(st_size=3, st_ino=3, st_mtime_ns=3, st_ctime_ns=3)
     fake_os = SimpleNamespace(stat=lambda path: status, path=os.path, fsencode=os.fsencode)
     monkeypatch.setattr(image_identity, "os", fake_os)
@@ -111,7 +111,7 @@ def test_each_part_counts_however_large_a_file_system_makes_it(
 
 
 @pytest.mark.parametrize("name", ["missing.jpg", "nul\0.jpg", "half of a pair \ud800.jpg"])
-def test_what_cannot_be_looked_at_has_no_stamp(tmp_path, name):
+def test_a_file_without_a_readable_status_has_no_stamp(tmp_path, name):
     assert stamp(tmp_path / name) is None
 
 
@@ -147,7 +147,7 @@ def test_a_digest_is_recalled_under_its_path_and_stamp_only(tmp_path, identities
     assert identities.recall(path, bytes(16)) is None
 
 
-def test_a_changed_file_is_remembered_anew(tmp_path, identities):
+def test_a_changed_file_is_remembered_again(tmp_path, identities):
     path = tmp_path / "a.jpg"
     first = write_file(path, b"one")
     identities.remember(path, first, ONE)
@@ -215,7 +215,7 @@ def test_a_damaged_database_is_replaced(tmp_path, size):
 
 
 def test_a_database_of_an_earlier_version_is_replaced(tmp_path):
-    """Its stamps of size and modification time alone are not believed."""
+    """Its stamps of size and modification time alone are not trusted."""
     (tmp_path / "cache").mkdir()
     database = sqlite3.connect(tmp_path / "cache" / "identities.sqlite")
     database.execute(
@@ -234,7 +234,7 @@ def test_a_database_of_an_earlier_version_is_replaced(tmp_path):
             identities.remember(path, first, ONE)
 
 
-def test_a_folder_that_cannot_be_used_leaves_the_memory(tmp_path):
+def test_a_folder_that_cannot_be_used_leaves_the_entries_in_memory(tmp_path):
     first = write_file(tmp_path / "file")
     with Identities(tmp_path / "file") as identities:
         identities.remember("/a.jpg", first, ONE)
@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_used_leaves_the_memory(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_leaves_the_memory(tmp_path):
+def test_a_folder_without_permission_leaves_the_entries_in_memory(tmp_path):
     first = write_file(tmp_path / "a.jpg")
     tmp_path.chmod(0o500)
     with Identities(tmp_path) as identities:
@@ -251,7 +251,7 @@ def test_a_folder_without_permission_leaves_the_memory(tmp_path):
         assert identities.recall("/a.jpg", first) == ONE
 
 
-def test_a_database_that_fails_on_the_way_leaves_the_memory(tmp_path, monkeypatch):
+def test_a_database_that_fails_on_the_way_leaves_the_entries_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(image_identity, "_COMMIT_EVERY_S", 0.0)
     first = write_file(tmp_path / "a.jpg")
     for drop_before_remember in (True, False):

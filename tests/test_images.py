@@ -1,4 +1,4 @@
-"""Odd images come out as a person would see them, bad ones as an ImageError.
+"""Unusual images look as in a viewer, bad ones raise ImageError.
 
 Pixels are Pillow's: of large images within one level, of all others to the bit.
 """
@@ -106,12 +106,12 @@ ODD_IMAGES = {
         encode(row_of((*RED, 255), (*RED, 0), mode="RGBA"), "WEBP", lossless=True),
         [RED, WHITE],
     ),
-    "grey with alpha": (encode(row_of((0, 255), (0, 0), mode="LA"), "PNG"), [BLACK, WHITE]),
-    "rgb with a colour key": (
+    "gray with alpha": (encode(row_of((0, 255), (0, 0), mode="LA"), "PNG"), [BLACK, WHITE]),
+    "rgb with a color key": (
         encode(row_of(RED, GREEN, mode="RGB"), "PNG", transparency=GREEN),
         [RED, WHITE],
     ),
-    "grey with a colour key": (
+    "gray with a color key": (
         encode(row_of(0, 7, mode="L"), "PNG", transparency=0),
         [WHITE, (7,) * 3],
     ),
@@ -129,12 +129,12 @@ ODD_IMAGES = {
         encode(row_of((0, 255, 255, 0), (0, 0, 0, 255), mode="CMYK"), "TIFF"),
         [RED, BLACK],
     ),
-    "16-bit grey png": (encode(Image.fromarray(WIDE), "PNG"), WIDE_PIXELS),
-    "16-bit grey png with a key": (
+    "16-bit gray png": (encode(Image.fromarray(WIDE), "PNG"), WIDE_PIXELS),
+    "16-bit gray png with a key": (
         encode(Image.fromarray(WIDE), "PNG", transparency=0),
         [WHITE, (128,) * 3, WHITE],
     ),
-    "16-bit grey tiff": (encode(Image.fromarray(WIDE), "TIFF"), WIDE_PIXELS),
+    "16-bit gray tiff": (encode(Image.fromarray(WIDE), "TIFF"), WIDE_PIXELS),
     "16-bit big-endian tiff": (encode(Image.fromarray(WIDE.astype(">u2")), "TIFF"), WIDE_PIXELS),
     "16-bit pgm": (b"P5 3 1 65535\n" + WIDE.astype(">u2").tobytes(), WIDE_PIXELS),
     "12-bit pgm": (b"P5 2 1 4095\n\x00\x00\x0f\xff", [BLACK, WHITE]),
@@ -157,7 +157,7 @@ ODD_IMAGES = {
 
 
 @pytest.mark.parametrize("name", ODD_IMAGES)
-def test_odd_images_have_the_pixels_that_a_person_sees(name):
+def test_unusual_images_have_the_pixels_that_viewers_show(name):
     data, pixels = ODD_IMAGES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -299,7 +299,7 @@ def test_an_image_of_the_longest_side_is_good():
     ("load", Image.Image), ("exif_transpose", ImageOps), ("convert", Image.Image),
     ("resize", Image.Image), ("_crop", pixels_module),
 ])
-def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatch, name, owner):
+def test_running_out_of_memory_is_an_image_error(tmp_path, monkeypatch, name, owner):
     path = tmp_path / "image.png"
     path.write_bytes(encode(palette_row(0, 1), "PNG"))
 
@@ -312,7 +312,7 @@ def test_whatever_is_done_to_an_image_may_run_out_of_memory(tmp_path, monkeypatc
     assert caught.value.path == str(path)
 
 
-def test_a_file_may_be_too_large_for_the_memory_too(tmp_path, monkeypatch):
+def test_a_file_too_large_for_the_memory_is_an_image_error(tmp_path, monkeypatch):
     class Large(io.BytesIO):
         def read(self, size=-1):
             raise MemoryError
@@ -323,7 +323,7 @@ def test_a_file_may_be_too_large_for_the_memory_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_an_image_is_not_to_blame_where_descriptors_run_out(tmp_path, monkeypatch, number):
+def test_running_out_of_descriptors_is_not_an_image_error(tmp_path, monkeypatch, number):
     def fail(*args):
         raise OSError(number, os.strerror(number))
 
@@ -361,7 +361,7 @@ def test_damaged_files_give_pixels_or_an_image_error(format):
         loads_or_refuses(data)
 
 
-def test_an_image_beyond_pillows_warning_opens_in_silence():
+def test_an_image_beyond_pillows_warning_opens_without_one():
     data = encode(Image.new("1", (9500, 9500)), "TIFF", compression="group4")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -495,7 +495,7 @@ def assert_pixels_equal(image, settings, processor):
     torch.testing.assert_close(floats, theirs, rtol=0, atol=1e-6)
 
 
-def test_normalize_leaves_the_bytes_as_they_were():
+def test_normalize_does_not_change_its_input():
     pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     before = pixels.clone()
     values = normalize(pixels, BLIP)

@@ -1,4 +1,4 @@
-"""The loss curve draws what metrics.jsonl says, whatever state the file is in."""
+"""The loss curve is drawn from metrics.jsonl, whatever state the file is in."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_a_curve_is_drawn_for_any_number_of_points(tmp_path, records, drawn, abs
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
 
 
-def test_a_last_line_cut_short_changes_nothing(tmp_path):
+def test_a_truncated_last_line_changes_nothing(tmp_path):
     draw_loss_curve(write(tmp_path, WHOLE_RUN), tmp_path / "whole.png")
     draw_loss_curve(write(tmp_path, WHOLE_RUN, '{"event": "tra'), tmp_path / "cut.png")
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "cut.png").read_bytes()
@@ -101,7 +101,7 @@ def test_smoothing_is_a_weighted_mean_of_the_values_so_far():
         assert smoothed == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_title_tells_the_outcome():
+def test_the_title_states_the_outcome():
     def title(*points):
         return loss_curve._title(Series([p[0] for p in points], [p[1] for p in points]))
 

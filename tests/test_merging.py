@@ -1,5 +1,4 @@
-"""The merged export: what transformers' plain classes make of it, and that failures leave nothing.
-"""
+"""The merged export: transformers' plain classes load it, and failures leave nothing behind."""
 
 import json
 import re
@@ -36,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def write_adapter(base: Path, folder: Path, *, std: float = 0.2) -> Path:
-    """An adapter of two ranks and scalings that changes what is said."""
+    """An adapter of two ranks and scalings that changes the captions."""
     captioner = load_captioner(base)
     inject(
         captioner.model, ["attention", "feed_forward"], rank=4, alpha=8, dropout=0.3,
@@ -56,7 +55,7 @@ def adapter(captioner_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def base(captioner_folder, tmp_path) -> Path:
-    """A copy of each family's checkpoint, free to be changed."""
+    """A copy of each family's checkpoint, which tests may change."""
     return shutil.copytree(captioner_folder, tmp_path / "base")
 
 
@@ -141,7 +140,7 @@ def test_the_plain_class_captions_as_we_and_peft_do_with_the_adapter(
             hugging_face_logits(plain, processed, ours),
             hugging_face_logits(pefts, processed, ours), rtol=1e-4, atol=1e-4,
         )
-    # It would be no test if the adapter said nothing, or the same of every image.
+    # The test would be void if the adapter's captions were empty or all equal.
     assert not torch.equal(ours, captions(load_captioner(captioner_folder)))
     assert len({tuple(row) for row in ours.tolist()}) > 1
     assert parity.num_identical == parity.num_images == len(IMAGES)
@@ -269,7 +268,7 @@ def test_links_of_a_download_cache_become_files_that_others_may_read(base, adapt
 
 
 @pytest.mark.parametrize("prompt", ["", "a picture of"])
-def test_the_comparison_says_how_far_logits_and_captions_are_apart(
+def test_the_comparison_measures_differences_of_logits_and_captions(
     captioner_folder, adapter, monkeypatch, prompt
 ):
     monkeypatch.setattr(merging, "BATCH_SIZE", 4)  # the six images take two batches
@@ -306,7 +305,7 @@ def test_the_comparison_says_how_far_logits_and_captions_are_apart(
     ({"gap": 0.21, "num_identical": 3}, False),
     ({"gap": 0.19, "num_identical": 3}, True),  # the two may have changed places by rounding
 ])
-def test_what_is_near_enough(changes, holds):
+def test_which_differences_are_allowed(changes, holds):
     values = {"num_images": 4, "num_identical": 4, "difference": 0.09, "gap": 0.0,
               "allowed": 0.1, "dtype": torch.bfloat16}
     assert Parity(**values | changes).holds == holds
@@ -316,7 +315,7 @@ def assert_nothing_written(folder: Path, *, kept: set[str]) -> None:
     assert {path.name for path in folder.iterdir()} == kept
 
 
-def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_path, monkeypatch):
+def test_a_merged_model_with_different_captions_is_not_kept(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRALinear, "merged_weight", lambda layer: layer.weight)
     with pytest.raises(MergeError) as caught:
         export(base, adapter, tmp_path / "merged")
@@ -326,7 +325,7 @@ def test_a_merged_model_that_says_something_else_is_not_kept(base, adapter, tmp_
     assert_nothing_written(tmp_path, kept={"base"})
 
 
-def test_numbers_too_large_for_the_format_are_not_kept(base, tmp_path):
+def test_values_too_large_for_the_dtype_are_not_kept(base, tmp_path):
     write_one(base, {k: v.half() for k, v in stored(base).items()}, "safetensors")
     adapter = write_adapter(base, tmp_path / "adapter", std=300.0)
     with pytest.raises(MergeError, match="values too large for float16, .* stored in float32"):
@@ -369,7 +368,7 @@ def test_a_disk_that_fills_up_is_an_error_that_the_command_line_knows(
     assert_nothing_written(tmp_path, kept={"base"})
 
 
-def test_what_another_program_wrote_there_meanwhile_stays(base, adapter, tmp_path, monkeypatch):
+def test_files_of_another_program_are_kept(base, adapter, tmp_path, monkeypatch):
     def compared(*arguments, **settings):
         (tmp_path / "merged").mkdir()
         (tmp_path / "merged" / "notes.txt").write_text("dear")
@@ -403,7 +402,7 @@ def test_an_empty_folder_may_be_given_and_a_link_to_one(blip_folder, tmp_path):
     ("base/config.json", "is a file; name a new folder"),
     ("no/such/folder", "create it first"),
 ])
-def test_a_place_where_it_cannot_be_is_refused(blip_folder, tmp_path, out, words):
+def test_an_impossible_output_folder_is_refused(blip_folder, tmp_path, out, words):
     base = shutil.copytree(blip_folder, tmp_path / "base")
     (tmp_path / "link").symlink_to(base)
     (tmp_path / "full").mkdir()
@@ -415,7 +414,7 @@ def test_a_place_where_it_cannot_be_is_refused(blip_folder, tmp_path, out, words
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_too_little_space_is_told_before_anything_is_written(base, adapter, tmp_path, monkeypatch):
+def test_too_little_space_is_an_error_before_writing(base, adapter, tmp_path, monkeypatch):
     size = (base / "model.safetensors").stat().st_size
     asked = []
 

@@ -1,4 +1,4 @@
-"""Scores: the published values, the reference implementation's, and what bad input gets."""
+"""Scores: published values, the reference implementation's values, and errors for bad input."""
 
 import json
 
@@ -61,7 +61,7 @@ def score_captions(captions, references):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_values_are_met(name):
+def test_scores_equal_published_values(name):
     captions, references, expected = PUBLISHED[name]
     scores = References(references, tokenize=str.split).score(captions).corpus
     assert [getattr(scores, name) for name in NAMES] == pytest.approx(expected, abs=1e-6)
@@ -99,7 +99,7 @@ def test_references_serve_many_scorings():
     assert references.score(other).corpus.cider_d > references.score(CAPTIONS).corpus.cider_d
 
 
-def test_what_shows_trouble_early():
+def test_signs_of_degenerate_captions():
     captions = ["a cat on a mat", "a cat on a mat", "cat cat cat cat cat", "A dog."]
     references = [["a cat sits"], ["a cat"], ["the cat"], ["one big dog"]]
     scores = References(references).score(captions, ended=[True, True, False, True]).corpus
@@ -147,7 +147,7 @@ def test_tokens_are_those_of_the_reference_tokenizer(caption, tokens):
 
 
 def test_intervals_are_the_spread_of_scores_over_resampled_images():
-    """Recomputed, for BLEU and ROUGE-L, by scoring each resample anew."""
+    """Recomputed, for BLEU and ROUGE-L, by scoring each resample again."""
     scores = score_captions(CAPTIONS, REFERENCES)
     intervals = bootstrap_intervals(scores, num_resamples=200, seed=3)
     assert intervals == bootstrap_intervals(scores, num_resamples=200, seed=3)
@@ -191,11 +191,11 @@ def test_a_difference_is_taken_on_the_same_resamples():
     (["a"], [[None]], "a reference of image 0 is None, expected a string"),
     ([None], [["a"]], "caption 0 is None, expected a string"),
 ])
-def test_what_cannot_be_scored_is_told(captions, references, message):
+def test_unusable_input_is_an_error(captions, references, message):
     with pytest.raises(ValueError, match=message):
         score_captions(captions, references)
 
 
-def test_there_is_one_end_for_each_caption():
+def test_ended_has_one_value_per_caption():
     with pytest.raises(ValueError, match="received 1 values of `ended` for 2 images"):
         References([["a"], ["b"]]).score(["a", "b"], ended=[True])

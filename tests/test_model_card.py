@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads, code that runs, and no path of this machine."""
+"""The model card: metadata for the Hub, code that runs, and no local paths."""
 
 import html
 import io
@@ -94,7 +94,7 @@ def prompted(finished, tmp_path_factory) -> Finished:
 
 @pytest.fixture
 def changed(finished, tmp_path):
-    """A function that writes the card anew for a copy of the run with other files."""
+    """A function that writes the card for a copy of the run with changed files."""
     shutil.copytree(finished.summary.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
 
@@ -124,7 +124,7 @@ def code(card: str, language: str) -> str:
 
 
 def tables(card: str) -> list[list[list[str]]]:
-    """The rows of every table of a card, as a Markdown library of its own reads them."""
+    """The rows of every table of a card, as an independent Markdown library reads them."""
     rendered = MarkdownIt("commonmark").enable("table").render(card)
     return [
         [
@@ -138,7 +138,7 @@ def tables(card: str) -> list[list[list[str]]]:
 # --- front matter -----------------------------------------------------------------------------
 
 
-def test_the_hubs_own_reader_finds_what_is_known_and_nothing_else(finished, changed):
+def test_the_hubs_own_reader_finds_exactly_the_known_metadata(finished, changed):
     known = {
         "library_name": "peft", "pipeline_tag": "image-to-text",
         "tags": ["lora", "image-captioning"],
@@ -162,7 +162,7 @@ def test_a_license_that_the_hub_would_not_know_is_refused_at_the_start(license):
 # --- nothing of this machine -------------------------------------------------------------------
 
 
-def test_no_path_of_this_machine_is_in_the_card(finished, prompted):
+def test_the_card_contains_no_local_path(finished, prompted):
     for run in (finished, prompted):
         paths = [run.config.model, run.config.train_data_path, run.summary.path, Path.cwd()]
         assert all(SECRET in str(path) for path in (*paths, Path.home()))
@@ -173,7 +173,7 @@ def test_no_path_of_this_machine_is_in_the_card(finished, prompted):
 
 
 def run_snippet(run: Finished, monkeypatch) -> tuple[str, str]:
-    """What the card's Python prints for the first sample, and what the run said of it."""
+    """What the card's Python prints for the first sample, and the run's caption of it."""
     monkeypatch.chdir(run.summary.path / "adapter")
     sample = run.summary.samples[0]
     source = code(run.card, "python")
@@ -266,7 +266,7 @@ def test_every_score_is_there_before_training_and_at_the_adapters_step(changed):
     card = changed(metrics=[
         validation(0, loss=5.0, bleu_4=0.125, cider_d=None),
         {"event": "train", "step": 5, "loss": 4.5},
-        # The best, but saving it failed: the adapter that is there is that of step 10.
+        # The best step, but saving it failed: the saved adapter is that of step 10.
         validation(5, loss=3.75, bleu_4=0.5, cider_d=0.75, rouge_l=0.625),
         validation(10, loss=4.0, bleu_4=0.375, cider_d=1.0, rouge_l=0.25, num_images=9),
         {"event": "train", "step": 12, "loss": 4.5},
@@ -293,7 +293,7 @@ def test_an_adapter_that_training_did_not_improve_says_so(
     assert "this adapter (step 0 of 10, epoch 0)" in card and "| 4.0000 | 4.0000 |" in card
 
 
-def test_the_curve_lies_beside_the_card(finished):
+def test_the_loss_curve_is_beside_the_card(finished):
     run = finished.summary.path
     assert '<img src="loss_curve.png"' in finished.card
     assert (run / "adapter" / "loss_curve.png").read_bytes() == (
@@ -336,7 +336,7 @@ def as_shown(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_caption_is_shown_as_it_stands(changed, finished, text):
+def test_a_caption_is_shown_literally(changed, finished, text):
     samples = json_lines(finished.summary.path / "samples.jsonl")
     card = changed(samples=[line | {"reference": text, "caption": text} for line in samples])
     shown = next(rows for rows in tables(card) if rows[0][0] == "reference")
@@ -348,7 +348,7 @@ def test_a_caption_is_shown_as_it_stands(changed, finished, text):
 @given(st.text(st.characters(codec="utf-8"), min_size=1))
 @example("\\\\|`")
 @example("**a**b_c_")
-def test_any_text_is_shown_as_it_stands(text):
+def test_any_text_is_shown_literally(text):
     """Compared with what a Markdown library makes of it, in a cell and with HTML allowed."""
     rows, = tables(table(["", ""], [["-", escaped(text)]]))
     assert rows[1] == ["-", as_shown(text)]
@@ -360,7 +360,7 @@ def test_half_a_character_does_not_stop_the_card(changed, finished):
     assert "| a ? b |" in card
 
 
-def test_few_samples_are_shown_of_many(changed, finished):
+def test_the_number_of_samples_shown_is_limited(changed, finished):
     line = json_lines(finished.summary.path / "samples.jsonl")[0]
     lines = [line | {"step": step, "image": f"{index}.png"}
              for step in (0, 10) for index in range(50)]

@@ -1,4 +1,4 @@
-"""Images with their references, from our format and from COCO's; and what bad files get."""
+"""Images with their references, from our format and from COCO's; errors for bad files."""
 
 import json
 
@@ -24,7 +24,7 @@ def coco(images=None, annotations=None):
     }
 
 
-def test_an_images_captions_come_together(tmp_path):
+def test_captions_are_grouped_by_image(tmp_path):
     path = write(tmp_path, [
         {"text": "one", "image": "p/a.jpg"}, {"text": "two", "image": "/elsewhere/b.jpg"},
         {"text": "three", "image": "p/../p/a.jpg"},
@@ -35,7 +35,7 @@ def test_an_images_captions_come_together(tmp_path):
     ], [])
 
 
-def test_cocos_captions_follow_their_ids(tmp_path):
+def test_coco_captions_are_matched_by_image_id(tmp_path):
     path = write(tmp_path, coco(
         [{"id": 7, "file_name": "a.jpg"}, {"id": 5, "file_name": "sub/b.jpg"}],
         [{"image_id": 5, "caption": " a cat "}, {"image_id": 7, "caption": "a dog"},
@@ -49,7 +49,7 @@ def test_cocos_captions_follow_their_ids(tmp_path):
     assert elsewhere[1].image == str(tmp_path / "images/sub/b.jpg")
 
 
-def test_rows_that_cannot_be_scored_against_are_left_out_by_line(tmp_path):
+def test_rows_without_words_are_skipped_and_listed_by_line(tmp_path):
     rows = [
         {"text": "one", "image": "a.jpg"}, {"text": "...", "image": "a.jpg"},
         {"text": "", "image": "b.jpg"},
@@ -64,7 +64,7 @@ def test_rows_that_cannot_be_scored_against_are_left_out_by_line(tmp_path):
     ]
 
 
-def test_items_of_a_coco_file_that_cannot_be_used_are_left_out_by_their_place(tmp_path):
+def test_unusable_items_of_a_coco_file_are_skipped_and_listed(tmp_path):
     good = {"image_id": 7, "caption": "a dog"}
     path = write(tmp_path, coco(
         [{"id": 7, "file_name": "a.jpg"}, {"id": 8}, {"id": 7, "file_name": "b.jpg"},
@@ -94,7 +94,7 @@ def test_items_of_a_coco_file_that_cannot_be_used_are_left_out_by_their_place(tm
     ([{"text": "", "image": "a.jpg"}], '1: row 1: "text" is empty'),
     ([{"text": "...", "image": "a.jpg"}], '1: row 1: "text" has no words'),
 ])
-def test_a_file_that_cannot_be_used_is_told_with_its_name(tmp_path, value, message):
+def test_the_error_for_an_unusable_file_names_it(tmp_path, value, message):
     path = write(tmp_path, value)
     with pytest.raises(AnnotationError, match=message) as error:
         read_references(path)

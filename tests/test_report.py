@@ -1,4 +1,4 @@
-"""report.html: what it holds, that nothing in it becomes markup, and what damaged runs get."""
+"""report.html: its content, escaping of all text, and errors for damaged runs."""
 
 import json
 from html.parser import HTMLParser
@@ -59,7 +59,7 @@ def report(*runs: Path, out: Path) -> Page:
     return Page(out)
 
 
-def test_a_report_tells_what_the_run_came_to(tmp_path):
+def test_a_report_shows_the_outcome_of_a_run(tmp_path):
     page = report(write_run(tmp_path / "run"), out=tmp_path / "report.html")
     for words in (
         "The validation loss went from 4.000 to 2.000 nats per token, best at step 10 of 10",
@@ -73,7 +73,7 @@ def test_a_report_tells_what_the_run_came_to(tmp_path):
     assert sum(tag == "polyline" for tag, _ in page.elements) >= 7
 
 
-def test_what_a_data_set_says_never_becomes_markup(tmp_path):
+def test_text_of_a_data_set_never_becomes_markup(tmp_path):
     run = write_run(tmp_path / HOSTILE.replace("/", "_"), caption=HOSTILE, name=HOSTILE)
     page = report(run, out=tmp_path / "report.html")
     assert HOSTILE in page.text
@@ -85,7 +85,7 @@ def test_what_a_data_set_says_never_becomes_markup(tmp_path):
     assert "http" not in (tmp_path / "report.html").read_text().replace("http-equiv", "")
 
 
-def test_several_runs_stand_side_by_side(tmp_path):
+def test_several_runs_are_compared_side_by_side(tmp_path):
     runs = write_run(tmp_path / "one"), write_run(tmp_path / "two", caption="a green ring")
     page = report(*runs, out=tmp_path / "both.html")
     for words in ("2 runs compared", "one", "two", "a red ring"):
@@ -104,7 +104,7 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "The run folder has no config.json" in page.text
 
 
-def test_a_damaged_run_is_told_by_file_and_line(tmp_path):
+def test_the_error_for_a_damaged_run_names_file_and_line(tmp_path):
     run = write_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], "oops", *lines[1:]]) + "\n")
@@ -113,7 +113,7 @@ def test_a_damaged_run_is_told_by_file_and_line(tmp_path):
     assert not (run / "report.html").exists()
 
 
-def test_the_verb_writes_into_the_run_or_where_it_is_told(command, refused, tmp_path):
+def test_the_verb_writes_into_the_run_folder_or_to_out(command, refused, tmp_path):
     run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
     assert command(verbs.run_verb, "report", run)[:2] == (0, f"report  {run / 'report.html'}\n")
     assert command(verbs.run_verb, "report", run, other)[:2] == (0, "report  report.html\n")

@@ -1,4 +1,4 @@
-"""Trackers get what a run writes, and cannot fail, stop or slow it, whatever they do."""
+"""Trackers receive what a run logs, and can neither fail, stop nor slow it."""
 
 import io
 import json
@@ -20,7 +20,7 @@ NAMES = ["tensorboard", "wandb", "trackio"]
 
 
 class Recorder:
-    """Fake packages of all three, whose calls end up in one list; hooks can misbehave."""
+    """Fake packages of all three trackers that record their calls; hooks can misbehave."""
 
     def __init__(self, monkeypatch):
         self.calls: list[tuple] = []
@@ -164,7 +164,7 @@ def test_a_run_without_a_tracker_imports_none(blip_folder, data, tmp_path, monke
     ({"WANDB_MODE": "online", "WANDB_PROJECT": "mine"}, False, None, "mine"),
     ({"WANDB_MODE": "disabled"}, True, None, "lora_engine"),
 ])
-def test_wandb_is_offline_without_a_key_and_its_own_variables_hold(
+def test_wandb_is_offline_without_a_key_and_respects_its_variables(
     tmp_path, fake, monkeypatch, environment, login, mode, project
 ):
     fake.login = login
@@ -210,7 +210,7 @@ def test_a_package_that_breaks_on_import_is_an_error_at_the_start_too(monkeypatc
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("when", ["on_start", "on_log", "on_finish"])
 @pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), SystemExit(1)])
-def test_a_tracker_that_raises_is_turned_off_with_one_line(
+def test_a_tracker_that_raises_is_turned_off_with_one_warning(
     tmp_path, fake, caplog, name, when, error
 ):
     def fail():
@@ -242,7 +242,7 @@ def test_a_tracker_that_failed_is_not_handed_anything_more(tmp_path, fake, caplo
 
 @pytest.mark.parametrize("when", ["on_start", "on_log", "on_finish"])
 def test_a_tracker_that_hangs_is_abandoned(tmp_path, fake, monkeypatch, caplog, when):
-    """More lines than it may be behind: none of them waits, and closing does not for long."""
+    """More events than the queue holds: recording never waits, closing only briefly."""
     monkeypatch.setattr(trackers, "MAX_WAITING", 5)
     monkeypatch.setattr(trackers, "CLOSE_S", 0.05)
     hangs, goes_on = threading.Event(), threading.Event()
@@ -290,7 +290,7 @@ def test_a_run_whose_tracker_hangs_ends_as_without_it(
     assert with_it.losses == without.losses
 
 
-def test_the_extras_are_what_the_message_says():
+def test_the_message_names_the_packages_of_the_extras():
     from configparser import ConfigParser
 
     setup = ConfigParser()

@@ -198,7 +198,7 @@ def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
     assert summary.best_step == 2
     assert read_adapter(summary.path / "adapter").provenance["step"] == "2"
     assert "best CIDEr-D 0.9000 at step 2 of 4; before training it was 0.5000" in str(summary)
-    assert f"validation loss {summary.losses[2]:.4f} there" in str(summary)
+    assert f"validation loss {summary.losses[2]:.4f} at that step" in str(summary)
 
 
 def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(

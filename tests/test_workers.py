@@ -1,4 +1,4 @@
-"""Loading processes that find no shared memory, or die, end in words that tell what to do."""
+"""Workers that find no shared memory, or die, lead to errors with advice."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ def test_where_shared_memory_is_large_enough_the_disk_is_blamed(monkeypatch):
         list(load(act, batch_size=2, num_workers=1, timeout_s=0.5, batch_bytes=1000))
 
 
-def test_a_bus_error_is_told_even_if_the_memory_is_free_again(monkeypatch):
+def test_a_bus_error_is_reported_even_if_the_memory_is_free_again(monkeypatch):
     monkeypatch.setattr(workers, "_POLL_S", 0.2)
     act = Numbers(lambda: os.kill(os.getpid(), signal.SIGBUS))
     with pytest.raises(LoadingStopped, match="/dev/shm was full. Start the container with --ipc"):
@@ -109,7 +109,7 @@ def test_a_shortage_is_known_before_the_first_batch(
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError(
     "received 0 items of ancdata"
 )], ids=repr)
-def test_too_many_open_files_are_told_with_what_helps(error, num_workers):
+def test_the_error_for_too_many_open_files_has_advice(error, num_workers):
     def fail():
         raise error
 
@@ -119,7 +119,7 @@ def test_too_many_open_files_are_told_with_what_helps(error, num_workers):
         list(load(numbers, batch_size=2, num_workers=num_workers))
 
 
-def test_an_error_of_what_is_loaded_stays_what_it_is():
+def test_an_error_of_the_data_is_raised_unchanged():
     def fail():
         raise KeyError("a bug")
 
@@ -127,7 +127,7 @@ def test_an_error_of_what_is_loaded_stays_what_it_is():
         list(load(Numbers(fail), batch_size=2, num_workers=1))
 
 
-def test_a_timer_and_its_handler_are_as_before():
+def test_a_timer_and_its_handler_are_restored():
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     try:
         assert len(list(load(Numbers(), batch_size=2, num_workers=0, timeout_s=60))) == 10
@@ -137,8 +137,8 @@ def test_a_timer_and_its_handler_are_as_before():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_loader_that_cannot_be_closed_is_left_behind(monkeypatch):
-    """As where a thread waits for the rest of a batch whose sender was killed."""
+def test_a_loader_that_cannot_be_closed_is_abandoned(monkeypatch):
+    """As when a thread waits for the rest of a batch whose sender was killed."""
     monkeypatch.setattr(workers, "_CLOSE_S", 0.05)
     cancelled = []
     workers._close(SimpleNamespace(
