@@ -9,6 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from lora_engine.config import TrainingConfig
+from lora_engine.data.annotations import usable_rows
+from lora_engine.data.rows import Row
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 PLACES = ("", " above the sea", " on a table with small white flower at night", " in the city")
@@ -68,3 +70,8 @@ def settings(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
 
 def json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_annotations(path: str | Path) -> list[Row]:
+    """The rows of a file in which every row must be usable."""
+    return usable_rows(path, max_bad_share=0.0)[0]

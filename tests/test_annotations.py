@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from pictures import read_annotations
 
-from lora_engine.data.annotations import places_of, read_annotations, usable_rows
+from lora_engine.data.annotations import places_of, usable_rows
 from lora_engine.data.rows import AnnotationError, Row
 
 
@@ -164,11 +165,11 @@ def test_many_rows_take_little_memory(tmp_path):
     path = write(tmp_path, json.dumps(rows))
     program = (
         "import sys\n"
-        "from lora_engine.data.annotations import read_annotations\n"
+        "from lora_engine.data.annotations import usable_rows\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "used = lambda: int(status().split('VmHWM:')[1].split()[0])\n"
         "before = used()\n"
-        "rows = read_annotations(sys.argv[1])\n"
+        "rows, _ = usable_rows(sys.argv[1], max_bad_share=0.0)\n"
         "print(len(rows), (used() - before) // 1024)"
     )
     done = subprocess.run(

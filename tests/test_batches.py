@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import write_pictures
+from pictures import read_annotations, write_pictures
 
-from lora_engine.data.annotations import read_annotations
 from lora_engine.data.batches import (
     MAX_SUBSTITUTES,
     CaptionedImages,

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from command_lines import plain
 from huggingface_hub.errors import LocalEntryNotFoundError
-from pictures import json_lines, write_pictures
+from pictures import json_lines, read_annotations, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
@@ -28,7 +28,6 @@ from lora_engine.commands.merge import MergeConfig
 from lora_engine.commands.report import ReportConfig
 from lora_engine.commands.validate import ValidateConfig
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import read_annotations
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as training

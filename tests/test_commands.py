@@ -11,7 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from pictures import json_lines, png_header, settings, write_pictures
+from pictures import json_lines, png_header, read_annotations, settings, write_pictures
 
 import lora_engine
 from lora_engine import __main__ as verbs
@@ -22,7 +22,6 @@ from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
 from lora_engine.data import batches, image_identity
-from lora_engine.data.annotations import read_annotations
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
 from lora_engine.features import encoder, placement

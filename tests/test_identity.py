@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import settings, write_pictures
+from pictures import read_annotations, settings, write_pictures
 from PIL import Image
 
 from lora_engine import __main__ as verbs
 from lora_engine.config import TrainingConfig
 from lora_engine.data import seen_images
-from lora_engine.data.annotations import read_annotations
 from lora_engine.data.seen_images import (
     DIGESTS_FILE,
     find_change,

@@ -1046,7 +1046,8 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
 
 
 def _lengths(model, data):
-    from lora_engine.data.annotations import read_annotations
+    from pictures import read_annotations
+
     from lora_engine.models.pretrained import load_captioner
 
     config = TrainingConfig(model=str(model))

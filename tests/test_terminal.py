@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import settings, write_pictures
+from pictures import read_annotations, settings, write_pictures
 
 from lora_engine import __main__ as verbs
 from lora_engine.captioning.captioner import Caption
-from lora_engine.data.annotations import read_annotations
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, one_line, printable
 from lora_engine.training import run as run_module

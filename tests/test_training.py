@@ -14,13 +14,12 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from pictures import json_lines, png_header, settings, write_pictures
+from pictures import json_lines, png_header, read_annotations, settings, write_pictures
 from PIL import Image
 from torch import Tensor
 
 from lora_engine.captioning.captioner import caption_features
 from lora_engine.captioning.metrics import Scores
-from lora_engine.data.annotations import read_annotations
 from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.images import open_image

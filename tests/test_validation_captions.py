@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pictures import json_lines, settings, write_pictures
+from pictures import json_lines, read_annotations, settings, write_pictures
 
 from lora_engine.captioning.metrics import References
-from lora_engine.data.annotations import read_annotations
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report.run_record import read_run
 from lora_engine.training import run as run_module

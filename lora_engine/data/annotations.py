@@ -21,11 +21,6 @@ from lora_engine.data.rows import (
 )
 
 
-def read_annotations(path: str | Path) -> list[Row]:
-    """The rows of a file in which every row must be usable. Raises as `usable_rows` does."""
-    return usable_rows(path, max_bad_share=0.0)[0]
-
-
 def usable_rows(path: str | Path, *, max_bad_share: float) -> tuple[list[Row], list[BadRow]]:
     """Read a file -> (usable rows in the file's order, unusable rows).
 
