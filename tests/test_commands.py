@@ -17,7 +17,7 @@ import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
-from lora_engine.captioning.captioner import Caption, caption_features, caption_images
+from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
@@ -26,7 +26,6 @@ from lora_engine.data.annotations import read_annotations
 from lora_engine.data.images import open_image, to_pixels
 from lora_engine.features import encoder, placement
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.features.source import open_features
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
@@ -689,28 +688,10 @@ def test_a_cache_folder_that_cannot_be_used_is_refused_if_asked_for(
     assert (status, err) == (0, "") and out.count("\n") == 16
 
 
-def test_a_caption_does_not_depend_on_the_other_images(
-    data, blip_folder, cache_dir, tmp_path
-):
-    """The features of an image are the same to the bit, whichever images come with it."""
-    captioner = load_captioner(blip_folder)
-    images = images_of(data, 7)
-
-    def features_of(*images):
-        seen = []
-        with pytest.MonkeyPatch.context() as patch, open_features(
-            captioner, device=torch.device("cpu"), dtype=torch.float32, num_images=len(images),
-            cache="off", cache_dir=None, cache_dtype=None, cache_limit_bytes=0, used_once=True,
-        ) as features:
-            patch.setattr(
-                "lora_engine.captioning.captioner.caption_features",
-                lambda captioner, features, **_: seen.extend(features) or len(features) * [None],
-            )
-            list(caption_images([captioner], images, features=features, batch_size=3))
-        return seen
-
-    together = features_of(*images)
-    assert len(together) == 7
-    for image, expected in zip(images, together):
-        alone, = features_of(image)
-        assert torch.equal(alone, expected)
+def test_a_caption_does_not_depend_on_the_other_images(command, data, blip_folder, encoded):
+    """Every encoder batch has the same size: with another the last bits could differ."""
+    given = "caption", "--model", blip_folder, "--cache", "off"
+    images = images_of(data, 6)
+    _, together, _ = command(verbs.run_verb, *given, *images, "--batch_size", "4")
+    assert together == "".join(command(verbs.run_verb, *given, image)[1] for image in images)
+    assert len(set(encoded)) == 1 and len(encoded) == 2 + len(images)
