@@ -1201,11 +1201,11 @@ def test_cache_disk_with_an_unusable_folder_is_an_error(
     arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     assert cli.run(blip_cc3m.main) == cli.USAGE_ERROR
-    told = capsys.readouterr()
-    warning, error = told.err.splitlines()
+    out, err = capsys.readouterr()
+    warning, error = err.splitlines()
     assert "2 of 5 validation images are trained on, too" in warning
     assert error.startswith(f"error: --cache disk: {no_cache_dir}: features cannot be kept here")
-    assert "Choose another cache folder" in error and told.out == ""
+    assert "Choose another cache folder" in error and out == ""
     assert not (tmp_path / "run").exists()
 
 
