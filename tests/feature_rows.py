@@ -1,9 +1,9 @@
-"""Rows of features whose content follows from their digest, and a process that writes them.
+"""Rows of features whose content is a function of their digest, and a process that writes them.
 
     python feature_rows.py CACHE_DIR BEGIN END [MOMENT COUNT]
 
-offers the rows BEGIN to END and says how many after each; at the COUNT-th MOMENT, a key of MOMENTS,
-it kills itself as `kill -9` would.
+offers the rows BEGIN to END and prints the number of each; at the COUNT-th MOMENT, a key of
+MOMENTS, it kills itself as `kill -9` would.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 from lora_engine.features import store as feature_store
 from lora_engine.features.store import FeatureStore
 
-ROW_BYTES = 5000  # no multiple of a page: two rows share one
+ROW_BYTES = 5000  # not a multiple of a page, so that rows share pages
 
 
 def digest_of(number: int) -> bytes:
@@ -55,20 +55,22 @@ def write(store: FeatureStore, numbers: Iterable[int]) -> None:
 
 
 def offer_at_once(store: FeatureStore, numbers: Iterable[int]) -> None:
-    """Offer rows so that the writer gets them together, not the first alone."""
+    """Offer rows so that the writer gets all of them together."""
     with store._changed:
         store._queue.update({digest_of(number): row_of(number) for number in numbers})
         store._changed.notify()
 
 
 def found(store: FeatureStore, numbers: Iterable[int]) -> list[int]:
-    """Those of the rows that the store has; their content must be right."""
+    """The rows that the store has; their content must be right."""
     held = []
     for number in numbers:
         content = np.zeros(ROW_BYTES, dtype=np.uint8)
-        is_there = bool(store.find([digest_of(number)])[0] >= 0)
-        assert store.read(digest_of(number), content) == is_there
-        if is_there:
+        was_there = store.find([digest_of(number)])[0] >= 0
+        is_read = store.read(digest_of(number), content)
+        # Another process may add the row in the meantime.
+        assert was_there <= is_read <= (store.find([digest_of(number)])[0] >= 0)
+        if is_read:
             assert np.array_equal(content, row_of(number)), number
             held.append(number)
     return held
@@ -90,7 +92,7 @@ def _synced(file: int) -> None:
 
 _PWRITE, _FDATASYNC = os.pwrite, os.fdatasync
 
-# name: a function of os and what takes its place, or the beginning of a statement of the writer
+# name: a function of os and its replacement, or the beginning of one of the writer's statements
 MOMENTS: dict[str, tuple[str, Callable] | str] = {
     "while reserving": "UPDATE counter",
     "reserved, nothing written": ("pwrite", _die),
@@ -98,7 +100,7 @@ MOMENTS: dict[str, tuple[str, Callable] | str] = {
     "rows written, not on the disk": ("fdatasync", _die),
     "rows on the disk, no entry": ("fdatasync", _synced),
     "while making entries": "INSERT INTO rows",
-    "before the entries count": "COMMIT",
+    "before the entries are committed": "COMMIT",
 }
 
 
@@ -126,7 +128,7 @@ def _die_at(store: FeatureStore, moment: str, count: int) -> None:
 
 @contextmanager
 def writing(cache_dir: Path, begin: int, end: int, *moment: object) -> Iterator:
-    """A process that writes these rows, as a Popen with a stdout of lines."""
+    """A process that writes these rows and prints their numbers, as a Popen."""
     command = [sys.executable, __file__, str(cache_dir), str(begin), str(end), *map(str, moment)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:

@@ -142,14 +142,14 @@ def test_ours_encodes_each_image_once_in_the_first_epoch_and_none_later(case):
     trainer = case.ours()
     assert trainer.first_epoch(0) > 0
     source = trainer.source
-    assert source.num_encoded == 3
+    assert source.encoder.num_encoded == 3
     assert trainer.later_epoch(1) > 0 and trainer.later_epoch(2) > 0
-    assert trainer.source is source and source.num_encoded == 3
+    assert trainer.source is source and source.encoder.num_encoded == 3
     assert trainer.num_steps == 9
 
     other = case.ours()
     other.encode()
-    assert other.source.num_encoded == 3 and other.num_steps == 0
+    assert other.source.encoder.num_encoded == 3 and other.num_steps == 0
 
 
 def test_an_epoch_of_ours_lands_where_a_peer_does(case):

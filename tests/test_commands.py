@@ -1,4 +1,4 @@
-"""python -m lora_engine VERB: what each does, and what bad input gets."""
+"""python -m lora_engine VERB: what each command does, and how it answers bad input."""
 
 import io
 import json
@@ -17,7 +17,7 @@ import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
-from lora_engine.captioning.captioner import Caption, caption_features, caption_images
+from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
@@ -26,7 +26,6 @@ from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
 from lora_engine.features import encoder, placement
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.features.source import open_features
 from lora_engine.lora.adapter import save_adapter
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
@@ -50,7 +49,7 @@ def warnings() -> Iterator[list[str]]:
 
 
 def adapter_folder(model: Path, folder: Path, *, prompt="") -> Path:
-    """An adapter with weights that change every caption."""
+    """An adapter whose weights change every caption."""
     captioner = load_captioner(model)
     inject(captioner.model, ["attention"], rank=2)
     torch.manual_seed(1)
@@ -103,7 +102,7 @@ def test_files_and_folders_are_captioned_in_order_on_stdout_and_in_a_file(
     assert sorted(p.name for p in command.work.iterdir()) == ["captions.jsonl"]
 
 
-def test_a_model_without_adapter_captions_and_beams_and_lengths_count(
+def test_a_model_without_adapter_captions_with_beams_and_lengths(
     command, data, blip_folder
 ):
     image = read_annotations(data / "train.json")[0].image
@@ -143,7 +142,7 @@ def test_a_caption_of_several_lines_is_printed_on_one(command, data, blip_folder
 
 @pytest.mark.parametrize("verb", [["caption", "image.png"], ["merge", "--out", "merged"]])
 @pytest.mark.parametrize("name", ["owner/base", "base", "./base"])
-def test_an_adapters_base_is_never_taken_from_the_current_folder_unasked(
+def test_an_adapters_base_is_not_taken_from_the_current_folder(
     refused, data, blip_folder, blip_adapter, tmp_path, verb, name
 ):
     adapter = shutil.copytree(blip_adapter, tmp_path / "adapter")
@@ -200,7 +199,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_captioned(
     (["caption", "--model", "m"], ["no images to caption"]),
     (["caption", "."], [".: no images in this folder"]),
 ])
-def test_a_bad_caption_command_is_told_so(refused, args, words):
+def test_a_bad_caption_command_is_an_error(refused, args, words):
     refused(verbs.run_verb, *args, words=words)
 
 
@@ -211,7 +210,7 @@ def test_a_bad_caption_command_is_told_so(refused, args, words):
     (["--model", "BLIP", "--out", "no/such/x.jsonl"], ["--out no/such/x.jsonl", "no folder"]),
     (["--model", "BLIP", "--out", "."], ["--out . is not a regular file"]),
 ])
-def test_a_caption_command_that_lacks_something_is_told_so(
+def test_a_caption_command_without_a_model_or_folder_is_an_error(
     refused, data, blip_folder, args, words
 ):
     image = read_annotations(data / "train.json")[0].image
@@ -273,7 +272,7 @@ def test_help_lists_the_verbs_and_no_verb_is_an_error(command):
         assert "caption" in out and "merge" in out and "VERB --help" in out
 
 
-# --- where captions go, and from where images come ------------------------------------------
+# --- input images and output files ----------------------------------------------------------
 
 
 def images_of(data: Path, count: int) -> list[str]:
@@ -294,8 +293,8 @@ def test_images_come_from_patterns_and_from_a_list_on_stdin(
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
-def test_what_a_file_holds_already_is_not_captioned_again(command, data, blip_folder, name):
-    """Nor is a line lost or doubled where the last one was cut short."""
+def test_images_in_the_output_file_are_not_captioned_again(command, data, blip_folder, name):
+    """No line is lost or repeated if the last one is incomplete."""
     images = images_of(data, 4)
     given = ["caption", "--model", blip_folder, "--out", name]
     assert command(verbs.run_verb, *given, *images)[0] == 0
@@ -313,7 +312,7 @@ def test_what_a_file_holds_already_is_not_captioned_again(command, data, blip_fo
     assert Path(name).read_bytes() == b"".join(kept[: 1 + name.endswith("csv")])
 
 
-def test_a_file_of_something_else_is_refused_and_kept(refused, data, blip_folder, tmp_path):
+def test_an_output_file_with_other_content_is_refused(refused, data, blip_folder, tmp_path):
     for name in ("notes.jsonl", "notes.csv"):
         notes = tmp_path / name
         notes.write_text("my notes\nof today\n")
@@ -339,7 +338,7 @@ def test_a_failure_before_the_first_caption_changes_no_file(refused, data, tmp_p
     )
 
 
-def test_captions_lie_beside_their_images(command, refused, data, blip_folder, tmp_path):
+def test_captions_are_written_next_to_their_images(command, refused, data, blip_folder, tmp_path):
     for image in images_of(data, 2):
         shutil.copy(image, tmp_path)
     images = sorted(tmp_path.glob("*.png"))
@@ -348,8 +347,8 @@ def test_captions_lie_beside_their_images(command, refused, data, blip_folder, t
     status, out, _ = command(verbs.run_verb, *given)
     assert status == 0 and out.count("\n") == 1
     assert images[0].with_suffix(".txt").read_text() == "mine\n"
-    said = images[1].with_suffix(".txt").read_text()
-    assert " ".join(said.split()) == caption_by_hand(blip_folder, images[1])
+    caption = images[1].with_suffix(".txt").read_text()
+    assert " ".join(caption.split()) == caption_by_hand(blip_folder, images[1])
     command(verbs.run_verb, *given, "--overwrite")
     assert images[0].with_suffix(".txt").read_text() != "mine\n"
     shutil.copy(images[0], images[0].with_suffix(".jpg"))
@@ -378,20 +377,20 @@ def test_several_adapters_caption_side_by_side(command, data, blip_folder, tmp_p
     ]
 
 
-def test_drawn_words_depend_on_the_seed_and_the_image_alone(command, data, blip_folder):
+def test_sampled_captions_depend_only_on_the_seed_and_the_image(command, data, blip_folder):
     images = images_of(data, 4)
     given = ["caption", "--model", blip_folder, "--temperature", "1.5", "--top_p", "0.9"]
 
-    def drawn(*more):
+    def sampled(*more):
         return command(verbs.run_verb, *given, *more)[1].splitlines()
 
-    first = drawn(*images, "--seed", "3")
-    assert first == drawn(*images, "--seed", "3", "--batch_size", "3")
-    assert first != drawn(*images, "--seed", "4")
-    drawn(*images, "--seed", "3", "--out", "captions.jsonl")
+    first = sampled(*images, "--seed", "3")
+    assert first == sampled(*images, "--seed", "3", "--batch_size", "3")
+    assert first != sampled(*images, "--seed", "4")
+    sampled(*images, "--seed", "3", "--out", "captions.jsonl")
     lines = Path("captions.jsonl").read_text().splitlines(keepends=True)
     Path("captions.jsonl").write_text("".join(lines[:2]))
-    assert drawn(*images, "--seed", "3", "--out", "captions.jsonl") == first[2:]
+    assert sampled(*images, "--seed", "3", "--out", "captions.jsonl") == first[2:]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -404,7 +403,7 @@ def test_drawn_words_depend_on_the_seed_and_the_image_alone(command, data, blip_
     (["--device", "tpu"], ["--device 'tpu'"]),
     (["--txt", "--adapter", "a", "--adapter", "b"], ["several --adapter"]),
 ])
-def test_settings_that_do_not_fit_together_are_told(refused, args, words):
+def test_settings_that_do_not_go_together_are_an_error(refused, args, words):
     refused(verbs.run_verb, "caption", "--model", "m", "x.png", *args, words=words)
 
 
@@ -422,9 +421,9 @@ def test_base_and_adapter_are_scored_side_by_side(command, data, blip_folder, tm
     lines = json_lines(Path("each.jsonl"))
     assert [(x["image"], x["references"]) for x in lines] == [(r.image, [r.text]) for r in rows]
     for name, given in (("base", None), ("adapter", adapter)):
-        said = [line[name]["caption"] for line in lines]
-        assert " ".join(said[3].split()) == caption_by_hand(blip_folder, rows[3].image, given)
-        scores = References([line["references"] for line in lines]).score(said)
+        captions = [line[name]["caption"] for line in lines]
+        assert " ".join(captions[3].split()) == caption_by_hand(blip_folder, rows[3].image, given)
+        scores = References([line["references"] for line in lines]).score(captions)
         assert [line[name]["cider_d"] for line in lines] == scores.cider_d.tolist()
         assert f"{scores.corpus.bleu_1:.3f} [" in out
     assert "12 images of" in out and "12 references" in out and "greedy" in out
@@ -482,7 +481,7 @@ def test_rows_without_a_caption_to_score_against_are_named_and_listed(command, d
     ]
 
 
-def test_java_scores_say_what_they_need(refused, data, blip_folder, monkeypatch):
+def test_java_scores_name_what_they_need(refused, data, blip_folder, monkeypatch):
     given = ["evaluate", "--model", blip_folder, "--data", data / "val.json", "--meteor_spice"]
     monkeypatch.setattr(java_metrics, "find_spec", lambda name: None)
     refused(verbs.run_verb, *given, words=["need the package pycocoevalcap", "lora_engine[coco]"])
@@ -518,7 +517,7 @@ def test_a_java_program_that_fails_costs_a_warning(
     (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
 ])
-def test_a_bad_evaluate_command_is_told_so(refused, data, blip_folder, args, words):
+def test_a_bad_evaluate_command_is_an_error(refused, data, blip_folder, args, words):
     args = [str(data / "val.json") if arg == "VAL" else arg for arg in args]
     refused(verbs.run_verb, "evaluate", "--model", blip_folder, *args, words=words)
 
@@ -538,9 +537,9 @@ def test_a_merged_folder_captions_as_the_adapter_does(
     assert [path.name for path in command.work.iterdir()] == ["merged"]
     images = [row.image for row in read_annotations(data / "train.json")][:3]
     _, expected, _ = command(verbs.run_verb, "caption", "--adapter", adapter, *images)
-    _, told, _ = command(verbs.run_verb, "caption", "--model", "merged", *images)
-    assert told == expected
-    assert told != command(verbs.run_verb, "caption", "--model", captioner_folder, *images)[1]
+    _, merged, _ = command(verbs.run_verb, "caption", "--model", "merged", *images)
+    assert merged == expected
+    assert merged != command(verbs.run_verb, "caption", "--model", captioner_folder, *images)[1]
 
 
 def test_a_merged_folder_is_compared_on_the_images_and_the_prompt_given(
@@ -593,7 +592,7 @@ def test_another_base_is_refused_and_can_be_forced(
      ["does not fit this model", "lora_A is (2, 64), expected (2, 32)"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--forse"], ["did you mean --force"]),
 ])
-def test_a_bad_merge_command_is_told_so(
+def test_a_bad_merge_command_is_an_error(
     refused, blip_adapter, blip_folder, vit_gpt2_folder, tmp_path, args, words
 ):
     places = {"ADAPTER": blip_adapter, "BLIP": blip_folder, "VIT_GPT2": vit_gpt2_folder,
@@ -689,28 +688,10 @@ def test_a_cache_folder_that_cannot_be_used_is_refused_if_asked_for(
     assert (status, err) == (0, "") and out.count("\n") == 16
 
 
-def test_a_caption_does_not_depend_on_the_other_images(
-    data, blip_folder, cache_dir, tmp_path
-):
-    """The features of an image are the same to the bit, whichever images come with it."""
-    captioner = load_captioner(blip_folder)
-    images = images_of(data, 7)
-
-    def features_of(*images):
-        seen = []
-        with pytest.MonkeyPatch.context() as patch, open_features(
-            captioner, device=torch.device("cpu"), dtype=torch.float32, num_images=len(images),
-            cache="off", cache_dir=None, cache_dtype=None, cache_limit_bytes=0, used_once=True,
-        ) as features:
-            patch.setattr(
-                "lora_engine.captioning.captioner.caption_features",
-                lambda captioner, features, **_: seen.extend(features) or len(features) * [None],
-            )
-            list(caption_images([captioner], images, features=features, batch_size=3))
-        return seen
-
-    together = features_of(*images)
-    assert len(together) == 7
-    for image, expected in zip(images, together):
-        alone, = features_of(image)
-        assert torch.equal(alone, expected)
+def test_a_caption_does_not_depend_on_the_other_images(command, data, blip_folder, encoded):
+    """Every encoder batch has the same size: with another the last bits could differ."""
+    given = "caption", "--model", blip_folder, "--cache", "off"
+    images = images_of(data, 6)
+    _, together, _ = command(verbs.run_verb, *given, *images, "--batch_size", "4")
+    assert together == "".join(command(verbs.run_verb, *given, image)[1] for image in images)
+    assert len(set(encoded)) == 1 and len(encoded) == 2 + len(images)

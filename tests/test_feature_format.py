@@ -1,4 +1,4 @@
-"""Features survive their way into a row of bytes and back, as exactly as the number format says."""
+"""Features survive the round trip through a row, as exactly as the number format allows."""
 
 import itertools
 
@@ -8,19 +8,19 @@ import torch
 
 from lora_engine.features.format import FeatureFormat
 
-SHAPES = [(1, 1), (5, 7), (3, 4), (17, 64), (31, 33)]  # tokens and width, odd ones among them
+SHAPES = [(1, 1), (5, 7), (3, 4), (17, 64), (31, 33)]  # tokens and width, some of them odd
 DTYPES = ["fp32", "bf16", "int8"]
 EVERY = list(itertools.product(SHAPES, DTYPES))
 INPUTS = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def noise(num_images, num_tokens, width, *, dtype=torch.float32):
-    """Features whose channels differ in size by four orders of magnitude."""
+    """Features whose channels differ by four orders of magnitude."""
     sizes = torch.logspace(-2, 2, width) if width > 1 else torch.ones(1)
     return (torch.randn(num_images, num_tokens, width) * sizes).to(dtype)
 
 
-def there_and_back(features, dtype, *, out=torch.float32):
+def round_trip(features, dtype, *, out=torch.float32):
     format = FeatureFormat(*features.shape[1:], dtype)
     return format.unpack(format.pack(features), out)
 
@@ -46,16 +46,16 @@ def test_fp32_comes_back_bit_for_bit(shape):
     special = torch.tensor([0.0, -0.0, 1e-45, -3.4e38, torch.inf, -torch.inf, torch.nan])
     count = min(7, features[0].numel())
     features[0].view(-1)[:count] = special[:count]
-    assert same_bits(there_and_back(features, "fp32"), features)
+    assert same_bits(round_trip(features, "fp32"), features)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", INPUTS)
 def test_bf16_is_torchs_rounding(shape, dtype):
     features = noise(4, *shape, dtype=dtype)
-    back = there_and_back(features, "bf16", out=torch.bfloat16)
+    back = round_trip(features, "bf16", out=torch.bfloat16)
     assert same_bits(back, features.bfloat16())
-    assert same_bits(there_and_back(features, "bf16"), features.bfloat16().float())
+    assert same_bits(round_trip(features, "bf16"), features.bfloat16().float())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,12 +64,12 @@ def test_int8_is_within_half_a_step_of_its_images_channel(shape, dtype):
     """The step is the largest magnitude over 127; fp32 itself rounds its quotient and product."""
     features = noise(4, *shape, dtype=dtype)
     exact = features.double().numpy()
-    back = there_and_back(features, "int8").double().numpy()
+    back = round_trip(features, "int8").double().numpy()
     steps = np.abs(exact).max(axis=1, keepdims=True) / 127  # (B, 1, D)
     assert (np.abs(back - exact) <= steps * (0.5 + 127 * 4 * 2.0**-24)).all()
     integers = back / steps
     assert np.abs(integers - integers.round()).max() < 1e-3
-    assert (np.abs(integers).max(axis=1).round() == 127).all()  # all of the range is used
+    assert (np.abs(integers).max(axis=1).round() == 127).all()  # the whole range is used
     if shape[0] > 10:
         assert np.abs(back - exact).max() > 0.45 * steps.min()
 
@@ -78,33 +78,33 @@ def test_int8_is_within_half_a_step_of_its_images_channel(shape, dtype):
 def test_int8_at_any_magnitude(magnitude):
     features = torch.linspace(-1, 1, 21).reshape(1, 7, 3) * magnitude
     steps = features.abs().amax(dim=1) / 127
-    assert ((there_and_back(features, "int8") - features).abs() <= 0.501 * steps[:, None]).all()
+    assert ((round_trip(features, "int8") - features).abs() <= 0.501 * steps[:, None]).all()
 
 
 def test_a_channel_of_zeros_is_zeros_and_touches_no_other():
     features = noise(2, 5, 7)
     features[0, :, 3] = 0
-    back = there_and_back(features, "int8")
+    back = round_trip(features, "int8")
     assert not back[0, :, 3].any() and back.isfinite().all()
     others = [channel for channel in range(7) if channel != 3]
-    assert torch.equal(back[..., others], there_and_back(features[..., others], "int8"))
+    assert torch.equal(back[..., others], round_trip(features[..., others], "int8"))
     assert back[1, :, 3].any()
-    assert not there_and_back(torch.zeros(1, 5, 7), "int8").any()
+    assert not round_trip(torch.zeros(1, 5, 7), "int8").any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_so(dtype, value):
-    """It must reach the loss, where the run notices it."""
+def test_values_that_are_not_finite_stay_so(dtype, value):
+    """They must reach the loss, where the run detects them."""
     features = noise(1, 5, 7)
     features[0, 2, 3] = value
-    back = there_and_back(features, dtype)
+    back = round_trip(features, dtype)
     assert not back[0, 2, 3].isfinite()
-    assert torch.equal(back[..., :3], there_and_back(features[..., :3], dtype))
+    assert torch.equal(back[..., :3], round_trip(features[..., :3], dtype))
 
 
 @pytest.mark.parametrize("shape, dtype", EVERY)
-def test_an_images_row_does_not_depend_on_those_beside_it(shape, dtype):
+def test_the_row_of_an_image_does_not_depend_on_other_images(shape, dtype):
     features = noise(4, *shape)
     format = FeatureFormat(*shape, dtype)
     rows = format.pack(features)

@@ -33,7 +33,7 @@ def features_size(store):
 
 @pytest.fixture
 def stuck_disk(monkeypatch):
-    """A disk that takes nothing until it is released."""
+    """A disk on which writes block until it is released."""
     disk, pwrite = SimpleNamespace(reached=threading.Event(), released=threading.Event()), os.pwrite
 
     def wait(*arguments):
@@ -57,7 +57,7 @@ def test_rows_come_back_as_they_were_offered(tmp_path):
         assert store.stopped_because is None
 
 
-def test_closing_writes_what_waits_and_the_next_opening_sees_it(tmp_path):
+def test_closing_writes_the_queue_for_the_next_store(tmp_path):
     for begin, end in [(0, 10), (10, 15)]:
         with open_store(tmp_path) as store:
             assert found(store, range(20)) == list(range(begin))
@@ -66,10 +66,10 @@ def test_closing_writes_what_waits_and_the_next_opening_sees_it(tmp_path):
         assert not store.offer(digest_of(90), row_of(90))
     with open_store(tmp_path) as store:
         assert found(store, range(20)) == list(range(15))
-        assert features_size(store) == 15 * ROW_BYTES  # none is written twice
+        assert features_size(store) == 15 * ROW_BYTES  # no row is written twice
 
 
-def test_a_row_that_waits_for_the_disk_can_be_read_already(tmp_path, stuck_disk):
+def test_a_queued_row_can_be_read(tmp_path, stuck_disk):
     with open_store(tmp_path) as store:
         row = row_of(1)
         assert store.offer(digest_of(1), row)
@@ -81,19 +81,19 @@ def test_a_row_that_waits_for_the_disk_can_be_read_already(tmp_path, stuck_disk)
         assert found(store, [1]) == [1]
 
 
-def test_a_full_queue_drops_rows_and_takes_them_later(tmp_path, stuck_disk, monkeypatch):
+def test_a_full_queue_drops_rows_and_accepts_them_later(tmp_path, stuck_disk, monkeypatch):
     monkeypatch.setattr(feature_store, "QUEUE_BYTES", 3 * ROW_BYTES)
     with open_store(tmp_path) as store:
         assert [store.offer(digest_of(n), row_of(n)) for n in (0, 1, 1, 0, 2)] == [True] * 5
         assert not store.offer(digest_of(3), row_of(3))
-        assert store.offer(digest_of(2), row_of(2))  # waits already
+        assert store.offer(digest_of(2), row_of(2))  # already in the queue
         stuck_disk.released.set()
         wait_until(lambda: store.pending(digest_of(2)) is None)
         write(store, [3])
         assert found(store, range(5)) == [0, 1, 2, 3]
 
 
-def test_a_queue_smaller_than_a_row_takes_one(tmp_path, stuck_disk, monkeypatch):
+def test_a_queue_smaller_than_a_row_accepts_one(tmp_path, stuck_disk, monkeypatch):
     monkeypatch.setattr(feature_store, "QUEUE_BYTES", 1)
     monkeypatch.setattr(feature_store, "WRITE_BYTES", 1)
     with open_store(tmp_path) as store:
@@ -115,7 +115,7 @@ def test_closing_does_not_wait_for_a_stuck_disk(tmp_path, stuck_disk):
     assert not store._thread.is_alive()
 
 
-def test_what_another_store_wrote_appears(tmp_path):
+def test_rows_of_another_store_are_found(tmp_path):
     with open_store(tmp_path) as one, open_store(tmp_path) as other:
         write(one, range(10))
         write(other, range(5, 15))
@@ -132,7 +132,7 @@ def test_a_row_is_found_when_it_is_written_and_not_before(tmp_path, monkeypatch)
     def look(file, data, offset):
         monkeypatch.setattr(os, "pwrite", pwrite)
         with open_store(tmp_path) as other:
-            write(other, [3])  # the file now reaches beyond the places of the others
+            write(other, [3])  # the file now extends beyond the offsets of the others
             seen.append(found(other, range(4)))
         return pwrite(file, data, offset)
 
@@ -144,11 +144,11 @@ def test_a_row_is_found_when_it_is_written_and_not_before(tmp_path, monkeypatch)
         assert found(store, range(4)) == [0, 1, 2, 3]
 
 
-def test_reserving_numbers_keeps_others_out(tmp_path):
+def test_reserving_row_numbers_excludes_other_processes(tmp_path):
     seen = []
 
     def look(statement):
-        if statement.startswith("UPDATE counter"):  # between reading the counter and moving it
+        if statement.startswith("UPDATE counter"):  # between reading and updating the counter
             try:
                 other.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
@@ -185,7 +185,7 @@ def test_the_files_are_opened_by_one_process_at_a_time(tmp_path, monkeypatch):
         assert seen == [True, True] and not is_locked()
 
 
-def test_a_number_reserved_in_vain_is_used_for_the_next_row(tmp_path, monkeypatch):
+def test_an_unused_row_number_is_used_for_the_next_row(tmp_path, monkeypatch):
     fdatasync = os.fdatasync
 
     def be_overtaken(file):
@@ -213,11 +213,11 @@ def test_processes_write_into_one_folder_at_once(tmp_path):
             for number in (440, 150, 10):  # the ends of both, and what both write
                 store.offer(digest_of(number), row_of(number))
             while one.poll() is None or other.poll() is None:
-                found(store, range(450))  # whatever is there is right
+                found(store, range(450))  # every row that is there is right
             assert one.returncode == other.returncode == 0
             assert found(store, range(460)) == list(range(450))
             rows = store.find([digest_of(number) for number in range(450)])
-            assert len(set(rows)) == store.num_rows == 450  # nothing twice
+            assert len(set(rows)) == store.num_rows == 450  # no duplicates
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -228,7 +228,7 @@ def test_a_kill_at_any_moment_leaves_only_right_rows(tmp_path, moment):
         assert process.wait() == -9
     with open_store(tmp_path) as store:
         held = found(store, range(100))
-        assert 0 < len(held) < 100  # some batches were through, and not all
+        assert 0 < len(held) < 100  # some of the batches
         write(store, range(100))
         assert found(store, range(100)) == list(range(100))
         assert store.num_rows == 100
@@ -246,7 +246,7 @@ def test_a_kill_from_outside_leaves_only_right_rows(tmp_path, num_lines):
         assert found(store, range(2050)) == sorted({*held, *range(1980, 2050)})
 
 
-def test_a_disk_that_takes_rows_in_pieces(tmp_path, monkeypatch):
+def test_partial_reads_and_writes_are_completed(tmp_path, monkeypatch):
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:999], at))
     monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:777]], at))
@@ -322,17 +322,17 @@ def test_the_limit_counts_all_keys(tmp_path):
 
 
 @pytest.mark.parametrize("disk_gib, free_gib", [(10, 1), (500, 10)])
-def test_the_last_of_the_disk_is_left_free(tmp_path, monkeypatch, disk_gib, free_gib):
+def test_some_of_the_disk_is_left_free(tmp_path, monkeypatch, disk_gib, free_gib):
     disk = SimpleNamespace(f_frsize=4096, f_blocks=disk_gib * 2**18, f_bavail=free_gib * 2**18 + 4)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
-    with open_store(tmp_path) as store:  # 4 blocks hold 3 rows
+    with open_store(tmp_path) as store:  # 3 rows fit in 4 blocks
         offer_at_once(store, range(5))
         wait_until(lambda: store.stopped_because is not None)
         assert f"the disk has no more than {free_gib * 2**30 / 1e9:.1f} GB" in store.stopped_because
         assert found(store, range(5)) == [0, 1, 2]
 
 
-def test_what_the_features_were_made_by_is_the_key(tmp_path):
+def test_the_key_is_the_hash_of_the_description(tmp_path):
     text = '{"crop":null,"encoder":"a","row_bytes":8}'
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     for description in ({"encoder": "a", "crop": None}, {"crop": None, "encoder": "a"}):
@@ -348,7 +348,7 @@ def test_what_the_features_were_made_by_is_the_key(tmp_path):
 @pytest.mark.parametrize(
     "text", [b"", b"\xff\xfe{", b"[1]", b'{"encoder": "b", "row_bytes": 5000}']
 )
-def test_a_folder_that_is_said_to_be_another_is_refused(tmp_path, text):
+def test_a_folder_with_another_description_is_refused(tmp_path, text):
     with open_store(tmp_path) as store:
         write(store, [0])
     (store.folder / "about.json").write_bytes(text)
@@ -374,7 +374,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_store_starts_anew(tmp_path, damage):
+def test_a_damaged_store_starts_empty(tmp_path, damage):
     with open_store(tmp_path) as store:
         write(store, range(300))
     DAMAGE[damage](store.folder / "index.sqlite", store.folder / "features.bin")
@@ -385,7 +385,7 @@ def test_a_damaged_store_starts_anew(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", ["an empty index", "no index", "no features"])
-def test_who_has_the_old_files_open_goes_on_with_them(tmp_path, damage):
+def test_a_store_with_the_old_files_open_continues_to_use_them(tmp_path, damage):
     with open_store(tmp_path) as old:
         write(old, range(10))
         DAMAGE[damage](old.folder / "index.sqlite", old.folder / "features.bin")
@@ -399,20 +399,20 @@ def test_who_has_the_old_files_open_goes_on_with_them(tmp_path, damage):
         assert found(store, range(40)) == list(range(5, 30))
 
 
-def test_rows_that_were_cut_off_are_not_found_and_can_be_written_again(tmp_path):
+def test_rows_of_a_truncated_file_are_not_found_and_can_be_written_again(tmp_path):
     with open_store(tmp_path) as store:
         write(store, range(10))
         os.truncate(store.folder / "features.bin", 4 * ROW_BYTES + 17)
         kept = found(store, range(10))
         assert len(kept) == store.num_rows == 4
         assert store.num_damaged == 0
-        write(store, [20])  # the file grows over the place of the others
+        write(store, [20])  # the file grows beyond the offsets of the others
         assert found(store, range(30)) == [*kept, 20]
         write(store, range(10))
         assert found(store, range(30)) == [*range(10), 20]
 
 
-def test_an_entry_is_verified_even_where_the_file_is_cut_while_it_is_read(tmp_path, monkeypatch):
+def test_a_row_is_verified_even_if_the_file_is_truncated_during_the_read(tmp_path, monkeypatch):
     with open_store(tmp_path) as store:
         write(store, range(3))
         rows_in_file = store._rows_in_file()
@@ -463,7 +463,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_damaged_row_is_forgotten_counted_and_can_be_written_anew(tmp_path, wrong):
+def test_a_damaged_row_is_removed_counted_and_can_be_written_again(tmp_path, wrong):
     with open_store(tmp_path) as store:
         for number in range(6):
             write(store, [number])  # in this order
@@ -484,7 +484,7 @@ def test_a_damaged_row_is_forgotten_counted_and_can_be_written_anew(tmp_path, wr
         assert found(store, range(6)) == list(range(6))
 
 
-def test_any_one_byte_that_is_wrong_changes_the_checksum():
+def test_any_wrong_byte_changes_the_checksum():
     rng = np.random.default_rng(0)
     for num_bytes in (8, 16, 4096, 4104, 5000, 3 * 4096 + 16):
         row = rng.integers(0, 256, num_bytes, dtype=np.uint8)
@@ -499,7 +499,7 @@ def test_any_one_byte_that_is_wrong_changes_the_checksum():
             assert feature_store._checksum(digest, wrong) != expected
 
 
-def test_a_damaged_row_that_cannot_be_forgotten_is_no_row_all_the_same(tmp_path):
+def test_a_damaged_row_that_cannot_be_removed_still_counts_as_missing(tmp_path):
     with open_store(tmp_path) as store:
         write(store, range(2))
         overwrite(store.folder / "features.bin", 0, bytes(2 * ROW_BYTES))
@@ -509,8 +509,8 @@ def test_a_damaged_row_that_cannot_be_forgotten_is_no_row_all_the_same(tmp_path)
         assert "a damaged row cannot be removed from the index" in store.stopped_because
 
 
-def test_rows_of_a_store_without_checksums_are_not_believed(tmp_path):
-    """As an earlier version wrote them; their place is free again."""
+def test_rows_of_a_store_without_checksums_are_not_trusted(tmp_path):
+    """As an earlier version wrote them; their space is used again."""
     with open_store(tmp_path) as store:
         pass
     (store.folder / "features.bin").write_bytes(row_of(0).tobytes())
@@ -528,7 +528,7 @@ def test_rows_of_a_store_without_checksums_are_not_believed(tmp_path):
         assert found(store, range(3)) == [0, 1, 2]
 
 
-def test_a_folder_that_cannot_be_used_is_an_error_in_words(tmp_path):
+def test_an_unusable_folder_is_an_error_with_a_reason(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FeatureStoreError, match="file/.* cannot be kept here: .*Not a directory"):
         open_store(tmp_path / "file")
@@ -537,7 +537,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_in_words(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
+def test_a_folder_without_permission_is_an_error_with_a_reason(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(FeatureStoreError, match="Permission denied"):
         open_store(tmp_path)
@@ -545,7 +545,7 @@ def test_a_folder_without_permission_is_an_error_in_words(tmp_path):
         read_rate(tmp_path)
 
 
-def test_the_rate_of_a_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_measuring_a_disk_leaves_no_file(tmp_path, monkeypatch):
     assert read_rate(tmp_path / "new", num_bytes=2**20 + 5) > 0
     monkeypatch.setattr(os, "preadv", lambda *_: os.stat("/no/such/file"))
     with pytest.raises(FeatureStoreError, match="No such file"):

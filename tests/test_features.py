@@ -1,9 +1,9 @@
-"""Kept features are those that the encoder would give now, whatever happens to files and disks.
+"""Kept features equal those that the encoder computes now, whatever happens to files and disks.
 
     python test_features.py STEP CONFIG_JSON STEP CONFIG_JSON ...
 
-trains as each of the configurations says, all at once, in processes of their own. Before its STEP,
-if that is not 0, a process kills itself as `kill -9` would. It prints how they ended.
+trains with each configuration in a separate process, all at the same time. Before its STEP, unless
+that is 0, a process kills itself as `kill -9` would. Prints the exit statuses.
 """
 
 import errno
@@ -67,10 +67,10 @@ ROW_BYTES = 4 * NUM_TOKENS * WIDTH  # in fp32
 
 
 @pytest.fixture(autouse=True)
-def _a_fast_disk_a_fine_clock_and_no_picture(monkeypatch):
+def _fast_disk_fine_clock_and_no_loss_curve(monkeypatch):
     """Measuring the disk and drawing the loss curve take longer than most of these tests.
 
-    No file has to be 2 s old either; `write_image` gives each a time of its own.
+    Files need not be 2 s old either; `write_image` gives each a different time.
     """
     monkeypatch.setattr(placement, "read_rate", lambda cache_dir: 1e12)
     monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", 0)
@@ -83,7 +83,7 @@ _times = itertools.count(1_600_000_000)  # seconds
 
 
 def write_image(path: Path, content: int) -> str:
-    """A picture of noise. All files are of one size, and no two are written at the same time."""
+    """An image of noise. All files have the same size, and no two have the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(content).integers(0, 256, (48, 60, 3), np.uint8)
     Image.fromarray(noise).save(path, format="BMP")
@@ -115,7 +115,7 @@ def open_source(captioner: Captioner, cache_dir: Path, **changes) -> FeatureSour
 
 
 def features_of(source: FeatureSource, path: str) -> Tensor:
-    """Features (P, D) of one image file, as a batch of its own gets them."""
+    """Features (P, D) of one image file, in a batch of one row."""
     images = ImageList([path])
     pixels, loaded = torch.empty(0, 3, *source.encoder.pixels.size, dtype=torch.uint8), []
     if not source.has(images, 0):
@@ -127,14 +127,14 @@ def features_of(source: FeatureSource, path: str) -> Tensor:
 
 
 def encoded(captioner: Captioner, path: str, dtype=torch.float32) -> Tensor:
-    """Features (P, D) of what the file holds now, by the encoder alone."""
+    """Features (P, D) of the current content of a file, from the encoder alone."""
     pixels = torch.from_numpy(load_pixels(path, captioner.pixels))[None]
     with autocast(CPU, dtype):
         return encode_pixels(captioner.model, pixels, captioner.pixels)[0]
 
 
 class Loader:
-    """The rows (captions) of a run as `training` loads them, from one source."""
+    """Loads the rows (captions) of a run as training does, from one source."""
 
     def __init__(
         self, source: FeatureSource, captioner: Captioner, images: list[str], *, num_workers=0
@@ -173,7 +173,7 @@ def assert_equal(seen: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def fill(captioner: Captioner, cache_dir: Path, images: list[str], **changes) -> int:
-    """Put the features of the images on disk -> how many were encoded for it."""
+    """Put the features of the images on disk -> how many images were encoded."""
     with open_source(captioner, cache_dir, **changes) as source:
         for image in images:
             features_of(source, image)
@@ -208,7 +208,7 @@ def test_other_pixels_under_the_same_name_and_size_are_encoded_again(
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_a_file_written_just_now_is_read_again_each_time(captioner, tmp_path, monkeypatch, cache):
-    """Within a tick of the clock it may keep its stamp, and differ."""
+    """Within one tick of the clock its content may change while its stamp does not."""
     path = tmp_path / "a.bmp"
     write_image(path, 0)
     written_ns = path.stat().st_mtime_ns
@@ -263,7 +263,7 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def with_config(**vision):
-    """The same weights under a configuration that computes something else with them."""
+    """The same weights with a configuration that computes something else from them."""
     def change(folder: Path, captioner: Captioner) -> Captioner:
         shutil.copytree(captioner.name, folder, dirs_exist_ok=True)
         config = json.loads((folder / "config.json").read_text())
@@ -294,10 +294,10 @@ OTHER = {
 
 
 @pytest.mark.parametrize("what", OTHER)
-def test_whatever_features_depend_on_has_features_of_its_own(
+def test_everything_that_features_depend_on_is_part_of_the_key(
     captioner, tmp_path, images, monkeypatch, what
 ):
-    """Also where rows are equally long, which alone would keep some of them apart."""
+    """Even if all rows have the same size, which alone would distinguish some of them."""
     monkeypatch.setattr(FeatureFormat, "row_bytes", property(lambda self: 8192))
     change, changes = OTHER[what]
     (tmp_path / "other").mkdir()
@@ -317,7 +317,7 @@ def test_whatever_features_depend_on_has_features_of_its_own(
     assert fill(other, cache, [image], **changes) == 0
 
 
-def test_the_decoder_and_its_adapters_have_no_part_in_the_features(
+def test_features_do_not_depend_on_the_decoder_or_its_adapters(
     captioner_folder, tmp_path, images
 ):
     captioner = load_captioner(captioner_folder)
@@ -335,8 +335,8 @@ def test_the_decoder_and_its_adapters_have_no_part_in_the_features(
         assert fill(captioner, tmp_path / "cache", images) == 8, number
 
 
-def test_compiled_layers_have_features_of_their_own(captioner, tmp_path, images):
-    """Their last bits may be others. Here the layers only say that they are compiled."""
+def test_compiled_layers_have_separate_features(captioner, tmp_path, images):
+    """Their last bits may differ. Here the layers only claim to be compiled."""
     assert fill(captioner, tmp_path / "cache", images[:1]) == 1
     for layer in captioner.model.encoder.layers:
         layer._compiled_call_impl = layer._call_impl
@@ -344,7 +344,7 @@ def test_compiled_layers_have_features_of_their_own(captioner, tmp_path, images)
     assert fill(captioner, tmp_path / "cache", images[:1]) == 0
 
 
-def test_a_projection_of_the_features_is_the_encoders(tmp_path, images):
+def test_a_projection_of_the_features_belongs_to_the_encoder(tmp_path, images):
     checkpoints.write_vit_gpt2(tmp_path / "model", encoder={"hidden_size": 48})
     captioner = load_captioner(tmp_path / "model")
     assert fill(captioner, tmp_path / "cache", images[:1]) == 1
@@ -356,7 +356,7 @@ def test_a_projection_of_the_features_is_the_encoders(tmp_path, images):
 
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
-def test_images_of_one_name_in_two_folders_are_two(captioner, tmp_path, cache):
+def test_images_with_the_same_name_in_two_folders_are_different(captioner, tmp_path, cache):
     paths = [write_image(tmp_path / name / "a.bmp", n) for n, name in enumerate("xy")]
     expected = [encoded(captioner, path) for path in paths]
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
@@ -405,10 +405,10 @@ def test_a_file_that_changes_between_two_epochs_stops_loading_until_it_is_restor
         assert torch.equal(features_of(source, images[4]), encoded(captioner, images[4]))
 
 
-def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
+def test_digests_of_an_earlier_state_of_the_files_are_not_trusted(
     captioner, tmp_path, images
 ):
-    """identities.sqlite comes back from a backup, or from another machine with these paths."""
+    """identities.sqlite is restored from a backup, or comes from another machine."""
     cache = tmp_path / "cache"
     fill_epoch(captioner, cache, images)
     database, backup = cache / "identities.sqlite", tmp_path / "backup"
@@ -420,7 +420,7 @@ def test_digests_remembered_of_another_state_of_the_files_are_not_believed(
     shutil.copy(backup, database)
     with open_source(captioner, cache) as source:
         assert_equal(Loader(source, captioner, images).epoch(), expected)
-        assert source.encoder.num_encoded == 0  # by what is in them
+        assert source.encoder.num_encoded == 0  # found by content
 
 
 def fill_epoch(captioner: Captioner, cache_dir: Path, images: list[str], **changes) -> int:
@@ -435,7 +435,7 @@ def fill_epoch(captioner: Captioner, cache_dir: Path, images: list[str], **chang
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fresh_features_are_those_that_come_back_later(
+def test_fresh_features_equal_those_that_are_read_later(
     captioner, tmp_path, images, cache, cache_dtype, dtype
 ):
     changes = {"cache": cache, "cache_dtype": cache_dtype, "dtype": dtype}
@@ -466,7 +466,7 @@ def test_the_default_number_format_follows_the_compute_dtype(
 
 
 @pytest.mark.parametrize("reference", ["uncached", "uncached_vit_gpt2"])
-def test_coarser_features_hardly_change_the_validation_loss(request, tmp_path, reference):
+def test_lower_precision_hardly_changes_the_validation_loss(request, tmp_path, reference):
     """Over ten steps within 1e-5 (bf16) and 1e-4 (int8) of fp32's loss; measured 2e-6 and 2e-5."""
     config, (lines, *_) = request.getfixturevalue(reference)
     losses = {step: loss for event, step, loss, *_ in lines if event == "validation"}
@@ -497,7 +497,7 @@ def test_a_full_cache_keeps_what_fits_and_the_rest_is_encoded_in_each_epoch(
 
 
 def free_memory(monkeypatch, cpu: float, cuda: float = 0, *, row_bytes: int = ROW_BYTES) -> None:
-    """Half of what is free holds this many rows."""
+    """Make half of the free memory hold this many rows."""
     rows = {"cpu": cpu, "cuda": cuda}
     monkeypatch.setattr(
         placement, "free_memory_bytes", lambda device: int(2 * rows[device.type] * row_bytes)
@@ -536,7 +536,7 @@ def test_auto_keeps_in_memory_what_the_disk_does_not_take(
 def test_auto_keeps_in_memory_what_a_cache_full_of_other_images_does_not_take(
     captioner, tmp_path, images
 ):
-    """The cache belongs to all runs of an encoder: what is there need not be of this run."""
+    """The cache serves all runs with an encoder: its rows need not be of images of this run."""
     others = [write_image(tmp_path / "others" / f"{n}.bmp", 100 + n) for n in range(10)]
     cache = tmp_path / "cache"
     assert fill(captioner, cache, others) == 10
@@ -551,10 +551,10 @@ def test_auto_keeps_in_memory_what_a_cache_full_of_other_images_does_not_take(
         assert source.encoder.num_encoded == num_encoded  # nothing in the third epoch
 
 
-def test_rows_read_from_the_disk_stay_in_the_gpus_memory_each_under_its_own_digest(
+def test_rows_read_from_the_disk_stay_in_gpu_memory_under_the_right_digest(
     captioner, tmp_path, images
 ):
-    """Here in a CPU's, with images that occur more than once in a batch."""
+    """Here in CPU memory, with images that occur more than once in a batch."""
     rows = [images[n] for n in (0, 0, 1, 2, 2, 2, 3, 0, 4, 5, 5, 6, 7, 7, 1)]
     expected = [encoded(captioner, path) for path in rows]
     assert fill(captioner, tmp_path / "cache", images) == 8
@@ -567,7 +567,7 @@ def test_rows_read_from_the_disk_stay_in_the_gpus_memory_each_under_its_own_dige
         assert sorted(source.cache.device_memory.slots.values()) == list(range(7))
 
 
-def test_memory_keeps_the_first_rows_and_gives_none_up():
+def test_memory_keeps_the_first_rows_and_evicts_none():
     memory = RowMemory(4, 2, CPU)
     rows = torch.arange(12, dtype=torch.uint8).view(6, 2)
     memory.keep([b"a", b"b", b"a"], rows[[0, 1, 0]])
@@ -591,7 +591,7 @@ PLANS = {
 
 
 def plan_of(captioner, cache_dir, monkeypatch, *, encode_s=0.035, rate=1e9, **changes) -> str:
-    """The line with these measurements in it, and with short names for the cache's folders."""
+    """The plan with these measurements, and with short names for the folders."""
     with monkeypatch.context() as patch:
         patch.setattr(placement, "read_rate", lambda folder: rate)
         patch.setattr(FeatureEncoder, "measure_s", lambda self: encode_s)
@@ -608,22 +608,22 @@ def test_the_plan_says_where_features_are_kept(captioner, tmp_path, images, monk
     )
 
 
-def test_the_plan_in_other_sizes(captioner, tmp_path, monkeypatch):
+def test_the_plan_of_a_large_set(captioner, tmp_path, monkeypatch):
     plan = plan_of(
         captioner, tmp_path / "cache", monkeypatch, cache="auto", num_images=3_300_000,
         cache_dtype="int8", encode_s=1.3, cache_limit_bytes=1500 * 1344,
     )
-    num_rows = placement.free_memory_bytes(CPU) // 2 // 1344
+    num_fitting = placement.free_memory_bytes(CPU) // 2 // 1344
     begin, _, end = plan.rpartition(", up to ")
     assert begin == (
         "features of 3,300,000 images, 4.4 GB as int8 (encoding one takes 1,300 ms): kept on disk "
         "in FOLDER (0 there already, space for 1,500 more; reading one takes 0.00134 ms)"
     )
-    assert end == f"{min(num_rows, 3_298_500):,} in memory" or num_rows < 3_298_500
+    assert end == f"{min(num_fitting, 3_298_500):,} in memory" or num_fitting < 3_298_500
 
 
 def test_auto_uses_no_disk_that_is_slower_than_the_encoder(captioner, tmp_path, monkeypatch):
-    """Where reading a row takes as long as encoding, and where it takes a hundredth less."""
+    """Reading a row takes as long as encoding, then one percent less."""
     cache, rate = tmp_path / "cache", ROW_BYTES / 0.035
     slow = plan_of(captioner, cache, monkeypatch, cache="auto", rate=rate)
     assert slow.endswith(
@@ -632,8 +632,8 @@ def test_auto_uses_no_disk_that_is_slower_than_the_encoder(captioner, tmp_path, 
     assert not cache.exists()
     fast = plan_of(captioner, cache, monkeypatch, cache="auto", rate=1.01 * rate)
     assert fast.endswith("kept on disk in FOLDER (0 there already; reading one takes 34.7 ms)")
-    asked_for = plan_of(captioner, cache, monkeypatch, cache="disk", rate=1.0)
-    assert asked_for.endswith(
+    explicit = plan_of(captioner, cache, monkeypatch, cache="disk", rate=1.0)
+    assert explicit.endswith(
         "kept on disk in FOLDER (0 there already; reading one takes 4,352,000 ms)"
     )
 
@@ -654,7 +654,7 @@ DAMAGE = {
 def test_a_cache_that_is_damaged_under_a_run_changes_no_feature(
     captioner, tmp_path, images, damage, num_read, num_workers
 ):
-    """Before an epoch and in its middle; beside workers all images have been asked for then."""
+    """Before an epoch, and in the middle of one, when workers have all their requests."""
     expected = [encoded(captioner, path) for path in images]
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
@@ -709,7 +709,7 @@ def test_damaged_rows_are_encoded_again_once_and_reported(captioner, tmp_path, i
 
 
 def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, images):
-    """The places of rows that a run has read already are within the file, and hold nothing."""
+    """The offsets of rows that a run has read before are in the file again, without content."""
     expected = [encoded(captioner, path) for path in images]
     fill_epoch(captioner, tmp_path / "cache", images[:6])
     with open_source(captioner, tmp_path / "cache") as source:
@@ -726,22 +726,22 @@ def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images)
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # beside workers all images have been asked for then
+        next(batches)  # by now the workers have all their requests
         os.truncate(source.cache.store.folder / "features.bin", 0)
         write_image(Path(images[1]), 21)
         with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
             list(batches)
 
 
-def test_features_and_image_both_gone_is_an_error_in_words(captioner, tmp_path, images):
+def test_an_image_without_features_that_cannot_be_read_stops_loading(captioner, tmp_path, images):
     fill_epoch(captioner, tmp_path / "cache", images)
     reason = "its features are no longer in the cache, and it cannot be read: no such file"
     with open_source(captioner, tmp_path / "cache") as source:
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # beside workers all images have been asked for then
+        next(batches)  # by now the workers have all their requests
         os.truncate(source.cache.store.folder / "features.bin", 0)
         Path(images[1]).unlink()
-        # No name for the error: with it DataLoader's workers would live until it is collected.
+        # Keep no reference to the error: DataLoader's workers would live as long as it does.
         with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
             list(batches)
 
@@ -755,27 +755,27 @@ def group(source: FeatureSource) -> FeatureSource:
     return source
 
 
-@pytest.fixture(params=["off", "memory", "disk", "no memory"])
+@pytest.fixture(params=["off", "memory", "disk", "little memory"])
 def grouped(request, captioner, tmp_path, monkeypatch) -> Iterator[FeatureSource]:
-    """A source that takes four batches at a time, and begins four before four are trained on."""
-    if request.param == "no memory":
+    """A source that works on groups of batches; see `group`."""
+    if request.param == "little memory":
         free_memory(monkeypatch, 2)
-    cache = "memory" if request.param == "no memory" else request.param
+    cache = "memory" if request.param == "little memory" else request.param
     with open_source(captioner, tmp_path / "cache", cache=cache) as source:
         yield group(source)
 
 
 def encoded_alone(captioner: Captioner, cache_dir: Path, path: str) -> Tensor:
-    """Features by an encoder batch of this one image, filled up."""
+    """Features from a padded encoder batch of this one image."""
     with open_source(captioner, cache_dir, cache="off") as source:
         return features_of(group(source), path)
 
 
 @pytest.mark.parametrize("num_rows", [7, 24, 29])
-def test_batches_of_a_group_get_their_own_images_features(
+def test_batches_of_a_group_get_the_features_of_their_images(
     grouped, captioner, tmp_path, images, num_rows
 ):
-    """Groups of 12 rows: none, some, or the last of them whole; captions share the images."""
+    """Groups of 12 rows, of which none, some or all are complete; captions share images."""
     alone = [encoded_alone(captioner, tmp_path, path) for path in images]
     numbers = [n * n % 11 % 8 for n in range(num_rows)]
     loader = Loader(grouped, captioner, [images[n] for n in numbers])
@@ -785,7 +785,7 @@ def test_batches_of_a_group_get_their_own_images_features(
 
 
 def test_captions_in_neighbouring_groups_share_an_encoding(grouped, captioner, images):
-    """The second group begins while the first is being encoded, wherever features are kept."""
+    """The second group begins while the first one is being encoded."""
     loader = Loader(grouped, captioner, images + images[:4] + images)  # 12 rows, and 8
     loader.epoch()
     assert grouped.encoder.num_encoded == len(images)
@@ -814,13 +814,13 @@ def test_a_file_that_changes_while_groups_are_under_way_stops_loading(grouped, c
         list(batches)
 
 
-PLACES = {  # cache, rows that the machine's and the GPU's memory take, rows that the disk takes
-    "not at all": ("off", 0, 0, 0),
-    "the GPU's memory": ("memory", 0, 100, 0),
-    "the machine's memory": ("memory", 100, 0, 0),
-    "the disk": ("disk", 0, 0, 100),
-    "the disk and then the GPU's memory": ("auto", 0, 100, 100),
-    "a bit of each": ("auto", 25, 25, 25),
+PLACES = {  # cache, and how many rows fit in host memory, in GPU memory and on disk
+    "nowhere": ("off", 0, 0, 0),
+    "GPU memory": ("memory", 0, 100, 0),
+    "host memory": ("memory", 100, 0, 0),
+    "disk": ("disk", 0, 0, 100),
+    "disk and GPU memory": ("auto", 0, 100, 100),
+    "all three": ("auto", 25, 25, 25),
 }
 
 
@@ -828,12 +828,12 @@ PLACES = {  # cache, rows that the machine's and the GPU's memory take, rows tha
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_on_a_gpu_each_batch_gets_its_own_images_features_bit_for_bit(
+def test_on_a_gpu_each_batch_gets_the_features_of_its_images_bit_for_bit(
     captioner, tmp_path, monkeypatch, place, num_workers
 ):
-    """90 images, of which some return, in groups of 4 x 20 rows: the second group is a part.
+    """90 images, some of them repeated, in groups of 4 x 20 rows; the second group is incomplete.
 
-    They are encoded on a stream of their own while another works on the batches before them, and
+    They are encoded on a separate stream while another one works on the previous batches, and
     compared with each image encoded alone.
     """
     device, dtype, row_bytes = torch.device("cuda"), torch.bfloat16, ROW_BYTES // 2
@@ -871,7 +871,7 @@ def test_on_a_gpu_each_batch_gets_its_own_images_features_bit_for_bit(
 
 @dataclass
 class Run:
-    """A run that is over, its source, and the image files that were read for it, in any process."""
+    """A finished run, its source, and the image files that any of its processes has read."""
 
     summary: TrainingSummary
     source: FeatureSource
@@ -928,7 +928,7 @@ def run(config: TrainingConfig, **changes) -> Run:
 
 
 def trajectory(folder: Path) -> tuple:
-    """What must not differ between equal runs: everything but speeds."""
+    """What must be equal in equal runs: everything but speeds."""
     keys = ("event", "step", "loss", "grad_norm", "learning_rate")
     losses = [tuple(line.get(k) for k in keys) for line in json_lines(folder / "metrics.jsonl")]
     assert len(losses) > 5
@@ -952,9 +952,9 @@ def write_rows(path: Path, images: list[str], *, per_image: int) -> None:
 
 
 def write_data(folder: Path) -> Path:
-    """28 captions of 14 training images, 2 of them one image, and 5 of validation images.
+    """28 captions of 14 training images, 2 of which are equal, and 5 of validation images.
 
-    Two of these are training images too.
+    Two of the validation images are also training images.
     """
     images = [write_image(folder / f"{n}.bmp", n) for n in range(13)]
     images.append(write_image(folder / "again.bmp", 3))
@@ -974,7 +974,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged_data(tmp_path_factory) -> Path:
-    """The same with 2 unusable training images, and 1 of validation."""
+    """The same with 2 unusable training images and 1 unusable validation image."""
     folder = write_data(tmp_path_factory.mktemp("damaged"))
     (folder / "2.bmp").unlink()
     (folder / "6.bmp").write_text("<html>404</html>")
@@ -994,7 +994,7 @@ def few_steps(model: Path, data: Path, run_folder: Path, cache_dir: Path, **chan
 
 
 def train_uncached(model: Path, data: Path, folder: Path) -> tuple[TrainingConfig, tuple]:
-    """A run without a cache: its settings, and how it went."""
+    """A run without a cache: its settings and its trajectory."""
     config = few_steps(model, data, folder / "run", folder / "cache", cache="off")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
@@ -1021,7 +1021,7 @@ def uncached_vit_gpt2(vit_gpt2_folder, damaged_data, tmp_path_factory) -> tuple:
 def test_a_run_is_bit_identical_wherever_features_are_kept(
     request, tmp_path, reference, cache, num_workers
 ):
-    """With images that cannot be used, and images of several captions; on disk, a second time."""
+    """With unusable images, and images with several captions; on disk, a second time too."""
     config, expected = request.getfixturevalue(reference)
     config = replace(
         config, cache=cache, cache_dir=str(tmp_path / "cache"), num_workers=num_workers,
@@ -1072,10 +1072,10 @@ def test_the_next_run_reads_the_images_that_have_changed_and_no_other(
 
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
-def test_an_image_that_changes_during_a_run_stops_it_and_restored_it_goes_on(
+def test_an_image_that_changes_stops_a_run_which_resumes_once_it_is_restored(
     blip_folder, data, tmp_path, monkeypatch, cache
 ):
-    """It changes in the first epoch, and its turn comes again in the second, after step 5."""
+    """It changes in the first epoch, and is needed again in the second, after step 5."""
     accumulate, path = Trainer.accumulate, data / "7.bmp"
 
     def change_and_accumulate(trainer, batches, step):
@@ -1101,7 +1101,7 @@ def test_an_image_that_changes_during_a_run_stops_it_and_restored_it_goes_on(
     assert run(config, resume="newest").trajectory == constant.trajectory
 
 
-def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkeypatch):
+def test_a_run_that_can_keep_few_features_is_the_same(uncached, tmp_path, monkeypatch):
     config, expected = uncached
     free_memory(monkeypatch, 3)
     limits = {"cache_limit_gb": 4 * ROW_BYTES / 1e9, "cache_dir": str(tmp_path / "cache")}
@@ -1113,7 +1113,7 @@ def test_a_run_with_room_for_few_features_is_the_same(uncached, tmp_path, monkey
     assert num_encoded["memory"] > num_encoded["disk"] > num_encoded["auto"]
 
 
-def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path):
+def test_a_run_on_an_overwritten_cache_equals_the_run_without_a_cache(uncached, tmp_path):
     config, expected = uncached
     config = replace(config, cache="disk", cache_dir=str(tmp_path / "cache"))
     assert run(config, output_path=str(tmp_path / "first")).trajectory == expected
@@ -1128,7 +1128,7 @@ def test_a_run_on_a_cache_of_ones_is_the_run_without_a_cache(uncached, tmp_path)
 
 
 def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
-    """A disk that takes no more than this many rows; `wait`: it says so when the run is over."""
+    """A disk that is full after this many rows; with `wait` it fails only when the run ends."""
     pwrite, stores = os.pwrite, []
 
     def write(file, data, offset):
@@ -1151,7 +1151,7 @@ def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
 
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("cache", ["disk", "auto"])
-def test_a_disk_that_is_full_costs_features_and_a_line(
+def test_a_full_disk_costs_features_and_a_warning(
     uncached, tmp_path, monkeypatch, cache, wait
 ):
     config, expected = uncached
@@ -1177,7 +1177,7 @@ def no_cache_dir(request, tmp_path) -> Iterator[Path]:
     yield path
 
 
-def test_auto_goes_on_without_a_cache_folder_and_says_so(
+def test_auto_continues_without_a_cache_folder_and_reports_it(
     uncached, tmp_path, monkeypatch, no_cache_dir
 ):
     config, expected = uncached
@@ -1191,7 +1191,7 @@ def test_auto_goes_on_without_a_cache_folder_and_says_so(
     assert f": kept 17 in memory; not on disk: {no_cache_dir}: features cannot be kept here" in plan
 
 
-def test_a_cache_folder_that_was_asked_for_and_cannot_be_used_is_refused(
+def test_cache_disk_with_an_unusable_folder_is_an_error(
     blip_folder, data, tmp_path, monkeypatch, capsys, no_cache_dir
 ):
     monkeypatch.setattr(placement, "read_rate", feature_store.read_rate)
@@ -1203,11 +1203,11 @@ def test_a_cache_folder_that_was_asked_for_and_cannot_be_used_is_refused(
     arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     assert cli.run(blip_cc3m.main) == cli.USAGE_ERROR
-    told = capsys.readouterr()
-    warning, error = told.err.splitlines()
+    out, err = capsys.readouterr()
+    warning, error = err.splitlines()
     assert "2 of 5 validation images are trained on, too" in warning
     assert error.startswith(f"error: --cache disk: {no_cache_dir}: features cannot be kept here")
-    assert "Choose another cache folder" in error and told.out == ""
+    assert "Choose another cache folder" in error and out == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -1216,14 +1216,14 @@ def test_a_cache_folder_that_was_asked_for_and_cannot_be_used_is_refused(
 
 @pytest.fixture(scope="module")
 def elsewhere(uncached, tmp_path_factory) -> Path:
-    """What three processes at once have left: two that share a cache, and one that is killed."""
+    """The results of three concurrent processes: two that share a cache, and one that is killed."""
     folder = tmp_path_factory.mktemp("elsewhere")
     config, _ = uncached
     arguments = []
     for name, cache, kill_before in (("one", "ab", 0), ("other", "ab", 0), ("killed", "c", 2)):
         changes = {"output_path": str(folder / name), "cache_dir": str(folder / cache)}
         config = replace(config, cache="disk", **changes)
-        if kill_before:  # not all images are in the first batches that are encoded together
+        if kill_before:  # so that the first group does not contain all images
             config = replace(config, batch_size=1)
         arguments += [str(kill_before), json.dumps(config.as_dict())]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -1235,7 +1235,7 @@ def elsewhere(uncached, tmp_path_factory) -> Path:
     return folder
 
 
-def test_processes_that_train_on_one_cache_at_once_train_as_they_would_alone(
+def test_processes_that_share_a_cache_train_as_they_would_alone(
     uncached, elsewhere, tmp_path
 ):
     config, expected = uncached
@@ -1265,7 +1265,7 @@ def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere
 def _main(*arguments: str) -> None:
     torch.set_num_threads(1)
     configs = [TrainingConfig(**json.loads(text)) for text in arguments[1::2]]
-    load_captioner(configs[0].model)  # imports what is slow to import, once
+    load_captioner(configs[0].model)  # slow imports, once for all
     children = []
     for kill_before, config in zip(arguments[::2], configs):
         child = os.fork()
