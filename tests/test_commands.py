@@ -69,11 +69,12 @@ def blip_adapter(blip_folder, tmp_path_factory) -> Path:
 
 def caption_by_hand(model, image, adapter=None, *, prompt="", **settings) -> str:
     captioner = load_captioner(model)
+    captioner.prompt = prompt
     if adapter is not None:
         lora_engine.load_adapter(captioner.model, adapter)
     pixels = torch.from_numpy(to_pixels(open_image(image), captioner.pixels)[None])
     features = encode_pixels(captioner.model, pixels, captioner.pixels)
-    caption, = caption_features(captioner, features, prompt=prompt, **settings)
+    caption, = caption_features(captioner, features, **settings)
     return " ".join(caption.text.split())
 
 

@@ -370,6 +370,23 @@ def test_compiling_leaves_the_losses_with_dropout_and_checkpointing_too(
             assert run(captioner) == pytest.approx(losses_with_dropout, rel=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_head_that_is_not_the_plain_layer_is_called(folder, smoothing):
+    """With a hook that changes nothing, loss and gradients are the same; the hook runs."""
+    captioner = new_captioner(folder)
+    (batch,) = batches(captioner, [6])
+    matrices = list(lora_parameters(captioner.model).values())
+    calls, found = [], []
+    for is_hooked in (False, True):
+        if is_hooked:
+            captioner.model.vocabulary.register_forward_hook(lambda *args: calls.append(1))
+        loss = caption_loss(captioner.model, *batch.tensors(CPU), label_smoothing=smoothing)
+        found.append([loss, *torch.autograd.grad(loss, matrices)])
+    assert calls == [1]
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- half precision -------------------------------------------------------------------------
 
 

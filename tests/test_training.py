@@ -651,7 +651,8 @@ def test_a_prompt_is_no_target_and_is_stored_and_used(captioner_folder, data, tm
     pixels = to_pixels(open_image(sample.image), captioner.pixels)[None]
     features = encode_pixels(captioner.model, torch.from_numpy(pixels), captioner.pixels)
     captions = {
-        text: caption_features(captioner, features, prompt=text)[0].text for text in (prompt, "")
+        text: caption_features(replace(captioner, prompt=text), features)[0].text
+        for text in (prompt, "")
     }
     assert sample.best == captions[prompt] != captions[""]
     assert not sample.best.startswith(prompt)

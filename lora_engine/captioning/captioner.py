@@ -55,18 +55,15 @@ def with_adapter(
 
 
 @torch.no_grad()
-def caption_features(
-    captioner: Captioner, features: Tensor, *, prompt: str | None = None, **settings
-) -> list[Caption]:
+def caption_features(captioner: Captioner, features: Tensor, **settings) -> list[Caption]:
     """Caption images by their features (B, P, D); the captions do not include the prompt.
 
-    `prompt` replaces the captioner's own. `settings` go to `generation.generate`: beams, lengths,
-    sampling.
+    `settings` go to `generation.generate`: beams, lengths, sampling.
     """
     model, tokenizer = captioner.model, captioner.tokenizer
     was_training = model.training
     model.eval()
-    prompt_ids = tokenizer.prompt_ids(captioner.prompt if prompt is None else prompt)
+    prompt_ids = tokenizer.prompt_ids(captioner.prompt)
     # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
     # each, up to torch's limit, beyond which the training step would run uncompiled, too.
     with autocast(features.device, features.dtype), torch.compiler.set_stance("force_eager"):

@@ -4,10 +4,12 @@ Axes: B batch, T caption tokens, M targets, P image tokens, D width, V vocabular
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_engine.data.captions import IGNORED
+from lora_engine.lora.layer import is_intercepted
 from lora_engine.lora.matmul import compute_dtype, frozen_linear
 from lora_engine.models import CaptioningModel
 
@@ -33,7 +35,17 @@ def caption_loss(
     hidden = model.decode(input_ids, features)
     hidden = model.head_input(hidden.flatten(0, 1).index_select(0, target_positions))  # (M, D)
     hidden = hidden.to(compute_dtype(hidden))
-    weight, bias = model.vocabulary.weight, model.vocabulary.bias
+    vocabulary = model.vocabulary
+    if type(vocabulary) is not nn.Linear or is_intercepted(vocabulary):
+        logits = vocabulary(hidden)
+        return F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            target_ids,
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    weight, bias = vocabulary.weight, vocabulary.bias
     return _FrozenHeadLoss.apply(
         hidden,
         weight.to(hidden.dtype),

@@ -163,7 +163,6 @@ class Run:
             data.rows.val,
             num_scored=config.eval_captions,
             num_samples=config.num_samples,
-            prompt=config.prompt,
         )
         order = validation_order(data.val_set.captions.lengths, batch_size=config.batch_size)
         self.validation = Validation(

@@ -104,7 +104,7 @@ def captioned_images(
 ) -> CaptionedImages:
     captions = captioner.tokenizer.encode(
         (row.text for row in rows),
-        prompt=config.prompt,
+        prompt=captioner.prompt,
         max_caption_tokens=config.max_caption_tokens,
     )
     return CaptionedImages(

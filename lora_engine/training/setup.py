@@ -97,6 +97,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
         check_dtype(checkpoint, dtype, config)
 
     captioner = load_captioner(config.model, family=family, revision=config.revision)
+    captioner.prompt = config.prompt
     if checkpoint is None:
         digests = sample_digests(rows.images)
     else:
@@ -299,7 +300,7 @@ def feature_loader(
         collate=Collate(
             image_size=captioner.pixels.size,
             longest_bucket=tokenizer.max_positions if features.device.type == "cuda" else None,
-            prompt_length=len(tokenizer.prompt_ids(config.prompt)),
+            prompt_length=len(tokenizer.prompt_ids(captioner.prompt)),
             pad_id=tokenizer.pad_id,
         ),
         num_workers=default_num_workers(features.device, config.num_workers),
@@ -328,7 +329,7 @@ def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
             **{f"{part}_fingerprint": value for part, value in captioner.fingerprints.items()},
             "data_fingerprint": setup.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
-            "prompt": setup.config.prompt,
+            "prompt": captioner.prompt,
         },
     )
 

@@ -32,12 +32,10 @@ class ValidationCaptions:
         *,
         num_scored: int,
         num_samples: int,
-        prompt: str,
     ) -> None:
         self.captioner = captioner
         self.rows = rows
         self.num_samples = num_samples
-        self.prompt = prompt
         self.texts: dict[str, list[str]] = {}  # all captions of an image that can be scored against
         first_rows: dict[str, int] = {}
         for number, row in enumerate(rows):
@@ -68,7 +66,7 @@ class ValidationCaptions:
         Returns the scores, if captions are scored.
         """
         tokenizer = self.captioner.tokenizer
-        num_left = tokenizer.max_positions - len(tokenizer.prompt_ids(self.prompt))
+        num_left = tokenizer.max_positions - len(tokenizer.prompt_ids(self.captioner.prompt))
         captions: dict[int, Caption] = {}
         for batch in batches:
             if not batch.rows:
@@ -76,7 +74,6 @@ class ValidationCaptions:
             found = caption_features(
                 self.captioner,
                 batch.features,
-                prompt=self.prompt,
                 max_new_tokens=min(MAX_NEW_TOKENS, num_left),
             )
             captions |= dict(zip(batch.rows, found))
