@@ -426,7 +426,11 @@ def test_a_run_of_a_version_that_spelled_licence_is_resumed(command, data, blip_
     status, out, err = command(
         blip_cc3m.main, "--output_path", "run", "--resume", "--model", blip_folder, "--epochs", "2"
     )
-    assert (status, err) == (0, "") and "after step 3 of 6" in out
+    assert status == 0 and "after step 3 of 6" in out
+    assert err == (
+        "warning: ignored in run/config.json; to use them, add to this command line: "
+        "--num_workers 0\n"
+    )
     config = json.loads(config_path.read_text())
     assert config["license"] == "mit" and "licence" not in config
     assert "license: \"mit\"" in Path("run", "adapter", "README.md").read_text()

@@ -1205,7 +1205,7 @@ def test_cache_disk_with_an_unusable_folder_is_an_error(
     assert cli.run(blip_cc3m.main) == cli.USAGE_ERROR
     out, err = capsys.readouterr()
     warning, error = err.splitlines()
-    assert "2 of 5 validation images are trained on, too" in warning
+    assert "2 of 5 validation images are also training images" in warning
     assert error.startswith(f"error: --cache disk: {no_cache_dir}: features cannot be kept here")
     assert "Choose another cache folder" in error and out == ""
     assert not (tmp_path / "run").exists()

@@ -132,9 +132,8 @@ def test_a_missing_token_is_a_warning_at_the_start(monkeypatch, caplog, get_toke
 
 
 def test_a_run_uploads_its_best_adapter_with_the_card_after_everything_is_saved(
-    config, uploads, caplog
+    config, uploads, capsys
 ):
-    caplog.set_level(logging.INFO, "lora_engine")
     summary = train(config)
     upload, = uploads
     assert upload.repository == "me/mine"
@@ -144,7 +143,7 @@ def test_a_run_uploads_its_best_adapter_with_the_card_after_everything_is_saved(
     local = summary.path / "adapter"
     for name in upload.files.keys() - {CONFIG_FILE}:
         assert upload.files[name] == (local / name).read_bytes()
-    assert caplog.messages[-1] == "pushed      https://huggingface.co/me/mine"
+    assert capsys.readouterr().out.endswith("\npushed      https://huggingface.co/me/mine\n")
 
 
 def test_no_local_path_is_uploaded_and_the_run_keeps_its_own(pushed, folder, uploads, blip_folder):
@@ -213,10 +212,10 @@ def test_a_full_disk_is_a_failure_like_others(pushed, folder, uploads, monkeypat
     assert not folder.hub_adapter.exists() and not uploads
 
 
-def test_a_run_that_cannot_push_ends_well(config, uploads, monkeypatch, caplog):
+def test_a_run_that_cannot_push_ends_well(config, uploads, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: broken())
     assert train(config).best_step in (0, 1)
-    assert "not pushed to the Hub: could not renew" in caplog.text
+    assert "warning: not pushed to the Hub: could not renew" in capsys.readouterr().err
 
 
 def test_the_command_names_the_adapter_folder_if_that_is_pushed(

@@ -13,6 +13,7 @@ from pictures import json_lines, settings, write_pictures
 from lora_engine.report import trackers
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.trackers import check_tracker, start_tracker
+from lora_engine.terminal import ConsoleHandler, logging_to
 from lora_engine.training import setup as preparation
 from lora_engine.training.loop import train
 
@@ -87,9 +88,15 @@ def data(tmp_path_factory) -> Path:
 
 def record_a_run(tmp_path, name: str, *, num_lines=3) -> None:
     """Log a few lines of metrics with this tracker."""
-    tracker = start_tracker(name, tmp_path, {"lr": 1e-3})
-    path = tmp_path / "metrics"
-    with MetricsLogger(path, total_steps=9, stream=io.StringIO(), tracker=tracker) as metrics:
+    with (
+        logging_to(ConsoleHandler()),  # as in a recipe: a tracker may fail before the run begins
+        MetricsLogger(
+            tmp_path / "metrics",
+            total_steps=9,
+            stream=io.StringIO(),
+            tracker=start_tracker(name, tmp_path, {"lr": 1e-3}),
+        ) as metrics,
+    ):
         for step in range(num_lines):
             metrics.record("train", step=step, loss=1.0)
     assert len(json_lines(tmp_path / "metrics")) == num_lines  # whatever the tracker does
@@ -211,7 +218,7 @@ def test_a_package_that_breaks_on_import_is_an_error_at_the_start_too(monkeypatc
 @pytest.mark.parametrize("when", ["on_start", "on_log", "on_finish"])
 @pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), SystemExit(1)])
 def test_a_tracker_that_raises_is_turned_off_with_one_warning(
-    tmp_path, fake, caplog, name, when, error
+    tmp_path, fake, capsys, name, when, error
 ):
     def fail():
         raise error
@@ -219,7 +226,8 @@ def test_a_tracker_that_raises_is_turned_off_with_one_warning(
     setattr(fake, when, fail)
     record_a_run(tmp_path, name, num_lines=20)
     reason = " ".join(str(error).split())
-    assert warnings(caplog) == [f"--track {name} is off: {type(error).__name__}: {reason}"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == f"warning: --track {name} is off: {type(error).__name__}: {reason}"
     assert len(fake.calls) <= 1 + (20 + 1) + 1
     if when != "on_finish":
         assert ("finish",) not in fake.calls  # and nothing after the failure
@@ -241,7 +249,7 @@ def test_a_tracker_that_failed_is_not_handed_anything_more(tmp_path, fake, caplo
 
 
 @pytest.mark.parametrize("when", ["on_start", "on_log", "on_finish"])
-def test_a_tracker_that_hangs_is_abandoned(tmp_path, fake, monkeypatch, caplog, when):
+def test_a_tracker_that_hangs_is_abandoned(tmp_path, fake, monkeypatch, capsys, when):
     """More events than the queue holds: recording never waits, closing only briefly."""
     monkeypatch.setattr(trackers, "MAX_WAITING", 5)
     monkeypatch.setattr(trackers, "CLOSE_S", 0.05)
@@ -254,8 +262,8 @@ def test_a_tracker_that_hangs_is_abandoned(tmp_path, fake, monkeypatch, caplog, 
     setattr(fake, when, hang)
     record_a_run(tmp_path, "trackio", num_lines=50 if when != "on_finish" else 3)
     assert hangs.is_set()
-    warning, = warnings(caplog)
-    assert warning.startswith("--track trackio did not finish within 0.05 s")
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: --track trackio did not finish within 0.05 s")
     goes_on.set()
 
 
