@@ -50,11 +50,16 @@ class ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to(handler: logging.Handler) -> Iterator[None]:
-    """Within the context the package logs to `handler` alone."""
+def logging_to(handler: ConsoleHandler) -> Iterator[None]:
+    """Within the context the package's log records are shown by `handler`.
+
+    It takes the place of another ConsoleHandler. Handlers of other kinds, which the caller has
+    given to the logger "lora_engine", stay.
+    """
     logger = logging.getLogger("lora_engine")
     before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.propagate = [handler], False
+    others = [other for other in logger.handlers if not isinstance(other, ConsoleHandler)]
+    logger.handlers, logger.propagate = [*others, handler], False
     logger.setLevel(logging.INFO)
     try:
         yield

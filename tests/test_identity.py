@@ -31,6 +31,7 @@ from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted
+from lora_engine.training import checkpoint_writer
 from lora_engine.training import run as run_module
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
@@ -230,7 +231,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def stop(config: TrainingConfig, *, at_step: int) -> None:
     """Run until it has a checkpoint of this step."""
-    real = run_module.write_checkpoint
+    real = checkpoint_writer.write_checkpoint
 
     def write(path, **kwargs):
         real(path, **kwargs)
@@ -238,7 +239,7 @@ def stop(config: TrainingConfig, *, at_step: int) -> None:
             raise Interrupted(15)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(run_module, "write_checkpoint", write)
+        patch.setattr(checkpoint_writer, "write_checkpoint", write)
         train(config)
 
 

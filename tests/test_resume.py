@@ -34,7 +34,7 @@ from lora_engine.lora.adapter import read_adapter
 from lora_engine.report import metrics_log as metrics
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.training import meter, trainer, validation_captions
+from lora_engine.training import checkpoint_writer, meter, trainer, validation_captions
 from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
 from lora_engine.training import validation as evaluation
@@ -287,7 +287,7 @@ def test_checkpoints_are_as_often_as_asked(blip_folder, data, tmp_path):
 
 def test_checkpoints_by_time(blip_folder, data, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint_writer.time, "monotonic", lambda: now[0])
     real = Trainer.update
 
     def half_a_minute(*args, **kwargs):
@@ -486,7 +486,7 @@ PHASES = {  # a function that runs in this phase, and from which of its calls on
     "the first validation": (evaluation, "caption_loss", 1),
     "a later validation": (evaluation, "caption_loss", 4),
     "captioning": (validation_captions, "caption_features", 4),
-    "saving": (run_module, "write_checkpoint", 3),
+    "saving": (checkpoint_writer, "write_checkpoint", 3),
 }
 
 
@@ -1109,7 +1109,7 @@ def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
 def test_a_checkpoint_that_finds_no_room_is_told_and_tried_again(
     unbroken, blip_folder, data, tmp_path, monkeypatch, capsys
 ):
-    real, calls = run_module.write_checkpoint, []
+    real, calls = checkpoint_writer.write_checkpoint, []
 
     def full(path, **more):
         calls.append(path.name)
@@ -1117,7 +1117,7 @@ def test_a_checkpoint_that_finds_no_room_is_told_and_tried_again(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, **more)
 
-    monkeypatch.setattr(run_module, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", full)
     train(long_run(blip_folder, data, tmp_path / "run"))
     said = capsys.readouterr().err
     assert said.count("warning: no checkpoint of step") == 2 and "No space left" in said

@@ -3,8 +3,8 @@
 The order is a function of (seed, epoch) alone, and an unreadable image's substitute one of (seed,
 epoch, position), so that no state of workers or prefetching has to be saved.
 
-Axes: B batch, T caption tokens, M valid targets of the batch, U images loaded for it, H height,
-W width, P image tokens, D width of the features.
+Axes: B batch, T caption tokens, M targets of the batch (IGNORED ones pad them), U images
+loaded for it, H height, W width, P image tokens, D width of the features.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -3,12 +3,12 @@
 The projected form computes keys and values of all P image tokens, as other libraries do. The
 absorbed form never does. With W_k,h and W_v,h (K, E) the rows of head h in W_k and W_v,
 
-    scores_h = (q_h W_k,h + b) E^T        context_h = (softmax(scores_h) E) W_v,h^T + b_v,h
+    scores_h = q_h W_k,h E^T        context_h = (softmax(scores_h) E) W_v,h^T + b_v,h
 
 so a caption of T tokens costs T small products instead of P large ones: multi-query attention with
-E as keys and values, like DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section 2.1.2). The
-key bias adds the same number to all scores of a query, which the softmax ignores. LoRA on keys and
-values, with U = dropout(E) A^T and s the scaling, adds s (q_h B_k,h) U_k^T to the scores and
+E as keys and values, like DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section 2.1.2). A
+key bias would add q_h b_k,h, the same number for all keys, which the softmax ignores. LoRA on keys
+and values, with U = dropout(E) A^T and s the scaling, adds s (q_h B_k,h) U_k^T to the scores and
 s (probs U_v) B_v,h^T to the context. E is frozen and gets no gradient.
 
 Axes: B images, N = B * G rows (G rows per image), T caption tokens, P image tokens, E width of the

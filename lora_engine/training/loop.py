@@ -48,7 +48,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 run.skipped.add(micro_batches)
                 loss = trainer.accumulate(micro_batches, step)  # forward and backward
                 lr = schedule.learning_rate(step)
-                with run.undivided():
+                with run.atomic():
                     grad_norm = trainer.update(loss, lr=lr)  # clipping and AdamW
                     run.step = step
                     images = loader.dataset.paths_of(micro_batches)
@@ -60,7 +60,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                 if schedule.is_validated(step):
                     run.validate()
                     meter.restart()
-                if run.best.step == step or run.is_save_due:
+                if run.is_save_due:
                     run.save()
         run.save()
     return run.summary

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_engine.data.captions import IGNORED
-from lora_engine.lora.layer import is_intercepted
+from lora_engine.lora.layer import is_plain
 from lora_engine.lora.matmul import compute_dtype, frozen_linear
 from lora_engine.models import CaptioningModel
 
@@ -25,7 +25,7 @@ def caption_loss(
     *,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy in nats, summed over the M valid targets of a batch -> ().
+    """Cross-entropy in nats, summed over the targets of a batch that are not IGNORED -> ().
 
     `input_ids` (B, T), `features` (B, P, D), and the targets flat, as in `batches.PixelBatch`:
     `target_ids` (M,) at `target_positions` (M,) of the flattened (B * T). Only those positions go
@@ -36,7 +36,7 @@ def caption_loss(
     hidden = model.head_input(hidden.flatten(0, 1).index_select(0, target_positions))  # (M, D)
     hidden = hidden.to(compute_dtype(hidden))
     vocabulary = model.vocabulary
-    if type(vocabulary) is not nn.Linear or is_intercepted(vocabulary):
+    if type(vocabulary) is not nn.Linear or not is_plain(vocabulary):
         logits = vocabulary(hidden)
         return F.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)),

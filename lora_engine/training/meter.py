@@ -1,4 +1,4 @@
-"""Losses and speed of a run's steps, read from the device at log lines only."""
+"""Losses and speed of a run's steps, read from the device only now and then."""
 
 import logging
 import math
@@ -24,8 +24,8 @@ _EVERY_S = 5.0  # between two reads
 class Meter:
     """Losses and speed between two log lines.
 
-    Losses stay on the device until `settle` reads them all at once: reading one per step would make
-    the CPU wait for the GPU in every step.
+    Losses stay on the device until `read` or `settle` takes all of them at once: reading one per
+    step would make the CPU wait for the GPU in every step.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ class BatchSplitter:
     """Splits batches into what fits into memory, which it learns from what does not.
 
     A step's loss is a sum over all of its targets, divided by their number, so that the split
-    changes neither loss nor gradients, except for their last bits and dropout's draws. `num_rows`
+    changes neither loss nor gradients, except for their last bits and the dropout masks. `num_rows`
     (None: no limit) is part of a run's state: a resumed run splits as before.
     """
 

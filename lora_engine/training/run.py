@@ -16,30 +16,25 @@ from lora_engine.data.batches import (
     training_order,
     validation_order,
 )
-from lora_engine.data.seen_images import DIGESTS_FILE, write_digests
 from lora_engine.devices import describe, peak_memory_bytes
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
-from lora_engine.files import check_space
-from lora_engine.lora.adapter import AdapterError
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.report.hub import push_adapter
 from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.model_card import write_model_card
 from lora_engine.report.page import write_report
-from lora_engine.report.run_folder import RunFolder, checkpoint_name, environment
+from lora_engine.report.run_folder import RunFolder, environment
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.report.trackers import start_tracker
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
 from lora_engine.training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    checkpoint_bytes,
-    remove_old_checkpoints,
     restore_moments,
-    write_checkpoint,
 )
+from lora_engine.training.checkpoint_writer import CheckpointWriter
 from lora_engine.training.meter import Meter
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.setup import (
@@ -86,31 +81,31 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
         for _ in range(_NUM_SPARE_FILES):
             spare_files.enter_context(open(os.devnull))
         folder.write_json("config.json", config.as_dict())
-        known = environment(
+        facts = environment(
             describe(trainer.device),
             trainer.dtype,
             describe_kernels(trainer.device, trainer.dtype),
         )
-        known |= sizes(setup)
-        folder.write_json("environment.json", known)
+        facts |= sizes(setup)
+        folder.write_json("environment.json", facts)
         log_opening(setup, folder, features)
         run = Run(setup, schedule, folder, metrics=metrics, features=features, stop=stop)
         if setup.checkpoint is not None:
             run.restore(setup.checkpoint)
         try:
             yield run
-            known["total_s"] = run.seconds
-            known["peak_memory_bytes"] = peak_memory_bytes(trainer.device)
-            folder.write_json("environment.json", known)
+            facts["total_s"] = run.seconds
+            facts["peak_memory_bytes"] = peak_memory_bytes(trainer.device)
+            folder.write_json("environment.json", facts)
         except (Exception, Interrupted) as error:
             spare_files.close()
             run.save_last_step()
             if isinstance(error, OSError):
                 raise TrainingStopped(
-                    f"{error}. What was there before is intact. {run.how_to_resume()}"
+                    f"{error}. What was there before is intact. {run.checkpoints.how_to_resume()}"
                 ) from error
             if run.has_begun:
-                error.add_note(run.how_to_resume())
+                error.add_note(run.checkpoints.how_to_resume())
             if run.has_begun and isinstance(error, TrainingStopped):
                 is_first = "" if run.best.step else " (before training)"
                 error.add_note(
@@ -129,7 +124,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
 
 
 class Run:
-    """A run's parts that change besides its trainer, and their checkpoints; `step` are done."""
+    """A run's state outside the trainer, its validations and checkpoints; `step` steps are done."""
 
     summary: TrainingSummary  # when it has ended
 
@@ -154,6 +149,10 @@ class Run:
         self.step = 0
         self.meter = Meter(metrics, schedule, has_grad_scaler=self.trainer.scaler.is_enabled())
         self.best = best_adapter(setup, folder)
+        every_steps, every_s = config.save_interval()
+        self.checkpoints = CheckpointWriter(
+            folder, every_steps=every_steps, every_s=every_s, keep_last=config.keep_last
+        )
         self.skipped = SkippedRows(
             folder, max_share=config.max_bad_share, num_rows=len(data.train_set)
         )
@@ -174,11 +173,7 @@ class Run:
             metrics=metrics,
         )
         self._begin_s = setup.begin_s
-        self._is_whole = True
-        self._saved_step: int | None = None
-        self._saved_validated = False
-        self._saved_digests = b""  # checksum of their file's contents
-        self._saved_s = time.monotonic()
+        self._is_consistent = True
 
     # --- data --------------------------------------------------------------------------------
 
@@ -221,15 +216,15 @@ class Run:
         return 0 in self.best.losses
 
     @contextmanager
-    def undivided(self) -> Iterator[None]:
-        """Changes within the context are all or nothing: if one fails, no checkpoint is written."""
-        self._is_whole = False
+    def atomic(self) -> Iterator[None]:
+        """Changes within the context belong together: if one fails, no checkpoint is written."""
+        self._is_consistent = False
         try:
             yield
         except TrainingStopped:  # raised between two parts, by the run itself
-            self._is_whole = True
+            self._is_consistent = True
             raise
-        self._is_whole = True
+        self._is_consistent = True
 
     def validate(self) -> None:
         """Validate the current step, record the results, and save the adapter if it is the best.
@@ -238,7 +233,7 @@ class Run:
         """
         step, captions = self.step, self.validation.captions
         loss, scores = self.validation.measure(step)
-        with self.undivided():
+        with self.atomic():
             self.metrics.record(
                 "validation",
                 step=step,
@@ -262,43 +257,23 @@ class Run:
 
     @property
     def is_save_due(self) -> bool:
-        """Whether it is time for a checkpoint, by --save_every."""
-        num_steps, seconds = self.setup.config.save_interval()
-        return self.step % num_steps == 0 or time.monotonic() - self._saved_s >= seconds
+        """Whether it is time for a checkpoint: after a new best adapter, or by --save_every."""
+        return self.best.step == self.step or self.checkpoints.is_due(self.step)
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one, the run has not begun, or an `undivided`
-        change failed.
-
-        If the disk does not take it, or the adapter is not finite, the run logs a warning and
-        continues: the existing checkpoints stay.
-        """
+        """Write a checkpoint, unless this step has one, the run has not begun, or an `atomic`
+        change failed."""
         is_validated = self.step in self.best.losses
-        is_saved = self.step == self._saved_step and is_validated == self._saved_validated
-        if is_saved or not self.has_begun or not self._is_whole:
+        is_saved = self.checkpoints.has(self.step, is_validated=is_validated)
+        if is_saved or not self.has_begun or not self._is_consistent:
             return
-        self._saved_s = time.monotonic()
-        folder, digests = self.folder.checkpoints, self.setup.data.digests
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
-            needed = checkpoint_bytes(self.trainer.lora.values.numel()) + digests.nbytes
-            check_space(folder, needed=needed)
-            self.folder.sync()  # up to this step, where a resumed run begins to log again
-            self._saved_digests = write_digests(folder / DIGESTS_FILE, digests, self._saved_digests)
-            is_best = self.best.step == self.step
-            write_checkpoint(
-                folder / checkpoint_name(self.step),
-                adapter_files=self.best.files if is_best else self.best.files_after(self.step),
-                best_files=self.best.files,
-                optimizer=self.trainer.optimizer,
-                state=self._state(),
-            )
-        except (OSError, AdapterError) as error:
-            logger.warning(f"no checkpoint of step {self.step}: {error}")
-            return
-        self._saved_step, self._saved_validated = self.step, is_validated
-        remove_old_checkpoints(
-            folder, keep_last=self.setup.config.keep_last, best_step=self.best.step
+        self.checkpoints.write(
+            self.step,
+            is_validated=is_validated,
+            best=self.best,
+            optimizer=self.trainer.optimizer,
+            digests=self.setup.data.digests,
+            state=self._state(),
         )
 
     def _state(self) -> dict[str, Any]:
@@ -332,8 +307,8 @@ class Run:
         self.validation.captions.load_state_dict(state["captions"])
         self.meter.load_state_dict(state["meter"])
         self._begin_s -= state["seconds"]
-        self.step = self._saved_step = checkpoint.step
-        self._saved_validated = checkpoint.is_validated
+        self.step = checkpoint.step
+        self.checkpoints.restore(checkpoint)
         self._log_resumption(checkpoint)
         self.skipped.restore(self.setup.data.train_set, self._rows_tried())
         self.best.restore(checkpoint)
@@ -373,14 +348,6 @@ class Run:
         except Exception as error:  # a GPU that has failed raises on every call
             logger.warning(f"no checkpoint of step {self.step}: {error}")
 
-    def how_to_resume(self) -> str:
-        if self._saved_step is None:
-            return f"there is no checkpoint in {self.folder.checkpoints} yet"
-        return (
-            f"the checkpoint of step {self._saved_step} is in {self.folder.checkpoints}; rerun the "
-            f"command with --output_path {self.folder.path} --resume to continue from there"
-        )
-
     def write_results(self) -> None:
         """Write what people read and use; a failure neither ends a run nor hides why it ended."""
         writes: dict[str, Callable[[], object]] = {
@@ -388,7 +355,7 @@ class Run:
             "the model card": partial(write_model_card, self.folder),
             "the report": partial(write_report, [self.folder.path], self.folder.report),
         }
-        if self._is_whole:
+        if self._is_consistent:
             writes = {"the last adapter": partial(self.best.save_last, self.step)} | writes
         for name, write in writes.items():
             try:

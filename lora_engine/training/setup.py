@@ -76,7 +76,10 @@ class RunSetup:
 
 
 def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
-    """Read and check all that a run needs, the cheapest first; nothing is written yet."""
+    """Read and check all that a run needs, the cheapest first.
+
+    Sets torch's threads, TF32 and seed; writes nothing.
+    """
     begin_s = time.monotonic()
     config.check()
     checkpoint = checkpoint_to_resume(config)
@@ -192,7 +195,7 @@ def place_model(
     gradient_checkpointing: bool = False,
     compile: bool = False,
 ) -> CaptioningModel:
-    """Move the model to its device, with frozen weights in `dtype`, in training mode."""
+    """Prepare the model for training: frozen weights in `dtype`, on its device, in train mode."""
     cast_frozen(model, dtype)
     model.to(device)
     model.decoder.gradient_checkpointing = gradient_checkpointing

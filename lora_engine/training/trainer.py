@@ -24,7 +24,7 @@ class Trainer:
     """Owns what a step changes: LoRA parameters, AdamW's moments, the loss scale, CUDA graphs.
 
     A step is `accumulate` over its micro-batches, then `update`. Build the trainer when the model
-    has its adapters and is on `device`; `dtype` is that of matrix products.
+    has its adapters and is on `device`; `dtype` is that of matmuls.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
 
         Every micro-loss is a sum over targets, divided by the number of targets of the whole step,
         so that the gradients are those of one large batch whatever the captions' lengths. Batches
-        that exceed the GPU's memory are split, which changes nothing but the last bits.
+        that exceed the GPU's memory are split, which changes only the last bits and dropout masks.
         """
         micro_step = self._recorded(self.micro_step)
         num_targets = sum(batch.num_targets for batch in batches)

@@ -1,0 +1,102 @@
+"""When a run writes checkpoints, and that a failed write costs nothing that is there."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_engine.data.seen_images import DIGESTS_FILE, write_digests
+from lora_engine.files import check_space
+from lora_engine.lora.adapter import AdapterError
+from lora_engine.report.run_folder import RunFolder, checkpoint_name
+from lora_engine.training.best_adapter import BestAdapter
+from lora_engine.training.checkpoint import (
+    Checkpoint,
+    checkpoint_bytes,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes each state of a run once, every so many steps or seconds, and removes old checkpoints.
+
+    `step` is that of the newest checkpoint, if there is one.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, every_steps: float, every_s: float, keep_last: int
+    ) -> None:
+        self.folder = folder
+        self.every_steps = every_steps
+        self.every_s = every_s
+        self.keep_last = keep_last
+        self.step: int | None = None
+        self._is_validated = False
+        self._digests_checksum = b""
+        self._last_s = time.monotonic()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue after a checkpoint that was read."""
+        self.step, self._is_validated = checkpoint.step, checkpoint.is_validated
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint after `step` steps."""
+        is_time = time.monotonic() - self._last_s >= self.every_s
+        return step % self.every_steps == 0 or is_time
+
+    def has(self, step: int, *, is_validated: bool) -> bool:
+        """Whether the newest checkpoint is of `step`, with its validation done or not."""
+        return step == self.step and is_validated == self._is_validated
+
+    def write(
+        self,
+        step: int,
+        *,
+        is_validated: bool,
+        best: BestAdapter,
+        optimizer: torch.optim.Optimizer,
+        digests: np.ndarray,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint; `digests` V16 (N,) are those of the run's images.
+
+        If the disk does not take it, or the adapter is not finite, log a warning: the existing
+        checkpoints stay.
+        """
+        self._last_s = time.monotonic()
+        folder = self.folder.checkpoints
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
+            (lora,) = optimizer.param_groups[0]["params"]  # one flat tensor
+            check_space(folder, needed=checkpoint_bytes(lora.numel()) + digests.nbytes)
+            self.folder.sync()  # up to this step, where a resumed run begins to log again
+            self._digests_checksum = write_digests(
+                folder / DIGESTS_FILE, digests, self._digests_checksum
+            )
+            write_checkpoint(
+                folder / checkpoint_name(step),
+                adapter_files=best.files if best.step == step else best.files_after(step),
+                best_files=best.files,
+                optimizer=optimizer,
+                state=state,
+            )
+        except (OSError, AdapterError) as error:
+            logger.warning(f"no checkpoint of step {step}: {error}")
+            return
+        self.step, self._is_validated = step, is_validated
+        remove_old_checkpoints(folder, keep_last=self.keep_last, best_step=best.step)
+
+    def how_to_resume(self) -> str:
+        """Where the newest checkpoint is, and what to type to continue from it."""
+        if self.step is None:
+            return f"there is no checkpoint in {self.folder.checkpoints} yet"
+        return (
+            f"the checkpoint of step {self.step} is in {self.folder.checkpoints}; rerun the "
+            f"command with --output_path {self.folder.path} --resume to continue from there"
+        )
