@@ -287,7 +287,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         try:
             if is_kept(json.loads(line)):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a line of ours
+        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a log line
             num_damaged += 1
     if num_damaged:
         copy = unused_name(path.with_name(f"{path.name}.damaged"))
@@ -299,7 +299,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
-    """Restore validations that metrics.jsonl has lost and the checkpoint knows."""
+    """Restore validations that metrics.jsonl has lost from the checkpoint."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     found = {line["step"] for line in lines if line.get("event") == "validation"}
     lost = [line for line in validations if line["step"] not in found]
