@@ -76,7 +76,8 @@ class TrainingConfig:
     """Peak learning rate. LoRA usually needs a higher one than full fine-tuning: try 1e-4 to 5e-4.
     """
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 42
-    """Seed of the adapter's initialization, the order of the data, and dropout."""
+    """Seed of the adapter's initialization, the held-out images, the order of the data, substitutes
+    for unreadable images, and dropout."""
     max_steps: Annotated[int | None, Range(ge=1)] = None
     """Maximum number of optimizer steps; the learning rate decays to the last one."""
     grad_accum_steps: Annotated[int, Range(ge=1)] = 1
@@ -105,10 +106,10 @@ class TrainingConfig:
     max_caption_tokens: Annotated[int, Range(ge=1)] = 64
     """Truncate captions to this many tokens."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of matrix products; LoRA matrices stay fp32. auto: bf16 on CUDA (fp16 on older
+    """Number format of matmuls; LoRA matrices stay fp32. auto: bf16 on CUDA (fp16 on older
     cards), fp32 elsewhere."""
     compile: bool = False
-    """Compile the decoder's layers with torch.compile."""
+    """Compile the decoder's layers, and on a GPU the encoder's, with torch.compile."""
     cuda_graphs: bool = True
     """On a GPU, record the kernels of a step as a CUDA graph and launch them together."""
     gradient_checkpointing: bool = False
@@ -121,8 +122,8 @@ class TrainingConfig:
     num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
     """Threads for training on a CPU. Default: PyTorch's choice, usually all processors."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
-    """Where to keep the encoder's features, so that each image is encoded once. auto: in GPU memory
-    and, where reading is faster than encoding, on disk, for later runs too."""
+    """Where to keep the encoder's features, so that each image is encoded once. auto: in GPU
+    memory; on disk if reading is faster than encoding, for later runs too; the rest in memory."""
     cache_dir: str | None = None
     """Folder for features on disk; it must be on a local disk. Default:
     $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; none for a user without a home folder."""
@@ -160,7 +161,7 @@ class TrainingConfig:
     """Stop the run after waiting this many seconds for images to load."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send metrics to this tracker. tensorboard and wandb write into the run's folder (wandb
-    stays offline without an API key), trackio into the folder of all its projects."""
+    stays offline without an API key), trackio into its own folder."""
     push_to_hub: str | None = None
     """Upload the finished adapter with its model card to this Hugging Face repository, owner/name.
     A new repository is public unless your account's settings say otherwise."""

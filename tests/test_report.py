@@ -9,6 +9,8 @@ from PIL import Image
 
 from lora_engine import __main__ as verbs
 from lora_engine.report.page import write_report
+from lora_engine.report.run_facts import headline
+from lora_engine.report.run_record import RunRecord
 
 HOSTILE = '<script>alert("1")</script>&"\'><img src=x onerror=alert(2)>'
 FOREIGN = {"script", "iframe", "object", "form", "a", "base"}
@@ -62,7 +64,8 @@ def report(*runs: Path, out: Path) -> Page:
 def test_a_report_shows_the_outcome_of_a_run(tmp_path):
     page = report(write_run(tmp_path / "run"), out=tmp_path / "report.html")
     for words in (
-        "The validation loss went from 4.000 to 2.000 nats per token, best at step 10 of 10",
+        "The adapter of step 10 of 10 is the best by validation loss: the validation loss went "
+        "from 4.000 to 2.000 nats per token",
         "CIDEr-D rose from 0.5000 to 2.500", "2 validation images with 3 references",
         "a blue box", "a red ring", "CIDEr-D 2.50", "gone.png", "no such file", "2.13",
     ):
@@ -71,6 +74,32 @@ def test_a_report_shows_the_outcome_of_a_run(tmp_path):
     assert len(images) == 1 and images[0]["src"].startswith("data:image/jpeg;base64,")
     assert "not finished" not in page.text
     assert sum(tag == "polyline" for tag, _ in page.elements) >= 7
+
+
+@pytest.mark.parametrize("best_by, losses, scores, sentences", [
+    ("cider_d", [3.0, 2.0], [0.5, 0.4],
+     "The CIDEr-D never improved on its value before training, so adapter/ holds the initial "
+     "adapter. The validation loss was 3.000 nats per token then and is 2.000 at step 5."),
+    ("cider_d", [3.0, 2.0, 2.2], [0.5, 0.6, 0.8],
+     "The adapter of step 10 of 10 is the best by CIDEr-D: the validation loss went from 3.000 to "
+     "2.200 nats per token; CIDEr-D rose from 0.5000 to 0.8000."),
+    ("loss", [3.0, 2.0, 2.2], [0.5, 0.6, 0.8],
+     "The adapter of step 5 of 10 is the best by validation loss: the validation loss went from "
+     "3.000 to 2.000 nats per token; CIDEr-D rose from 0.5000 to 0.6000."),
+    ("loss", [2.0, 3.0], [0.5, 0.6],
+     "The validation loss never improved on its value before training, so adapter/ holds the "
+     "initial adapter. The validation loss was 2.000 nats per token then and is 3.000 at step 5."),
+    ("cider_d", [2.0, 3.0], [None, None],
+     "The validation loss never improved on its value before training, so adapter/ holds the "
+     "initial adapter. The validation loss was 2.000 nats per token then and is 3.000 at step 5."),
+])
+def test_the_headline_tells_by_what_the_adapter_was_selected(best_by, losses, scores, sentences):
+    metrics = [
+        {"event": "validation", "step": 5 * i, "epoch": float(i), "loss": loss, "cider_d": score}
+        for i, (loss, score) in enumerate(zip(losses, scores))
+    ]
+    config = {"best_by": best_by, "epochs": len(losses) - 1}
+    assert headline(RunRecord(Path("run"), config, {}, metrics, (), {})) == sentences
 
 
 def test_text_of_a_data_set_never_becomes_markup(tmp_path):

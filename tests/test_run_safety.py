@@ -97,7 +97,7 @@ def test_a_folder_with_files_of_others_is_not_a_run_and_stays(run, blip_folder, 
     folder.mkdir()
     shutil.copy(run / "config.json", folder)
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="already holds files, which is never overwritten"):
+    with pytest.raises(ValueError, match="already holds files; a run never overwrites anything"):
         train(go_on(short_run(blip_folder, data, folder)))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "thesis.txt"]
 

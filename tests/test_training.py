@@ -1002,7 +1002,7 @@ def test_an_empty_folder_is_taken_and_a_full_one_or_a_file_is_not(
     assert summary.path == tmp_path / "empty"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    refusal = "already holds files, which is never overwritten; choose another folder, or delete it"
+    refusal = "already holds files; a run never overwrites anything: choose another folder, or"
     with pytest.raises(ValueError, match=refusal):
         train(settings(blip_folder, data, tmp_path / "full"))
     with pytest.raises(ValueError, match="is a file; name a new folder"):

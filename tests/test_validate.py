@@ -165,3 +165,31 @@ def test_rows_of_the_validation_file_that_cannot_be_used_are_listed(command, fol
     assert f"validation  1 rows cannot be used:\n  {val}:3: row 3: \"text\" is empty" in out
     found = json.loads(report.read_text())
     assert found["val_data_lines_without_words"] == [f"{val}:2"] and found["val_data_problems"]
+
+
+def test_images_of_the_validation_file_are_read(command, folder):
+    images = sorted((folder / "images").iterdir())
+    (folder / "damaged.png").write_bytes(b"nothing")
+    images[2].write_bytes(b"nothing")
+    val = write(folder, [
+        {"text": "a dog", "image": "gone.png"},
+        {"text": "", "image": "no.png"},
+        {"text": "a cat", "image": "damaged.png"},
+        {"text": "a hen", "image": str(images[0])},
+        {"text": "a cow", "image": str(images[2])},
+    ], "val.json")
+    train = write(folder, rows_of(folder)[:2])
+    report = folder / "found.json"
+    status, out, _ = command(
+        verbs.run_verb, "validate", "--data", train, "--val_data", val, "--json", report
+    )
+    assert status == PROBLEMS and "no row has a problem" not in out
+    assert "validation  4 rows cannot be used" in out and "2 rows, 2 images" in out
+    places, reasons = zip(*(
+        problem.split(": ", maxsplit=1)
+        for problem in json.loads(report.read_text())["val_data_problems"]
+    ))
+    assert places == tuple(f"{val}:{line}" for line in (2, 3, 4, 6))
+    assert reasons[0] == f"row 1: {folder / 'gone.png'}: no such file"
+    assert reasons[2].startswith(f"row 3: {folder / 'damaged.png'}: not an image")
+    assert reasons[3].startswith(f"row 5: {images[2]}: not an image")

@@ -42,7 +42,7 @@ class CaptioningConfig:
     prompt: str | None = None
     """Words for the captions to continue. Default: the prompt that the adapter was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of matrix products. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
+    """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"

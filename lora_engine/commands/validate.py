@@ -38,7 +38,8 @@ class ValidateConfig:
     data: str
     """Annotations to check: a JSON list of {"text", "image"} rows."""
     val_data: str | None = None
-    """Validation annotations to check, too; images that are also in --data are counted."""
+    """Validation annotations, whose rows and images are checked, too; images that are also in
+    --data are counted."""
     model: str | None = None
     """Captioner (folder or Hub name) whose tokens measure the captions. Default: count words."""
     revision: str | None = None
@@ -147,7 +148,7 @@ def _examine(config: ValidateConfig) -> Findings:
             findings.problems.append((number, line, f"{row.image}: {reason}"))
     findings.problems.sort()
     if config.val_data is not None:
-        _examine_val_data(findings, config.val_data)
+        _examine_val_data(findings, config.val_data, config.num_workers)
     return findings
 
 
@@ -163,17 +164,23 @@ def _measure_captions(findings: Findings, config: ValidateConfig) -> None:
     findings.num_truncated = int((findings.lengths > config.max_caption_tokens).sum())
 
 
-def _examine_val_data(findings: Findings, val_data: str) -> None:
-    """Check the rows of `val_data`, and count its images that are also in the training data."""
-    images = set()
-    for checked in checked_rows(val_data):
+def _examine_val_data(findings: Findings, val_data: str, num_workers: int | None) -> None:
+    """Check rows and images of `val_data`; count images that are also in the training data."""
+    rows = list(checked_rows(val_data))
+    paths = dict.fromkeys(checked.row.image for checked in rows if checked.row is not None)
+    findings.num_shared = len(paths.keys() & findings.images.keys())
+    unread = [path for path in paths if path not in findings.images]
+    images = findings.images | dict(zip(unread, _read_images(unread, num_workers)))
+    for checked in rows:
         if checked.row is None:
             findings.bad_val_rows.append(bad_row(val_data, checked))
             continue
-        images.add(checked.row.image)
+        image, reason = checked.row.image, images[checked.row.image].reason
+        if reason is not None:
+            unreadable = checked._replace(complaint=f"{image}: {reason}")
+            findings.bad_val_rows.append(bad_row(val_data, unreadable))
         if not has_words(checked.row.text):
             findings.wordless_val_rows.append(f"{val_data}:{checked.line}")
-    findings.num_shared = len(images & findings.images.keys())
 
 
 def _read_images(paths: Sequence[str], num_workers: int | None) -> Iterator[ImageFacts]:
@@ -247,7 +254,7 @@ def _summary(config: ValidateConfig, findings: Findings) -> str:
     wordless += findings.wordless_val_rows
     if wordless:
         lines.append(f"scores      {len(wordless):,} captions have no words to compare:")
-        lines += [f"  {place}" for place in wordless[:MAX_SHOWN]]
+        lines += [f"  {path_and_line}" for path_and_line in wordless[:MAX_SHOWN]]
     if findings.bad_val_rows:
         lines.append(f"validation  {len(findings.bad_val_rows):,} rows cannot be used:")
         lines += [f"  {bad}" for bad in findings.bad_val_rows[:MAX_SHOWN]]
@@ -257,7 +264,7 @@ def _summary(config: ValidateConfig, findings: Findings) -> str:
 def _problem_lines(config: ValidateConfig, findings: Findings) -> list[str]:
     problems = findings.problems
     if not problems:
-        return ["no row has a problem"]
+        return [] if findings.bad_val_rows else ["no row has a problem"]
     lines = [
         f"problems    {len(problems):,} of {findings.num_rows:,} rows cannot be used; training "
         f"{'skips them' if findings.is_trainable else 'stops'} "

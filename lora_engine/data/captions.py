@@ -2,10 +2,10 @@
 
     <start> prompt caption <end>        BLIP: [DEC] ... [SEP]; GPT-2: <|endoftext|> at both ends
 
-Each position predicts the next token. The prompt is given, so it is not a target; exactly one end
-token is a target, although GPT-2's padding has the same id (padding is identified by length, not by
-id). Captions are stripped and otherwise tokenized as they are; after a prompt a caption begins with
-a space, as in running text.
+Each position predicts the next token. The prompt is given, so it is not a target. One end token
+is a target (none of a truncated caption), although GPT-2's padding has the same id: padding is
+identified by length, not by id. Captions are stripped and otherwise tokenized as they are; after a
+prompt a caption begins with a space, as in running text.
 """
 
 from collections.abc import Iterable, Sequence

@@ -191,7 +191,7 @@ def _check_size(image: Image.Image, path: str, max_pixels: int) -> None:
 
 
 def _apply_orientation(image: Image.Image) -> None:
-    """Rotate the image in place as its EXIF data say; unreadable EXIF data are ignored."""
+    """Rotate the image in place according to its EXIF data; unreadable EXIF data are ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:

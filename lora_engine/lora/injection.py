@@ -203,7 +203,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the frozen weights of matrix products to `dtype`, once.
+    """Convert the frozen weights of linear and convolution layers to `dtype`, once.
 
     Autocast would cast them in every step: it caches casts only of weights that require a gradient.
     Norms and embeddings are left alone, as under autocast; a vocabulary head tied to an embedding

@@ -10,9 +10,11 @@ scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732. Conven
 values, dropout on the input, matching of targets) are those of huggingface/peft; adapters load in
 either library.
 
-This file is the only one that knows the formula. `LinearParts` describes a layer's terms: forward
-passes (`project`), cross-attention (`low_rank_inputs`, `LinearParts.scaled_B`) and merging
-(`LinearParts.update`) all compute from it, so a variant of LoRA changes `linear_parts` alone.
+`LinearParts` describes a layer's terms, from which forward passes (`project`), cross-attention
+(`low_rank_inputs`, `LinearParts.scaled_B`) and merging (`LinearParts.update`) compute. A variant
+that only changes these terms, as rsLoRA's scaling does, changes `linear_parts` alone. One with
+another forward pass, such as DoRA, also changes `_Projections`, and cross_attention.py must call
+its layers.
 
 Axes: M rows of the input, R rank.
 """
@@ -144,7 +146,9 @@ class LoRALinear(nn.Module):
 
 
 class LinearParts(NamedTuple):
-    """The terms of x W^T + b + scaling * dropout(x) A^T B^T, in one dtype; no adapter: A is None.
+    """The terms of x W^T + b + scaling * dropout(x) A^T B^T, in one dtype.
+
+    A and B are None without an adapter.
     """
 
     weight: Tensor  # (out, in)
@@ -206,8 +210,8 @@ def is_intercepted(layer: nn.Module) -> bool:
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Apply linear layers, adapted or not, to one input x (..., in) -> (..., out) of each.
 
-    The adapters' products with x are one matrix product and share one dropout mask. If a layer is
-    not `is_plain`, or dropout probabilities differ, each layer is called by itself.
+    The adapters' low-rank inputs are one matmul with one dropout mask. If a layer is not
+    `is_plain`, or dropout probabilities differ, each layer is called by itself.
     """
     if not all(is_plain(layer) for layer in layers) or len(set(_dropouts(layers))) > 1:
         return tuple(layer(x) for layer in layers)
@@ -228,8 +232,8 @@ def _project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 def low_rank_inputs(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor | None]:
     """dropout(x) A^T (..., R) of each layer, for an x (..., in) that needs no gradient.
 
-    None for a layer without an adapter, and for one that is not `is_plain`. As in `project` it is
-    one product with one dropout mask.
+    None for a layer without an adapter, and for one that is not `is_plain`. As in `project`, they
+    are one matmul with one dropout mask.
     """
     adapters = [layer for layer in layers if is_plain(layer) and _has_adapter(layer)]
     if not adapters:
@@ -266,7 +270,7 @@ class _Projections(torch.autograd.Function):
     """Y_i = X W_i^T + b_i + s_i d(X) A_i^T B_i^T, where d keeps some elements (arXiv:2106.09685).
 
     The backward pass is written by hand: autograd would save X twice, with dropout and without,
-    and run a low-rank product for each layer. With G_i = s_i dY_i B_i it is
+    and run a low-rank matmul for each layer. With G_i = s_i dY_i B_i it is
 
         dX = sum dY_i W_i + d(sum G_i A_i)     dA_i = G_i^T d(X)     dB_i = s_i dY_i^T (d(X) A_i^T)
 

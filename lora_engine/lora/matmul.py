@@ -1,13 +1,13 @@
-"""Matrix products with frozen operands, by the fastest kernel that torch has for them.
+"""Matmuls with frozen operands, by the fastest kernel that torch has for them.
 
-A frozen operand gets no gradient, so one of the three products of a linear layer (forward, input
+A frozen operand gets no gradient, so one of the three matmuls of a linear layer (forward, input
 gradient, weight gradient) is never computed.
 
-On AMD processors with AVX-512, fp32 products use oneDNN. `F.linear` and `torch.bmm` use MKL, which
+On AMD processors with AVX-512, fp32 matmuls use oneDNN. `F.linear` and `torch.bmm` use MKL, which
 does not use the full vector width there and runs at less than half of oneDNN's rate. On Intel
 processors MKL is faster (benchmarks/LOG.md).
 
-Axes: M rows, N columns of the result, K the summed axis, B independent products, H heads.
+Axes: M rows, N columns of the result, K the summed axis, B batch, H heads.
 """
 
 import platform
@@ -37,7 +37,7 @@ _MIN_SIZE = 2**12  # elements of the second operand, below which the call of one
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with `x`: autocast's if it is enabled, else that of `x`."""
+    """The dtype of a matmul with `x`: autocast's if it is enabled, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -58,7 +58,7 @@ def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products there use oneDNN instead of torch's choice."""
+    """Whether matmuls there use oneDNN instead of torch's choice."""
     return _USE_ONEDNN and device.type == "cpu" and dtype == torch.float32
 
 
@@ -69,12 +69,12 @@ def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
         flash = is_half and torch.backends.cuda.flash_sdp_enabled()
         return f"{'flash' if flash else 'memory-efficient'} attention, no TF32"
     if dtype == torch.float32:
-        return f"matrix products by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
+        return f"matmuls by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
     has_bf16 = any(
         getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
     )
     if dtype == torch.bfloat16 and has_bf16:
-        return "matrix products by the processor's bf16 instructions"
+        return "matmuls by the processor's bf16 instructions"
     return "this processor may only emulate this format: fp32 may be faster"
 
 

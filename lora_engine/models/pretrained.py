@@ -238,7 +238,7 @@ def _tokenizer_errors(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C, say; a panic of the tokenizers library is a BaseException, too
+            raise  # such as KeyboardInterrupt; the PanicException of tokenizers is no Exception
         raise PretrainedError(
             f"{folder} has no usable tokenizer: {one_line(error)}; {_TOKENIZER_FILES}"
         ) from None

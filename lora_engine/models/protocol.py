@@ -80,7 +80,8 @@ class CaptioningModel(_Module, Protocol):  # type: ignore[misc]
     def decoder(self) -> Decoder: ...
 
     @property
-    def vocabulary(self) -> nn.Linear: ...
+    def vocabulary(self) -> nn.Linear:
+        """The vocabulary head; the loss calls it unless it is a plain `nn.Linear`."""
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels (B, 3, height, width) -> features (B, P, D). Frozen."""

@@ -1,7 +1,7 @@
 """The frozen image encoder: a pre-norm Vision Transformer (arXiv:2010.11929), also DeiT's.
 
 One implementation serves BLIP's encoder and transformers' ViT and DeiT; `RENAMES` maps their names
-to the names here. Query, key and value are one linear layer, as in BLIP: one product instead of
+to the names here. Query, key and value are one linear layer, as in BLIP: one matmul instead of
 three. Nothing here is trained, and neither published encoder has dropout.
 
 Axes: B batch, P image tokens (class token, DeiT's distillation token, patches), D width, H heads,

@@ -24,7 +24,7 @@ _EVERY_S = 5.0  # between two lines of progress
 class MetricsLogger:
     """Appends events to metrics.jsonl and shows progress; within its context, log records too.
 
-    metrics.jsonl is the truth about a run: each line is written and flushed when it happens, and
+    metrics.jsonl is the record of a run: each line is written and flushed when it happens, and
     everything drawn later is derived from it. A `tracker` gets the same events. When the output
     can no longer be written (its reader has gone), `on_lost_output` is called once, and further
     output is dropped.
@@ -170,9 +170,9 @@ class _Output:
 
 
 def event_line(event: str, **values: Any) -> dict[str, Any]:
-    """A line of metrics.jsonl: floats in as many digits as carry meaning.
+    """A line of metrics.jsonl, with floats rounded to 7 significant digits.
 
-    A float that is not finite becomes null, since JSON has no word for it.
+    A float that is not finite becomes null, because JSON cannot represent it.
     """
     for name, value in values.items():
         if isinstance(value, float):

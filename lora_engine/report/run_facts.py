@@ -17,7 +17,7 @@ NOTHING = "–"
 
 # Keys of environment.json that describe the run, not versions and the machine.
 ABOUT_THE_RUN = frozenset((
-    "started", "total_s", "peak_memory_bytes", "num_train_captions", "num_train_images",
+    "total_s", "peak_memory_bytes", "num_train_captions", "num_train_images",
     "num_val_captions", "num_val_images", "num_adapted_modules", "num_trainable", "num_frozen",
 ))
 
@@ -62,14 +62,11 @@ def names(runs: Sequence[RunRecord]) -> list[str]:
 
 def subtitle(run: RunRecord) -> str:
     model = text(run.config.get("model"))
-    parts = [f"LoRA on {Path(model).name if Path(model).is_absolute() else model}"]
-    if "started" in run.environment:
-        parts.append(f"started {text(run.environment['started'])}")
-    return ", ".join(parts)
+    return f"LoRA on {Path(model).name if Path(model).is_absolute() else model}"
 
 
 def headline(run: RunRecord) -> str:
-    """The outcome in one sentence."""
+    """The outcome in a sentence or two."""
     losses = run.validation("loss")
     if not losses.steps:
         return "No validation is recorded."
@@ -79,15 +76,18 @@ def headline(run: RunRecord) -> str:
     if len(losses.steps) == 1:
         when = f"step {step:,}" if step else "before training"
         return f"The validation loss {when} is {figure(best)} nats per token."
+    criterion = str(run.config.get("best_by", "loss"))
+    is_by_score = criterion != "loss" and criterion in run.scores
+    name = score_name(criterion) if is_by_score else "validation loss"
     if step == first_step:
         return (
-            f"No validation improved on the one before training ({figure(best)} nats per token), "
-            f"so adapter/ holds the initial adapter. At step {last_step:,} the loss is "
-            f"{figure(losses.values[-1])}."
+            f"The {name} never improved on its value before training, so adapter/ holds the "
+            f"initial adapter. The validation loss was {figure(best)} nats per token then and is "
+            f"{figure(losses.values[-1])} at step {last_step:,}."
         )
     sentence = (
-        f"The validation loss went from {figure(losses.values[0])} to {figure(best)} nats per "
-        f"token, best at step {step:,} of {_total(run)}"
+        f"The adapter of step {step:,} of {_total(run)} is the best by {name}: the validation loss "
+        f"went from {figure(losses.values[0])} to {figure(best)} nats per token"
     )
     for key in score_keys([run])[:1]:
         before, after = (score_at(run, key, at) for at in (first_step, step))

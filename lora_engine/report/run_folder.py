@@ -2,11 +2,12 @@
 
     config.json        all settings                     samples.jsonl     captions over time
     environment.json   versions and machine             skipped.jsonl     rows that are skipped
-    metrics.jsonl      losses; the truth about the run  loss_curve.png    drawn from it
-    captions.jsonl     scored captions, before and best  report.html    all of it, for people
-    adapter/           the best by validation loss      adapter_last/     the last, where not best
+    metrics.jsonl      losses; the record of the run    loss_curve.png    drawn from it
+    captions.jsonl     scored captions                  report.html       all of it, for people
+    adapter/           the best by --best_by            adapter_last/     the last, if not the best
     checkpoints/       to resume from                   .lock             while a run is running
     adapter_hub/       adapter/ as it is pushed, if that differs
+    tensorboard/, wandb/                                what --track wrote
 """
 
 import json
@@ -141,8 +142,8 @@ class RunFolder:
             advice = f", or start from its adapter with --init_adapter {init}"
             resume = "continue it with --resume, " if (path / "checkpoints").is_dir() else ""
             raise ValueError(
-                f"--output_path {path} already holds {what}, which is never overwritten; {resume}"
-                f"choose another folder, or delete it to start again"
+                f"--output_path {path} already holds {what}; a run never overwrites anything: "
+                f"{resume}choose another folder, or delete it to start again"
                 f"{advice if init.is_dir() else ''}"
             )
 
@@ -286,7 +287,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         try:
             if is_kept(json.loads(line)):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a line of ours
+        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not a log line
             num_damaged += 1
     if num_damaged:
         copy = unused_name(path.with_name(f"{path.name}.damaged"))
@@ -298,7 +299,7 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
-    """Restore validations that metrics.jsonl has lost and the checkpoint knows."""
+    """Restore validations that metrics.jsonl has lost from the checkpoint."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     found = {line["step"] for line in lines if line.get("event") == "validation"}
     lost = [line for line in validations if line["step"] not in found]

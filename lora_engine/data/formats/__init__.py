@@ -1,6 +1,6 @@
-"""One file per annotation format: text of a file -> its rows, not yet checked.
+"""One file per annotation format.
 
-A reader yields (line, value) for each row, with value a dict that has "text" and "image";
-annotations.py picks the reader, checks the rows, and resolves the image paths. A new format is a
+`json_list` yields (line, value) for each row; annotations.py checks the rows and resolves the image
+paths. `coco` is for evaluation only: captioning/references.py reads it. A new training format is a
 new file here, and a line in `annotations.checked_rows`.
 """
