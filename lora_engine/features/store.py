@@ -268,9 +268,13 @@ class FeatureStore:
         )
 
 
-def default_cache_dir() -> Path | None:
-    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+def cache_folder(given: str | None) -> Path | None:
+    """The given folder, by default $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine.
+
+    None for a user without a home folder, if none is given.
     """
+    if given is not None:
+        return Path(given)
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # expanduser keeps the "~" if HOME is not set and the user is not in the password database.
     return None if parent.startswith("~") else Path(parent, "lora_engine")

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from lora_engine.devices import dtype_name
 from lora_engine.files import (
     append_line,
     clear_leftovers,
@@ -34,6 +35,7 @@ from lora_engine.files import (
     sync,
     unused_name,
 )
+from lora_engine.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,7 @@ FILES = frozenset((
 FOLDERS = frozenset((
     "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
 ))
-_ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.png",
-)
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss_curve.png")
 _BEFORE_THE_FIRST_LINE = frozenset((
     "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", ".lock",
 ))
@@ -386,7 +386,7 @@ def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]
         "transformers": version("transformers"),
         "platform": platform.platform(),
         "device": device,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(dtype),
         "kernels": kernels,
         "threads": torch.get_num_threads(),
     }
