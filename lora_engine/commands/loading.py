@@ -180,7 +180,7 @@ class SkippedImages:
     def __init__(self, out: str | None, bad_rows: Sequence[BadRow] = ()) -> None:
         self.path = None if out is None else Path(out).with_name("skipped.jsonl")
         self.lines: list[dict[str, str | None]] = [
-            {"row": bad.place, "reason": bad.reason} for bad in bad_rows
+            {"row": bad.location, "reason": bad.reason} for bad in bad_rows
         ]
         self.num_rows = len(bad_rows)
         for bad in bad_rows[:MAX_ROWS_SHOWN]:

@@ -57,7 +57,7 @@ def run_recipe(
     if is_demo:
         from lora_engine.report.run_folder import RunFolder
 
-        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
+        RunFolder.check_free(config.output_path, resume=config.resume is not None)
         config = _with_scenes(config)
     from lora_engine.training.loop import train
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import places_of, usable_rows
+from lora_engine.data.annotations import locations_of, usable_rows
 from lora_engine.data.batches import CaptionedImages
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, Row
 from lora_engine.data.subsets import evenly_spaced, hold_out
@@ -151,12 +151,12 @@ def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[R
             f"--best_by {config.best_by} needs captions with words to compare, but no validation "
             f"caption of {path} has any"
         )
-    places = places_of(path, wordless)
-    rest = len(places) - MAX_ROWS_SHOWN
+    locations = locations_of(path, wordless)
+    rest = len(locations) - MAX_ROWS_SHOWN
     more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
     logger.warning(
-        f"{len(places):,} validation captions have no words to compare and are not scored: "
-        f"{', '.join(places[:MAX_ROWS_SHOWN])}{more}"
+        f"{len(locations):,} validation captions have no words to compare and are not scored: "
+        f"{', '.join(locations[:MAX_ROWS_SHOWN])}{more}"
     )
 
 

@@ -88,7 +88,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
     config.check()
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
-        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
+        RunFolder.check_free(config.output_path, resume=config.resume is not None)
     else:
         changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
     check_tracker(config.track)
@@ -258,7 +258,7 @@ def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
         return RunFolder.create(
             config.output_path,
             prefix=FAMILIES[setup.captioner.family].name,
-            take_up=config.resume is not None,
+            resume=config.resume is not None,
         )
     return RunFolder.reopen(
         config.output_path,
@@ -366,7 +366,7 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
         f"{found['num_train_images']:,} images, {found['num_val_captions']:,} validation captions "
         f"of {found['num_val_images']:,}{truncated}"
     )
-    logger.info(setup.plan.folded())
+    logger.info(setup.plan.grouped())
     logger.info(f"run folder {folder.path}")
     logger.info(features.plan)
     num_workers = default_num_workers(trainer.device, config.num_workers)

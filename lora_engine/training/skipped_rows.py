@@ -42,7 +42,7 @@ class SkippedRows:
         if not is_listed:
             self.folder.write_lines(
                 self.folder.skipped,
-                ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
+                ({"row": bad.location, "reason": bad.reason} for bad in bad_rows),
             )
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
             logger.info(f"skipped {bad}")
