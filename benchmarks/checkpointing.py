@@ -74,11 +74,11 @@ def _operations(
     """Functions that write and read a checkpoint -> seconds, and its bytes."""
     model = load_model(model_folder).to(arguments.device)
     inject(model, ["attention", "feed_forward"], rank=arguments.rank, alpha=ALPHA)
-    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), arguments.dtype)
-    optimizer = build_optimizer(matrices, lr=1e-4, weight_decay=0.0)
-    matrices.gradient.normal_()
+    lora = FlatLoRAParameters((layer for _, layer in lora_layers(model)), arguments.dtype)
+    optimizer = build_optimizer(lora, lr=1e-4, weight_decay=0.0)
+    lora.gradient.normal_()
     optimizer.step()
-    moments = optimizer.state[matrices.values]
+    moments = optimizer.state[lora.values]
     path = folder / "step-00000100"
     best_files = adapter_files(model, base_model="base", provenance={"step": "90"})
 

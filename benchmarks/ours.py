@@ -95,7 +95,7 @@ class Ours:
         # An image's number takes the place of its file's digest.
         self.images = ImageList([f"image {number}" for number in range(len(rows.pixels))])
         for number in range(len(rows.pixels)):
-            self.images.know(number, None, _digest(number))
+            self.images.record(number, None, _digest(number))
         self.source: FeatureSource | None = None
 
     def first_epoch(self, number: int) -> float:

@@ -20,9 +20,8 @@ from lora_engine.terminal import ConsoleHandler, logging_to, one_line, printable
 
 USAGE_ERROR = 2
 STOPPED = 3
-# What a shell reports for a program that was ended by SIGINT (Ctrl-C), SIGTERM or SIGPIPE.
+# What a shell reports for a program that was ended by SIGINT (Ctrl-C) or SIGPIPE.
 INTERRUPTED = 130
-TERMINATED = 143
 PIPE_CLOSED = 141
 
 T = TypeVar("T")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def resolve_device(name: str | None) -> torch.device:
     """The device of that name; for None CUDA if available, else the CPU.
@@ -38,7 +40,12 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
         # From Ampere on; older cards would emulate bf16.
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return PRECISIONS[precision]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch.", such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -136,11 +136,16 @@ def is_still_at(file: FileIO, path: Path) -> bool:
         return False
 
 
+def existing_parent(path: Path) -> Path:
+    """`path`, or if it does not exist the nearest folder above it that does."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of a folder, which need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing_parent(folder)).free
 
 
 def check_space(folder: Path, *, needed: int) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,13 @@ def row_of(number: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-def open_store(cache_dir: Path, *, encoder: str = "a", limit_bytes: int = 10**9) -> FeatureStore:
-    return FeatureStore(
+def open_store(
+    cache_dir: Path, *, encoder: str = "a", limit_bytes: int = 10**9
+) -> closing[FeatureStore]:
+    """A context that opens a store and closes it at the end."""
+    return closing(FeatureStore(
         cache_dir, {"encoder": encoder}, row_bytes=ROW_BYTES, limit_bytes=limit_bytes
-    )
+    ))
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -61,15 +64,21 @@ def offer_at_once(store: FeatureStore, numbers: Iterable[int]) -> None:
         store._changed.notify()
 
 
+def row_number(store: FeatureStore, number: int) -> int:
+    """Where in the file the store has a row."""
+    query = "SELECT number FROM rows WHERE digest = ?"
+    return store._reader.execute(query, (digest_of(number),)).fetchone()[0]
+
+
 def found(store: FeatureStore, numbers: Iterable[int]) -> list[int]:
     """The rows that the store has; their content must be right."""
     held = []
     for number in numbers:
         content = np.zeros(ROW_BYTES, dtype=np.uint8)
-        was_there = store.find([digest_of(number)])[0] >= 0
+        was_there = digest_of(number) in store
         is_read = store.read(digest_of(number), content)
         # Another process may add the row in the meantime.
-        assert was_there <= is_read <= (store.find([digest_of(number)])[0] >= 0)
+        assert was_there <= is_read <= (digest_of(number) in store)
         if is_read:
             assert np.array_equal(content, row_of(number)), number
             held.append(number)

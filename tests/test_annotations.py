@@ -1,4 +1,4 @@
-"""Annotation files: their rows, and errors with place, reason and fix."""
+"""Annotation files: their rows, and errors with location, reason and fix."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 from pictures import read_annotations
 
-from lora_engine.data.annotations import places_of, usable_rows
+from lora_engine.data.annotations import locations_of, usable_rows
 from lora_engine.data.rows import AnnotationError, Row
 
 
@@ -139,7 +139,7 @@ def test_rows_are_found_again_by_line(tmp_path):
     rows = [{"text": text, "image": "1.jpg"} for text in ("a", "b", "", "c", "b")]
     path = write(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]")
     wanted = {row for row in usable_rows(path, max_bad_share=1.0)[0] if row.text == "b"}
-    assert places_of(path, wanted) == [f"{path}:2", f"{path}:5"]
+    assert locations_of(path, wanted) == [f"{path}:2", f"{path}:5"]
 
 
 def test_long_values_are_shortened_in_messages(tmp_path):

@@ -59,11 +59,11 @@ class Trainee:
     """A small model with adapters, and its optimizer after some steps."""
 
     model: torch.nn.Module
-    matrices: FlatLoRAParameters
+    lora: FlatLoRAParameters
     optimizer: torch.optim.AdamW
 
     def step(self) -> None:
-        self.matrices.gradient.normal_()
+        self.lora.gradient.normal_()
         self.optimizer.step()
 
     def write(self, folder: Path, step: int, **state) -> Path:
@@ -83,8 +83,8 @@ class Trainee:
 def trainee() -> Trainee:
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
     inject(model, ["0", "1"], rank=2)
-    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
-    trainee = Trainee(model, matrices, build_optimizer(matrices, lr=0.1, weight_decay=0.0))
+    lora = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
+    trainee = Trainee(model, lora, build_optimizer(lora, lr=0.1, weight_decay=0.0))
     trainee.step()
     return trainee
 
@@ -95,13 +95,13 @@ def test_a_checkpoint_holds_what_was_written(trainee, tmp_path):
     assert sorted(file.name for file in path.iterdir()) == FILES
     read = read_checkpoint(path)
     assert read.step == 7 and read.state["note"] == [1.5, None, "é"]
-    before = trainee.optimizer.state[trainee.matrices.values]
+    before = trainee.optimizer.state[trainee.lora.values]
     assert {name: value.tolist() for name, value in read.moments.items()} == {
         name: value.tolist() for name, value in before.items()
     }
     trainee.optimizer.state.clear()
-    restore_moments(trainee.optimizer, trainee.matrices, read)
-    after = trainee.optimizer.state[trainee.matrices.values]
+    restore_moments(trainee.optimizer, trainee.lora, read)
+    after = trainee.optimizer.state[trainee.lora.values]
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -345,11 +345,11 @@ def test_a_manifest_of_other_files_is_refused(trainee, tmp_path, manifest):
         read_checkpoint(path)
 
 
-def test_moments_of_other_matrices_are_refused(trainee, tmp_path):
+def test_moments_of_other_parameters_are_refused(trainee, tmp_path):
     read = read_checkpoint(trainee.write(tmp_path, 1))
     model = torch.nn.Sequential(torch.nn.Linear(600, 500))
     inject(model, ["0"], rank=2)
-    matrices = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
-    optimizer = build_optimizer(matrices, lr=0.1, weight_decay=0.0)
+    lora = FlatLoRAParameters((layer for _, layer in lora_layers(model)), torch.float32)
+    optimizer = build_optimizer(lora, lr=0.1, weight_decay=0.0)
     with pytest.raises(CheckpointError, match="exp_avg"):
-        restore_moments(optimizer, matrices, read)
+        restore_moments(optimizer, lora, read)

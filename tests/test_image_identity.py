@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -41,9 +42,14 @@ def let_the_clock_tick(path):
             return
 
 
+def open_identities(folder):
+    """A context that opens them and closes them at the end."""
+    return closing(Identities(folder))
+
+
 @pytest.fixture(params=["on disk", "in memory"])
 def identities(request, tmp_path):
-    with Identities(tmp_path / "cache" if request.param == "on disk" else None) as identities:
+    with open_identities(tmp_path / "cache" if request.param == "on disk" else None) as identities:
         yield identities
 
 
@@ -161,17 +167,17 @@ def test_a_changed_file_is_remembered_again(tmp_path, identities):
 def test_the_next_run_recalls_it_from_any_folder(tmp_path, monkeypatch):
     path = tmp_path / "a.jpg"
     first = write_file(path)
-    with Identities(tmp_path / "cache") as identities:
+    with open_identities(tmp_path / "cache") as identities:
         identities.remember(path, first, OTHER)
         identities.remember(path, first, ONE)
     monkeypatch.chdir(tmp_path)
-    with Identities(tmp_path / "cache") as identities:
+    with open_identities(tmp_path / "cache") as identities:
         assert identities.recall("a.jpg", first) == ONE
         assert identities.recall("./x/../a.jpg", first) == ONE
         second = write_file(path, b"other")
         assert identities.recall(path, second) is None
         identities.remember("a.jpg", second, OTHER)
-    with Identities(tmp_path / "cache") as identities:
+    with open_identities(tmp_path / "cache") as identities:
         assert identities.recall(path, second) == OTHER
 
 
@@ -180,14 +186,14 @@ def test_unusual_names(tmp_path, name):
     path = os.path.join(tmp_path, os.fsdecode(name))
     first = write_file(path)
     for expected in (None, ONE):
-        with Identities(tmp_path / "cache") as identities:
+        with open_identities(tmp_path / "cache") as identities:
             assert identities.recall(path, first) == expected
             identities.remember(path, first, ONE)
 
 
 def test_entries_are_kept_before_closing_and_seen_by_others(tmp_path, monkeypatch):
     first = write_file(tmp_path / "a.jpg")
-    with Identities(tmp_path / "cache") as one, Identities(tmp_path / "cache") as other:
+    with open_identities(tmp_path / "cache") as one, open_identities(tmp_path / "cache") as other:
         monkeypatch.setattr(image_identity, "_COMMIT_EVERY_S", 1e9)
         for number in range(255):
             one.remember(f"/{number}.jpg", first, ONE)
@@ -205,11 +211,11 @@ def test_entries_are_kept_before_closing_and_seen_by_others(tmp_path, monkeypatc
 def test_a_damaged_database_is_replaced(tmp_path, size):
     first = write_file(tmp_path / "a.jpg")
     database = tmp_path / "cache" / "identities.sqlite"
-    with Identities(tmp_path / "cache") as identities:
+    with open_identities(tmp_path / "cache") as identities:
         identities.remember(tmp_path / "a.jpg", first, ONE)
     database.write_bytes((b"garbage " * 20_000)[:size])
     for expected in (None, OTHER):
-        with Identities(tmp_path / "cache") as identities:
+        with open_identities(tmp_path / "cache") as identities:
             assert identities.recall(tmp_path / "a.jpg", first) == expected
             identities.remember(tmp_path / "a.jpg", first, OTHER)
 
@@ -229,14 +235,14 @@ def test_a_database_of_an_earlier_version_is_replaced(tmp_path):
         database.execute("INSERT INTO files VALUES (?, ?, ?, ?)", entry)
     database.close()
     for expected in (None, ONE):
-        with Identities(tmp_path / "cache") as identities:
+        with open_identities(tmp_path / "cache") as identities:
             assert identities.recall(path, first) == expected
             identities.remember(path, first, ONE)
 
 
 def test_a_folder_that_cannot_be_used_leaves_the_entries_in_memory(tmp_path):
     first = write_file(tmp_path / "file")
-    with Identities(tmp_path / "file") as identities:
+    with open_identities(tmp_path / "file") as identities:
         identities.remember("/a.jpg", first, ONE)
         assert identities.recall("/a.jpg", first) == ONE
     assert (tmp_path / "file").read_bytes() == b"one"
@@ -246,7 +252,7 @@ def test_a_folder_that_cannot_be_used_leaves_the_entries_in_memory(tmp_path):
 def test_a_folder_without_permission_leaves_the_entries_in_memory(tmp_path):
     first = write_file(tmp_path / "a.jpg")
     tmp_path.chmod(0o500)
-    with Identities(tmp_path) as identities:
+    with open_identities(tmp_path) as identities:
         identities.remember("/a.jpg", first, ONE)
         assert identities.recall("/a.jpg", first) == ONE
 
@@ -255,7 +261,7 @@ def test_a_database_that_fails_on_the_way_leaves_the_entries_in_memory(tmp_path,
     monkeypatch.setattr(image_identity, "_COMMIT_EVERY_S", 0.0)
     first = write_file(tmp_path / "a.jpg")
     for drop_before_remember in (True, False):
-        with Identities(tmp_path / "cache") as identities:
+        with open_identities(tmp_path / "cache") as identities:
             if not drop_before_remember:
                 identities.remember("/a.jpg", first, ONE)
             database = sqlite3.connect(tmp_path / "cache" / "identities.sqlite")

@@ -554,9 +554,9 @@ def test_plan_lists_every_module_and_the_totals():
     )
 
 
-def test_folded_plan_counts_layers_that_differ_only_in_their_number():
+def test_grouped_plan_counts_layers_that_differ_only_in_their_number():
     plan = inject(Tree(), ["attention", "mlp"], rank=2, alpha=8, rank_pattern={"0.query": 1})
-    rows = [line.split() for line in plan.folded().splitlines()[1:-1]]
+    rows = [line.split() for line in plan.grouped().splitlines()[1:-1]]
     assert [(row[0], row[2], row[-1]) for row in rows] == [
         ("1", "body.*.query", "8"), ("2", "body.*.value", "40"), ("2", "body.*.mlp.dense", "48"),
         ("1", "body.*.query", "16"),

@@ -21,7 +21,7 @@ from lora_engine import __main__ as verbs
 from lora_engine import terminal
 from lora_engine.config import TrainingConfig
 from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
-from lora_engine.report.markdown import escaped, table
+from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.model_card import write_model_card
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import TrainingSummary
@@ -183,7 +183,7 @@ def run_snippet(run: Finished, monkeypatch) -> tuple[str, str]:
     printed = io.StringIO()
     with redirect_stdout(printed):
         exec(compile(source, "README.md", "exec"), {})
-    return printed.getvalue(), sample.best
+    return printed.getvalue(), sample.after
 
 
 def test_the_snippet_captions_as_the_run_did(finished, monkeypatch):
@@ -208,7 +208,7 @@ def test_the_commands_caption_and_train_further(prompted, tmp_path, monkeypatch,
     )
     assert caption[:3] == ["python", "-m", "lora_engine"]
     assert verbs.run_verb([*caption[3:], "--device", "cpu"]) == 0
-    said = terminal.escaped(" ".join(sample.best.split()))
+    said = terminal.escaped(" ".join(sample.after.split()))
     assert capsys.readouterr().out == f"{sample.image}\t{said}\n"
     recipe = RECIPES[further[2].removeprefix("recipes.")]
     small = "--max_steps 1 --num_samples 0 --device cpu --max_caption_tokens 32"
@@ -350,7 +350,7 @@ def test_a_caption_is_shown_literally(changed, finished, text):
 @example("**a**b_c_")
 def test_any_text_is_shown_literally(text):
     """Compared with what a Markdown library makes of it, in a cell and with HTML allowed."""
-    rows, = tables(table(["", ""], [["-", escaped(text)]]))
+    rows, = tables(table(["", ""], [["-", escape_markdown(text)]]))
     assert rows[1] == ["-", as_shown(text)]
 
 

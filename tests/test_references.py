@@ -58,7 +58,7 @@ def test_rows_without_words_are_skipped_and_listed_by_line(tmp_path):
     path = write(tmp_path, "[\n" + ",\n".join(map(json.dumps, rows)) + "]")
     images, bad = read_references(path)
     assert images == [Referenced("a.jpg", str(tmp_path / "a.jpg"), ["one", "two"])]
-    assert [place for place, _ in bad] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
+    assert [location for location, _ in bad] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
     assert [reason for _, reason in bad][::2] == [
         'row 2: "text" has no words to compare', 'row 4: "text" has no words to compare',
     ]
@@ -77,7 +77,7 @@ def test_unusable_items_of_a_coco_file_are_skipped_and_listed(tmp_path):
     listed = [f'{path}: item {number} of "{name}"' for name, numbers in (
         ("images", (1, 2, 4)), ("annotations", (2, 3, 4, 5, 6, 1)), ("images", (3,))
     ) for number in numbers]
-    assert [place for place, _ in bad] == listed
+    assert [location for location, _ in bad] == listed
 
 
 @pytest.mark.parametrize("value, message", [

@@ -183,8 +183,8 @@ def test_samples_follow_the_same_validation_images_from_step_0(trained):
     shown = [(line["image"], line["reference"]) for line in lines]
     assert shown == 3 * [(rows[0].image, rows[0].text), (rows[5].image, rows[5].text)]
     for sample, before, after in zip(trained.summary.samples, lines[:2], lines[4:]):
-        assert (sample.before, sample.best) == (before["caption"], after["caption"])
-        assert sample.before != sample.best
+        assert (sample.before, sample.after) == (before["caption"], after["caption"])
+        assert sample.before != sample.after
 
 
 def test_samples_are_what_the_adapted_model_says(trained):
@@ -195,7 +195,7 @@ def test_samples_are_what_the_adapted_model_says(trained):
     captioner = trained.captioner
     features = encode_pixels(captioner.model, torch.from_numpy(np.stack(pixels)), captioner.pixels)
     captions = [caption.text for caption in caption_features(captioner, features)]
-    assert captions == [sample.best for sample in trained.summary.samples]
+    assert captions == [sample.after for sample in trained.summary.samples]
 
 
 def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
@@ -550,7 +550,7 @@ def test_a_run_that_only_got_worse_keeps_the_adapter_it_started_from_and_the_las
     text = str(summary)
     for words in ("The validation loss never improved", "adapter_last/", "--lr"):
         assert words in text
-    assert all(sample.before == sample.best for sample in summary.samples)
+    assert all(sample.before == sample.after for sample in summary.samples)
 
 
 def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, monkeypatch):
@@ -583,7 +583,7 @@ def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, mo
         for line in json_lines(summary.path / "samples.jsonl")
     }
     for sample in summary.samples:
-        assert sample.best == captions[4, sample.image]
+        assert sample.after == captions[4, sample.image]
     assert "best validation loss 3.0000 at step 4 of 8; before training it was 5.0000" in (
         str(summary)
     )
@@ -654,8 +654,8 @@ def test_a_prompt_is_no_target_and_is_stored_and_used(captioner_folder, data, tm
         text: caption_features(replace(captioner, prompt=text), features)[0].text
         for text in (prompt, "")
     }
-    assert sample.best == captions[prompt] != captions[""]
-    assert not sample.best.startswith(prompt)
+    assert sample.after == captions[prompt] != captions[""]
+    assert not sample.after.startswith(prompt)
     # The loss of the captions alone, given the prompt.
     fresh = load_captioner(captioner_folder)
     rows = read_annotations(config.val_data_path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
-from lora_engine.data.batches import CaptionedImages, Collate, SampleIndex
+from lora_engine.data.batches import CaptionedImages, Collate, in_batches
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
@@ -137,16 +137,15 @@ def _image_loader(
         seed=0,
         substitute=False,
     )
-    rows = [SampleIndex(0, row, row) for row in range(len(images))]
     return FeatureLoader(
         dataset,
-        [rows[begin : begin + batch_size] for begin in range(0, len(rows), batch_size)],
+        in_batches(range(len(images)), batch_size),
         features=features,
         collate=Collate(
             image_size=pixels.size,
             prompt_length=len(tokenizer.prompt_ids()),
             pad_id=tokenizer.pad_id,
         ),
-        batch_bytes=3 * pixels.size[0] * pixels.size[1] * batch_size,
+        batch_bytes=batch_size * pixels.num_bytes,
         **loading,
     )

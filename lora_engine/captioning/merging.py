@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
+from lora_engine.devices import dtype_name
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.files import free_bytes, replaced_folder
+from lora_engine.files import check_space, replaced_folder
 from lora_engine.lora.injection import lora_layers
 from lora_engine.models.model_folder import SMALL_FILES
 from lora_engine.models.pretrained import Captioner, load_captioner
@@ -63,7 +64,7 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"largest logit difference {self.difference:.2g} (allowed in {_name(self.dtype)}: "
+            f"largest logit difference {self.difference:.2g} (allowed in {dtype_name(self.dtype)}: "
             f"{self.allowed:.2g}), greedy captions identical on {self.num_identical} of "
             f"{self.num_images} images"
         )
@@ -91,8 +92,8 @@ def export_merged(
         if not parity.holds:
             raise MergeError(
                 f"the merged model differs from {captioner.name} with the adapter: {parity}. "
-                f"Nothing was written. {_name(dtype)} is too coarse for the merged weights; a base "
-                f"that is stored in float32 is the most precise"
+                f"Nothing was written. {dtype_name(dtype)} is too coarse for the merged weights; a "
+                f"base that is stored in float32 is the most precise"
             )
         check_out(out)  # another program may have written there in the meantime
     return parity
@@ -114,12 +115,10 @@ def _check_target(out: Path, base: Path) -> None:
     if out.resolve().is_relative_to(base.resolve()):
         raise MergeError(f"--out {out} is in the base model's folder {base}; choose another one")
     needed = sum(path.stat().st_size for path in weight_files(base))
-    free = free_bytes(out.resolve().parent)
-    if free < needed:
-        raise MergeError(
-            f"--out {out}: the merged model takes {needed / 1e9:.2f} GB, but that disk has "
-            f"{free / 1e9:.2f} GB free; free some, or choose a folder on another disk"
-        )
+    try:
+        check_space(out.resolve().parent, needed=needed)
+    except OSError as error:
+        raise MergeError(f"--out {out}: {error}, or choose a folder on another disk") from None
 
 
 def _copy_small_files(base: Path, folder: Path) -> None:
@@ -149,7 +148,7 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
             tensors[name] = (weight.T if is_transposed else weight).to(dtype).contiguous()
             if not tensors[name].isfinite().all():
                 raise MergeError(
-                    f"the merged {name} has values too large for {_name(dtype)}, the dtype of "
+                    f"the merged {name} has values too large for {dtype_name(dtype)}, the dtype of "
                     f"{captioner.name}; merge into a base that is stored in float32. Nothing was "
                     f"written"
                 )
@@ -250,7 +249,3 @@ def _tolerance(dtype: torch.dtype) -> float:
     Rounding changes a weight by up to eps / 2 of itself; in fp32 the order of sums changes more.
     """
     return max(1e-3, 16 * torch.finfo(dtype).eps)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ from typing import Any
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.data.annotations import bad_row, checked_rows, read_text
 from lora_engine.data.formats.coco import coco_document, read_coco
-from lora_engine.data.rows import AnnotationError, BadRow, describe
+from lora_engine.data.rows import AnnotationError, BadRow, shown_value
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _from_coco(
         if has_words(caption.text):
             found[caption.image_id].references.append(caption.text.strip())
         else:
-            bad.append(BadRow(caption.place, f"has no words: {describe(caption.text)}"))
+            bad.append(BadRow(caption.location, f"has no words: {shown_value(caption.text)}"))
     bad += [
-        BadRow(coco.images[image.id].place, f"{image.image} has no caption to score against")
+        BadRow(coco.images[image.id].location, f"{image.image} has no caption to score against")
         for image in found.values() if not image.references
     ]
     return [image for image in found.values() if image.references], bad

@@ -103,7 +103,7 @@ def _versions(config: DoctorConfig) -> Iterator[Finding]:
 def _device(config: DoctorConfig) -> Iterator[Finding]:
     import torch
 
-    from lora_engine.devices import describe, resolve_device, resolve_dtype
+    from lora_engine.devices import describe, dtype_name, resolve_device, resolve_dtype
     from lora_engine.lora.matmul import describe_kernels
 
     try:
@@ -112,9 +112,8 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("bad", "device", str(error))
         return
     dtype = resolve_dtype("auto", device)
-    name = str(dtype).removeprefix("torch.")
     kernels = describe_kernels(device, dtype)
-    yield Finding("good", "device", f"{describe(device)}, {name}: {kernels}")
+    yield Finding("good", "device", f"{describe(device)}, {dtype_name(dtype)}: {kernels}")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         state = "good" if free > 4e9 else "note"
@@ -157,29 +156,26 @@ def _memory(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _disks(config: DoctorConfig) -> Iterator[Finding]:
-    from lora_engine.features.store import default_cache_dir
+    from lora_engine.features.store import cache_folder
+    from lora_engine.files import existing_parent, free_bytes
 
-    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     for topic, flag, path in (
         ("runs", "--output_path", Path(config.output_path)),
-        ("features", "--cache_dir", cache_dir),
+        ("features", "--cache_dir", cache_folder(config.cache_dir)),
     ):
         if path is None:
             yield Finding("note", topic, "kept in memory only: this user has no home folder",
                           f"give a folder with {flag}")
             continue
-        parent = path
-        while not parent.exists():
-            parent = parent.parent
         try:
-            with tempfile.TemporaryFile(dir=parent):
+            with tempfile.TemporaryFile(dir=existing_parent(path)):
                 pass
         except OSError as error:
             state = "bad" if topic == "runs" else "note"
             yield Finding(state, topic, f"{path} cannot be written: {error.strerror}",
                           f"give another folder with {flag}")
             continue
-        free = shutil.disk_usage(parent).free
+        free = free_bytes(path)
         where = f"{free / 1e9:.1f} GB are free for {path.resolve()}"
         if free < _MIN_FREE_BYTES:
             yield Finding("note", topic, where, f"free space, or give another disk with {flag}")

@@ -15,7 +15,7 @@ from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
 from lora_engine.features.source import open_features
-from lora_engine.features.store import default_cache_dir
+from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
 from lora_engine.lora.injection import cast_frozen
@@ -91,7 +91,7 @@ class CaptioningConfig:
                 dtype=dtype,
                 num_images=len(set(images)),
                 cache=self.cache,
-                cache_dir=default_cache_dir() if self.cache_dir is None else Path(self.cache_dir),
+                cache_dir=cache_folder(self.cache_dir),
                 cache_dtype=self.cache_dtype,
                 cache_limit_bytes=self.cache_limit_gb * 1e9,
                 used_once=True,
@@ -180,7 +180,7 @@ class SkippedImages:
     def __init__(self, out: str | None, bad_rows: Sequence[BadRow] = ()) -> None:
         self.path = None if out is None else Path(out).with_name("skipped.jsonl")
         self.lines: list[dict[str, str | None]] = [
-            {"row": bad.place, "reason": bad.reason} for bad in bad_rows
+            {"row": bad.location, "reason": bad.reason} for bad in bad_rows
         ]
         self.num_rows = len(bad_rows)
         for bad in bad_rows[:MAX_ROWS_SHOWN]:

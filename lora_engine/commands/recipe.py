@@ -57,7 +57,7 @@ def run_recipe(
     if is_demo:
         from lora_engine.report.run_folder import RunFolder
 
-        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
+        RunFolder.check_free(config.output_path, resume=config.resume is not None)
         config = _with_scenes(config)
     from lora_engine.training.loop import train
 
@@ -123,7 +123,7 @@ def _stored_settings(
             f"to choose it; if it is the right one, add {flags}"
         )
     if ignored:
-        logger.warning("ignored in %s; to use them, add to this command line: %s", path, flags)
+        logger.warning(f"ignored in {path}; to use them, add to this command line: {flags}")
     return stored
 
 
@@ -135,9 +135,8 @@ def _with_scenes(config: TrainingConfig) -> TrainingConfig:
         Path("runs") / "demo_scenes", num_train=2000, num_val=200, seed=0
     )
     logger.info(
-        "no --train_data_path: running the demo on scenes drawn into %s\n"
-        "demo settings: --epochs %s --batch_size %s --lr %g --warmup_steps %s "
-        "(others: --print_config)",
-        train_path.parent, config.epochs, config.batch_size, config.lr, config.warmup_steps,
+        f"no --train_data_path: running the demo on scenes drawn into {train_path.parent}\n"
+        f"demo settings: --epochs {config.epochs} --batch_size {config.batch_size} "
+        f"--lr {config.lr:g} --warmup_steps {config.warmup_steps} (others: --print_config)"
     )
     return dataclasses.replace(config, train_data_path=str(train_path), val_data_path=str(val_path))

@@ -46,7 +46,7 @@ def bad_row(path: str | Path, checked: CheckedRow) -> BadRow:
     return BadRow(f"{path}:{checked.line}", f"row {checked.number}: {checked.complaint}")
 
 
-def places_of(path: str | Path, rows: Collection[Row]) -> list[str]:
+def locations_of(path: str | Path, rows: Collection[Row]) -> list[str]:
     """path:line of each row of a file that is one of `rows`, which do not know their lines."""
     return [f"{path}:{checked.line}" for checked in checked_rows(path) if checked.row in rows]
 

@@ -91,7 +91,10 @@ class PixelBatch(NamedTuple):
 
     def with_features(self, features: Tensor) -> "FeatureBatch":
         """The same rows, with the features (B, P, D) of their images."""
-        return FeatureBatch(*self[:7], features=features)
+        shared = {
+            name: getattr(self, name) for name in FeatureBatch._fields if name != "features"
+        }
+        return FeatureBatch(**shared, features=features)
 
 
 class FeatureBatch(NamedTuple):
@@ -155,14 +158,13 @@ def training_order(
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
     """Every row once, longest captions first: a batch that is too large fails at once."""
-    order = np.argsort(-lengths, kind="stable")
-    return [
-        [
-            SampleIndex(0, begin + i, int(row))
-            for i, row in enumerate(order[begin : begin + batch_size])
-        ]
-        for begin in range(0, len(order), batch_size)
-    ]
+    return in_batches(np.argsort(-lengths, kind="stable").tolist(), batch_size)
+
+
+def in_batches(rows: Iterable[int], batch_size: int) -> list[list[SampleIndex]]:
+    """Cut rows into batches, in this order."""
+    indices = [SampleIndex(0, position, row) for position, row in enumerate(rows)]
+    return [indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)]
 
 
 class CaptionedImages(Dataset):

@@ -5,7 +5,6 @@ import os
 import sqlite3
 import time
 from pathlib import Path
-from types import TracebackType
 
 from lora_engine.data.shared_database import folder_lock, is_current, open_database, remove_database
 
@@ -65,17 +64,6 @@ class Identities:
         self._fresh: dict[bytes, tuple[FileStamp, bytes]] = {}  # not in the database (yet)
         self._database = None if folder is None else _open(folder)
         self._committed_s = time.monotonic()
-
-    def __enter__(self) -> "Identities":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def recall(self, path: str | Path, stamp: FileStamp) -> bytes | None:
         """The digest of the file's content, if it was remembered with exactly this stamp."""

@@ -80,6 +80,12 @@ class PixelSettings:
         assert not isinstance(self.resize, int)
         return self.resize
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of one image's pixels, uint8 (3, height, width)."""
+        height, width = self.size
+        return 3 * height * width
+
 
 def load_pixels(
     source: str | Path | bytes,

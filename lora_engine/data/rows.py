@@ -22,17 +22,17 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that is skipped: its place in the file, as path:line, and the reason."""
+    """A row that is skipped: its location, as path:line, and the reason."""
 
-    place: str
+    location: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
+        return f"{self.location}: {self.reason}"
 
 
 class CheckedRow(NamedTuple):
-    """A row and its place in the file, counted from 1; `row` is None if there is a `complaint`."""
+    """A row and its location, counted from 1; `row` is None if there is a `complaint`."""
 
     number: int
     line: int
@@ -43,14 +43,14 @@ class CheckedRow(NamedTuple):
 def row_complaint(value: Any) -> str | None:
     """What is wrong with a row, what was expected and how to fix it; None for a usable row."""
     if not isinstance(value, dict):
-        return f"found {describe(value)}, expected an object like {EXPECTED_ROW}"
+        return f"found {shown_value(value)}, expected an object like {EXPECTED_ROW}"
     for key in Row._fields:
         if key not in value:
             found = shown_keys(value)
             return f'no "{key}" among its keys ({found}): add it, or rename the key that holds it'
         content = value[key]
         if not isinstance(content, str):
-            return f'"{key}" is {describe(content)}, expected one string'
+            return f'"{key}" is {shown_value(content)}, expected one string'
         if not content.strip():
             return f'"{key}" is empty: fill it in or remove the row'
     if "://" in value["image"]:
@@ -60,7 +60,7 @@ def row_complaint(value: Any) -> str | None:
     return None
 
 
-def describe(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as JSON, cut to 40 characters."""
     shown = json.dumps(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
@@ -68,4 +68,4 @@ def describe(value: Any) -> str:
 
 def shown_keys(value: dict[str, Any]) -> str:
     """An object's first few keys, for an error message."""
-    return ", ".join(map(describe, list(value)[:MAX_KEYS_SHOWN])) or "none"
+    return ", ".join(map(shown_value, list(value)[:MAX_KEYS_SHOWN])) or "none"

@@ -36,8 +36,11 @@ class ImageList:
         self.stamps = np.zeros(len(paths), dtype="V16")
         self.digests = np.zeros(len(paths), dtype="V16") if digests is None else digests
 
-    def know(self, image: int, file: FileStamp | None, digest: bytes) -> None:
-        """Raises LoadingStopped if the image had another digest before."""
+    def record(self, image: int, file: FileStamp | None, digest: bytes) -> None:
+        """Record an image's stamp and digest.
+
+        Raises LoadingStopped if the image had another digest before.
+        """
         if self.digests[image].tobytes() not in (UNKNOWN, digest):
             raise LoadingStopped(
                 f"{self.paths[image]} has changed since the run began; restore it, or begin "

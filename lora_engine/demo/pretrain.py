@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    started = time.monotonic()
+    begin_s = time.monotonic()
     torch.manual_seed(arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.family == "blip":
@@ -116,7 +116,7 @@ def main() -> None:
     right = [caption == plain_caption(scene) for caption, scene in zip(
         caption_scenes(captioner, unseen), unseen)]
     print(
-        f"{time.monotonic() - started:.0f} s; on {len(unseen)} validation scenes: "
+        f"{time.monotonic() - begin_s:.0f} s; on {len(unseen)} validation scenes: "
         f"loss {loss.item():.4f}, exactly right {sum(right) / len(right):.1%}"
     )
 

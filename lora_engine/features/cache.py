@@ -43,18 +43,11 @@ class FeatureCache:
     nothing is kept.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        store: FeatureStore | None = None,
-        device_memory: RowMemory | None = None,
-        host_memory: RowMemory | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.store = store
-        self.device_memory = device_memory
-        self.host_memory = host_memory
+        self.store: FeatureStore | None = None
+        self.device_memory: RowMemory | None = None
+        self.host_memory: RowMemory | None = None
         self._uses_gpu = device.type == "cuda"
         self._leaving: deque[tuple[torch.cuda.Event | None, list[bytes], Tensor]] = deque()
         self._has_warned = False
@@ -75,7 +68,8 @@ class FeatureCache:
             return True
         if self.store is None:
             return False
-        return self.store.pending(digest) is not None or bool(self.store.find([digest])[0] >= 0)
+        # In this order: a row leaves the queue only after it has been added to the index.
+        return self.store.pending(digest) is not None or digest in self.store
 
     @property
     def is_off(self) -> bool:

@@ -87,9 +87,10 @@ def place_features(
 def place_features_used_once(
     encoder: FeatureEncoder, num_images: int, settings: CacheSettings
 ) -> FeatureCache:
-    """Open a cache for images that are needed once: on disk or nowhere, for memory is of no use.
+    """Open a cache for images that are needed once: on disk or not at all.
 
-    Auto measures nothing, and keeps nothing, for a few images. Raises ValueError as above.
+    Auto measures nothing, and keeps nothing, for a few images. Raises ValueError as
+    `place_features`.
     """
     cache = FeatureCache(encoder.device)
     is_worth_measuring = settings.mode == "auto" and num_images >= _FEW_IMAGES

@@ -111,7 +111,7 @@ class FeatureSource:
             digest = self.identities.recall(path, file)
             if digest is None:
                 return False
-            images.know(image, file, digest)
+            images.record(image, file, digest)
         return images.digests[image].tobytes() in self.cache
 
     def attach(self, batches: Iterable[PixelBatch], images: ImageList) -> Generator[FeatureBatch]:
@@ -143,7 +143,7 @@ class FeatureSource:
                 pixels = batch.pixels.to(self.device, non_blocking=True)
                 chosen = []
                 for position, (image, file, digest) in enumerate(batch.loaded):
-                    images.know(image, file, digest)
+                    images.record(image, file, digest)
                     if file is not None:
                         self.identities.remember(images.paths[image], file, digest)
                     if digest in digests or digest in shared or digest in self.cache:
@@ -206,7 +206,7 @@ class FeatureSource:
                 f"{path}: its features are no longer in the cache, and it cannot be read: "
                 f"{error.reason}"
             ) from error
-        images.know(image, file, found)
+        images.record(image, file, found)
         rows = self.encoder.encode(torch.from_numpy(pixels)[None])
         self.cache.keep([digest], rows)
         return rows[0]

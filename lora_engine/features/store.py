@@ -16,7 +16,6 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class FeatureStoreError(RuntimeError):
 
 
 class FeatureStore:
-    """The features of one encoder: `find` and `read` existing rows, `offer` new ones.
+    """The features of one encoder: `read` existing rows, and `offer` new ones.
 
     description: everything that the features depend on, as JSON; its hash is the key.
     limit_bytes: for all keys in `cache_dir` together, not counting what other processes are
@@ -79,12 +78,6 @@ class FeatureStore:
         self._thread = threading.Thread(target=self._write_queue, name="features", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> "FeatureStore":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _open(self, description: dict[str, Any]) -> None:
         if not hasattr(os, "preadv"):
             raise OSError("this operating system has no preadv and pwrite")
@@ -103,30 +96,28 @@ class FeatureStore:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows that `find` can find, including those of other processes."""
-        counted = self._ask("SELECT count(*) FROM rows WHERE number < ?", [self._rows_in_file()])
-        return counted[0][0] if counted else 0
+        """The number of rows in the store, including those of other processes."""
+        counted = self._ask("SELECT count(*) FROM rows WHERE number < ?", self._rows_in_file())
+        return counted[0] if counted else 0
 
     def num_free_rows(self) -> int:
         """How many more rows may be written now."""
         return max(0, self._free_rows()[0])
 
-    def find(self, digests: Sequence[bytes]) -> np.ndarray:
-        """int64 row numbers (B,), -1 if there is no row. Call `pending` before, not after."""
-        found = self._ask("SELECT number FROM rows WHERE digest = ?", digests)
-        end = self._rows_in_file()  # the file may have been truncated
-        rows = [hit[0] if hit is not None and hit[0] < end else -1 for hit in found]
-        return np.array(rows or [-1] * len(digests), dtype=np.int64)
+    def __contains__(self, digest: bytes) -> bool:
+        found = self._ask("SELECT number FROM rows WHERE digest = ?", digest)
+        # The file may have been truncated.
+        return found is not None and found[0] < self._rows_in_file()
 
     def read(self, digest: bytes, out: np.ndarray) -> bool:
         """Copy an image's row into `out`, uint8 (row_bytes,) -> whether it exists and is intact.
 
         A damaged row is removed from the index, so that it can be offered again.
         """
-        found = self._ask("SELECT number, checksum FROM rows WHERE digest = ?", [digest])
-        if not (found and found[0]) or found[0][0] >= self._rows_in_file():
+        found = self._ask("SELECT number, checksum FROM rows WHERE digest = ?", digest)
+        if found is None or found[0] >= self._rows_in_file():
             return False
-        number, expected = found[0]
+        number, expected = found
         if self._read_bytes(number * self.row_bytes, out) and _checksum(digest, out) == expected:
             return True
         self.num_damaged += 1
@@ -190,13 +181,13 @@ class FeatureStore:
             os.close(self._file)
             self._file = -1
 
-    def _ask(self, query: str, values: Sequence[Any]) -> list[Any]:
-        """The result of the query for each value; an empty list if the index cannot be read."""
+    def _ask(self, query: str, value: bytes | int) -> tuple[Any, ...] | None:
+        """The first row of the query's result; None without one, or if the index is unreadable."""
         try:
-            return [self._reader.execute(query, (value,)).fetchone() for value in values]
+            return self._reader.execute(query, (value,)).fetchone()
         except sqlite3.Error as error:
             self._stop(f"the index cannot be read: {error}")
-            return []
+            return None
 
     def _rows_in_file(self) -> int:
         return os.fstat(self._file).st_size // self.row_bytes
@@ -277,9 +268,13 @@ class FeatureStore:
         )
 
 
-def default_cache_dir() -> Path | None:
-    """$XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; None for a user without a home folder.
+def cache_folder(given: str | None) -> Path | None:
+    """The given folder, by default $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine.
+
+    None for a user without a home folder, if none is given.
     """
+    if given is not None:
+        return Path(given)
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # expanduser keeps the "~" if HOME is not set and the user is not in the password database.
     return None if parent.startswith("~") else Path(parent, "lora_engine")

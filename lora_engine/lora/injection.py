@@ -63,7 +63,7 @@ class InjectionPlan:
         lines += [_table_line(module.path, module, width) for module in self.modules]
         return "\n".join([*lines, self.totals])
 
-    def folded(self) -> str:
+    def grouped(self) -> str:
         """The same table, with modules that differ only in their layer number on one line."""
         groups: dict[tuple, list[AdaptedModule]] = {}
         for module in self.modules:

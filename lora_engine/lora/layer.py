@@ -33,6 +33,7 @@ from lora_engine.lora.matmul import compute_dtype, feature_matmul, frozen_linear
 
 
 def lora_scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 

@@ -71,7 +71,7 @@ def load_captioner(
     folder = find_folder(str(name_or_path), revision)
     config = _read_config(folder, family)
     values: dict[str, Any] = {}
-    model = _load_model(folder, _Reads(config, values))
+    model = _load_model(folder, _RecordingConfig(config, values))
     tokenizer = _read_tokenizer(folder, config, model)
     pixels = read_pixel_settings(
         folder,
@@ -119,7 +119,7 @@ def build_from_config(folder: str | Path) -> CaptioningModel:
     return model
 
 
-class _Reads:
+class _RecordingConfig:
     """A configuration that records which values are read, under Hugging Face's names.
 
     They identify a configuration across versions of this package, unlike the names of our modules.
@@ -131,7 +131,7 @@ class _Reads:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._config, name)
         if hasattr(value, "to_dict"):  # a part of the configuration
-            return _Reads(value, self._values, f"{self._prefix}{name}.")
+            return _RecordingConfig(value, self._values, f"{self._prefix}{name}.")
         self._values[self._prefix + name] = value
         return value
 

@@ -26,6 +26,7 @@ def tag(name: str, /, *content: Markup | str, **attributes: str | int | float) -
 
 
 def join(parts: Iterable[Markup | str]) -> Markup:
+    """All parts as one piece of markup."""
     return Markup("".join(
         part.source if isinstance(part, Markup) else html.escape(part) for part in parts
     ))

@@ -10,7 +10,7 @@ _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&:@^=]|\.(?=\S)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Any text on one line, which Markdown, and HTML within it, shows literally."""
     line = _CONTROL.sub("", " ".join(text.split()))
     return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", line)

@@ -13,7 +13,7 @@ from lora_engine.captioning.metrics import SCORE_NAMES
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter, read_adapter
 from lora_engine.models.families import family_of_class
-from lora_engine.report.markdown import escaped, table
+from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.run_record import NOT_SCORES, read_records
 from lora_engine.version import __version__
@@ -71,7 +71,7 @@ def model_card(folder: RunFolder) -> str:
     )
     parts = [
         _front_matter(base, config["license"]),
-        f"# {escaped(name or f'LoRA adapter of {of}')}",
+        f"# {escape_markdown(name or f'LoRA adapter of {of}')}",
         f"A LoRA adapter ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)) for image "
         f"captioning, in PEFT's format, trained with lora_engine {__version__}.",
         _origin(adapter, environment),
@@ -84,8 +84,8 @@ def model_card(folder: RunFolder) -> str:
         f"Replace `{_LOCAL_BASE}` below by the base model's folder or Hub name; its weights must "
         f"have the fingerprint above.",
         _snippet(adapter, name),
-        f"Training labels: {escaped(adapter.provenance['label_convention'])}. Captions start from "
-        f"the decoder's own start token, in training and in generation.",
+        f"Training labels: {escape_markdown(adapter.provenance['label_convention'])}. Captions "
+        f"start from the decoder's own start token, in training and in generation.",
         _commands(adapter, name),
         "## Settings",
         _settings(adapter, config, environment),
@@ -107,16 +107,18 @@ def _front_matter(base: str | None, license: str | None) -> str:
 def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
     provenance, base = adapter.provenance, adapter.base_on_hub
     revision = adapter.config["revision"]
-    at = f", revision {escaped(revision)}" if revision else ""
+    at = f", revision {escape_markdown(revision)}" if revision else ""
     kind = _base_class(adapter)
-    named = f"[{escaped(base)}](https://huggingface.co/{base}){at}" if base else "a local folder"
+    named = "a local folder"
+    if base:
+        named = f"[{escape_markdown(base)}](https://huggingface.co/{base}){at}"
     return table(["", ""], [
         ["base model", f"{named} (`{kind}`)" if kind else named],
         ["fingerprint of its weights", f"`{provenance['base_fingerprint']}`"],
         ["training data", _size(environment, "train")],
         ["fingerprint of the training data", f"`{provenance['data_fingerprint']}`"],
         ["validation data", _size(environment, "val")],
-        *([["prompt", escaped(adapter.prompt)]] if adapter.prompt else []),
+        *([["prompt", escape_markdown(adapter.prompt)]] if adapter.prompt else []),
     ])
 
 
@@ -157,7 +159,7 @@ def _samples(folder: RunFolder, adapter: Adapter) -> str:
     best_step = int(adapter.provenance["step"])
     before = {line["image"]: line["caption"] for line in lines if line["step"] == 0}
     rows = [
-        [escaped(text) for text in (line["reference"], before[line["image"]], line["caption"])]
+        list(map(escape_markdown, (line["reference"], before[line["image"]], line["caption"])))
         for line in lines if line["step"] == best_step
     ]
     if not rows:
@@ -224,7 +226,7 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
         ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],
         ["dropout", f"{lora['lora_dropout']:g}"],
-        ["targets", f"{escaped(targets)} ({len(lora['target_modules'])} modules)"],
+        ["targets", f"{escape_markdown(targets)} ({len(lora['target_modules'])} modules)"],
         ["peak learning rate", f"{config['lr']:g}"],
         ["weight decay", f"{config['weight_decay']:g}"],
         ["epochs", f"at most {config['epochs']}"],

@@ -51,6 +51,7 @@ def score_keys(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def score_at(run: RunRecord, key: str, step: int) -> float | None:
+    """A score of the validation at `step`; None without one."""
     return dict(zip(*run.validation(key))).get(step)
 
 

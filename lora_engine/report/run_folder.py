@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lora_engine.devices import dtype_name
 from lora_engine.files import (
     append_line,
     clear_leftovers,
@@ -35,6 +36,7 @@ from lora_engine.files import (
     sync,
     unused_name,
 )
+from lora_engine.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,7 @@ FILES = frozenset((
 FOLDERS = frozenset((
     "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
 ))
-_ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.png",
-)
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss_curve.png")
 _BEFORE_THE_FIRST_LINE = frozenset((
     "config.json", "environment.json", "metrics.jsonl", "skipped.jsonl", ".lock",
 ))
@@ -62,14 +62,14 @@ class RunFolder:
     """Paths of a run's files, and methods that write the small ones.
 
     As a context manager it cleans up if the run fails before its first line of metrics: it removes
-    what it wrote to a folder that was empty (`is_new`), and a folder that it created (`is_made`).
-    Files of a run are never opened through links.
+    what it wrote to a folder that was empty (`is_new`), and a folder that it created
+    (`is_created`). Files of a run are never opened through links.
     """
 
-    def __init__(self, path: Path, *, is_new: bool = False, is_made: bool = False) -> None:
+    def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False) -> None:
         self.path = path
         self.is_new = is_new
-        self.is_made = is_made
+        self.is_created = is_created
         self.metrics = path / "metrics.jsonl"
         self.loss_curve = path / "loss_curve.png"
         self.report = path / "report.html"
@@ -105,7 +105,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for name in ("tensorboard", "wandb"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        if self.is_made:
+        if self.is_created:
             with suppress(OSError):  # it contains other files
                 self.path.rmdir()
 
@@ -121,11 +121,11 @@ class RunFolder:
 
     @classmethod
     def check_free(
-        cls, output_path: str | None, *, take_up: bool = False, is_locked: bool = False
+        cls, output_path: str | None, *, resume: bool = False, is_locked: bool = False
     ) -> None:
         """Raises ValueError if a run cannot be created at `output_path`.
 
-        With `take_up` the folder may hold a run that ended before its first step; `is_locked` means
+        With `resume` the folder may hold a run that ended before its first step; `is_locked` means
         that it has been locked already.
         """
         if output_path is None:
@@ -136,30 +136,31 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_path {path} is a file; name a new folder")
         is_empty = not path.is_dir() or _names(path) <= ({".lock"} if is_locked else set())
-        if not is_empty and not (take_up and _has_no_step(path)):
+        if not is_empty and not (resume and _has_no_step(path)):
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
             init = path / "adapter"
             advice = f", or start from its adapter with --init_adapter {init}"
-            resume = "continue it with --resume, " if (path / "checkpoints").is_dir() else ""
+            is_resumable = (path / CHECKPOINTS_FOLDER).is_dir()
+            hint = "continue it with --resume, " if is_resumable else ""
             raise ValueError(
                 f"--output_path {path} already holds {what}; a run never overwrites anything: "
-                f"{resume}choose another folder, or delete it to start again"
+                f"{hint}choose another folder, or delete it to start again"
                 f"{advice if init.is_dir() else ''}"
             )
 
     @classmethod
     def create(
-        cls, output_path: str | None, *, prefix: str, take_up: bool = False
+        cls, output_path: str | None, *, prefix: str, resume: bool = False
     ) -> "RunFolder":
         """Create the folder; without a path the next free runs/<prefix>-001, -002, ..."""
-        cls.check_free(output_path, take_up=take_up)
+        cls.check_free(output_path, resume=resume)
         if output_path is not None:
             path = Path(output_path)
-            is_made = not path.exists()
+            is_created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, is_new=not any(path.iterdir()), is_made=is_made)._locked()
+            folder = cls(path, is_new=not any(path.iterdir()), is_created=is_created)._locked()
             clear_leftovers(path, (FILES | FOLDERS).__contains__)
-            cls.check_free(output_path, take_up=take_up, is_locked=True)
+            cls.check_free(output_path, resume=resume, is_locked=True)
             folder._clear()
             return folder
         parent = Path("runs")
@@ -170,7 +171,7 @@ class RunFolder:
             path = parent / f"{prefix}-{number:03d}"
             try:
                 path.mkdir()  # another run may take the same number at the same moment
-                return cls(path, is_new=True, is_made=True)._locked()
+                return cls(path, is_new=True, is_created=True)._locked()
             except FileExistsError:
                 number += 1
 
@@ -387,7 +388,7 @@ def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]
         "transformers": version("transformers"),
         "platform": platform.platform(),
         "device": device,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(dtype),
         "kernels": kernels,
         "threads": torch.get_num_threads(),
     }

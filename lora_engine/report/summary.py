@@ -13,12 +13,12 @@ from lora_engine.terminal import escaped
 
 @dataclass(frozen=True)
 class Sample:
-    """A validation image with its captions before training and with the best adapter."""
+    """A validation image with its captions before training and after a step."""
 
     image: str
     reference: str
     before: str
-    best: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TrainingSummary:
                 escaped(os.path.basename(sample.image)),
                 f"  reference  {escaped(sample.reference)}",
                 f"  before     {escaped(sample.before)}",
-                f"  after      {escaped(sample.best)}",
+                f"  after      {escaped(sample.after)}",
             ]
         lines += ["", self._verdict()]
         counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}

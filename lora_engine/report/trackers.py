@@ -11,7 +11,7 @@ from queue import Full, Queue
 from threading import Thread
 from typing import Any, Protocol
 
-from lora_engine.report.markdown import escaped, table
+from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.terminal import one_line
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class _TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def log_samples(self, rows: Rows, step: int | None) -> None:
-        cells = [[escaped(text) for text in row] for row in rows]
+        cells = [[escape_markdown(text) for text in row] for row in rows]
         self.writer.add_text("samples", table(SAMPLE_COLUMNS, cells), step)
 
     def finish(self) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.config import NEWEST, TrainingConfig
+from lora_engine.devices import PRECISIONS
 from lora_engine.files import check_file, read_limited, replaced_folder, write_synced
 from lora_engine.lora.adapter import (
     CONFIG_FILE,
@@ -83,7 +84,7 @@ class Checkpoint:
 
     @property
     def is_validated(self) -> bool:
-        """Whether the validation after this step, if there is one, is done."""
+        """Whether the validation after this step has been done."""
         return str(self.step) in self.state["validations"]["losses"]
 
     def validations(self) -> list[tuple[int, float, dict[str, float]]]:
@@ -227,9 +228,9 @@ def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
 def check_fingerprints(
     checkpoint: Checkpoint, now: dict[str, str], config: TrainingConfig
 ) -> list[str]:
-    """Raises CheckpointError if model or rows are not those of the run.
+    """Compare fingerprints with the run's -> names of those that an earlier version lacks.
 
-    Returns the names of fingerprints that a checkpoint of an earlier version lacks.
+    Raises CheckpointError if model or rows are not those of the run.
     """
     words = {
         **OTHER_BASE,
@@ -251,7 +252,7 @@ def check_fingerprints(
 
 def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConfig) -> None:
     """Raises CheckpointError if matmuls would run in another dtype than the run's."""
-    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    names = {str(dtype): precision for precision, dtype in PRECISIONS.items()}
     before = checkpoint.state["compute_dtype"]
     if before != str(dtype):
         raise CheckpointError(
@@ -279,10 +280,13 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_moments(
-    optimizer: torch.optim.Optimizer, matrices: FlatLoRAParameters, checkpoint: Checkpoint
+    optimizer: torch.optim.Optimizer, lora: FlatLoRAParameters, checkpoint: Checkpoint
 ) -> None:
-    """Raises CheckpointError if the moments are not those of these matrices."""
-    shapes = {"exp_avg": matrices.values.shape, "exp_avg_sq": matrices.values.shape, "step": ()}
+    """Give the optimizer the moments of a checkpoint.
+
+    Raises CheckpointError if they do not fit the parameters `lora`.
+    """
+    shapes = {"exp_avg": lora.values.shape, "exp_avg_sq": lora.values.shape, "step": ()}
     found = {name: tuple(value.shape) for name, value in checkpoint.moments.items()}
     if found != {name: tuple(shape) for name, shape in shapes.items()}:
         raise CheckpointError(
@@ -291,8 +295,8 @@ def restore_moments(
     for name, value in checkpoint.moments.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: {name} is not finite")
-    device = matrices.values.device
-    optimizer.state[matrices.values] = {
+    device = lora.values.device
+    optimizer.state[lora.values] = {
         name: value.to(device) for name, value in checkpoint.moments.items()
     }
 

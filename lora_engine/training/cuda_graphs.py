@@ -48,8 +48,8 @@ class CudaGraphs:
         if key not in self._recorded and not self._record(key, function, inputs):
             return function(*inputs)
         graph, kept, output = self._recorded[key]
-        for place, tensor in zip(kept, inputs):
-            place.copy_(tensor, non_blocking=True)
+        for static, tensor in zip(kept, inputs):
+            static.copy_(tensor, non_blocking=True)
         graph.replay()
         return output.clone()  # the next replay writes to the same place
 

@@ -33,7 +33,7 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     """
     with logging_to(ConsoleHandler()), open_run(prepare(config, family)) as run:
         trainer, schedule, meter = run.trainer, run.schedule, run.meter
-        if schedule.is_validated(run.step) and run.step not in run.best.losses:
+        if schedule.validates(run.step) and run.step not in run.best.losses:
             run.validate()
         run.save()
         loader = run.training_loader()
@@ -53,11 +53,11 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
                     run.step = step
                     images = loader.dataset.paths_of(micro_batches)
                     meter.add(step, loss, grad_norm, lr, images, loader.waited_s)
-                    if schedule.is_logged(step):
+                    if schedule.logs(step):
                         meter.settle(step)
                     elif meter.is_overdue:
                         meter.read()
-                if schedule.is_validated(step):
+                if schedule.validates(step):
                     run.validate()
                     meter.restart()
                 if run.is_save_due:

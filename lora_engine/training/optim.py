@@ -61,16 +61,16 @@ class FlatLoRAParameters:
 
 
 def build_optimizer(
-    matrices: FlatLoRAParameters, *, lr: float, weight_decay: float
+    lora: FlatLoRAParameters, *, lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices.
 
     On a GPU the learning rate is a tensor there, so that a CUDA graph reads its current value.
     """
-    on_gpu = matrices.values.is_cuda
+    on_gpu = lora.values.is_cuda
     optimizer = torch.optim.AdamW(
-        [matrices.values],
-        lr=torch.tensor(lr, device=matrices.values.device) if on_gpu else lr,
+        [lora.values],
+        lr=torch.tensor(lr, device=lora.values.device) if on_gpu else lr,
         weight_decay=weight_decay,
         fused=True,
         capturable=on_gpu,
@@ -81,6 +81,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of the next step; in place for a tensor, so that a CUDA graph sees it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

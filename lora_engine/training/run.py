@@ -249,7 +249,7 @@ class Run:
             if is_best:
                 captions.write_best(self.folder, step)
         self.metrics.track("samples", step=step, rows=[
-            (os.path.basename(sample.image), sample.reference, sample.before, sample.best)
+            (os.path.basename(sample.image), sample.reference, sample.before, sample.after)
             for sample in captions.compare(step)
         ])
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import places_of, usable_rows
+from lora_engine.data.annotations import locations_of, usable_rows
 from lora_engine.data.batches import CaptionedImages
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, Row
 from lora_engine.data.subsets import evenly_spaced, hold_out
 from lora_engine.models.pretrained import Captioner
-from lora_engine.training.skipped_rows import allowed_failures
+from lora_engine.training.skipped_rows import MIN_SAMPLE, allowed_failures
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def captioned_images(
     substitute: bool,
     digests: np.ndarray | None = None,
 ) -> CaptionedImages:
+    """Tokenize the rows; `substitute` and `digests` are those of `CaptionedImages`."""
     captions = captioner.tokenizer.encode(
         (row.text for row in rows),
         prompt=captioner.prompt,
@@ -150,20 +151,21 @@ def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[R
             f"--best_by {config.best_by} needs captions with words to compare, but no validation "
             f"caption of {path} has any"
         )
-    places = places_of(path, wordless)
-    rest = len(places) - MAX_ROWS_SHOWN
+    locations = locations_of(path, wordless)
+    rest = len(locations) - MAX_ROWS_SHOWN
     more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
     logger.warning(
-        f"{len(places):,} validation captions have no words to compare and are not scored: "
-        f"{', '.join(places[:MAX_ROWS_SHOWN])}{more}"
+        f"{len(locations):,} validation captions have no words to compare and are not scored: "
+        f"{', '.join(locations[:MAX_ROWS_SHOWN])}{more}"
     )
 
 
 def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
-    """Check up to 200 of the rows at once, in case the paths do not lead to the images."""
-    checked = [rows[i] for i in evenly_spaced(len(rows), 200)]
+    """Check up to MIN_SAMPLE of the rows at once, in case the paths do not lead to the images."""
+    checked = [rows[i] for i in evenly_spaced(len(rows), MIN_SAMPLE)]
     missing = [row.image for row in checked if not os.path.isfile(row.image)]
-    if len(missing) > allowed_failures(len(checked), max_share, is_sample=len(rows) > 200):
+    is_sample = len(rows) > MIN_SAMPLE
+    if len(missing) > allowed_failures(len(checked), max_share, is_sample=is_sample):
         raise ValueError(
             f"{path}: {len(missing)} of {len(checked)} rows checked name an image that does not "
             f"exist, more than --max_bad_share {max_share:g}; the first is {missing[0]} (image "

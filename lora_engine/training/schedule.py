@@ -55,12 +55,13 @@ class Schedule:
             total_steps=self.total_steps,
         )
 
-    def is_validated(self, step: int) -> bool:
-        """Whether there is a validation after `step` steps: before the first step and after the
-        last, too."""
+    def validates(self, step: int) -> bool:
+        """Whether a validation is due after `step` steps; it also is before the first step and
+        after the last."""
         return step % (self.config.eval_every or self.steps_per_epoch) == 0 or (
             step == self.total_steps
         )
 
-    def is_logged(self, step: int) -> bool:
-        return step % self.config.log_every == 0 or self.is_validated(step)
+    def logs(self, step: int) -> bool:
+        """Whether the losses up to `step` are logged after it."""
+        return step % self.config.log_every == 0 or self.validates(step)

@@ -22,10 +22,17 @@ from lora_engine.data.workers import (
     prefetched_bytes,
     shared_memory_shortage,
 )
-from lora_engine.devices import autocast, describe, disable_tf32, resolve_device, resolve_dtype
+from lora_engine.devices import (
+    autocast,
+    describe,
+    disable_tf32,
+    dtype_name,
+    resolve_device,
+    resolve_dtype,
+)
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource, open_features
-from lora_engine.features.store import default_cache_dir
+from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
 from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject
@@ -84,7 +91,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
     config.check()
     checkpoint = checkpoint_to_resume(config)
     if checkpoint is None:
-        RunFolder.check_free(config.output_path, take_up=config.resume is not None)
+        RunFolder.check_free(config.output_path, resume=config.resume is not None)
     else:
         changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
     check_tracker(config.track)
@@ -254,7 +261,7 @@ def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
         return RunFolder.create(
             config.output_path,
             prefix=FAMILIES[setup.captioner.family].name,
-            take_up=config.resume is not None,
+            resume=config.resume is not None,
         )
     return RunFolder.reopen(
         config.output_path,
@@ -270,16 +277,16 @@ def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
 
 
 def feature_source(setup: RunSetup) -> FeatureSource:
+    """Open the features of all images of the run, kept as the settings ask."""
     config, data = setup.config, setup.data
     paths = {path for part in (data.train_set, data.val_set) for path in part.image_paths}
-    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     return open_features(
         setup.captioner,
         device=setup.trainer.device,
         dtype=setup.trainer.dtype,
         num_images=len(paths),
         cache=config.cache,
-        cache_dir=cache_dir,
+        cache_dir=cache_folder(config.cache_dir),
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
     )
@@ -309,16 +316,12 @@ def feature_loader(
         num_workers=default_num_workers(features.device, config.num_workers),
         timeout_s=config.worker_timeout,
         waiting=stop.waiting,
-        batch_bytes=_batch_bytes(captioner, config),
+        batch_bytes=config.batch_size * captioner.pixels.num_bytes,
     )
 
 
-def _batch_bytes(captioner: Captioner, config: TrainingConfig) -> int:
-    height, width = captioner.pixels.size
-    return config.batch_size * 3 * height * width
-
-
 def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
+    """The tracker of a run's best adapter, with what its files record about the run."""
     captioner = setup.captioner
     is_folder = Path(captioner.name).is_dir()
     return BestAdapter(
@@ -358,7 +361,7 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
     logger.info(
         f"model {config.model} on {describe(trainer.device)}, "
-        f"{str(trainer.dtype).removeprefix('torch.')}: "
+        f"{dtype_name(trainer.dtype)}: "
         f"{describe_kernels(trainer.device, trainer.dtype)}"
     )
     logger.info(
@@ -366,10 +369,12 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
         f"{found['num_train_images']:,} images, {found['num_val_captions']:,} validation captions "
         f"of {found['num_val_images']:,}{truncated}"
     )
-    logger.info(setup.plan.folded())
+    logger.info(setup.plan.grouped())
     logger.info(f"run folder {folder.path}")
     logger.info(features.plan)
     num_workers = default_num_workers(trainer.device, config.num_workers)
-    one_loader = prefetched_bytes(num_workers, _batch_bytes(setup.captioner, config))
+    one_loader = prefetched_bytes(
+        num_workers, config.batch_size * setup.captioner.pixels.num_bytes
+    )
     if (shortage := shared_memory_shortage(2 * one_loader)) is not None:  # training, validation
         logger.warning(shortage)

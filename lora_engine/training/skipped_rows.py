@@ -15,6 +15,7 @@ from lora_engine.stopping import TrainingStopped
 logger = logging.getLogger(__name__)
 
 ADVICE = "Repair or remove them, or raise --max_bad_share"
+MIN_SAMPLE = 200  # rows to judge --max_bad_share by
 MAX_SHOWN = 10  # skipped images named on the console
 
 
@@ -41,7 +42,7 @@ class SkippedRows:
         if not is_listed:
             self.folder.write_lines(
                 self.folder.skipped,
-                ({"row": bad.place, "reason": bad.reason} for bad in bad_rows),
+                ({"row": bad.location, "reason": bad.reason} for bad in bad_rows),
             )
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
             logger.info(f"skipped {bad}")
@@ -63,18 +64,21 @@ class SkippedRows:
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)
 
     def add(self, batches: Sequence[FeatureBatch]) -> None:
-        """Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed."""
+        """Count the rows of a step and list those that failed.
+
+        Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed.
+        """
         problems = [problem for batch in batches for problem in batch.skipped]
         rows = [row for batch in batches for row in batch.rows]
         bad_rows = [problem.row for problem in problems]
         self.tried[rows + bad_rows] = True
         self.failed[bad_rows] = True
-        self.list(problems)
+        self._log(problems)
         num_tried, num_failed = int(self.tried.sum()), int(self.failed.sum())
         limit = allowed_failures(
             num_tried, self.max_share, is_sample=num_tried < len(self.tried)
         )
-        too_many = num_failed > limit and num_tried >= min(len(self.tried), 200)
+        too_many = num_failed > limit and num_tried >= min(len(self.tried), MIN_SAMPLE)
         if self.last and (too_many or not all(batch.rows for batch in batches)):
             raise TrainingStopped(
                 f"{num_failed} of {num_tried} training rows tried have no usable image, more than "
@@ -83,8 +87,11 @@ class SkippedRows:
             )
 
     def add_validation(self, problems: Sequence[Skipped], *, dataset_size: int) -> None:
-        """Raises TrainingStopped if too many of the validation rows, all tried, failed."""
-        self.list(problems)
+        """List the validation rows that failed.
+
+        Raises TrainingStopped if they are too many; all rows must have been tried.
+        """
+        self._log(problems)
         if len(problems) > self.max_share * dataset_size:
             raise TrainingStopped(
                 f"{len(problems)} of {dataset_size} validation rows have no usable image, more "
@@ -92,7 +99,8 @@ class SkippedRows:
                 f"{problems[0].reason}. {ADVICE}"
             )
 
-    def list(self, problems: Sequence[Skipped]) -> None:
+    def _log(self, problems: Sequence[Skipped]) -> None:
+        """Log problems, and add each image once to skipped.jsonl."""
         for problem in problems:
             self.last = problem
             if problem.image in self.seen:

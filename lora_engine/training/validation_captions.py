@@ -6,7 +6,7 @@ from typing import Any
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
-from lora_engine.data.batches import FeatureBatch, SampleIndex
+from lora_engine.data.batches import FeatureBatch, SampleIndex, in_batches
 from lora_engine.data.rows import Row
 from lora_engine.data.subsets import evenly_spaced
 from lora_engine.models.pretrained import Captioner
@@ -55,10 +55,7 @@ class ValidationCaptions:
 
     def order(self, batch_size: int) -> list[list[SampleIndex]]:
         """The batches of rows to caption."""
-        indices = [SampleIndex(0, position, row) for position, row in enumerate(self.wanted)]
-        return [
-            indices[begin : begin + batch_size] for begin in range(0, len(indices), batch_size)
-        ]
+        return in_batches(self.wanted, batch_size)
 
     def caption(self, step: int, batches: Iterable[FeatureBatch]) -> Scores | None:
         """Caption the batches of `order` with the current adapter, as the captions of `step`.
@@ -98,7 +95,10 @@ class ValidationCaptions:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError for captions of other rows than those of `order`."""
+        """Restore captions, and score them again.
+
+        Raises ValueError for captions of other rows than those of `order`.
+        """
         wanted = set(self.wanted)
         for step, captions in state.items():
             if not wanted.issuperset(row for row, *_ in captions):

@@ -11,20 +11,20 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_engine.data.rows import AnnotationError, BadRow, describe
+from lora_engine.data.rows import AnnotationError, BadRow, shown_value
 
 
 class CocoImage(NamedTuple):
-    """An image file, and its place in the annotation file for messages."""
+    """An image file, and its location in the annotation file for messages."""
 
-    place: str
+    location: str
     path: str
 
 
 class CocoCaption(NamedTuple):
-    """A caption as it is written, and its place in the annotation file for messages."""
+    """A caption as it is written, and its location in the annotation file for messages."""
 
-    place: str
+    location: str
     image_id: int | str
     text: str
 
@@ -57,24 +57,24 @@ def read_coco(
     """
     folder = os.path.realpath(image_folder)
     found = CocoCaptions({}, [], [])
-    for place, image in _items(document, "images", path):
+    for location, image in _items(document, "images", path):
         reason = _image_complaint(image, found.images)
         if reason is None:
             name = os.path.normpath(os.path.join(folder, image["file_name"]))
-            found.images[image["id"]] = CocoImage(place, name)
+            found.images[image["id"]] = CocoImage(location, name)
         else:
-            found.bad.append(BadRow(place, reason))
-    for place, row in _items(document, "annotations", path):
+            found.bad.append(BadRow(location, reason))
+    for location, row in _items(document, "annotations", path):
         reason = _caption_complaint(row, found.images)
         if reason is None:
-            found.captions.append(CocoCaption(place, row["image_id"], row["caption"]))
+            found.captions.append(CocoCaption(location, row["image_id"], row["caption"]))
         else:
-            found.bad.append(BadRow(place, reason))
+            found.bad.append(BadRow(location, reason))
     return found
 
 
 def _items(document: Mapping[str, Any], name: str, path: str | Path) -> list[tuple[str, Any]]:
-    """(place, value) of each item of a list, counted from 0."""
+    """(location, value) of each item of a list, counted from 0."""
     values = document[name]
     if not isinstance(values, list):
         raise AnnotationError(f"{path}: \"{name}\" is not a list")
@@ -86,17 +86,17 @@ def _image_complaint(image: Any, ids: Container[Any]) -> str | None:
         return "lacks 'id' or 'file_name'"
     if not isinstance(image["file_name"], str) or not isinstance(image["id"], (int, str)):
         return (
-            f"has the id {describe(image['id'])} and the file_name "
-            f"{describe(image['file_name'])}; expected a number and a string"
+            f"has the id {shown_value(image['id'])} and the file_name "
+            f"{shown_value(image['file_name'])}; expected a number and a string"
         )
-    return f"has the id {describe(image['id'])} of another image" if image["id"] in ids else None
+    return f"has the id {shown_value(image['id'])} of another image" if image["id"] in ids else None
 
 
 def _caption_complaint(row: Any, ids: Container[Any]) -> str | None:
     if not isinstance(row, dict) or not row.keys() >= {"image_id", "caption"}:
         return "lacks 'image_id' or 'caption'"
     if not isinstance(row["image_id"], (int, str)) or row["image_id"] not in ids:
-        return f"has the image_id {describe(row['image_id'])}, which is not among the \"images\""
+        return f"has the image_id {shown_value(row['image_id'])}, which is not among the \"images\""
     if not isinstance(row["caption"], str):
-        return f"has the caption {describe(row['caption'])}; expected a string"
+        return f"has the caption {shown_value(row['caption'])}; expected a string"
     return None

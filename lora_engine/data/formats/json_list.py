@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, describe, shown_keys
+from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, shown_keys, shown_value
 
 DECODER = json.JSONDecoder()
 WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's
@@ -77,7 +77,7 @@ def _not_a_list_message(document: str, path: str | Path) -> str:
         return f"{path}: the file is empty, expected a JSON list of {EXPECTED_ROW}"
     value, end = _decode(document, start, path)
     if not isinstance(value, dict):
-        return f"{path}: found {describe(value)}, expected a JSON list of {EXPECTED_ROW}"
+        return f"{path}: found {shown_value(value)}, expected a JSON list of {EXPECTED_ROW}"
     if document.startswith("{", _skip_whitespace(document, end)):
         return (
             f"{path}: one object after another (JSON Lines), expected one JSON list: put [ before "
