@@ -188,7 +188,7 @@ def test_killed_before_its_first_step_a_run_begins_anew(unbroken, blip_folder, d
 
     ended = in_child(die_in_the_first_validation, tmp_path / "log")
     assert ended.status == -signal.SIGKILL
-    with pytest.raises(ValueError, match="never overwritten"):
+    with pytest.raises(ValueError, match="never overwrites"):
         train(config)
     train(go_on(config))
     assert_same_run(tmp_path / "run", unbroken)
