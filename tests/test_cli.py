@@ -32,6 +32,7 @@ from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as training
 from lora_engine.training import setup as preparation
+from lora_engine.training import validation_captions
 from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m, finetune, vit_gpt2_cc3m
 
@@ -392,8 +393,9 @@ def test_help_explains_every_flag(command, main, args, config):
     (finetune, "blip"), (finetune, "vit_gpt2"),
 ], ids=lambda value: value if isinstance(value, str) else value.__name__)
 def test_a_recipe_trains_and_the_printed_command_captions(
-    command, request, data, recipe, family
+    command, request, data, monkeypatch, recipe, family
 ):
+    monkeypatch.setattr(validation_captions, "MAX_NEW_TOKENS", 30)  # as `caption` does
     model = request.getfixturevalue(f"{family}_folder")
     status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
     assert (status, err) == (0, "")

@@ -55,6 +55,7 @@ from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
+from lora_engine.training import validation_captions
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
 from lora_engine.training.run_data import captioned_images
@@ -1264,6 +1265,7 @@ def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere
 
 def _main(*arguments: str) -> None:
     torch.set_num_threads(1)
+    validation_captions.MAX_NEW_TOKENS = 8  # as in conftest.py
     configs = [TrainingConfig(**json.loads(text)) for text in arguments[1::2]]
     load_captioner(configs[0].model)  # slow imports, once for all
     children = []

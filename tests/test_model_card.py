@@ -62,7 +62,7 @@ SECRET = "qzx7secret"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def machine(tmp_path_factory):
+def machine(tmp_path_factory, whole_captions):
     """The working folder, the home folder, the user and the folders of runs are named SECRET."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp(f"working-{SECRET}"))

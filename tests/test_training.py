@@ -38,6 +38,7 @@ from lora_engine.training import run as run_module
 from lora_engine.training import setup as preparation
 from lora_engine.training import trainer as trainer_module
 from lora_engine.training import validation as evaluation
+from lora_engine.training import validation_captions
 from lora_engine.training.loop import train
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.trainer import Trainer
@@ -194,7 +195,11 @@ def test_samples_are_what_the_adapted_model_says(trained):
     ]
     captioner = trained.captioner
     features = encode_pixels(captioner.model, torch.from_numpy(np.stack(pixels)), captioner.pixels)
-    captions = [caption.text for caption in caption_features(captioner, features)]
+    captions = [
+        caption.text for caption in caption_features(
+            captioner, features, max_new_tokens=validation_captions.MAX_NEW_TOKENS
+        )
+    ]
     assert captions == [sample.after for sample in trained.summary.samples]
 
 
@@ -651,7 +656,10 @@ def test_a_prompt_is_no_target_and_is_stored_and_used(captioner_folder, data, tm
     pixels = to_pixels(open_image(sample.image), captioner.pixels)[None]
     features = encode_pixels(captioner.model, torch.from_numpy(pixels), captioner.pixels)
     captions = {
-        text: caption_features(replace(captioner, prompt=text), features)[0].text
+        text: caption_features(
+            replace(captioner, prompt=text), features,
+            max_new_tokens=validation_captions.MAX_NEW_TOKENS,
+        )[0].text
         for text in (prompt, "")
     }
     assert sample.after == captions[prompt] != captions[""]
