@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_engine.features import store as feature_store
+from lora_engine.features import store as store_module
 from lora_engine.features.store import FeatureStore
 
 ROW_BYTES = 5000  # not a multiple of a page, so that rows share pages
@@ -148,7 +148,7 @@ def writing(cache_dir: Path, begin: int, end: int, *moment: object) -> Iterator:
 
 
 def _main(cache_dir: str, begin: str, end: str, *moment: str) -> None:
-    feature_store.WRITE_BYTES = 8 * ROW_BYTES  # many small transactions
+    store_module.WRITE_BYTES = 8 * ROW_BYTES  # many small transactions
     with open_store(Path(cache_dir)) as store:
         if moment:
             _die_at(store, moment[0], int(moment[1]))

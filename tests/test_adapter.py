@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_engine.data.captions import IGNORED, collate_captions
-from lora_engine.lora import adapter as adapter_room
+from lora_engine.lora import adapter as adapter_module
 from lora_engine.lora import patterns
 from lora_engine.lora.adapter import (
     CONFIG_FILE,
@@ -287,7 +287,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_whole(
 
     rename = Path.rename
     if where == "matrices":
-        monkeypatch.setattr(adapter_room, "tensor_bytes", interrupted)
+        monkeypatch.setattr(adapter_module, "tensor_bytes", interrupted)
     else:
         name = {"configuration": "write_bytes", "rename": "rename"}[where]
         monkeypatch.setattr(Path, name, interrupted)

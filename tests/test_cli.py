@@ -30,8 +30,8 @@ from lora_engine.commands.validate import ValidateConfig
 from lora_engine.config import TrainingConfig
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
-from lora_engine.training import loop as training
-from lora_engine.training import setup as preparation
+from lora_engine.training import loop as loop_module
+from lora_engine.training import setup as setup_module
 from lora_engine.training import validation_captions
 from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m, finetune, vit_gpt2_cc3m
@@ -242,7 +242,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
 ):
     (command.work / "run" / "adapter").mkdir(parents=True)
     (command.work / "run" / "metrics.jsonl").write_text("{}")
-    monkeypatch.setattr(preparation, "load_captioner", None)
+    monkeypatch.setattr(setup_module, "load_captioner", None)
     refused(
         blip_cc3m.main, *flags(blip_folder, data),
         words=["--output_path run already holds a run", "--init_adapter"],
@@ -490,7 +490,7 @@ def test_the_demo_trains_on_drawn_scenes_like_any_other_data(
 ):
     caplog.set_level(logging.INFO)
     calls = []
-    monkeypatch.setattr(training, "train", lambda config, **more: calls.append((config, more)))
+    monkeypatch.setattr(loop_module, "train", lambda config, **more: calls.append((config, more)))
     monkeypatch.setattr(
         "lora_engine.demo.scenes.write_scenes",
         lambda folder, **more: (data / "train.json", data / "val.json"),
@@ -563,6 +563,6 @@ def test_every_public_name_is_importable_and_no_other():
             "generate"} <= set(lora_engine.__all__)
     for name in set(lora_engine.__all__) - {"__version__"}:
         assert callable(getattr(lora_engine, name))
-    assert lora_engine.train is training.train
+    assert lora_engine.train is loop_module.train
     with pytest.raises(AttributeError, match="no attribute 'tarin'"):
         lora_engine.tarin

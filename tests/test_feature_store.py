@@ -25,7 +25,7 @@ from feature_rows import (
     writing,
 )
 
-from lora_engine.features import store as feature_store
+from lora_engine.features import store as store_module
 from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
 
 
@@ -82,7 +82,7 @@ def test_a_queued_row_can_be_read(tmp_path, stuck_disk):
 
 
 def test_a_full_queue_drops_rows_and_accepts_them_later(tmp_path, stuck_disk, monkeypatch):
-    monkeypatch.setattr(feature_store, "QUEUE_BYTES", 3 * ROW_BYTES)
+    monkeypatch.setattr(store_module, "QUEUE_BYTES", 3 * ROW_BYTES)
     with open_store(tmp_path) as store:
         assert [store.offer(digest_of(n), row_of(n)) for n in (0, 1, 1, 0, 2)] == [True] * 5
         assert not store.offer(digest_of(3), row_of(3))
@@ -94,8 +94,8 @@ def test_a_full_queue_drops_rows_and_accepts_them_later(tmp_path, stuck_disk, mo
 
 
 def test_a_queue_smaller_than_a_row_accepts_one(tmp_path, stuck_disk, monkeypatch):
-    monkeypatch.setattr(feature_store, "QUEUE_BYTES", 1)
-    monkeypatch.setattr(feature_store, "WRITE_BYTES", 1)
+    monkeypatch.setattr(store_module, "QUEUE_BYTES", 1)
+    monkeypatch.setattr(store_module, "WRITE_BYTES", 1)
     with open_store(tmp_path) as store:
         assert store.offer(digest_of(0), row_of(0))
         assert not store.offer(digest_of(1), row_of(1))
@@ -174,9 +174,9 @@ def test_the_files_are_opened_by_one_process_at_a_time(tmp_path, monkeypatch):
             os.close(folder)
         return False
 
-    seen, open_database = [], feature_store.open_database
+    seen, open_database = [], store_module.open_database
     monkeypatch.setattr(
-        feature_store,
+        store_module,
         "open_database",
         lambda *args, **kwargs: [seen.append(is_locked()), open_database(*args, **kwargs)][1],
     )
@@ -490,14 +490,14 @@ def test_any_wrong_byte_changes_the_checksum():
     for num_bytes in (8, 16, 4096, 4104, 5000, 3 * 4096 + 16):
         row = rng.integers(0, 256, num_bytes, dtype=np.uint8)
         digest = digest_of(0)
-        expected = feature_store._checksum(digest, row)
+        expected = store_module._checksum(digest, row)
         assert len(expected) == 16
-        assert feature_store._checksum(digest, row.copy()) == expected
-        assert feature_store._checksum(digest_of(1), row) != expected
+        assert store_module._checksum(digest, row.copy()) == expected
+        assert store_module._checksum(digest_of(1), row) != expected
         for place in range(0, num_bytes, 1 + num_bytes // 500):
             wrong = row.copy()
             wrong[place] ^= 1 << int(rng.integers(8))
-            assert feature_store._checksum(digest, wrong) != expected
+            assert store_module._checksum(digest, wrong) != expected
 
 
 def test_a_damaged_row_that_cannot_be_removed_still_counts_as_missing(tmp_path):

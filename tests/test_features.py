@@ -42,7 +42,7 @@ from lora_engine.data.rows import Row
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement
-from lora_engine.features import store as feature_store
+from lora_engine.features import store as store_module
 from lora_engine.features.cache import RowMemory
 from lora_engine.features.encoder import FeatureEncoder, encode_pixels
 from lora_engine.features.format import FeatureFormat
@@ -54,7 +54,7 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as preparation
+from lora_engine.training import setup as setup_module
 from lora_engine.training import validation_captions
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
@@ -145,7 +145,7 @@ class Loader:
         dataset = captioned_images(rows, captioner, config, substitute=False)
         self.images = images
         self.load = partial(
-            preparation.feature_loader,
+            setup_module.feature_loader,
             dataset,
             features=source,
             captioner=captioner,
@@ -920,7 +920,7 @@ def run(config: TrainingConfig, **changes) -> Run:
     logger = logging.getLogger("lora_engine.features")
     logger.addHandler(recorder)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(preparation, "open_features", open_and_remember)
+        patch.setattr(setup_module, "open_features", open_and_remember)
         patch.setattr(batches, "read_image_file", read_and_write_down)
         summary = train(config)
     logger.removeHandler(recorder)
@@ -1147,7 +1147,7 @@ def full_disk(monkeypatch, *, num_rows: int, wait: bool = False) -> None:
         return stores[0]
 
     monkeypatch.setattr(placement, "FeatureStore", open_and_remember)
-    monkeypatch.setattr(feature_store.os, "pwrite", write)
+    monkeypatch.setattr(store_module.os, "pwrite", write)
 
 
 @pytest.mark.parametrize("wait", [False, True])
@@ -1182,7 +1182,7 @@ def test_auto_continues_without_a_cache_folder_and_reports_it(
     uncached, tmp_path, monkeypatch, no_cache_dir
 ):
     config, expected = uncached
-    monkeypatch.setattr(placement, "read_rate", feature_store.read_rate)
+    monkeypatch.setattr(placement, "read_rate", store_module.read_rate)
     done = run(
         config, cache="auto", cache_dir=str(no_cache_dir), output_path=str(tmp_path / "run")
     )
@@ -1195,7 +1195,7 @@ def test_auto_continues_without_a_cache_folder_and_reports_it(
 def test_cache_disk_with_an_unusable_folder_is_an_error(
     blip_folder, data, tmp_path, monkeypatch, capsys, no_cache_dir
 ):
-    monkeypatch.setattr(placement, "read_rate", feature_store.read_rate)
+    monkeypatch.setattr(placement, "read_rate", store_module.read_rate)
     monkeypatch.chdir(tmp_path)
     flags = {
         "model": blip_folder, "train_data_path": data / "train.json", "output_path": "run",

@@ -10,14 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_engine.lora import matmul as products
+from lora_engine.lora import matmul as matmul_module
 from lora_engine.lora.matmul import batched_matmul, feature_matmul, frozen_linear, per_head_matmul
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SMALL, LARGE = (5, 7), (70, 90)  # (N, K), on either side of what is worth a call of oneDNN
 
 needs_onednn = pytest.mark.skipif(
-    not products._HAS_ONEDNN, reason="oneDNN is used on a CPU with AVX-512 alone"
+    not matmul_module._HAS_ONEDNN, reason="oneDNN is used on a CPU with AVX-512 alone"
 )
 onednn = pytest.param("onednn", torch.float32, marks=needs_onednn)
 every_way = pytest.mark.parametrize(
@@ -41,7 +41,7 @@ LAYOUTS = {
 @pytest.fixture
 def take(monkeypatch):
     """Chooses the kernel of fp32 products."""
-    return lambda way: monkeypatch.setattr(products, "_USE_ONEDNN", way == "onednn")
+    return lambda way: monkeypatch.setattr(matmul_module, "_USE_ONEDNN", way == "onednn")
 
 
 def assert_equal(ours: Tensor, expected: Tensor, *, summed: int, what: object = "") -> None:
@@ -181,8 +181,8 @@ def test_only_gradients_that_are_needed_are_formed_and_only_what_they_need_is_ke
     monkeypatch, x_needs, y_needs
 ):
     formed, kept = [], []
-    batched = products._batched
-    monkeypatch.setattr(products, "_batched", lambda *pair: formed.append(1) or batched(*pair))
+    batched = matmul_module._batched
+    monkeypatch.setattr(matmul_module, "_batched", lambda *pair: formed.append(1) or batched(*pair))
     x = torch.randn(2, 3, 5, requires_grad=x_needs)
     y = torch.randn(2, 4, 5, requires_grad=y_needs)
     with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
@@ -207,15 +207,17 @@ def test_oneDNN_takes_batched_products_of_fp32_forward_and_backward(take):
 
 def test_the_maker_of_the_processor_is_read_from_where_the_system_says_it(monkeypatch):
     for text in ("vendor_id : AuthenticAMD", "vendor_id : GenuineIntel"):
-        monkeypatch.setattr(products.Path, "read_text", lambda *_, text=text, **__: text)
-        assert products._is_amd() == ("AMD" in text)
+        monkeypatch.setattr(matmul_module.Path, "read_text", lambda *_, text=text, **__: text)
+        assert matmul_module._is_amd() == ("AMD" in text)
 
     def no_such_file(*_, **__):
         raise FileNotFoundError
 
-    monkeypatch.setattr(products.Path, "read_text", no_such_file)
-    monkeypatch.setattr(products.platform, "processor", lambda: "AMD64 Family 25, AuthenticAMD")
-    assert products._is_amd()
+    monkeypatch.setattr(matmul_module.Path, "read_text", no_such_file)
+    monkeypatch.setattr(
+        matmul_module.platform, "processor", lambda: "AMD64 Family 25, AuthenticAMD"
+    )
+    assert matmul_module._is_amd()
 
 
 # --- a product per head --------------------------------------------------------------------
@@ -308,6 +310,6 @@ def test_what_the_compiler_knows_of_the_operators_is_true(layout):
     """torch's checks of custom operators: shapes, strides, and no mutation."""
     x, frozen = LAYOUTS[layout](n=4, k=6), LAYOUTS[layout](n=5, k=6)
     for bias in (None, torch.randn(5)):
-        torch.library.opcheck(products._onednn_op, (x, frozen, bias))
+        torch.library.opcheck(matmul_module._onednn_op, (x, frozen, bias))
     x, y = LAYOUTS[layout](2, n=4, k=6), LAYOUTS[layout](2, n=5, k=6)
-    torch.library.opcheck(products._batched_onednn_op, (x, y))
+    torch.library.opcheck(matmul_module._batched_onednn_op, (x, y))

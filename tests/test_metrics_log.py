@@ -10,7 +10,7 @@ import torch
 from pictures import json_lines
 
 from lora_engine.config import TrainingConfig
-from lora_engine.report import metrics_log as module
+from lora_engine.report import metrics_log as metrics_log_module
 from lora_engine.report.metrics_log import MetricsLogger, TrainingStopped, duration
 from lora_engine.training.meter import Meter
 from lora_engine.training.schedule import Schedule
@@ -27,8 +27,8 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """The time in seconds, which only the tests move."""
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics_log_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_log_module.time, "perf_counter", lambda: now[0])
     return now
 
 

@@ -26,7 +26,7 @@ from lora_engine.report.model_card import write_model_card
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
-from lora_engine.training import validation as evaluation
+from lora_engine.training import validation as validation_module
 from lora_engine.training.loop import train
 from lora_engine.training.trainer import Trainer
 from lora_engine.training.validation import ValidationLoss
@@ -285,7 +285,7 @@ def test_an_adapter_that_training_did_not_improve_says_so(
 ):
     losses = iter([4.0, 4.5, 4.25])
     monkeypatch.setattr(
-        evaluation, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
+        validation_module, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
     )
     train(settings(blip_folder, data, tmp_path / "run"))
     card = card_of(tmp_path / "run")

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lora_engine.lora import layer as lora
+from lora_engine.lora import layer as layer_module
 from lora_engine.lora.dropout import dropout_mask
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.lora.layer import LoRALinear, project
@@ -117,14 +117,14 @@ def assert_equal(outs, expected, inputs, *, rtol: float, atol: float) -> None:
 def masks(monkeypatch) -> list[Tensor | None]:
     """Records every dropout mask."""
     drawn = []
-    draw = lora._dropout_mask
+    draw = layer_module._dropout_mask
 
     def spy(x, layers):
         kept, share = draw(x, layers)
         drawn.append(kept)
         return kept, share
 
-    monkeypatch.setattr(lora, "_dropout_mask", spy)
+    monkeypatch.setattr(layer_module, "_dropout_mask", spy)
     return drawn
 
 
@@ -164,7 +164,7 @@ def test_dropout_gradients_equal_finite_differences(monkeypatch):
     layers = layers_of("query and value", dropout=0.4)
     x = torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
     kept = torch.rand(3, IN) < 0.6
-    monkeypatch.setattr(lora, "_dropout_mask", lambda *_: (kept, 0.6))
+    monkeypatch.setattr(layer_module, "_dropout_mask", lambda *_: (kept, 0.6))
     assert gradcheck(lambda x, *_: project(x, *layers), (x, *matrices(layers)))
 
 

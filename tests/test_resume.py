@@ -25,19 +25,19 @@ from forking import Ended, in_child
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine import cli
-from lora_engine.captioning import captioner as captioning
+from lora_engine.captioning import captioner as captioner_module
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, workers
 from lora_engine.data.batches import CaptionedImages
-from lora_engine.features import store as feature_store
+from lora_engine.features import store as store_module
 from lora_engine.lora.adapter import read_adapter
-from lora_engine.report import metrics_log as metrics
+from lora_engine.report import metrics_log as metrics_log_module
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.training import checkpoint_writer, meter, trainer, validation_captions
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as preparation
-from lora_engine.training import validation as evaluation
+from lora_engine.training import setup as setup_module
+from lora_engine.training import validation as validation_module
 from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
 from lora_engine.training.loop import train
 from lora_engine.training.micro_batches import split
@@ -183,7 +183,7 @@ def test_killed_before_its_first_step_a_run_begins_anew(unbroken, blip_folder, d
     config = long_run(blip_folder, data, tmp_path / "run")
 
     def die_in_the_first_validation():
-        evaluation.validation_loss = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        validation_module.validation_loss = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         train(config)
 
     ended = in_child(die_in_the_first_validation, tmp_path / "log")
@@ -483,8 +483,8 @@ def test_save_every_is_steps_or_a_time(value):
 
 PHASES = {  # a function that runs in this phase, and from which of its calls on
     "a step": (Trainer, "update", 3),
-    "the first validation": (evaluation, "caption_loss", 1),
-    "a later validation": (evaluation, "caption_loss", 4),
+    "the first validation": (validation_module, "caption_loss", 1),
+    "a later validation": (validation_module, "caption_loss", 4),
     "captioning": (validation_captions, "caption_features", 4),
     "saving": (checkpoint_writer, "write_checkpoint", 3),
 }
@@ -678,14 +678,14 @@ def test_a_signal_while_the_cache_is_closed_ends_the_wait(blip_folder, data, tmp
     )
 
     def prepare():
-        feature_store.FeatureStore._write = lambda self, batch: time.sleep(100)
-        real = feature_store.FeatureStore.close
+        store_module.FeatureStore._write = lambda self, batch: time.sleep(100)
+        real = store_module.FeatureStore.close
 
         def close(self, timeout_s):
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             real(self, timeout_s)
 
-        feature_store.FeatureStore.close = close
+        store_module.FeatureStore.close = close
 
     begin_s = time.monotonic()
     ended = ended_run(config, prepare, tmp_path)
@@ -1064,7 +1064,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def write():
-        with metrics.MetricsLogger(path, total_steps=9, stream=io.StringIO()) as log:
+        with metrics_log_module.MetricsLogger(path, total_steps=9, stream=io.StringIO()) as log:
             log.record("train", step=1, loss=1.0)
             limit = path.stat().st_size + 20
             unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1082,7 +1082,7 @@ def test_a_line_that_the_disk_takes_half_of_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("owner, name", [
-    (metrics, "append_line"), (validation_captions.ValidationCaptions, "write"),
+    (metrics_log_module, "append_line"), (validation_captions.ValidationCaptions, "write"),
     (validation_captions.ValidationCaptions, "write_best"),
 ], ids=["metrics", "samples", "captions"])
 def test_a_full_disk_stops_the_run_and_what_was_there_is_whole(
@@ -1132,7 +1132,7 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
     with pytest.raises(ValueError, match="no space for 4 checkpoints: 1 MB are free in"):
         train(config)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(preparation, "check_space_for_run", lambda *args: None)
+    monkeypatch.setattr(setup_module, "check_space_for_run", lambda *args: None)
     train(config)
     assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().err
     assert not checkpoint_paths(tmp_path / "run" / "checkpoints")
@@ -1195,7 +1195,7 @@ def test_captioning_that_is_told_to_end_keeps_what_it_has_written(
     out = tmp_path / "captions.jsonl"
 
     def signalled():
-        real, calls = captioning.caption_features, []
+        real, calls = captioner_module.caption_features, []
 
         def send(*args, **kwargs):
             calls.append(1)
@@ -1203,7 +1203,7 @@ def test_captioning_that_is_told_to_end_keeps_what_it_has_written(
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args, **kwargs)
 
-        captioning.caption_features = send
+        captioner_module.caption_features = send
         sys.argv = ["program", "caption", "--model", str(blip_folder), str(data / "images"),
                     "--out", str(out), "--batch_size", "2", "--num_workers", "1"]
         return cli.run(verbs.run_verb)

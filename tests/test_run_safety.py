@@ -19,7 +19,7 @@ from lora_engine.lora.adapter import read_adapter, save_adapter
 from lora_engine.report.page import write_report
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import TrainingStopped
-from lora_engine.training import loop as training
+from lora_engine.training import loop as loop_module
 from lora_engine.training import run as run_module
 from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
 from lora_engine.training.loop import train
@@ -394,7 +394,7 @@ def test_what_reaches_outside_is_not_taken_from_a_run_folder(
     }
     (run / "config.json").write_text(json.dumps({**config, **hostile}))
     asked = []
-    monkeypatch.setattr(training, "train", lambda config, family: asked.append(config))
+    monkeypatch.setattr(loop_module, "train", lambda config, family: asked.append(config))
     status, _, err = command(blip_cc3m.main, "--output_path", run, "--resume")
     assert status == cli.USAGE_ERROR and not asked
     assert "names another model than this command line" in err and str(blip_folder) in err
@@ -478,7 +478,7 @@ def test_no_content_of_state_json_is_more_than_an_error_in_words(run, state_of_r
 def test_no_content_of_config_json_is_more_than_an_error_in_words(
     run, blip_folder, command, monkeypatch
 ):
-    monkeypatch.setattr(training, "train", lambda config, family: None)
+    monkeypatch.setattr(loop_module, "train", lambda config, family: None)
     original = json.loads((run / "config.json").read_text())
     generator = random.Random(1)
     statuses = set()

@@ -32,12 +32,12 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import escaped
-from lora_engine.training import best_adapter as adapter_keeper
-from lora_engine.training import loop as training
+from lora_engine.training import best_adapter as best_adapter_module
+from lora_engine.training import loop as loop_module
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as preparation
+from lora_engine.training import setup as setup_module
 from lora_engine.training import trainer as trainer_module
-from lora_engine.training import validation as evaluation
+from lora_engine.training import validation as validation_module
 from lora_engine.training import validation_captions
 from lora_engine.training.loop import train
 from lora_engine.training.loss import caption_loss
@@ -70,7 +70,7 @@ def _no_picture(monkeypatch):
 class Trained:
     """A run of ten steps and what it did to the model."""
 
-    config: training.TrainingConfig
+    config: loop_module.TrainingConfig
     summary: TrainingSummary
     captioner: Captioner
     frozen_before: dict[str, Tensor]
@@ -81,7 +81,7 @@ class Trained:
         return json_lines(self.summary.path / "metrics.jsonl")
 
 
-def run(config: training.TrainingConfig) -> Trained:
+def run(config: loop_module.TrainingConfig) -> Trained:
     """`train`, with the model that it trained: what it loads is seen at the door."""
     seen = {}
 
@@ -93,7 +93,7 @@ def run(config: training.TrainingConfig) -> Trained:
 
     messages = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(messages):
-        patch.setattr(preparation, "load_captioner", load)
+        patch.setattr(setup_module, "load_captioner", load)
         summary = train(config)
     return Trained(config, summary, seen["captioner"], seen["before"], messages.getvalue())
 
@@ -120,7 +120,7 @@ def same_matrices(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def untrained_matrices(config: training.TrainingConfig) -> dict[str, Tensor]:
+def untrained_matrices(config: loop_module.TrainingConfig) -> dict[str, Tensor]:
     model = load_captioner(config.model).model
     torch.manual_seed(config.seed)
     inject(model, config.lora_targets, rank=config.lora_rank, alpha=config.lora_alpha)
@@ -216,7 +216,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     ]
     config = json.loads((folder / "config.json").read_text())
     config["lora_targets"] = tuple(config["lora_targets"])
-    assert training.TrainingConfig(**config) == trained.config
+    assert loop_module.TrainingConfig(**config) == trained.config
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["compute_dtype"] == "float32"
     with Image.open(folder / "loss_curve.png") as picture:
@@ -473,7 +473,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     batches = ragged_batches(captioner, [5, 3])
     captioner.model.train()
     loss, gradients = loss_and_gradients(captioner, batches)
-    preparation.place_model(captioner.model, CPU, torch.float32, compile=True)
+    setup_module.place_model(captioner.model, CPU, torch.float32, compile=True)
     assert all(layer._compiled_call_impl for layer in captioner.model.decoder.layers)
     compiled_loss, compiled = loss_and_gradients(captioner, batches)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
@@ -560,20 +560,20 @@ def test_a_run_that_only_got_worse_keeps_the_adapter_it_started_from_and_the_las
 
 def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, monkeypatch):
     script = iter([5.0, 4.0, 3.0, 3.5, 3.0])
-    real = evaluation.validation_loss
+    real = validation_module.validation_loss
     monkeypatch.setattr(
-        evaluation, "validation_loss",
+        validation_module, "validation_loss",
         lambda *args, **kwargs: real(*args, **kwargs)._replace(loss=next(script)),
     )
     saved = {}
-    files = adapter_keeper.adapter_files
+    files = best_adapter_module.adapter_files
 
     def spy(model, **kwargs):
         step = int(kwargs["provenance"]["step"])
         saved[step] = {k: v.detach().clone() for k, v in lora_parameters(model).items()}
         return files(model, **kwargs)
 
-    monkeypatch.setattr(adapter_keeper, "adapter_files", spy)
+    monkeypatch.setattr(best_adapter_module, "adapter_files", spy)
     summary = train(settings(blip_folder, data, tmp_path / "run", max_steps=8, eval_every=2))
     assert summary.losses == {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.0}
     assert summary.best_step == 4  # the first of two that are as good
@@ -724,7 +724,7 @@ def test_the_first_interval_does_not_count_the_validation_before_it(
     blip_folder, data, tmp_path, monkeypatch
 ):
     clock = [0.0]
-    real = evaluation.validation_loss
+    real = validation_module.validation_loss
 
     def slow(*args, **kwargs):
         clock[0] += 1000.0
@@ -734,7 +734,7 @@ def test_the_first_interval_does_not_count_the_validation_before_it(
         clock[0] += 0.001
         return clock[0]
 
-    monkeypatch.setattr(evaluation, "validation_loss", slow)
+    monkeypatch.setattr(validation_module, "validation_loss", slow)
     monkeypatch.setattr("lora_engine.report.metrics_log.time.perf_counter", perf_counter)
     summary = train(settings(blip_folder, data, tmp_path / "run", num_samples=0))
     lines = [line for line in json_lines(summary.path / "metrics.jsonl") if "grad_norm" in line]
@@ -892,7 +892,7 @@ def test_a_model_that_is_not_finite_before_training_is_refused(
     blip_folder, data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        evaluation, "caption_loss", lambda *a, **k: caption_loss(*a, **k) * math.nan
+        validation_module, "caption_loss", lambda *a, **k: caption_loss(*a, **k) * math.nan
     )
     with pytest.raises(ValueError, match="validation loss before any training is nan.*--precision"):
         train(settings(blip_folder, data, tmp_path / "run"))
@@ -1026,7 +1026,7 @@ def test_a_failure_before_the_first_validation_is_through_leaves_nothing(
         raise RuntimeError("out of memory")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "validation_loss", fail)
+    monkeypatch.setattr(validation_module, "validation_loss", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(settings(blip_folder, data, Path(), output_path=output))
     assert [p for p in tmp_path.rglob("*") if p.name != "runs"] == []

@@ -12,7 +12,7 @@ from lora_engine.captioning.metrics import References
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report.run_record import read_run
 from lora_engine.training import run as run_module
-from lora_engine.training import validation as evaluation
+from lora_engine.training import validation as validation_module
 from lora_engine.training.loop import train
 from lora_engine.training.trainer import Trainer
 from lora_engine.training.validation import ValidationLoss
@@ -206,7 +206,7 @@ def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(
     scripted_scores(monkeypatch, [0.5, 0.9, 0.7])
     losses = iter([4.0, math.nan, 3.0])
     monkeypatch.setattr(
-        evaluation, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
+        validation_module, "validation_loss", lambda *a, **k: ValidationLoss(next(losses), [])
     )
     summary = train(settings(
         blip_folder, data, tmp_path / "run", max_steps=2, eval_every=1, best_by="cider_d",

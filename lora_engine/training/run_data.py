@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Rows:
             for path in dict.fromkeys(row.image for row in rows)
         ]
 
-    @property
+    @cached_property  # they are part of every checkpoint
     def fingerprints(self) -> dict[str, str]:
         return {
             "training_data": _fingerprint(self.train),
