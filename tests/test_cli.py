@@ -31,7 +31,7 @@ from lora_engine.config import TrainingConfig
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as loop_module
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training import validation_captions
 from lora_engine.training.trainer import Trainer
 from recipes import blip_cc3m, finetune, vit_gpt2_cc3m
@@ -242,7 +242,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(
 ):
     (command.work / "run" / "adapter").mkdir(parents=True)
     (command.work / "run" / "metrics.jsonl").write_text("{}")
-    monkeypatch.setattr(setup_module, "load_captioner", None)
+    monkeypatch.setattr(run_setup, "load_captioner", None)
     refused(
         blip_cc3m.main, *flags(blip_folder, data),
         words=["--output_path run already holds a run", "--init_adapter"],

@@ -54,7 +54,7 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training import validation_captions
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
@@ -145,7 +145,7 @@ class Loader:
         dataset = captioned_images(rows, captioner, config, substitute=False)
         self.images = images
         self.load = partial(
-            setup_module.feature_loader,
+            run_setup.feature_loader,
             dataset,
             features=source,
             captioner=captioner,
@@ -920,7 +920,7 @@ def run(config: TrainingConfig, **changes) -> Run:
     logger = logging.getLogger("lora_engine.features")
     logger.addHandler(recorder)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(setup_module, "open_features", open_and_remember)
+        patch.setattr(run_setup, "open_features", open_and_remember)
         patch.setattr(batches, "read_image_file", read_and_write_down)
         summary = train(config)
     logger.removeHandler(recorder)

@@ -19,7 +19,7 @@ from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
 from lora_engine.report import hub
 from lora_engine.report.hub import check_repository, push_adapter
 from lora_engine.report.run_folder import RunFolder
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training.loop import train
 from lora_engine.training.trainer import Trainer
 
@@ -105,7 +105,7 @@ def give_hub_base(folder: RunFolder) -> None:
 def test_a_name_that_no_repository_can_have_is_refused_before_anything_is_read(
     config, name, monkeypatch
 ):
-    monkeypatch.setattr(setup_module, "read_rows", lambda config: pytest.fail("read too early"))
+    monkeypatch.setattr(run_setup, "read_rows", lambda config: pytest.fail("read too early"))
     with pytest.raises(ValueError, match="--push_to_hub is .*expected owner/name") as refused:
         train(settings(Path(config.model), Path(), Path(config.output_path), push_to_hub=name))
     assert "\n" not in str(refused.value)

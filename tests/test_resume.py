@@ -36,7 +36,7 @@ from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.training import checkpoint_writer, meter, trainer, validation_captions
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training import validation as validation_module
 from lora_engine.training.checkpoint import CheckpointError, read_checkpoint
 from lora_engine.training.loop import train
@@ -1132,7 +1132,7 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
     with pytest.raises(ValueError, match="no space for 4 checkpoints: 1 MB are free in"):
         train(config)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(setup_module, "check_space_for_run", lambda *args: None)
+    monkeypatch.setattr(run_setup, "check_space_for_run", lambda *args: None)
     train(config)
     assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().err
     assert not checkpoint_paths(tmp_path / "run" / "checkpoints")

@@ -14,7 +14,7 @@ from lora_engine.report import trackers
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.trackers import check_tracker, start_tracker
 from lora_engine.terminal import ConsoleHandler, logging_to
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training.loop import train
 
 NAMES = ["tensorboard", "wandb", "trackio"]
@@ -196,7 +196,7 @@ def test_a_missing_package_is_an_error_at_the_start_that_says_what_to_install(
 ):
     module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(setup_module, "read_rows", lambda config: pytest.fail("read too early"))
+    monkeypatch.setattr(run_setup, "read_rows", lambda config: pytest.fail("read too early"))
     with pytest.raises(ValueError) as refused:
         train(settings(tmp_path, tmp_path, tmp_path / "run", track=name))
     assert str(refused.value).startswith(f"--track {name} needs the package {name} (")

@@ -35,7 +35,7 @@ from lora_engine.terminal import escaped
 from lora_engine.training import best_adapter as best_adapter_module
 from lora_engine.training import loop as loop_module
 from lora_engine.training import run as run_module
-from lora_engine.training import setup as setup_module
+from lora_engine.training import setup as run_setup
 from lora_engine.training import trainer as trainer_module
 from lora_engine.training import validation as validation_module
 from lora_engine.training import validation_captions
@@ -93,7 +93,7 @@ def run(config: loop_module.TrainingConfig) -> Trained:
 
     messages = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(messages):
-        patch.setattr(setup_module, "load_captioner", load)
+        patch.setattr(run_setup, "load_captioner", load)
         summary = train(config)
     return Trained(config, summary, seen["captioner"], seen["before"], messages.getvalue())
 
@@ -473,7 +473,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     batches = ragged_batches(captioner, [5, 3])
     captioner.model.train()
     loss, gradients = loss_and_gradients(captioner, batches)
-    setup_module.place_model(captioner.model, CPU, torch.float32, compile=True)
+    run_setup.place_model(captioner.model, CPU, torch.float32, compile=True)
     assert all(layer._compiled_call_impl for layer in captioner.model.decoder.layers)
     compiled_loss, compiled = loss_and_gradients(captioner, batches)
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
