@@ -4,6 +4,7 @@ All tests share the folders: copy one before changing it.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pictures import write_pictures
 
 from lora_engine import cli
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.stopping import SIGNALS
 from lora_engine.training import run as run_module
 from lora_engine.training import validation_captions
 
@@ -63,6 +65,15 @@ def captioner_folder(request) -> Path:
 def captioner(captioner_folder) -> Captioner:
     """A freshly loaded captioner of each family in turn, free to be changed."""
     return load_captioner(captioner_folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_arrive():
+    """Also where the suite was started in the background, or by nohup, with signals ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
