@@ -1,28 +1,95 @@
-"""One row of an annotation file: its fields, what makes it unusable, and how errors show it."""
+"""What a data source yields: items, problems, and how errors show them.
+
+A format (formats/) yields an `Item` for each image with its captions as they are written, and a
+`Problem` for what cannot be used. `as_item` and `find_fields` choose the fields of formats whose
+records have names; `item_complaint` says what makes an item unusable, in all formats.
+"""
 
 import json
 import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 EXPECTED_ROW = '{"text": "a caption", "image": "path/of/its/image.jpg"}'
 MAX_ROWS_SHOWN = 5
 MAX_KEYS_SHOWN = 8
+MAX_CAPTION_CHARS = 100_000
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+# Names of fields, in the order of precedence within a list of names.
+CAPTION_FIELDS = (
+    "text", "caption", "captions", "texts", "title", "comment", "sentences", "raw", "references",
+)
+IMAGE_FIELDS = (
+    "image", "file_name", "filename", "filepath", "file_path", "image_path", "image_name", "path",
+    "jpg", "png",
+)
+SPLIT_FIELDS = ("split",)
 
 
 class AnnotationError(ValueError):
-    """An annotation file that cannot be used; the message starts with path: or path:line:."""
+    """A data source that cannot be used; the message starts with path: or path:line:."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a data source, where its content does not tell.
+
+    format: the name of a format, or "auto".
+    image_field, caption_field: names of the fields (columns, keys) to read.
+    image_root: the folder that image paths are relative to; by default found from the source.
+    """
+
+    format: str = "auto"
+    image_field: str | None = None
+    caption_field: str | None = None
+    image_root: str | None = None
+
+
+class Member(NamedTuple):
+    """An image inside its source file.
+
+    `name` identifies it in the file, for messages: "000000012.jpg", "row 12". In tar and Arrow
+    files, the image is `size` bytes at `offset`; in Parquet, row `size` of row group `offset`.
+    """
+
+    name: str
+    offset: int
+    size: int
+
+
+class Item(NamedTuple):
+    """An image and its captions as they are written.
+
+    where: line or row number in the source file, counted from 1; or the name of a member.
+    image: a path, absolute or relative to the folder of images, or a member of the source file.
+    id: the image's number in the source, for results in the source's own format.
+    """
+
+    where: int | str
+    image: Any  # str or Member; other values are a complaint
+    captions: Sequence[Any]  # strings; other values are a complaint
+    split: str = ""
+    id: int | str | None = None
+
+
+class Problem(NamedTuple):
+    """What cannot be used, and why; `where` as in `Item`, or "" for the file as a whole."""
+
+    where: int | str
+    reason: str
 
 
 class Row(NamedTuple):
-    """One caption and its image; an image with five captions has five rows."""
+    """One caption and the name of its image; an image with five captions has five rows."""
 
     text: str
     image: str
 
 
 class BadRow(NamedTuple):
-    """A row that is skipped: its location, as path:line, and the reason."""
+    """A row that is skipped: its location, as path:line or path/member, and the reason."""
 
     location: str
     reason: str
@@ -31,41 +98,135 @@ class BadRow(NamedTuple):
         return f"{self.location}: {self.reason}"
 
 
-class CheckedRow(NamedTuple):
-    """A row and its location, counted from 1; `row` is None if there is a `complaint`."""
-
-    number: int
-    line: int
-    row: Row | None
-    complaint: str = ""
+# --- choosing fields ------------------------------------------------------------------------
 
 
-def row_complaint(value: Any) -> str | None:
-    """What is wrong with a row, what was expected and how to fix it; None for a usable row."""
+class Fields(NamedTuple):
+    """The names of the fields to read; `split` is None if there is none."""
+
+    image: str
+    caption: str
+    split: str | None
+
+
+def find_fields(
+    names: Collection[str], options: SourceOptions, *, path: str, what: str = "columns"
+) -> Fields:
+    """Choose the fields of a table (CSV, Parquet) by their names.
+
+    Raises AnnotationError, with the flag to give, if a field is missing, or if several columns may
+    be the captions or the images ("text" and "image" together are never ambiguous).
+    """
+    is_plain = {"text", "image"} <= set(names)
+    image = _find_field(
+        "image", ("image",) if is_plain else IMAGE_FIELDS, names, options.image_field, path, what
+    )
+    caption = _find_field(
+        "caption", ("text",) if is_plain else CAPTION_FIELDS, names, options.caption_field, path,
+        what,
+    )
+    return Fields(image, caption, next((name for name in SPLIT_FIELDS if name in names), None))
+
+
+def _find_field(
+    kind: str,
+    candidates: Sequence[str],
+    names: Collection[str],
+    asked: str | None,
+    path: str,
+    what: str,
+) -> str:
+    shown = ", ".join(list(names)[:MAX_KEYS_SHOWN]) or "none"
+    if asked is not None:
+        if asked not in names:
+            raise AnnotationError(f"{path}: --{kind}_field is {asked}, but the {what} are {shown}")
+        return asked
+    found = [name for name in names if name.lower() in candidates]
+    if len(found) > 1:
+        raise AnnotationError(
+            f"{path}: the {what} {' and '.join(found)} could both be the {kind}s; choose one with "
+            f"--{kind}_field"
+        )
+    if not found:
+        raise AnnotationError(
+            f"{path}: none of the {what} ({shown}) is known to hold the {kind}s; name it with "
+            f"--{kind}_field"
+        )
+    return found[0]
+
+
+def as_item(value: Any, where: int, options: SourceOptions) -> Item | Problem:
+    """The item of a JSON object; captions may be one string, a list of them, or of {"raw": ...}."""
     if not isinstance(value, dict):
-        return f"found {shown_value(value)}, expected an object like {EXPECTED_ROW}"
-    for key in Row._fields:
-        if key not in value:
-            found = shown_keys(value)
-            return f'no "{key}" among its keys ({found}): add it, or rename the key that holds it'
-        content = value[key]
-        if not isinstance(content, str):
-            return f'"{key}" is {shown_value(content)}, expected one string'
-        if not content.strip():
-            return f'"{key}" is empty: fill it in or remove the row'
-    if "://" in value["image"]:
-        return '"image" is a web address: download the image and give the path of the file'
-    if not value["text"].isascii() and SURROGATE.search(value["text"]):
-        return '"text" holds half of a UTF-16 pair (\\ud800 to \\udfff alone): fix the caption'
+        return Problem(where, f"found {shown_value(value)}, expected an object like {EXPECTED_ROW}")
+    caption_field = options.caption_field or _first(value, CAPTION_FIELDS)
+    image_field = options.image_field or _first(value, IMAGE_FIELDS)
+    for field in (caption_field, image_field):
+        if field not in value:
+            return Problem(
+                where,
+                f'no "{field}" among its keys ({shown_keys(value)}): add it, or give the name of '
+                f'the key that holds it with --{"image" if field == image_field else "caption"}'
+                f"_field",
+            )
+    captions = value[caption_field]
+    if not isinstance(captions, list):
+        captions = [captions]
+    elif not captions:
+        return Problem(where, f'"{caption_field}" is an empty list: fill it in or remove the row')
+    captions = [
+        caption["raw"] if isinstance(caption, dict) and "raw" in caption else caption
+        for caption in captions
+    ]
+    split = value.get("split", "")
+    return Item(where, value[image_field], captions, split if isinstance(split, str) else "")
+
+
+def _first(value: Mapping[str, Any], fields: Sequence[str]) -> str:
+    return next((field for field in fields if field in value), fields[0])
+
+
+# --- what makes an item unusable --------------------------------------------------------------
+
+
+def caption_complaint(caption: Any) -> str | None:
+    """What is wrong with a caption, and how to fix it; None for a usable one."""
+    if not isinstance(caption, str):
+        return f"the caption is {shown_value(caption)}, expected a string"
+    if not caption.strip():
+        return "the caption is empty: fill it in or remove the row"
+    if len(caption) > MAX_CAPTION_CHARS:
+        return (
+            f"the caption has {len(caption):,} characters, at most {MAX_CAPTION_CHARS:,} are "
+            f"accepted: is it the right field?"
+        )
+    if not caption.isascii() and SURROGATE.search(caption):
+        return "the caption is not valid Unicode (not UTF-8, or half of a UTF-16 pair)"
+    return None
+
+
+def image_complaint(image: Any) -> str | None:
+    """What is wrong with the path of an image, and how to fix it; None for a usable one."""
+    if isinstance(image, Member):
+        return None
+    if not isinstance(image, str):
+        return f"the image is {shown_value(image)}, expected the path of a file"
+    if not image.strip():
+        return "the image is empty: fill it in or remove the row"
+    if "://" in image:
+        return (
+            "the image is a web address: download it (lora_engine download), and give the path of "
+            "the file"
+        )
     return None
 
 
 def shown_value(value: Any) -> str:
     """A value as JSON, cut to 40 characters."""
-    shown = json.dumps(value)
+    shown = json.dumps(value, default=lambda other: f"<{type(other).__name__}>")
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-def shown_keys(value: dict[str, Any]) -> str:
+def shown_keys(value: Mapping[str, Any]) -> str:
     """An object's first few keys, for an error message."""
     return ", ".join(map(shown_value, list(value)[:MAX_KEYS_SHOWN])) or "none"

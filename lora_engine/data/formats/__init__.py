@@ -1,6 +1,9 @@
-"""One file per annotation format.
+"""One file per format of image-caption pairs.
 
-`json_list` yields (line, value) for each row; annotations.py checks the rows and resolves the image
-paths. `coco` is for evaluation only: captioning/references.py reads it. A new training format is a
-new file here, and a line in `annotations.checked_rows`.
+A format has
+
+    read(path, options) -> Iterator[Item | Problem]
+
+for one source file (or folder, where a folder is the unit), with the captions as they are written.
+sources.py finds out which format a file has; rows.py has what the formats share.
 """
