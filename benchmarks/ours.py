@@ -27,6 +27,7 @@ from lora_engine.data.batches import (
     PixelBatch,
     epoch_batches,
 )
+from lora_engine.data.image_table import ImageTable
 from lora_engine.data.pixels import PixelSettings
 from lora_engine.data.seen_images import ImageList
 from lora_engine.features.source import FeatureSource, open_features
@@ -93,7 +94,9 @@ class Ours:
         no_tokenizer: Any = None
         self.captioner = Captioner(self.model, no_tokenizer, settings, "", "", Path(), None, {})
         # An image's number takes the place of its file's digest.
-        self.images = ImageList([f"image {number}" for number in range(len(rows.pixels))])
+        self.images = ImageList(ImageTable.of_files(
+            f"image {number}" for number in range(len(rows.pixels))
+        ))
         for number in range(len(rows.pixels)):
             self.images.record(number, None, _digest(number))
         self.source: FeatureSource | None = None
@@ -144,7 +147,7 @@ class Ours:
             self.captioner,
             device=self.device,
             dtype=self.dtype,
-            num_images=len(self.images.paths),
+            num_images=len(self.images.table),
             cache="memory",
             cache_dir=Path("nothing is kept on disk"),
             cache_dtype=None,

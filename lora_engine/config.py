@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -61,11 +62,27 @@ class TrainingConfig:
     """Captioner to adapt: a Hugging Face Hub name or a folder in Hugging Face's format."""
     revision: str | None = None
     """Revision of a Hub model."""
-    train_data_path: str | None = None
-    """Training annotations: a JSON list of {"text": ..., "image": ...}; image paths are absolute or
-    relative to this file. Without it, the embedded demo runs."""
-    val_data_path: str | None = None
-    """Validation annotations; without them, a part of the training images is held out."""
+    train_data_path: str | tuple[str, ...] | None = None
+    """Training data: files, folders or patterns (shards/{00000..00575}.tar). Reads JSON, CSV, COCO,
+    Karpathy's splits, Flickr, captions beside images, WebDataset tars, Parquet, Hugging Face
+    datasets (docs/data.md). Without it, the embedded demo runs."""
+    val_data_path: str | tuple[str, ...] | None = None
+    """Validation data. Default: the validation split of the training data, else a part of its
+    images."""
+    data_format: str = "auto"
+    """Format of the data, if its content does not tell it."""
+    image_field: str | None = None
+    """Name of the column or key that holds the images, if it is not found."""
+    caption_field: str | None = None
+    """Name of the column or key that holds the captions, if it is not found."""
+    image_root: str | None = None
+    """Folder that image paths are relative to. Default: the folder of the file, or one near it that
+    holds the images."""
+    split: str | None = None
+    """Split of the training data to train on. Default: train, if there are splits."""
+    read_order: Literal["auto", "random", "blocks"] = "auto"
+    """Order of images in shards. blocks: a random order that reads the disk in sequence; auto:
+    blocks for Parquet, and for tars if reading a random image takes more than 2 ms."""
     output_path: str | None = None
     """Folder of the run; must not already hold one. Default: a new numbered folder in runs/."""
     epochs: Annotated[int, Range(ge=1)] = 100
@@ -131,8 +148,11 @@ class TrainingConfig:
     """Number format of stored features. Default: fp32 with --precision fp32, otherwise bf16."""
     cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0
     """Maximum size of the cache folder; images that do not fit are encoded in every epoch."""
-    val_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.05
-    """Fraction of the training images to hold out when --val_data_path is not given."""
+    val_fraction: Annotated[float | None, Range(gt=0, lt=1)] = None
+    """Fraction of the training images to hold out if there is no validation data. Default: 5 %, at
+    most 5,000 images."""
+    val_size: Annotated[int | None, Range(ge=1)] = None
+    """Number of images to hold out, instead of a fraction."""
     eval_every: Annotated[int | None, Range(ge=1)] = None
     """Optimizer steps between validations. Default: validate after every epoch."""
     log_every: Annotated[int, Range(ge=1)] = 10
@@ -180,6 +200,8 @@ class TrainingConfig:
                 f"--license is {self.license!r}; expected an identifier as the Hub spells it, "
                 f"such as apache-2.0, mit, cc-by-4.0 or other"
             )
+        if self.val_fraction is not None and self.val_size is not None:
+            raise ValueError("--val_fraction and --val_size say the same: give one of them")
         if self.resume is not None and self.output_path is None:
             raise ValueError("--resume needs the --output_path of the run to continue")
         self.save_interval()
@@ -199,8 +221,9 @@ class TrainingConfig:
         complaint = unfit_setting(settings)
         if complaint is not None:
             raise TypeError(complaint.removeprefix("."))
-        if "lora_targets" in settings:
-            settings["lora_targets"] = tuple(settings["lora_targets"])
+        for name, value in settings.items():
+            if isinstance(value, list):  # JSON has no tuples
+                settings[name] = tuple(value)
         return cls(**settings)
 
     def save_interval(self) -> tuple[float, float]:
@@ -248,6 +271,9 @@ _MAY_CHANGE = frozenset((
     "cache_dir", "cache_limit_gb", "log_every", "patience", "save_every", "keep_last",
     "max_bad_share", "worker_timeout", "track", "push_to_hub", "license",
     "precision",  # compared by the number format it resolves to
+    # compared by the rows that they select
+    "data_format", "image_field", "caption_field", "image_root", "split", "val_fraction",
+    "val_size",
 ))
 # ... may become longer, ...
 _MAY_GROW = ("epochs", "max_steps")
@@ -269,7 +295,7 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     make it a different run.
     """
     now = config.as_dict()
-    now["lora_targets"] = list(now["lora_targets"])  # as in JSON
+    now = json.loads(json.dumps(now))  # with lists for tuples, as before
     differing = [
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]

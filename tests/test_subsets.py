@@ -3,7 +3,8 @@
 import pytest
 
 from lora_engine.data.rows import Row
-from lora_engine.data.subsets import evenly_spaced, hold_out
+from lora_engine.data.sampling import evenly_spaced
+from lora_engine.data.subsets import hold_out
 
 ROWS = [Row(f"caption {i}", f"/images/{i % 40}.jpg") for i in range(100)]
 

@@ -4,14 +4,16 @@ import copy
 import dataclasses
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from pathlib import Path
+from itertools import repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
 from lora_engine.data.batches import CaptionedImages, Collate, in_batches
+from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
@@ -82,7 +84,7 @@ def caption_features(captioner: Captioner, features: Tensor, **settings) -> list
 
 def caption_images(
     captioners: Sequence[Captioner],
-    images: Sequence[str | Path],
+    images: ImageTable,
     *,
     features: FeatureSource,
     batch_size: int = 16,
@@ -91,7 +93,7 @@ def caption_images(
     numbers: Sequence[int] | None = None,
     **settings,
 ) -> Generator[Captioned]:
-    """Caption image files, in order; one that cannot be read yields the reason.
+    """Caption images, in order; one that cannot be read yields the reason.
 
     The captioners share the encoder of `features`. `num_workers` and `timeout_s` are described in
     `workers.load`. `numbers` are the images' numbers for sampling, by default their positions in
@@ -117,13 +119,13 @@ def caption_images(
                     for captioner in captioners
                 ))
                 for row, of_image in zip(batch.rows, captions):
-                    results[row] = Captioned(str(images[row]), of_image)
+                    results[row] = Captioned(images[row], of_image)
             yield from (results[row] for row in sorted(results))
 
 
 def _image_loader(
     captioner: Captioner,
-    images: Sequence[str | Path],
+    images: ImageTable,
     features: FeatureSource,
     batch_size: int,
     **loading,
@@ -131,8 +133,9 @@ def _image_loader(
     """Loads images as training does: each is a row whose caption is empty."""
     tokenizer, pixels = captioner.tokenizer, captioner.pixels
     dataset = CaptionedImages(
-        [str(image) for image in images],
-        tokenizer.encode(("" for _ in images), max_caption_tokens=0),
+        images,
+        np.arange(len(images)),
+        tokenizer.encode(repeat("", len(images)), max_caption_tokens=0),
         pixels,
         seed=0,
         substitute=False,

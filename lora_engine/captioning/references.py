@@ -1,82 +1,58 @@
-"""The images of an annotation file with their reference captions: our JSON list, or COCO's."""
+"""The images of a data set with the reference captions that people wrote for them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_engine.captioning.caption_tokens import has_words
-from lora_engine.data.annotations import bad_row, checked_rows, read_text
-from lora_engine.data.formats.coco import coco_document, read_coco
-from lora_engine.data.rows import AnnotationError, BadRow, shown_value
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.pairs import Pairs
+from lora_engine.data.rows import AnnotationError, BadRow
 
 
 @dataclass(frozen=True)
 class Referenced:
-    """An image, its id in the annotation file, and the captions that people wrote for it."""
+    """An image, its id in results, and its reference captions."""
 
     id: Any
     image: str
     references: list[str] = field(default_factory=list)
 
 
-def read_references(
-    path: str | Path, *, image_folder: str | Path | None = None
-) -> tuple[list[Referenced], list[BadRow]]:
-    """Read a file -> (images in the file's order, each once with all its captions; bad rows).
+def references_of(
+    pairs: Pairs, name: str, folder: str
+) -> tuple[list[Referenced], ImageTable, Sequence[BadRow]]:
+    """The images with references, in order of appearance; the table of them; and bad rows.
 
-    Rows are bad if they cannot be used, or have no words to score against. `image_folder` is what
-    COCO's file names are relative to; by default the file's folder. Our own format has no ids: its
-    images are identified by their paths, relative to the file's folder for images below it.
+    Captions without words cannot be scored against and are bad rows. The id of an image is the
+    source's own (COCO), else its path, relative to `folder` for images below it.
 
-    Raises AnnotationError for a file that cannot be used, or has no usable row.
+    Raises AnnotationError if there is no image to score; `name` is that of the source.
     """
-    document = coco_document(read_text(path))
-    if document is not None:
-        images, bad = _from_coco(document, path, image_folder or os.path.dirname(path))
-    elif image_folder is not None:
-        raise AnnotationError(
-            f"{path}: an image folder is for COCO's format; this file has image paths"
-        )
-    else:
-        images, bad = _from_rows(path)
-    if not images:
-        first = f", first {bad[0]}" if bad else ""
-        raise AnnotationError(f"{path}: no image with a caption to score against{first}")
-    return images, bad
-
-
-def _from_rows(path: str | Path) -> tuple[list[Referenced], list[BadRow]]:
-    folder = os.path.realpath(os.path.dirname(path))
-    found: dict[str, Referenced] = {}
-    bad: list[BadRow] = []
-    for checked in checked_rows(path):
-        row = checked.row
-        if row is None:
-            bad.append(bad_row(path, checked))
-        elif not has_words(row.text):
-            bad.append(bad_row(path, checked._replace(complaint='"text" has no words to compare')))
-        else:
-            name = os.path.relpath(row.image, folder)
-            name = row.image if name.startswith(os.pardir) else name
-            found.setdefault(row.image, Referenced(name, row.image)).references.append(row.text)
-    return list(found.values()), bad
-
-
-def _from_coco(
-    document: Mapping[str, Any], path: str | Path, folder: str | Path
-) -> tuple[list[Referenced], list[BadRow]]:
-    coco = read_coco(document, path, folder)
-    found = {id: Referenced(id, image.path) for id, image in coco.images.items()}
-    bad = list(coco.bad)
-    for caption in coco.captions:
-        if has_words(caption.text):
-            found[caption.image_id].references.append(caption.text.strip())
-        else:
-            bad.append(BadRow(caption.location, f"has no words: {shown_value(caption.text)}"))
-    bad += [
-        BadRow(coco.images[image.id].location, f"{image.image} has no caption to score against")
-        for image in found.values() if not image.references
+    found = [
+        Referenced(_id(pairs, image, path, folder), path)
+        for image, path in enumerate(pairs.images)
     ]
-    return [image for image in found.values() if image.references], bad
+    bad = list(pairs.bad)
+    for row, image in enumerate(pairs.image_of_row.tolist()):
+        text = pairs.text(row)
+        if has_words(text):
+            found[image].references.append(text)
+        else:
+            bad.append(BadRow(pairs.location(row), f"has no words to compare: {text[:40]!r}"))
+    chosen = np.flatnonzero([bool(image.references) for image in found])
+    if not len(chosen):
+        first = f", first {bad[0]}" if bad else ""
+        raise AnnotationError(f"{name}: no image with a caption to score against{first}")
+    return [found[number] for number in chosen], pairs.images.choose(chosen), bad
+
+
+def _id(pairs: Pairs, image: int, path: str, folder: str) -> Any:
+    number = pairs.image_id(image)
+    if number is not None:
+        return number
+    name = os.path.relpath(path, folder)
+    return path if name.startswith(os.pardir) else name

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TextIO
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -19,12 +20,16 @@ from lora_engine.captioning.generation import Sampling
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
+    SourceConfig,
     check_writable,
     load_base,
     load_onto,
 )
 from lora_engine.config import Range
 from lora_engine.data.image_files import find_images
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.sources import is_source
+from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.models.pretrained import Captioner
@@ -35,12 +40,12 @@ UNREADABLE = 1  # exit status: some images have no caption
 
 
 @dataclass(frozen=True)
-class CaptionConfig(CaptioningConfig):
+class CaptionConfig(CaptioningConfig, SourceConfig):
     """Flags of `caption`."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files, folders of images, patterns such as "photos/**/*.jpg", or - to read one path per
-    line from stdin."""
+    line from stdin; or data as for training: tars, Parquet, annotation files."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapter folder, such as RUN/adapter; without one, the base model captions. Repeat the flag to
     compare several adapters."""
@@ -87,7 +92,7 @@ def caption(args: list[str]) -> int:
         description="Caption images with a trained adapter.",
     )
     config.check()
-    images = find_images(_listed(config.images))
+    images = _images(config)
     left = _without_caption(config, images)
     if len(left) < len(images):
         print(
@@ -102,7 +107,7 @@ def caption(args: list[str]) -> int:
         sampling = Sampling(config.temperature, config.top_p, config.seed)
     captions = config.captions(
         _captioners(config),
-        [images[number] for number in left],
+        images.choose(np.array(left)),
         min_new_tokens=config.min_new_tokens,
         sampling=sampling,
         numbers=left,
@@ -121,6 +126,28 @@ def caption(args: list[str]) -> int:
                 skipped.add(result)
     skipped.finish()
     return UNREADABLE if skipped.lines else 0
+
+
+def _images(config: CaptionConfig) -> ImageTable:
+    """The images to caption: files, or those of data sources."""
+    paths = _listed(config.images)
+    sources = [path for path in paths if is_source(path)]
+    if not sources:
+        return ImageTable.of_files(map(str, find_images(paths)))
+    if len(sources) < len(paths):
+        other = next(path for path in paths if path not in sources)
+        raise ValueError(
+            f"{sources[0]} is a data set and {other} is not: caption image files and data sets one "
+            f"after the other"
+        )
+    if config.txt:
+        raise ValueError(
+            f"--txt writes beside image files, and {sources[0]} is a data set: use --out"
+        )
+    return config.read(
+        tuple(paths), index_folder=cache_folder(config.cache_dir), max_bad_share=1.0,
+        needs_captions=False,
+    ).images
 
 
 def _listed(paths: Sequence[str]) -> list[str]:
@@ -146,17 +173,17 @@ def _captioners(config: CaptionConfig) -> list[Captioner]:
 Writer = Callable[[Captioned], None]
 
 
-def _without_caption(config: CaptionConfig, images: Sequence[Path]) -> list[int]:
+def _without_caption(config: CaptionConfig, images: ImageTable) -> list[int]:
     """The numbers of the images without a caption in --out or --txt; all if neither is given."""
     if config.txt:
-        _check_no_name_twice(images)
+        _check_no_name_twice(list(map(Path, images)))
     if config.overwrite or not (config.txt or config.out):
         return list(range(len(images)))
     done = _done(config.out)
     return [
         number for number, image in enumerate(images)
-        if config.out and str(image) not in done
-        or config.txt and not image.with_suffix(".txt").exists()
+        if config.out and image not in done
+        or config.txt and not Path(image).with_suffix(".txt").exists()
     ]
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +22,19 @@ from lora_engine.captioning.metrics import (
     References,
     bootstrap_intervals,
 )
-from lora_engine.captioning.references import Referenced, read_references
+from lora_engine.captioning.references import Referenced, references_of
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
+    SourceConfig,
     check_writable,
     load_base,
     load_onto,
 )
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.pair_index import name_of, paths_of
+from lora_engine.data.subsets import evaluation_split, named_split
+from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.models.pretrained import Captioner
@@ -40,16 +47,15 @@ BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CaptioningConfig):
+class EvaluateConfig(CaptioningConfig, SourceConfig):
     """Flags of `evaluate`."""
 
-    data: str
-    """Annotations with reference captions: a JSON list of {"text", "image"}, or a COCO captions
-    file."""
+    data: str | tuple[str, ...]
+    """Images with reference captions, in any format that training reads."""
+    split: str | None = None
+    """Split to score. Default: test or val, if there are splits."""
     adapter: str | None = None
     """Adapter folder, such as RUN/adapter; its base model is scored for comparison."""
-    image_folder: str | None = None
-    """Folder with the images of a COCO file. Default: the folder of the file."""
     out: str | None = None
     """Write one JSON line per image, with its captions and their scores, to this file."""
     coco_out: str | None = None
@@ -60,6 +66,8 @@ class EvaluateConfig(CaptioningConfig):
 
 def evaluate(args: list[str]) -> int:
     """Score captions against references, with and without an adapter -> exit status."""
+    # The older name of --image_root.
+    args = [re.sub(r"^--image[-_]folder(?==|$)", "--image_root", arg) for arg in args]
     config = cli.parse(
         EvaluateConfig, args, prog="python -m lora_engine evaluate",
         description="Score the captions of a base model, and of an adapter for comparison.",
@@ -69,11 +77,20 @@ def evaluate(args: list[str]) -> int:
     check_writable("--coco_out", config.coco_out)
     if config.meteor_spice:
         check_java()
-    data, bad_rows = read_references(config.data, image_folder=config.image_folder)
+    name = name_of(config.data)
+    pairs = config.read(
+        config.data, index_folder=cache_folder(config.cache_dir), max_bad_share=1.0,
+        needs_captions=False,
+    )
+    if config.split is not None:
+        pairs = named_split(pairs, config.split)
+    else:
+        pairs = evaluation_split(pairs, ["test", "val"])
+    data, images, bad_rows = references_of(pairs, name, _folder_of(config.data))
     skipped = SkippedImages(config.out, bad_rows)
-    scored, captions = _caption(config, data, _captioners(config), skipped)
+    scored, captions = _caption(config, data, images, _captioners(config), skipped)
     if not scored:
-        raise ValueError(f"{config.data}: none of the images could be read")
+        raise ValueError(f"{name}: none of the images could be read")
     texts = [image.references for image in scored]
     references = References(texts)
     results = {
@@ -101,6 +118,12 @@ def evaluate(args: list[str]) -> int:
     return UNREADABLE if skipped.lines else 0
 
 
+def _folder_of(data: str | tuple[str, ...]) -> str:
+    """The folder of the data, which images are named relative to in results."""
+    path = os.path.realpath(paths_of(data)[0])
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
 def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
     """The base and, if there is one, the adapter on it, both with the same prompt."""
     adapters = [] if config.adapter is None else [read_adapter(config.adapter)]
@@ -117,13 +140,14 @@ def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
 def _caption(
     config: EvaluateConfig,
     data: Sequence[Referenced],
+    images: ImageTable,
     captioners: dict[str, Captioner],
     skipped: SkippedImages,
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
     """The images that could be read, and each captioner's captions of them."""
     scored: list[Referenced] = []
     captions: dict[str, list[Caption]] = {name: [] for name in captioners}
-    with config.captions(list(captioners.values()), [image.image for image in data]) as captioned:
+    with config.captions(list(captioners.values()), images) as captioned:
         progress = tqdm(captioned, total=len(data), unit="image", disable=not sys.stderr.isatty())
         for image, result in zip(data, progress):
             if result.reason is not None:
@@ -162,8 +186,8 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
             rows.append([title, *(f"{value:.3g}" for value in values)])
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     return "\n".join([
-        f"{first.num_images:,} images of {config.data}, {first.num_references:,} references "
-        f"({first.mean_reference_length:.3g} tokens on average), {search} captions",
+        f"{first.num_images:,} images of {name_of(config.data)}, {first.num_references:,} "
+        f"references ({first.mean_reference_length:.3g} tokens on average), {search} captions",
         "COCO's scores on PTB-style tokens; in brackets 95 % of 1,000 bootstrap samples",
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -15,12 +14,15 @@ from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.captioning.caption_tokens import has_words
-from lora_engine.commands.loading import check_writable
+from lora_engine.commands.loading import SourceConfig, check_writable
 from lora_engine.config import Range, TrainingConfig, check_ranges
-from lora_engine.data.annotations import bad_row, checked_rows
 from lora_engine.data.image_identity import content_digest
-from lora_engine.data.images import ImageError, open_image, read_image_file
-from lora_engine.data.rows import BadRow, Row
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.images import ImageError, open_image
+from lora_engine.data.pair_index import name_of, paths_of
+from lora_engine.data.pairs import Pairs
+from lora_engine.data.rows import BadRow
+from lora_engine.data.subsets import named_split
 from lora_engine.data.workers import load
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import load_tokenizer
@@ -32,14 +34,16 @@ _CHUNK = 64  # images per task of a worker process
 
 
 @dataclass(frozen=True)
-class ValidateConfig:
+class ValidateConfig(SourceConfig):
     """Flags of `validate`."""
 
-    data: str
-    """Annotations to check: a JSON list of {"text", "image"} rows."""
-    val_data: str | None = None
-    """Validation annotations, whose rows and images are checked, too; images that are also in
-    --data are counted."""
+    data: str | tuple[str, ...]
+    """Data to check, in any format that training reads."""
+    val_data: str | tuple[str, ...] | None = None
+    """Validation data, whose rows and images are checked, too; images that are also in --data are
+    counted."""
+    split: str | None = None
+    """Check only this split of --data."""
     model: str | None = None
     """Captioner (folder or Hub name) whose tokens measure the captions. Default: count words."""
     revision: str | None = None
@@ -69,33 +73,38 @@ class ImageFacts(NamedTuple):
 class Findings:
     """Everything that was found out about a data set."""
 
-    num_rows: int = 0
-    rows: list[Row] = field(default_factory=list)  # the well-formed ones
-    wordless_lines: list[int] = field(default_factory=list)  # of captions that are not scored
-    problems: list[tuple[int, int, str]] = field(default_factory=list)  # (row, line, reason)
-    images: dict[str, ImageFacts] = field(default_factory=dict)
+    pairs: Pairs  # the well-formed rows
+    images: list[ImageFacts]  # by their numbers in the table
+    bad_images: list[BadRow]  # the rows of images that cannot be used
+    wordless: list[str]  # locations of captions that are not scored
+    num_repeated_rows: int
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))  # of captions
     unit: str = "words"
     num_truncated: int | None = None
+    num_unknown: int = 0  # tokens of characters that the tokenizer does not know
     num_shared: int | None = None  # images that are also in the validation data
     bad_val_rows: list[BadRow] = field(default_factory=list)
-    wordless_val_rows: list[str] = field(default_factory=list)  # path:line
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.pairs) + len(self.pairs.bad)
+
+    @property
+    def problems(self) -> list[BadRow]:
+        return [*self.pairs.bad, *self.bad_images]
 
     @property
     def is_trainable(self) -> bool:
         """Whether a run with the default --max_bad_share would skip the problems and train."""
-        num_malformed = self.num_rows - len(self.rows)
-        num_bad_images = len(self.problems) - num_malformed
         share = TrainingConfig.max_bad_share
-        return num_malformed <= share * self.num_rows and num_bad_images <= share * len(self.rows)
+        return (
+            len(self.pairs.bad) <= share * self.num_rows
+            and len(self.bad_images) <= share * len(self.pairs)
+        )
 
     @property
     def usable_images(self) -> list[ImageFacts]:
-        return [facts for facts in self.images.values() if facts.reason is None]
-
-    @property
-    def num_repeated_rows(self) -> int:
-        return _num_repeated(self.rows)
+        return [facts for facts in self.images if facts.reason is None]
 
     @property
     def num_repeated_images(self) -> int:
@@ -127,89 +136,84 @@ def validate(args: list[str]) -> int:
 
 
 def _examine(config: ValidateConfig) -> Findings:
-    findings = Findings()
-    positions: list[tuple[int, int]] = []  # (row, line) of each well-formed row
-    for number, line, row, complaint in checked_rows(config.data):
-        findings.num_rows += 1
-        if row is None:
-            findings.problems.append((number, line, complaint))
-            continue
-        findings.rows.append(row)
-        positions.append((number, line))
-        if not has_words(row.text):
-            findings.wordless_lines.append(line)
+    pairs = config.read(config.data, max_bad_share=1.0)
+    if config.split is not None:
+        pairs = named_split(pairs, config.split)
+    images = list(_read_images(pairs.images, config.num_workers))
+    findings = Findings(
+        pairs,
+        images,
+        _rows_of_bad_images(pairs, images),
+        _wordless(pairs),
+        _num_repeated(zip(pairs.captions(), pairs.image_of_row.tolist())),
+    )
     _measure_captions(findings, config)
-
-    paths = list(dict.fromkeys(row.image for row in findings.rows))
-    findings.images = dict(zip(paths, _read_images(paths, config.num_workers)))
-    for (number, line), row in zip(positions, findings.rows):
-        reason = findings.images[row.image].reason
-        if reason is not None:
-            findings.problems.append((number, line, f"{row.image}: {reason}"))
-    findings.problems.sort()
     if config.val_data is not None:
-        _examine_val_data(findings, config.val_data, config.num_workers)
+        _examine_val_data(findings, config)
     return findings
+
+
+def _rows_of_bad_images(pairs: Pairs, images: Sequence[ImageFacts]) -> list[BadRow]:
+    reasons = {number: facts.reason for number, facts in enumerate(images) if facts.reason}
+    return [
+        BadRow(pairs.location(row), f"{pairs.images[image]}: {reasons[image]}")
+        for row, image in enumerate(pairs.image_of_row.tolist()) if image in reasons
+    ]
+
+
+def _wordless(pairs: Pairs) -> list[str]:
+    return [pairs.location(row) for row, text in enumerate(pairs.captions()) if not has_words(text)]
 
 
 def _measure_captions(findings: Findings, config: ValidateConfig) -> None:
     """Count the words of captions, or the tokens if a model is given."""
-    texts = [row.text for row in findings.rows]
+    texts = findings.pairs.captions()
     if config.model is None:
         findings.lengths = np.array([len(text.split()) for text in texts], dtype=int)
         return
     tokenizer = load_tokenizer(config.model, revision=config.revision)
     findings.unit = "tokens"
-    findings.lengths = tokenizer.count_tokens(texts)
+    findings.lengths, findings.num_unknown = tokenizer.count_tokens(texts)
     findings.num_truncated = int((findings.lengths > config.max_caption_tokens).sum())
 
 
-def _examine_val_data(findings: Findings, val_data: str, num_workers: int | None) -> None:
-    """Check rows and images of `val_data`; count images that are also in the training data."""
-    rows = list(checked_rows(val_data))
-    paths = dict.fromkeys(checked.row.image for checked in rows if checked.row is not None)
-    findings.num_shared = len(paths.keys() & findings.images.keys())
-    unread = [path for path in paths if path not in findings.images]
-    images = findings.images | dict(zip(unread, _read_images(unread, num_workers)))
-    for checked in rows:
-        if checked.row is None:
-            findings.bad_val_rows.append(bad_row(val_data, checked))
-            continue
-        image, reason = checked.row.image, images[checked.row.image].reason
-        if reason is not None:
-            unreadable = checked._replace(complaint=f"{image}: {reason}")
-            findings.bad_val_rows.append(bad_row(val_data, unreadable))
-        if not has_words(checked.row.text):
-            findings.wordless_val_rows.append(f"{val_data}:{checked.line}")
+def _examine_val_data(findings: Findings, config: ValidateConfig) -> None:
+    """Check rows and images of the validation data; count images that are also in --data."""
+    assert config.val_data is not None
+    pairs = config.read(config.val_data, max_bad_share=1.0)
+    images = list(_read_images(pairs.images, config.num_workers))
+    findings.num_shared = len(set(pairs.images).intersection(findings.pairs.images))
+    findings.bad_val_rows = [*pairs.bad, *_rows_of_bad_images(pairs, images)]
+    findings.wordless += _wordless(pairs)
 
 
-def _read_images(paths: Sequence[str], num_workers: int | None) -> Iterator[ImageFacts]:
+def _read_images(images: ImageTable, num_workers: int | None) -> Iterator[ImageFacts]:
     """The facts of each image, in order. Raises LoadingStopped if a worker process dies."""
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), max(len(paths) // _CHUNK, 1))
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), max(len(images) // _CHUNK, 1))
     chunks = load(
-        _ImageFiles(paths),
+        _ImageFiles(images),
         batch_size=_CHUNK,
         collate_fn=list,
         num_workers=num_workers if num_workers > 1 else 0,
     )
-    with tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty()) as bar:
         for chunk in chunks:
             yield from chunk
             bar.update(len(chunk))
 
 
 class _ImageFiles(Dataset):
-    """Paths of images -> `ImageFacts`."""
+    """Numbers of images -> `ImageFacts`."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, images: ImageTable) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, number: int) -> ImageFacts:
         try:
-            data = read_image_file(self.paths[number])
+            data = self.images.read(number)
             return ImageFacts(open_image(data).size, content_digest(data))
         except ImageError as error:
             return ImageFacts(None, b"", error.reason)
@@ -221,7 +225,7 @@ class _ImageFiles(Dataset):
 def _summary(config: ValidateConfig, findings: Findings) -> str:
     num_images, num_usable = len(findings.images), len(findings.usable_images)
     lines = [
-        f"{config.data}: {findings.num_rows:,} rows, {num_images:,} images",
+        f"{name_of(config.data)}: {findings.num_rows:,} rows, {num_images:,} images",
         f"images      {num_usable:,} can be used, {num_images - num_usable:,} cannot",
     ]
     sizes = [facts.size for facts in findings.usable_images if facts.size is not None]
@@ -242,16 +246,22 @@ def _summary(config: ValidateConfig, findings: Findings) -> str:
                 f"; {findings.num_truncated:,} above --max_caption_tokens "
                 f"{config.max_caption_tokens}"
             )
+    if findings.num_unknown:
+        share = findings.num_unknown / max(findings.lengths.sum(), 1)
+        lines.append(
+            f"unknown     {share:.2%} of the tokens stand for characters that the tokenizer does "
+            f"not know (emoji, other scripts)"
+        )
     lines.append(
         f"duplicates  {findings.num_repeated_rows:,} rows are the same as another row; "
         f"{findings.num_repeated_images:,} images have the same content as another file"
     )
     if findings.num_shared is not None:
         lines.append(
-            f"shared      {findings.num_shared:,} images of {config.val_data} are in --data, too"
+            f"shared      {findings.num_shared:,} images of {name_of(config.val_data)} are in "
+            f"--data, too"
         )
-    wordless = [f"{config.data}:{line}" for line in findings.wordless_lines]
-    wordless += findings.wordless_val_rows
+    wordless = findings.wordless
     if wordless:
         lines.append(f"scores      {len(wordless):,} captions have no words to compare:")
         lines += [f"  {path_and_line}" for path_and_line in wordless[:MAX_SHOWN]]
@@ -270,10 +280,7 @@ def _problem_lines(config: ValidateConfig, findings: Findings) -> list[str]:
         f"{'skips them' if findings.is_trainable else 'stops'} "
         f"(--max_bad_share {TrainingConfig.max_bad_share:g}):"
     ]
-    lines += [
-        f"  {config.data}:{line}: row {number}: {reason}"
-        for number, line, reason in problems[:MAX_SHOWN]
-    ]
+    lines += [f"  {problem}" for problem in problems[:MAX_SHOWN]]
     if len(problems) > MAX_SHOWN:
         where = f"are in {config.json}" if config.json else "are written by --json FILE"
         lines.append(f"  all {len(problems):,} {where}")
@@ -284,7 +291,7 @@ def _as_json(config: ValidateConfig, findings: Findings) -> dict[str, Any]:
     lengths = Counter(findings.lengths.tolist())
     sizes = Counter(facts.size for facts in findings.usable_images)
     return {
-        "data": str(Path(config.data)),
+        "data": paths_of(config.data),
         "num_rows": findings.num_rows,
         "num_images": len(findings.images),
         "num_usable_images": len(findings.usable_images),
@@ -298,11 +305,8 @@ def _as_json(config: ValidateConfig, findings: Findings) -> dict[str, Any]:
             {"width": size[0], "height": size[1], "count": count}
             for size, count in sizes.most_common() if size
         ],
-        "lines_without_words": findings.wordless_lines,
-        "val_data_lines_without_words": findings.wordless_val_rows,
+        "num_unknown_tokens": findings.num_unknown,
+        "rows_without_words": findings.wordless,
         "val_data_problems": [str(bad) for bad in findings.bad_val_rows],
-        "problems": [
-            {"row": number, "line": line, "reason": reason}
-            for number, line, reason in findings.problems
-        ],
+        "problems": [problem._asdict() for problem in findings.problems],
     }

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lora_engine.data.captions import IGNORED, TokenizedCaptions, collate_captions
-from lora_engine.data.image_identity import FileStamp, content_digest, stamp
-from lora_engine.data.images import ImageError, read_image_file
-from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.image_identity import FileStamp, content_digest
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.images import ImageError
 from lora_engine.data.pixels import PixelSettings, load_pixels
+from lora_engine.data.read_order import BLOCKS_PER_GROUP, read_ahead
 from lora_engine.data.seen_images import ImageList
 from lora_engine.data.workers import load
 
@@ -119,22 +120,54 @@ class FeatureBatch(NamedTuple):
 
 
 def epoch_batches(
-    lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
+    lengths: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    block_ends: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
     """One epoch's batches as arrays of row numbers: every row once, a function of (seed, epoch).
 
     The epoch's permutation is cut into windows of 64 batches, each sorted by caption length and
     cut into batches, and the batches are shuffled: as many steps as without sorting. At most one
     batch is shorter than `batch_size`.
+
+    With `block_ends` (read_order.py) the permutation is one of blocks, then of the rows within a
+    few blocks, and batches are shuffled within their window, so that a disk reads each block once.
     """
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    batches = []
+    if block_ends is not None:
+        yield from _block_batches(lengths, batch_size, generator, block_ends)
+        return
+    order = np.arange(len(lengths), dtype=np.min_scalar_type(max(len(lengths) - 1, 0)))
+    generator.shuffle(order)
     for begin in range(0, len(order), _WINDOW * batch_size):
         window = order[begin : begin + _WINDOW * batch_size]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+        window[:] = window[np.argsort(lengths[window], kind="stable")]
+    num_batches = -(-len(order) // batch_size)
+    for number in generator.permutation(num_batches).tolist():
+        yield order[number * batch_size : (number + 1) * batch_size]
+
+
+def _block_batches(
+    lengths: np.ndarray, batch_size: int, generator: np.random.Generator, block_ends: np.ndarray
+) -> Iterator[np.ndarray]:
+    rows = np.empty(0, dtype=np.int64)
+    blocks = generator.permutation(len(block_ends))
+    begins = np.concatenate([[0], block_ends[:-1]])
+    for first in range(0, len(blocks), BLOCKS_PER_GROUP):
+        group = [
+            np.arange(begins[block], block_ends[block])
+            for block in blocks[first : first + BLOCKS_PER_GROUP]
+        ]
+        rows = np.concatenate([rows, generator.permutation(np.concatenate(group))])
+        is_last = first + BLOCKS_PER_GROUP >= len(blocks)
+        while len(rows) >= _WINDOW * batch_size or is_last and len(rows):
+            window, rows = rows[: _WINDOW * batch_size], rows[_WINDOW * batch_size :]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            for number in generator.permutation(-(-len(window) // batch_size)).tolist():
+                yield window[number * batch_size : (number + 1) * batch_size]
 
 
 def training_order(
@@ -145,20 +178,25 @@ def training_order(
     num_epochs: int,
     first_epoch: int = 0,
     num_done: int = 0,
+    block_ends: np.ndarray | None = None,
 ) -> Iterator[list[SampleIndex]]:
     """All batches of a run, epoch after epoch, without the first `num_done` of the first epoch."""
     for epoch in range(first_epoch, num_epochs):
-        batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
-        position = sum(map(len, batches[:num_done]))
-        for rows in batches[num_done:]:
-            yield [SampleIndex(epoch, position + i, int(row)) for i, row in enumerate(rows)]
+        batches = epoch_batches(
+            lengths, batch_size=batch_size, seed=seed, epoch=epoch, block_ends=block_ends
+        )
+        position = 0
+        for number, rows in enumerate(batches):
+            if number >= num_done:
+                yield [SampleIndex(epoch, position + i, row) for i, row in enumerate(rows.tolist())]
             position += len(rows)
         num_done = 0
 
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
     """Every row once, longest captions first: a batch that is too large fails at once."""
-    return in_batches(np.argsort(-lengths, kind="stable").tolist(), batch_size)
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    return in_batches(order.tolist(), batch_size)
 
 
 def in_batches(rows: Iterable[int], batch_size: int) -> list[list[SampleIndex]]:
@@ -168,27 +206,29 @@ def in_batches(rows: Iterable[int], batch_size: int) -> list[list[SampleIndex]]:
 
 
 class CaptionedImages(Dataset):
-    """Rows of captions and image paths, loaded by their `SampleIndex`.
+    """Rows of captions and images, loaded by their `SampleIndex`.
 
-    `images` (one path per row) are kept once each, in an `ImageList` with their `digests` V16 (N,)
-    as far as they are known; `image_of_row` are their numbers. With `substitute`, a row whose image
-    cannot be used is replaced by another one, drawn from (seed, epoch, position); otherwise its
-    batch is shorter.
+    `image_of_row` (N,) are the numbers of their images in `images`; `digests` V16, one for each
+    image, are known as far as they are not zero. With `substitute`, a row whose image cannot be
+    used is replaced by another one, drawn from (seed, epoch, position); otherwise its batch is
+    shorter. `block_ends` are those of a set that is read in blocks (read_order.py).
     """
 
     def __init__(
         self,
-        images: Sequence[str],
+        images: ImageTable,
+        image_of_row: np.ndarray,
         captions: TokenizedCaptions,
         pixels: PixelSettings,
         *,
         seed: int,
         substitute: bool,
         digests: np.ndarray | None = None,
+        block_ends: np.ndarray | None = None,
     ) -> None:
-        numbers: dict[str, int] = {}
-        self.image_of_row = np.array([numbers.setdefault(path, len(numbers)) for path in images])
-        self.images = ImageList(PackedStrings(numbers), digests)
+        self.image_of_row = image_of_row
+        self.block_ends = block_ends
+        self.images = ImageList(images, digests)
         self.captions = captions
         self.pixels = pixels
         self.seed = seed
@@ -199,7 +239,7 @@ class CaptionedImages(Dataset):
 
     @property
     def image_paths(self) -> Sequence[str]:
-        return self.images.paths
+        return self.images.table
 
     def paths_of(self, batches: Iterable[FeatureBatch]) -> list[str]:
         """The images of all rows of some batches."""
@@ -213,31 +253,32 @@ class CaptionedImages(Dataset):
         skipped: list[Skipped] = []
         for _ in range(MAX_SUBSTITUTES + 1):
             image = int(self.image_of_row[row])
-            path = self.image_paths[image]
             try:
-                pixels, file, digest = read_image(path, self.pixels)
+                pixels, file, digest = read_image(self.images.table, image, self.pixels)
                 return Example(
                     row, image, self.captions[row], True, pixels, Identified(image, file, digest),
                     tuple(skipped),
                 )
             except ImageError as error:
-                skipped.append(Skipped(row, path, error.reason))
+                skipped.append(Skipped(row, self.image_paths[image], error.reason))
             if not self.substitute:
                 break
             row = int(generator.integers(len(self)))
         return Example(row, image, self.captions[row], is_usable=False, skipped=tuple(skipped))
 
 
-def read_image(path: str, settings: PixelSettings) -> tuple[np.ndarray, FileStamp | None, bytes]:
-    """An image file's pixels uint8 (3, H, W), its stamp, and its digest; raises ImageError."""
-    file = stamp(path)
-    data = read_image_file(path)
-    if stamp(path) != file:  # it changed meanwhile: what was read is good, the stamp is not
+def read_image(
+    images: ImageTable, image: int, settings: PixelSettings
+) -> tuple[np.ndarray, FileStamp | None, bytes]:
+    """An image's pixels uint8 (3, H, W), its file's stamp, and its digest; raises ImageError."""
+    file = images.stamp(image)
+    data = images.read(image)
+    if images.stamp(image) != file:  # it changed meanwhile: what was read is good, the stamp is not
         file = None
     try:
         return load_pixels(data, settings), file, content_digest(data)
     except ImageError as error:
-        raise ImageError(path, error.reason) from error
+        raise ImageError(images[image], error.reason) from error
 
 
 class Collate:
@@ -324,12 +365,19 @@ def load_batches(
     lets copies to a GPU overlap with computation. `timeout_s`, `waiting` and `batch_bytes` are
     as in `workers.load`.
     """
+    def needs_pixels(index: SampleIndex) -> bool:
+        return not has_features(int(dataset.image_of_row[index.row]))
+
+    if dataset.block_ends is not None:
+        order = read_ahead(
+            order,
+            dataset.images.table,
+            block_ends=dataset.block_ends,
+            image_of_row=dataset.image_of_row,
+            rows_to_read=lambda batch: [index.row for index in batch if needs_pixels(index)],
+        )
     requests = (
-        [
-            index._replace(needs_pixels=not has_features(int(dataset.image_of_row[index.row])))
-            for index in batch
-        ]
-        for batch in order
+        [index._replace(needs_pixels=needs_pixels(index)) for index in batch] for batch in order
     )
     return load(
         dataset,

@@ -10,11 +10,14 @@ prompt a caption begins with a space, as in running text.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lora_engine.data.columns import Columns, ColumnWriter
+from lora_engine.data.word_tokens import WordTokens
 
 IGNORED = -100  # as a target: F.cross_entropy's ignore_index
 
@@ -30,22 +33,32 @@ _CHUNK = 10_000  # captions tokenized per call; bounds the Python lists of a lar
 class TokenizedCaptions:
     """Token ids of many captions, concatenated in one array.
 
-    `lengths` (number of captions,) counts each caption's tokens with start, prompt and end;
-    `offsets` is where each begins. `num_truncated` of them were longer than allowed and have no end
-    token, so that the model does not learn to stop in the middle of a sentence.
+    `lengths` (number of captions,) counts each caption's tokens with start, prompt and end; `ends`
+    is where each ends in `ids`. `num_truncated` captions were longer than allowed and have no end
+    token, so that the model does not learn to stop in the middle of a sentence. `num_unknown` of
+    the captions' `num_tokens` own tokens stand for characters that the tokenizer does not know.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
-    offsets: np.ndarray
-    num_truncated: int
+    ends: np.ndarray
+    num_truncated: int = 0
+    num_unknown: int = 0
+    num_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = self.offsets[index]
-        return self.ids[start : start + self.lengths[index]]
+        end = int(self.ends[index])
+        return self.ids[end - int(self.lengths[index]) : end]
+
+
+def tokenized(columns: Columns) -> TokenizedCaptions:
+    """Tokenized captions from the columns that `CaptionTokenizer.encode_into` has written."""
+    return TokenizedCaptions(
+        columns["ids"], columns["length"], columns["end"], *map(int, columns["counts"])
+    )
 
 
 class CaptionTokenizer:
@@ -61,53 +74,82 @@ class CaptionTokenizer:
         self.end_id = end_id
         self.pad_id = pad_id
         self.max_positions = max_positions
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        # GPT-2's "unknown" token is its end token, but as it works on bytes it knows everything.
+        self.unknown_id = None if unknown in (start_id, end_id, pad_id) else unknown
 
     def prompt_ids(self, prompt: str = "") -> list[int]:
         """The tokens that generation starts from: the start token and the prompt."""
         return [self.start_id, *self._tokenize([prompt.rstrip()])[0]]
 
     def encode(
-        self, captions: Iterable[str], *, prompt: str = "", max_caption_tokens: int = 64
+        self,
+        captions: Iterable[str],
+        *,
+        prompt: str = "",
+        max_caption_tokens: int = 64,
     ) -> TokenizedCaptions:
         """Tokenize captions for training, truncating each to `max_caption_tokens` tokens.
 
         Raises ValueError if prompt and caption together may exceed the decoder's positions.
         """
-        prefix = self.prompt_ids(prompt)
-        needed = len(prefix) + max_caption_tokens
+        self.check_length(prompt, max_caption_tokens)
+        writer = ColumnWriter(None)
+        self.encode_into(writer, captions, prompt=prompt, max_caption_tokens=max_caption_tokens)
+        return tokenized(writer.finish())
+
+    def check_length(self, prompt: str, max_caption_tokens: int) -> None:
+        """Raises ValueError if prompt and caption together may exceed the decoder's positions."""
+        needed = len(self.prompt_ids(prompt)) + max_caption_tokens
         if needed > self.max_positions:
             raise ValueError(
                 f"prompt and caption may need {needed} positions, but the decoder has "
                 f"{self.max_positions}; choose a smaller --max_caption_tokens "
                 f"(now {max_caption_tokens}) or a shorter --prompt"
             )
+
+    def encode_into(
+        self, writer: ColumnWriter, captions: Iterable[str], *, prompt: str, max_caption_tokens: int
+    ) -> None:
+        """Tokenize captions as `encode` does, a chunk at a time, into the columns of `tokenized`.
+        """
+        prefix = self.prompt_ids(prompt)
         space = " " if prompt.strip() else ""
-        texts = [space + caption.strip() for caption in captions]
-        parts: list[np.ndarray] = []
-        lengths = np.empty(len(texts), dtype=np.int64)
-        num_truncated = 0
-        for begin in range(0, len(texts), _CHUNK):
+        tokenize = WordTokens(self._tokenize)
+        num_written = num_truncated = num_unknown = num_tokens = 0
+        captions = iter(captions)
+        while True:
+            texts = [space + caption.strip() for caption in islice(captions, _CHUNK)]
             chunk: list[int] = []
-            tokenized = self._tokenize(texts[begin : begin + _CHUNK])
-            for index, ids in enumerate(tokenized, start=begin):
-                too_long = len(ids) > max_caption_tokens
-                num_truncated += too_long
-                tail = ids[:max_caption_tokens] if too_long else [*ids, self.end_id]
+            lengths = np.empty(len(texts), dtype=np.uint64)
+            for index, ids in enumerate(tokenize(texts)):
+                is_too_long = len(ids) > max_caption_tokens
+                tail = ids[:max_caption_tokens] if is_too_long else [*ids, self.end_id]
                 chunk += prefix
                 chunk += tail
                 lengths[index] = len(prefix) + len(tail)
-            parts.append(np.array(chunk, dtype=np.int32))
-        flat = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if parts else lengths
-        return TokenizedCaptions(flat, lengths, offsets, num_truncated)
+                num_truncated += is_too_long
+                num_unknown += ids.count(self.unknown_id)
+                num_tokens += len(ids)
+            writer.append("ids", np.array(chunk, dtype=np.uint64))
+            writer.append("length", lengths)
+            writer.append("end", num_written + np.cumsum(lengths, dtype=np.uint64))
+            num_written += len(chunk)
+            if len(texts) < _CHUNK:
+                break
+        writer.append("counts", np.array([num_truncated, num_unknown, num_tokens], dtype=np.uint64))
 
-    def count_tokens(self, captions: Sequence[str]) -> np.ndarray:
-        """The number of tokens of each caption alone, int (number of captions,)."""
-        return np.array([
-            len(ids)
-            for begin in range(0, len(captions), _CHUNK)
-            for ids in self._tokenize(list(captions[begin : begin + _CHUNK]))
-        ], dtype=int)
+    def count_tokens(self, captions: Iterable[str]) -> tuple[np.ndarray, int]:
+        """The number of tokens of each caption alone, int (number of captions,), and of unknown
+        tokens in all of them."""
+        tokenize, captions = WordTokens(self._tokenize), iter(captions)
+        lengths: list[int] = []
+        num_unknown = 0
+        while chunk := list(islice(captions, _CHUNK)):
+            for ids in tokenize(chunk):
+                lengths.append(len(ids))
+                num_unknown += ids.count(self.unknown_id)
+        return np.array(lengths, dtype=int), num_unknown
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids (without start and prompt), up to the first end token."""

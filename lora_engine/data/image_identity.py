@@ -46,6 +46,11 @@ def stamp(path: str | Path) -> FileStamp | None:
         return None
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _CLOCK_TICK_NS:
         return None
+    return identity(status)
+
+
+def identity(status: os.stat_result) -> FileStamp:
+    """What a file's stamp is made of; not reliable for one that changed in the last 2 s."""
     # Not the numbers themselves: some file systems have larger ones than sqlite can store.
     values = status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
     return content_digest(repr(values).encode())

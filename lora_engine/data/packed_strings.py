@@ -10,17 +10,24 @@ class PackedStrings(Sequence[str]):
     """Strings, concatenated in one buffer instead of a million objects.
 
     Python stores an object's reference count in the object: forked loading processes would each
-    copy every memory page with a string that they read.
+    copy every memory page with a string that they read. `data` uint8 are the strings as UTF-8,
+    `ends` (N,) where each ends; both may be mapped from a file.
     """
 
-    def __init__(self, strings: Iterable[str]) -> None:
-        # JSON may hold halves of surrogate pairs, and file names may hold bytes that are not text.
-        parts = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self._ends = np.cumsum([0, *map(len, parts)])
-        self._bytes = b"".join(parts)
+    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
+        self.data = data
+        self.ends = ends
+
+    @classmethod
+    def pack(cls, strings: Iterable[str]) -> "PackedStrings":
+        parts = [encoded(string) for string in strings]
+        return cls(
+            np.frombuffer(b"".join(parts), dtype=np.uint8),
+            np.cumsum(np.array([len(part) for part in parts], dtype=np.int64)),
+        )
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -32,5 +39,14 @@ class PackedStrings(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
-        begin, end = self._ends[position], self._ends[position + 1]
-        return self._bytes[begin:end].decode("utf-8", "surrogatepass")
+        begin = int(self.ends[position - 1]) if position else 0
+        return decoded(self.data[begin : int(self.ends[position])].tobytes())
+
+
+def encoded(string: str) -> bytes:
+    # JSON may hold halves of surrogate pairs, and file names may hold bytes that are not text.
+    return string.encode("utf-8", "surrogatepass")
+
+
+def decoded(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")

@@ -1,35 +1,111 @@
-"""Parts of a data set: images held out for validation, and evenly spaced samples."""
+"""Parts of a data set: its splits, and images held out for validation."""
 
+import hashlib
+import logging
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from lora_engine.data.rows import Row
+from lora_engine.data.pairs import Pairs
+from lora_engine.data.sources import normal_split
+
+logger = logging.getLogger(__name__)
+
+MAX_HELD_OUT = 5_000  # images, unless more are asked for
+DEFAULT_FRACTION = 0.05
 
 
-def hold_out(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def splits_of(pairs: Pairs) -> dict[str, int]:
+    """How many rows each split has, by its name; "" for rows without one."""
+    counts = np.bincount(pairs.split_numbers, minlength=len(pairs.source.splits))
+    return {
+        name: int(count) for name, count in zip(pairs.source.splits, counts) if count
+    }
+
+
+def of_splits(pairs: Pairs, names: Collection[str]) -> Pairs:
+    """The rows of some splits."""
+    numbers = [i for i, name in enumerate(pairs.source.splits) if name in names]
+    if len(splits_of(pairs)) == len(numbers):
+        return pairs
+    return pairs.choose(
+        ["split", sorted(names)],
+        lambda: np.flatnonzero(np.isin(pairs.split_numbers, numbers)),
+    )
+
+
+def named_split(pairs: Pairs, asked: str) -> Pairs:
+    """The rows of the split that --split names; raises ValueError that lists the splits."""
+    splits = splits_of(pairs)
+    if normal_split(asked) not in splits:
+        known = ", ".join(f"{name or 'none'} ({count:,} rows)" for name, count in splits.items())
+        raise ValueError(f"--split {asked}: no row has this split; there are {known}")
+    return of_splits(pairs, [normal_split(asked)])
+
+
+def evaluation_split(pairs: Pairs, names: Sequence[str]) -> Pairs:
+    """The rows of the first of these splits that there is; all rows if there is none of them."""
+    splits = splits_of(pairs)
+    name = next((name for name in names if name in splits), None)
+    if name is None or len(splits) == 1:
+        return pairs
+    logger.info(f"split {name}: {splits[name]:,} of {len(pairs):,} captions (--split)")
+    return of_splits(pairs, [name])
+
+
+def hold_out(
+    pairs: Pairs, *, fraction: float | None, size: int | None, seed: int
+) -> tuple[Pairs, Pairs]:
     """Split rows into (training, validation) by image, so that no image is on both sides.
 
-    About `fraction` of the images, at least one, are held out: drawn with `seed` from their sorted
-    names. Rows keep their order. Raises ValueError for a fraction outside (0, 1) and for fewer than
-    two images.
+    `size` images are held out, or `fraction` of them, by default the smaller of 5 % and 5,000; at
+    least one. They are those whose names have the smallest hashes with `seed`, so that the same
+    images are held out whatever folder or shard they are in. Rows keep their order. Raises
+    ValueError for fewer than two images.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"--val_fraction is {fraction}, expected a number between 0 and 1")
-    images = sorted({row.image for row in rows})
-    if len(images) < 2:
+    count = _number_to_hold_out(len(pairs.images), fraction, size)
+
+    def rows(held_out: bool) -> np.ndarray:
+        hashes = np.array([
+            int.from_bytes(hashlib.blake2b(
+                f"{seed}\0{os.path.basename(name)}".encode("utf-8", "surrogatepass"), digest_size=8
+            ).digest())
+            for name in pairs.images
+        ], dtype=np.uint64)
+        is_held_out = np.zeros(len(hashes), dtype=bool)
+        is_held_out[np.argsort(hashes, kind="stable")[:count]] = True
+        return np.flatnonzero(is_held_out[pairs.image_of_row] == held_out)
+
+    key = ["hold out", count, seed]
+    return (
+        pairs.choose([*key, "training"], lambda: rows(False)),
+        pairs.choose([*key, "validation"], lambda: rows(True)),
+    )
+
+
+def hold_out_sampled(pairs: Pairs, *, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
+    """As `hold_out`, with the images that earlier versions held out, for runs that they began."""
+    count = _number_to_hold_out(len(pairs.images), fraction, None)
+    names = sorted(pairs.images)
+    held_out = set(random.Random(seed).sample(names, count))
+    is_held_out = np.array([name in held_out for name in pairs.images])[pairs.image_of_row]
+    key = ["sampled", fraction, seed]
+    return (
+        pairs.choose([*key, "training"], lambda: np.flatnonzero(~is_held_out)),
+        pairs.choose([*key, "validation"], lambda: np.flatnonzero(is_held_out)),
+    )
+
+
+def _number_to_hold_out(num_images: int, fraction: float | None, size: int | None) -> int:
+    if num_images < 2:
         raise ValueError(
-            f"cannot hold out validation images: the rows name {len(images)} image(s), expected "
-            "at least 2; add images, or pass a validation file with --val_data_path"
+            f"cannot hold out validation images: the rows name {num_images} image(s), expected "
+            "at least 2; add images, or pass validation data with --val_data_path"
         )
-    count = min(max(round(fraction * len(images)), 1), len(images) - 1)
-    held_out = set(random.Random(seed).sample(images, count))
-    train = [row for row in rows if row.image not in held_out]
-    validation = [row for row in rows if row.image in held_out]
-    return train, validation
-
-
-def evenly_spaced(num_items: int, count: int) -> list[int]:
-    """Indices of at most `count` of `num_items` items, the first and the last among them."""
-    return np.linspace(0, num_items - 1, min(count, num_items)).astype(int).tolist()
+    if size is None:
+        size = round((DEFAULT_FRACTION if fraction is None else fraction) * num_images)
+        if fraction is None:
+            size = min(size, MAX_HELD_OUT)
+    return min(max(size, 1), num_images - 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.data.batches import FeatureBatch, PixelBatch, read_image
-from lora_engine.data.image_identity import Identities, stamp
+from lora_engine.data.image_identity import Identities
 from lora_engine.data.images import ImageError
 from lora_engine.data.seen_images import ImageList
 from lora_engine.features.cache import FeatureCache
@@ -103,12 +103,11 @@ class FeatureSource:
         """Whether the features of an image are kept, so that its file need not be read."""
         if self.cache.is_off:
             return False
-        path = images.paths[image]
-        file = stamp(path)
+        file = images.table.stamp(image)
         if file is None:
             return False
-        if images.stamps[image].tobytes() != file:
-            digest = self.identities.recall(path, file)
+        if not images.knows(image, file):
+            digest = self.identities.recall(images.table[image], file)
             if digest is None:
                 return False
             images.record(image, file, digest)
@@ -144,8 +143,8 @@ class FeatureSource:
                 chosen = []
                 for position, (image, file, digest) in enumerate(batch.loaded):
                     images.record(image, file, digest)
-                    if file is not None:
-                        self.identities.remember(images.paths[image], file, digest)
+                    if file is not None and not images.is_kept(image):
+                        self.identities.remember(images.table[image], file, digest)
                     if digest in digests or digest in shared or digest in self.cache:
                         continue
                     other = next((group for group in under_way if digest in group.digests), None)
@@ -198,13 +197,13 @@ class FeatureSource:
         A row can disappear while it is needed: someone has emptied the cache, or the disk was full
         before the row was written.
         """
-        path, digest = images.paths[image], images.digests[image].tobytes()
+        digest = images.digests[image].tobytes()
         try:
-            pixels, file, found = read_image(path, self.encoder.pixels)
+            pixels, file, found = read_image(images.table, image, self.encoder.pixels)
         except ImageError as error:
             raise LoadingStopped(
-                f"{path}: its features are no longer in the cache, and it cannot be read: "
-                f"{error.reason}"
+                f"{images.table[image]}: its features are no longer in the cache, and it cannot be "
+                f"read: {error.reason}"
             ) from error
         images.record(image, file, found)
         rows = self.encoder.encode(torch.from_numpy(pixels)[None])

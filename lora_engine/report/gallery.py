@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from lora_engine.data.images import ImageError, open_image
-from lora_engine.data.subsets import evenly_spaced
+from lora_engine.data.pair_index import read_by_name
+from lora_engine.data.sampling import evenly_spaced
 from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_record import CaptionedImage
 
@@ -61,7 +62,7 @@ def thumbnail(path: str) -> Markup:
     """An embedded thumbnail, or the name of an image that cannot be read and the reason."""
     name = os.path.basename(path) or path
     try:
-        image = open_image(path)
+        image = open_image(read_by_name(path))
     except ImageError as error:
         return tag("div", tag("span", name), tag("span", error.reason), class_="missing")
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

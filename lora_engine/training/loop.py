@@ -9,6 +9,7 @@ valid target tokens of the step, divided by their number: 4 x 16 rows are exactl
 import logging
 from contextlib import closing
 from itertools import islice
+from typing import Any
 
 from lora_engine.config import TrainingConfig
 from lora_engine.report.summary import TrainingSummary
@@ -19,11 +20,20 @@ from lora_engine.training.setup import prepare
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSummary:
+def train(
+    config: TrainingConfig,
+    *,
+    family: str | None = None,
+    data: Any = None,
+    val_data: Any = None,
+) -> TrainingSummary:
     """Train an adapter as `config` says and save it in a run folder: a new one, or with
     `config.resume` that of the run to continue.
 
-    `family`, a key of `families.FAMILIES`, refuses models of another kind.
+    `family`, a key of `families.FAMILIES`, refuses models of another kind. `data` and `val_data`
+    take the place of the paths in `config`: a list of (image, caption or captions), with images as
+    paths, PIL images, bytes of image files or uint8 arrays (height, width, 3), or a Hugging Face
+    Dataset.
 
     Raises ValueError (or a subclass) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run cannot continue; Interrupted after SIGINT, SIGTERM
@@ -31,7 +41,10 @@ def train(config: TrainingConfig, *, family: str | None = None) -> TrainingSumma
     written first, unless the optimizer or the log of a step failed halfway. A failure before the
     first validation removes what was written.
     """
-    with logging_to(ConsoleHandler()), open_run(prepare(config, family)) as run:
+    with (
+        logging_to(ConsoleHandler()),
+        open_run(prepare(config, family, data=data, val_data=val_data)) as run,
+    ):
         trainer, schedule, meter = run.trainer, run.schedule, run.meter
         if schedule.validates(run.step) and run.step not in run.best.losses:
             run.validate()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from lora_engine.config import changes_on_resume
@@ -188,6 +189,7 @@ class Run:
             num_epochs=config.epochs,
             first_epoch=epoch,
             num_done=num_done,
+            block_ends=train_set.block_ends,
         )
         return self._loader(train_set, order)
 
@@ -333,9 +335,13 @@ class Run:
         if epoch:
             return list(range(len(train_set)))
         batches = epoch_batches(
-            train_set.captions.lengths, batch_size=config.batch_size, seed=config.seed, epoch=0
+            train_set.captions.lengths,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epoch=0,
+            block_ends=train_set.block_ends,
         )
-        return [int(row) for rows in batches[:num_done] for row in rows]
+        return [int(row) for rows in islice(batches, num_done) for row in rows]
 
     # --- the end -----------------------------------------------------------------------------
 

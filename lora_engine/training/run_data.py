@@ -1,47 +1,59 @@
-"""The data of a run: rows of the annotation files, checked, tokenized and split in two."""
+"""The data of a run: pairs of its sources, checked, tokenized and split in two."""
 
-import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import locations_of, usable_rows
 from lora_engine.data.batches import CaptionedImages
-from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, Row
-from lora_engine.data.subsets import evenly_spaced, hold_out
+from lora_engine.data.captions import TokenizedCaptions, tokenized
+from lora_engine.data.image_table import JoinedImages
+from lora_engine.data.pair_index import name_of, read_pairs
+from lora_engine.data.pairs import Pairs
+from lora_engine.data.read_order import block_ends
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
+from lora_engine.data.sampling import evenly_spaced
+from lora_engine.data.subsets import (
+    evaluation_split,
+    hold_out,
+    hold_out_sampled,
+    named_split,
+    of_splits,
+    splits_of,
+)
+from lora_engine.features.store import cache_folder
 from lora_engine.models.pretrained import Captioner
 from lora_engine.training.skipped_rows import MIN_SAMPLE, allowed_failures
 
 logger = logging.getLogger(__name__)
 
+FEW_IMAGES = 20  # for validation
+_UNKNOWN_SHARE = 0.01  # of tokens, from which a run warns
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The usable rows of a run's annotation files, and those that are skipped."""
+    """The usable rows of a run, and those that are skipped."""
 
-    train: list[Row]
-    val: list[Row]
-    bad: list[BadRow]
+    train: Pairs
+    val: Pairs
+    bad: Sequence[BadRow]
 
     @property
-    def images(self) -> list[str]:
-        """Paths of the training images, then of the validation images, in order of appearance."""
-        return [
-            path for rows in (self.train, self.val)
-            for path in dict.fromkeys(row.image for row in rows)
-        ]
+    def images(self) -> JoinedImages:
+        """The training images, then the validation images, in order of appearance."""
+        return JoinedImages(self.train.images, self.val.images)
 
     @cached_property  # they are part of every checkpoint
     def fingerprints(self) -> dict[str, str]:
         return {
-            "training_data": _fingerprint(self.train),
-            "validation_data": _fingerprint(self.val),
+            "training_data": self.train.fingerprint(),
+            "validation_data": self.val.fingerprint(),
         }
 
 
@@ -60,30 +72,84 @@ class RunData:
         return np.concatenate([self.train_set.images.digests, self.val_set.images.digests])
 
 
-def read_rows(config: TrainingConfig) -> Rows:
-    """Read and check the annotation files; raises ValueError if they cannot be used."""
-    if config.train_data_path is None:
-        raise ValueError("--train_data_path is missing: a JSON list of {\"text\", \"image\"} rows")
-    rows, bad_rows = usable_rows(config.train_data_path, max_bad_share=config.max_bad_share)
-    if config.val_data_path is not None:
-        train_rows = rows
-        val_rows, more = usable_rows(config.val_data_path, max_bad_share=config.max_bad_share)
-        bad_rows += more
+def read_rows(
+    config: TrainingConfig,
+    *,
+    data: Any = None,
+    val_data: Any = None,
+    is_of_earlier_version: bool = False,
+) -> Rows:
+    """Read and check the data of a run; raises ValueError if they cannot be used.
+
+    `data` and `val_data`, given from Python, take the place of the paths in the settings. A run
+    that an earlier version began holds out the images that that version chose.
+    """
+    data = config.train_data_path if data is None else data
+    val_data = config.val_data_path if val_data is None else val_data
+    if data is None:
+        raise ValueError("--train_data_path is missing: image-caption pairs (docs/data.md)")
+    read = partial(
+        read_pairs,
+        options=SourceOptions(
+            config.data_format, config.image_field, config.caption_field, config.image_root
+        ),
+        index_folder=cache_folder(config.cache_dir),
+        max_bad_share=config.max_bad_share,
+    )
+    pairs = read(data)
+    bad = list(pairs.bad)
+    if val_data is not None:
+        val_pairs = read(val_data)
+        bad += val_pairs.bad
+        train = _training_split(pairs, config.split)
+        val = evaluation_split(val_pairs, ["val", "test"])
+    elif config.split is None and is_of_earlier_version:
+        assert config.val_fraction is not None
+        train, val = hold_out_sampled(pairs, fraction=config.val_fraction, seed=config.seed)
     else:
-        train_rows, val_rows = hold_out(rows, fraction=config.val_fraction, seed=config.seed)
-    for path, part in ((config.train_data_path, train_rows), (config.val_data_path, val_rows)):
-        _check_images_exist(path or config.train_data_path, part, config.max_bad_share)
-    _warn_of_overlap(train_rows, val_rows)
+        train, val = _divide(pairs, config)
+    for source, part in ((data, train), (val_data or data, val)):
+        _check_images_exist(name_of(source), part, config.max_bad_share)
+    if len(val.images) < FEW_IMAGES:
+        logger.warning(
+            f"only {len(val.images)} validation images: their loss and scores say little "
+            f"(--val_size)"
+        )
+    _warn_of_overlap(train, val)
     if config.eval_captions:
-        _warn_of_captions_without_words(config, val_rows)
-    return Rows(train_rows, val_rows, bad_rows)
+        _warn_of_captions_without_words(config, val, name_of(val_data or data))
+    return Rows(train, val, bad)
+
+
+def _training_split(pairs: Pairs, asked: str | None) -> Pairs:
+    """The rows of --split; without it those of the split train, or all if there is none."""
+    if asked is not None:
+        return named_split(pairs, asked)
+    splits = splits_of(pairs)
+    return of_splits(pairs, ["train"]) if "train" in splits else pairs
+
+
+def _divide(pairs: Pairs, config: TrainingConfig) -> tuple[Pairs, Pairs]:
+    """Training and validation rows of one source: by its splits, else held out by image."""
+    splits = splits_of(pairs)
+    train = _training_split(pairs, config.split)
+    if "val" in splits and config.split not in ("val", "validation"):
+        unused = sum(splits.values()) - splits["val"] - len(train)
+        logger.info(
+            f"splits: {len(train):,} rows to train on, {splits['val']:,} for validation"
+            + (f", {unused:,} of other splits unused" if unused else "")
+        )
+        return train, of_splits(pairs, ["val"])
+    return hold_out(
+        train, fraction=config.val_fraction, size=config.val_size, seed=config.seed
+    )
 
 
 def build_data(
     rows: Rows, captioner: Captioner, config: TrainingConfig, *, digests: np.ndarray
 ) -> RunData:
     """Tokenize the rows; `digests` V16 (N,) are what is known of `Rows.images`."""
-    num_train_images = len({row.image for row in rows.train})
+    num_train_images = len(rows.train.images)
     return RunData(
         rows,
         captioned_images(
@@ -96,40 +162,71 @@ def build_data(
 
 
 def captioned_images(
-    rows: Sequence[Row],
+    pairs: Pairs,
     captioner: Captioner,
     config: TrainingConfig,
     *,
     substitute: bool,
     digests: np.ndarray | None = None,
 ) -> CaptionedImages:
-    """Tokenize the rows; `substitute` and `digests` are those of `CaptionedImages`."""
-    captions = captioner.tokenizer.encode(
-        (row.text for row in rows),
-        prompt=captioner.prompt,
-        max_caption_tokens=config.max_caption_tokens,
-    )
+    """Tokenize the captions; `substitute` and `digests` are those of `CaptionedImages`."""
+    captions = tokenize(pairs, captioner, max_caption_tokens=config.max_caption_tokens)
+    ends = None
+    if substitute and config.read_order == "blocks":
+        ends = pairs.derived("blocks", None, lambda writer: writer.append(
+            "ends", block_ends(pairs.images, pairs.image_of_row).astype(np.uint64)
+        ))["ends"]
     return CaptionedImages(
-        [row.image for row in rows],
+        pairs.images,
+        pairs.image_of_row,
         captions,
         captioner.pixels,
         seed=config.seed,
         substitute=substitute,
         digests=digests,
+        block_ends=ends,
     )
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 over captions and image names, but not over the images' folders."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.text}\0{os.path.basename(row.image)}\n".encode())
-    return digest.hexdigest()
+def tokenize(
+    pairs: Pairs, captioner: Captioner, *, max_caption_tokens: int
+) -> TokenizedCaptions:
+    """The captions' tokens, which are kept with an index.
+
+    Warns if the tokenizer does not know 1 % of the captions' characters. Raises ValueError if it
+    knows none, and if prompt and captions may be longer than the decoder's positions.
+    """
+    tokenizer, prompt = captioner.tokenizer, captioner.prompt
+    tokenizer.check_length(prompt, max_caption_tokens)
+    captions = tokenized(pairs.derived(
+        "tokens",
+        [captioner.fingerprints["tokenizer"], prompt, max_caption_tokens],
+        lambda writer: tokenizer.encode_into(
+            writer, pairs.captions(), prompt=prompt, max_caption_tokens=max_caption_tokens
+        ),
+    ))
+    if captions.num_unknown and captions.num_unknown == captions.num_tokens:
+        raise ValueError(
+            f"the tokenizer of {captioner.name} does not know a single character of the captions, "
+            f"such as {pairs.text(0)[:40]!r}; choose a model for their language"
+        )
+    if captions.num_unknown >= _UNKNOWN_SHARE * max(captions.num_tokens, 1):
+        logger.warning(
+            f"{captions.num_unknown / captions.num_tokens:.1%} of the captions' tokens stand for "
+            f"characters that the tokenizer of {captioner.name} does not know (emoji, other "
+            f"scripts): the captioner cannot learn them"
+        )
+    return captions
 
 
-def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None:
-    images = {row.image for row in val_rows}
-    shared = images & {row.image for row in train_rows}
+def _warn_of_overlap(train: Pairs, val: Pairs) -> None:
+    if train.source is val.source:
+        return  # a choice of images, or what the source itself says
+    places = {container.path for container in train.images.containers}
+    if places.isdisjoint(container.path for container in val.images.containers):
+        return
+    images = set(val.images)
+    shared = images.intersection(train.images)
     if shared:
         logger.warning(
             f"{len(shared):,} of {len(images):,} validation images are also training images, "
@@ -137,38 +234,36 @@ def _warn_of_overlap(train_rows: Sequence[Row], val_rows: Sequence[Row]) -> None
         )
 
 
-def _warn_of_captions_without_words(config: TrainingConfig, val_rows: Sequence[Row]) -> None:
+def _warn_of_captions_without_words(config: TrainingConfig, val: Pairs, name: str) -> None:
     """Name the captions that no score can be computed against, by file and line.
 
     Raises ValueError if no other captions remain and a score selects the best adapter.
     """
-    wordless = {row for row in val_rows if not has_words(row.text)}
+    wordless = [number for number, row in enumerate(val) if not has_words(row.text)]
     if not wordless:
         return
-    path = config.val_data_path or config.train_data_path
-    assert path is not None
-    if config.best_by != "loss" and len(wordless) == len(set(val_rows)):
+    if config.best_by != "loss" and len(wordless) == len(val):
         raise ValueError(
             f"--best_by {config.best_by} needs captions with words to compare, but no validation "
-            f"caption of {path} has any"
+            f"caption of {name} has any"
         )
-    locations = locations_of(path, wordless)
-    rest = len(locations) - MAX_ROWS_SHOWN
+    rest = len(wordless) - MAX_ROWS_SHOWN
     more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
     logger.warning(
-        f"{len(locations):,} validation captions have no words to compare and are not scored: "
-        f"{', '.join(locations[:MAX_ROWS_SHOWN])}{more}"
+        f"{len(wordless):,} validation captions have no words to compare and are not scored: "
+        f"{', '.join(map(val.location, wordless[:MAX_ROWS_SHOWN]))}{more}"
     )
 
 
-def _check_images_exist(path: str, rows: Sequence[Row], max_share: float) -> None:
+def _check_images_exist(name: str, pairs: Pairs, max_share: float) -> None:
     """Check up to MIN_SAMPLE of the rows at once, in case the paths do not lead to the images."""
-    checked = [rows[i] for i in evenly_spaced(len(rows), MIN_SAMPLE)]
-    missing = [row.image for row in checked if not os.path.isfile(row.image)]
-    is_sample = len(rows) > MIN_SAMPLE
+    checked = [pairs.image_of_row[i] for i in evenly_spaced(len(pairs), MIN_SAMPLE)]
+    missing = [image for image in checked if not pairs.images.has_file(image)]
+    is_sample = len(pairs) > MIN_SAMPLE
     if len(missing) > allowed_failures(len(checked), max_share, is_sample=is_sample):
         raise ValueError(
-            f"{path}: {len(missing)} of {len(checked)} rows checked name an image that does not "
-            f"exist, more than --max_bad_share {max_share:g}; the first is {missing[0]} (image "
-            f"paths are absolute or relative to the annotation file)"
+            f"{name}: {len(missing)} of {len(checked)} rows checked name an image that does not "
+            f"exist, more than --max_bad_share {max_share:g}; the first is "
+            f"{pairs.images[missing[0]]} (image paths are absolute or relative to the annotation "
+            f"file; --image_root names another folder)"
         )

@@ -1,16 +1,19 @@
 """What a run is made of, from its settings: data, model, adapters, trainer, folder, loaders."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lora_engine.config import TrainingConfig, changes_on_resume
 from lora_engine.data.batches import CaptionedImages, Collate, SampleIndex
+from lora_engine.data.read_order import choose_read_order
 from lora_engine.data.seen_images import (
     DIGESTS_FILE,
     find_change,
@@ -82,10 +85,16 @@ class RunSetup:
         return self.captioner.fingerprints | self.data.rows.fingerprints
 
 
-def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
+def prepare(
+    config: TrainingConfig,
+    family: str | None = None,
+    *,
+    data: Any = None,
+    val_data: Any = None,
+) -> RunSetup:
     """Read and check all that a run needs, the cheapest first.
 
-    Sets torch's threads, TF32 and seed; writes nothing.
+    Sets torch's threads, TF32 and seed; writes nothing but the index of a large data set.
     """
     begin_s = time.monotonic()
     config.check()
@@ -97,7 +106,13 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
     check_tracker(config.track)
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub)
-    rows = read_rows(config)
+    rows = read_rows(
+        config,
+        data=data,
+        val_data=val_data,
+        is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
+    )
+    config = with_read_order(config, rows, checkpoint)
     device = resolve_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -115,7 +130,7 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
     check_space_for_run(config, plan)
-    data = build_data(rows, captioner, config, digests=digests)
+    run_data = build_data(rows, captioner, config, digests=digests)
     model = place_model(
         captioner.model,
         device,
@@ -134,7 +149,22 @@ def prepare(config: TrainingConfig, family: str | None = None) -> RunSetup:
         seed=config.seed,
         cuda_graphs=config.cuda_graphs,
     )
-    return RunSetup(config, checkpoint, captioner, plan, data, trainer, begin_s)
+    return RunSetup(config, checkpoint, captioner, plan, run_data, trainer, begin_s)
+
+
+def with_read_order(
+    config: TrainingConfig, rows: Rows, checkpoint: Checkpoint | None
+) -> TrainingConfig:
+    """The settings with the order that the run has, or that is measured where it begins."""
+    if config.read_order != "auto":
+        return config
+    if checkpoint is not None:
+        order = checkpoint.settings.get("read_order", "random")  # the order of earlier versions
+    else:
+        order, reason = choose_read_order(rows.train.images)
+        if order == "blocks":
+            logger.info(f"images are read in blocks: {reason} (--read_order)")
+    return dataclasses.replace(config, read_order=order)
 
 
 def check_same_run(
@@ -279,12 +309,11 @@ def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
 def feature_source(setup: RunSetup) -> FeatureSource:
     """Open the features of all images of the run, kept as the settings ask."""
     config, data = setup.config, setup.data
-    paths = {path for part in (data.train_set, data.val_set) for path in part.image_paths}
     return open_features(
         setup.captioner,
         device=setup.trainer.device,
         dtype=setup.trainer.dtype,
-        num_images=len(paths),
+        num_images=len(data.rows.images),
         cache=config.cache,
         cache_dir=cache_folder(config.cache_dir),
         cache_dtype=config.cache_dtype,

@@ -60,6 +60,8 @@ class SkippedRows:
                 if "image" in record
             }
         self.tried[list(tried)] = True
+        if not self.seen:
+            return
         failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)
 

@@ -8,7 +8,7 @@ from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
 from lora_engine.data.batches import FeatureBatch, SampleIndex, in_batches
 from lora_engine.data.rows import Row
-from lora_engine.data.subsets import evenly_spaced
+from lora_engine.data.sampling import evenly_spaced
 from lora_engine.models.pretrained import Captioner
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, shown_keys, shown_value
+from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, shown_keys, shown_value, as_item
+
 
 DECODER = json.JSONDecoder()
 WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's
@@ -93,3 +94,12 @@ def _not_a_list_message(document: str, path: str | Path) -> str:
         f"{path}: an object with the keys {shown_keys(value)}, expected a JSON list of "
         f"{EXPECTED_ROW}"
     )
+
+def read(path, options):
+    document = Path(path).read_text(encoding="utf-8-sig")
+    n=0
+    for line, value in json_list_items(document, path):
+        n+=1
+        yield as_item(value, line, options)
+    if not n:
+        raise AnnotationError(f"{path}: an empty list, expected at least one {EXPECTED_ROW}")

@@ -1,0 +1,470 @@
+"""Data sources -> pairs, as columns in memory or in an index on disk that is built once.
+
+    CACHE/index/KEY/columns.json, rows.text.bin, ...    the columns (columns.py)
+                    index.json                          sources, containers, splits
+                    bad_rows.jsonl                      rows that cannot be used
+                    digests.bin                         of images in shards, as they become known
+                    tokens-KEY/, rows-KEY/, ...         what follows from them (Pairs.derived)
+
+The key is made of the identity of each source file (path, size, times) and of the options, so that
+a changed source gets another index. An index is only a cache: deleted, it is built again, with the
+same rows in the same order.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lora_engine.data.chunks import Chunk, chunks_of, read_chunks
+from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
+from lora_engine.data.image_files import SUFFIXES
+from lora_engine.data.image_identity import identity, stamp
+from lora_engine.data.image_table import Container, Folder, ImageTable, Shard
+from lora_engine.data.images import ImageError, read_image_file
+from lora_engine.data.packed_strings import encoded
+from lora_engine.data.pairs import PairColumns, Pairs, PartRows
+from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
+from lora_engine.data.sources import Part, describe, find_parts, format_module
+from lora_engine.data.workers import load
+from lora_engine.files import read_limited, replaced_folder
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+INDEX_FILE, BAD_FILE, DIGESTS_FILE = "index.json", "bad_rows.jsonl", "digests.bin"
+MIN_ROWS_ON_DISK = 50_000
+_ROW_BYTES = {"tar": 30_000, "parquet": 30_000, "arrow": 30_000}  # to guess the number of rows
+_TEXT_ROW_BYTES = 150
+_UNUSED_S = 60 * 86_400  # an index that was not opened for so long is removed
+_MAX_INDEX_BYTES = 2**28
+
+
+def read_pairs(
+    data: Any,
+    options: SourceOptions = SourceOptions(),
+    *,
+    index_folder: Path | None = None,
+    max_bad_share: float = 0.05,
+    needs_captions: bool = True,
+    num_workers: int | None = None,
+) -> Pairs:
+    """Read the image-caption pairs of a source: paths, or rows given from Python.
+
+    Captions are stripped and image paths absolute; images are not opened. Large sources are indexed
+    in a folder below `index_folder`, by `num_workers` processes (default: one per processor).
+    Without `needs_captions`, images without a caption have an empty one.
+
+    Raises AnnotationError if a source cannot be read, and if no row, or too few rows, can be used:
+    at most `max_bad_share` of the rows, and of the source files, may be bad. The message lists the
+    first MAX_ROWS_SHOWN.
+    """
+    name = name_of(data)
+    if not paths_of(data):
+        source, bad = _read_python(data, options, needs_captions)
+        logger.info(f"{name}: {len(source.columns['image']):,} captions")
+    else:
+        found = find_parts(paths_of(data), options)
+        for notice in found.notices:
+            logger.warning(notice)
+        source, bad, num_lost = _open_or_read(
+            found.parts, options, index_folder, needs_captions, num_workers
+        )
+        bad = [*found.missing, *bad]
+        num_lost += len(found.missing)
+        logger.info(
+            f"{name}: {describe(found.parts)}: {len(source.columns['image']):,} captions of "
+            f"{len(source.images):,} images"
+        )
+        if num_lost > max_bad_share * (len(found.parts) + len(found.missing)):
+            raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
+    num_rows = len(source.columns["image"])
+    if not num_rows or len(bad) > max_bad_share * (num_rows + len(bad)):
+        raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
+    return Pairs(source, source.images, source.columns["image"], bad=bad)
+
+
+def paths_of(data: Any) -> list[str]:
+    """The paths of a source that is given as one or several; none for rows from Python."""
+    if isinstance(data, (str, os.PathLike)):
+        return [os.fspath(data)]
+    if isinstance(data, (list, tuple)) and all(isinstance(x, (str, os.PathLike)) for x in data):
+        return list(map(os.fspath, data))
+    return []
+
+
+def name_of(data: Any) -> str:
+    """What messages call a source."""
+    return ", ".join(paths_of(data)) or "the rows given"
+
+
+def _bad_rows_message(
+    name: str, bad: Sequence[BadRow], source: PairColumns, max_share: float
+) -> str:
+    num_rows = len(source.columns["image"]) + len(bad)
+    if not num_rows:
+        return f"{name}: no image-caption pairs in it"
+    shown = list(map(str, bad[:MAX_ROWS_SHOWN]))
+    more = f", more than --max_bad_share {max_share:g}" if 0 < max_share < 1 else ""
+    if num_rows == 1 or len(bad) == 1 and not more:
+        return shown[0]
+    first = f"; the first {len(shown)}" if len(bad) > len(shown) else ""
+    summary = f"{name}: {len(bad):,} of {num_rows:,} rows cannot be used{more}{first}:"
+    return "\n  ".join([summary, *shown])
+
+
+def _read_python(
+    data: Any, options: SourceOptions, needs_captions: bool
+) -> tuple[PairColumns, list[BadRow]]:
+    from lora_engine.data.python_rows import PythonImages, read
+
+    part = Part("python", name_of(data), os.getcwd())
+    merger = _Merger(ColumnWriter(None))
+    merger.add_part(
+        part, chunks_of(read(data, options), part, needs_captions=needs_captions),
+        container=["python", part.path, ""],
+    )
+    columns, index = merger.finish()
+    containers = [
+        PythonImages(data, options) if kind == "python" else _open_container(kind, path, detail)
+        for kind, path, detail in index.containers
+    ]
+    digests = np.zeros(merger.num_images, dtype="V16")
+    return _source(columns, index, containers, digests=digests), merger.bad
+
+
+def read_by_name(name: str) -> bytes:
+    """The bytes of an image by the name that an `ImageTable` gives it; raises ImageError."""
+    shard = name
+    while not os.path.lexists(shard) and os.path.dirname(shard) != shard:
+        shard = os.path.dirname(shard)
+    if shard == name or not os.path.isfile(shard):
+        return read_image_file(name)
+    try:
+        images = _images_in(shard)
+    except (OSError, ValueError) as error:
+        raise ImageError(name, str(error)) from None
+    if name not in images:
+        raise ImageError(name, f"no longer in {shard}")
+    return images[name]()
+
+
+@lru_cache(maxsize=4)
+def _images_in(shard: str) -> dict[str, Callable[[], bytes]]:
+    """A function that reads it for each image in a shard."""
+    images = read_pairs(shard, max_bad_share=1.0, needs_captions=False).images
+    return {name: partial(images.read, number) for number, name in enumerate(images)}
+
+
+# --- an index on disk -----------------------------------------------------------------------------
+
+
+def _open_or_read(
+    parts: Sequence[Part],
+    options: SourceOptions,
+    index_folder: Path | None,
+    needs_captions: bool,
+    num_workers: int | None,
+) -> tuple[PairColumns, list[BadRow], int]:
+    """The columns of source files, what is bad in them, and how many of them cannot be read."""
+    reading = {"needs_captions": needs_captions, "num_workers": num_workers}
+    num_expected, stamps = _survey(parts)
+    if index_folder is not None and num_expected >= MIN_ROWS_ON_DISK and stamps is not None:
+        key = _key([VERSION, *parts], stamps, options, needs_captions)
+        folder = index_folder / "index" / key
+        try:
+            if not folder.exists():
+                logger.info(f"indexing {len(parts):,} source files in {folder}")
+                _build(folder, parts, options, **reading)
+            return _open(folder)
+        except OSError as error:
+            logger.warning(f"no index is kept in {folder}: {error}")
+        except ValueError as error:
+            if isinstance(error, AnnotationError):
+                raise
+            logger.warning(f"damaged, and built again: {error}")
+            shutil.rmtree(folder, ignore_errors=True)
+            return _open_or_read(parts, options, index_folder, needs_captions, num_workers)
+    columns, index, bad = _read(parts, options, ColumnWriter(None), **reading)
+    return _source(columns, index, _containers(index)), bad, index.num_lost_parts
+
+
+def _survey(parts: Sequence[Part]) -> tuple[int, list[str] | None]:
+    """About how many rows there are, and the stamps of all source files, None if not reliable."""
+    num_rows, stamps = 0, []
+    for part in parts:
+        for path in _files_of(part):
+            found = stamp(path)
+            if found is None:
+                return 0, None
+            stamps.append(f"{os.path.relpath(path, part.path)} {found.hex()}")
+            num_bytes = os.path.getsize(path)
+            num_rows += num_bytes // _ROW_BYTES.get(part.format, _TEXT_ROW_BYTES)
+    return num_rows, stamps
+
+
+def _files_of(part: Part) -> Iterator[str]:
+    """The files that tell the rows of a part."""
+    if not os.path.isdir(part.path):
+        yield part.path
+        return
+    for folder, folders, files in os.walk(part.path):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() not in SUFFIXES:
+                yield os.path.join(folder, name)
+
+
+def _key(*values: Any) -> str:
+    text = json.dumps(values, default=asdict)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _build(folder: Path, parts: Sequence[Part], options: SourceOptions, **reading: Any) -> None:
+    with replaced_folder(folder) as new:
+        columns, index, bad = _read(parts, options, ColumnWriter(new), **reading)
+        with open(new / BAD_FILE, "w", encoding="utf-8", errors="surrogatepass") as file:
+            for row in bad:
+                file.write(json.dumps(row) + "\n")
+        with open(new / DIGESTS_FILE, "wb") as file:
+            file.truncate(16 * len(columns["container"]))
+        (new / INDEX_FILE).write_text(json.dumps(asdict(index)), encoding="utf-8")
+    _remove_unused(folder.parent)
+
+
+def _open(folder: Path) -> tuple[PairColumns, list[BadRow], int]:
+    """Raises ColumnsError, ValueError, OSError."""
+    try:
+        index = _Index(**json.loads(read_limited(folder / INDEX_FILE, _MAX_INDEX_BYTES)))
+        columns = read_columns(folder)
+        num_images = len(columns["container"])
+        digests = np.memmap(folder / DIGESTS_FILE, "V16", mode="r+", shape=num_images)
+        with open(folder / BAD_FILE, encoding="utf-8", errors="surrogatepass") as file:
+            bad = [BadRow(*json.loads(line)) for line in file]
+        source = _source(
+            columns, index, _containers(index), digests=digests.view(np.ndarray), folder=folder
+        )
+    except (KeyError, TypeError) as error:
+        raise ColumnsError(f"{folder}: {error!r}") from None
+    os.utime(folder)
+    return source, bad, index.num_lost_parts
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove indexes that were not opened for a long time: their sources have changed, or gone."""
+    for index in folder.iterdir():
+        if time.time() - index.stat().st_mtime > _UNUSED_S:
+            shutil.rmtree(index, ignore_errors=True)
+
+
+def _source(
+    columns: Columns,
+    index: "_Index",
+    containers: Sequence[Container],
+    *,
+    digests: np.ndarray | None = None,
+    folder: Path | None = None,
+) -> PairColumns:
+    return PairColumns(
+        columns,
+        ImageTable(containers, columns, digests=digests),
+        [PartRows(*part) for part in index.parts],
+        index.splits,
+        folder,
+    )
+
+
+# --- reading all source files ---------------------------------------------------------------------
+
+
+def _read(
+    parts: Sequence[Part],
+    options: SourceOptions,
+    writer: ColumnWriter,
+    *,
+    needs_captions: bool,
+    num_workers: int | None,
+) -> tuple[Columns, "_Index", list[BadRow]]:
+    """Read all source files, several at a time; one of several that cannot be read is a bad row."""
+    merger = _Merger(writer)
+    dataset = _Parts(parts, options, needs_captions)
+    if len(parts) == 1:
+        merger.add_part(parts[0], dataset.chunks(0), dataset.container(0))
+    else:
+        num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts) // 4)
+        found = load(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers if num_workers > 1 else 0,
+        )
+        bar = tqdm(found, total=len(parts), unit="file", disable=not sys.stderr.isatty())
+        for part, (chunks, container) in zip(parts, bar):
+            if isinstance(chunks, AnnotationError):
+                merger.lose_part(part, chunks)
+            else:
+                merger.add_part(part, chunks, container)
+    columns, index = merger.finish()
+    return columns, index, merger.bad
+
+
+class _Parts(Dataset):
+    """Source files -> (their chunks, their container), or (why they cannot be read, None)."""
+
+    def __init__(
+        self, parts: Sequence[Part], options: SourceOptions, needs_captions: bool
+    ) -> None:
+        self.parts = parts
+        self.options = options
+        self.needs_captions = needs_captions
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[Any, list[str] | None]:
+        try:
+            return list(self.chunks(number)), self.container(number)
+        except AnnotationError as error:
+            return error, None
+
+    def chunks(self, number: int) -> Iterator[Chunk]:
+        return read_chunks(self.parts[number], self.options, needs_captions=self.needs_captions)
+
+    def container(self, number: int) -> list[str]:
+        """The container of images inside a source file: its kind, path, and identity or column."""
+        part = self.parts[number]
+        if part.format == "parquet":
+            module = format_module(part.format)
+            return ["parquet", part.path, module.image_column(part.path, self.options)]
+        return ["shard", part.path, identity(os.stat(part.path)).hex()]
+
+
+def _as_it_is(value: Any) -> Any:
+    """DataLoader's own function would turn arrays into tensors."""
+    return value
+
+
+# --- chunks -> columns ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Index:
+    """Everything about a source besides its columns, as it is stored in index.json."""
+
+    parts: list[list[Any]] = field(default_factory=list)  # PartRows
+    containers: list[list[str]] = field(default_factory=list)  # kind, path, identity or column
+    splits: list[str] = field(default_factory=list)
+    num_lost_parts: int = 0
+
+
+class _Merger:
+    """Appends chunks to columns; images that are named twice get one number."""
+
+    def __init__(self, writer: ColumnWriter) -> None:
+        self.writer = writer
+        self.index = _Index()
+        self.bad: list[BadRow] = []
+        self.num_rows = self.num_images = self.text_bytes = self.name_bytes = self.id_bytes = 0
+        self.folders: dict[str, int] = {}
+        self.files: dict[str, int] = {}
+        self.splits: dict[str, int] = {}
+
+    def add_part(self, part: Part, chunks: Iterable[Chunk], container: list[str]) -> None:
+        """Append a source file; images inside it are in `container`."""
+        number = None
+        for chunk in chunks:
+            if number is None and any(chunk.names):
+                number = len(self.index.containers)
+                self.index.containers.append(container)
+            self._add(chunk, number)
+        self.index.parts.append([part.path, self.num_rows])
+
+    def lose_part(self, part: Part, error: AnnotationError) -> None:
+        reason = str(error).removeprefix(f"{part.path}: ")
+        self.bad.append(BadRow(part.path, reason))
+        self.index.num_lost_parts += 1
+
+    def _add(self, chunk: Chunk, container: int | None) -> None:
+        append = self.writer.append
+        self.bad += chunk.bad
+        append("text", chunk.text)
+        append("text_end", self.text_bytes + np.cumsum(chunk.text_size, dtype=np.uint64))
+        self.text_bytes += len(chunk.text)
+        append("line", chunk.line)
+        splits = [self.splits.setdefault(split, len(self.splits)) for split in chunk.splits]
+        append("split", np.array(splits, dtype=np.uint64)[chunk.split.astype(np.int64)])
+        self.num_rows += len(chunk.line)
+
+        numbers, new = self._number(chunk.paths)
+        append("image", np.array(numbers, dtype=np.uint64)[chunk.item_of_row.astype(np.int64)])
+        names = [
+            chunk.names[i] or encoded(os.path.basename(chunk.paths[i])) for i in new
+        ]
+        append("name", np.frombuffer(b"".join(names), dtype=np.uint8))
+        sizes = np.array([len(name) for name in names], dtype=np.uint64)
+        append("name_end", self.name_bytes + np.cumsum(sizes, dtype=np.uint64))
+        self.name_bytes += int(sizes.sum())
+        append("container", np.array(
+            [
+                self._folder(os.path.dirname(chunk.paths[i])) if chunk.paths[i] else container
+                for i in new
+            ],
+            dtype=np.uint64,
+        ))
+        append("offset", chunk.offset[new])
+        append("size", chunk.size[new])
+        self._add_ids([chunk.ids[i] for i in new])
+
+    def _number(self, paths: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The numbers of a chunk's images, and which of its items are new images."""
+        numbers, new = [], []
+        for item, path in enumerate(paths):
+            known = self.files.setdefault(path, self.num_images) if path else self.num_images
+            numbers.append(known)
+            if known == self.num_images:
+                self.num_images += 1
+                new.append(item)
+        return numbers, new
+
+    def _folder(self, path: str) -> int:
+        if path not in self.folders:
+            self.folders[path] = len(self.index.containers)
+            self.index.containers.append(["folder", path, ""])
+        return self.folders[path]
+
+    def _add_ids(self, ids: Sequence[Any]) -> None:
+        texts = [b"" if id is None else json.dumps(id).encode() for id in ids]
+        ends = self.id_bytes + np.cumsum([len(text) for text in texts], dtype=np.uint64)
+        self.writer.append("id", np.frombuffer(b"".join(texts), dtype=np.uint8))
+        self.writer.append("id_end", ends.astype(np.uint64))
+        self.id_bytes += sum(map(len, texts))
+
+    def finish(self) -> tuple[Columns, _Index]:
+        self.index.splits = list(self.splits) or [""]
+        return self.writer.finish(), self.index
+
+
+def _containers(index: _Index) -> list[Container]:
+    return [_open_container(*container) for container in index.containers]
+
+
+def _open_container(kind: str, path: str, detail: str) -> Container:
+    if kind == "folder":
+        return Folder(path)
+    if kind == "parquet":
+        from lora_engine.data.parquet_images import ParquetFile
+
+        return ParquetFile(path, detail)
+    return Shard(path, bytes.fromhex(detail))

@@ -1,0 +1,184 @@
+"""Image-caption pairs as columns: nothing is a Python object per row.
+
+A row is a caption and the number of its image; an image with five captions has five rows. The
+columns are in memory, or mapped from an index on disk (pair_index.py).
+"""
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from lora_engine.data.columns import (
+    Columns,
+    ColumnsError,
+    ColumnWriter,
+    read_columns,
+)
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.rows import BadRow, Row
+from lora_engine.files import replaced_folder
+
+
+class PartRows(NamedTuple):
+    """Which rows a source file gave: those before `end` that no earlier part has."""
+
+    path: str
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class PairColumns:
+    """What a source holds, as columns.
+
+    columns: "text" and "text_end" PackedStrings, "image" (N,) numbers of `images`, "line" (N,)
+    where a row was found (0: the name of its image says it), "split" (N,) numbers of `splits`
+    (what the source says, else the name of its file), and, if the source numbers its images, "id"
+    and "id_end" PackedStrings of JSON for each image.
+    folder: the index on disk, to which derived columns are added; None for columns in memory.
+    """
+
+    columns: Columns
+    images: ImageTable
+    parts: Sequence[PartRows]
+    splits: Sequence[str] = ("",)
+    folder: Path | None = None
+
+    def derived(
+        self, kind: str, settings: Any, compute: Callable[[ColumnWriter], None]
+    ) -> Columns:
+        """Columns that follow from these and from `settings` (JSON), computed once per index."""
+        if self.folder is not None:
+            key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+            path = self.folder / f"{kind}-{key}"
+            try:
+                return read_columns(path)
+            except (ColumnsError, OSError):
+                pass
+            try:
+                with replaced_folder(path) as new:
+                    writer = ColumnWriter(new)
+                    compute(writer)
+                    writer.finish()
+                return read_columns(path)
+            except (ColumnsError, OSError):  # no space, or no permission: compute it in memory
+                pass
+        writer = ColumnWriter(None)
+        compute(writer)
+        return writer.finish()
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(Sequence[Row]):
+    """Some of the rows of a source, or all, in the source's order.
+
+    `chosen` (N,) are their numbers in `source`, None for all; `images` the table of their images,
+    in order of first appearance, and `image_of_row` (N,) numbers of it. `bad` are the rows that
+    cannot be used. `key` names the choice.
+    """
+
+    source: PairColumns
+    images: ImageTable
+    image_of_row: np.ndarray
+    chosen: np.ndarray | None = None
+    key: tuple[Any, ...] = ()
+    bad: Sequence[BadRow] = ()
+
+    def __len__(self) -> int:
+        return len(self.image_of_row)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return Row(self.text(row), self.images[int(self.image_of_row[row])])
+
+    @property
+    def texts(self) -> PackedStrings:
+        """The captions of all rows of the source."""
+        return PackedStrings(self.source.columns["text"], self.source.columns["text_end"])
+
+    def text(self, row: int) -> str:
+        return self.texts[self.source_row(row)]
+
+    def captions(self) -> Iterator[str]:
+        return (self.text(row) for row in range(len(self)))
+
+    def image_id(self, image: int) -> int | str | None:
+        """The source's own number of an image, if it has one."""
+        ids = PackedStrings(self.source.columns["id"], self.source.columns["id_end"])
+        return json.loads(ids[self.images.row(image)] or "null")
+
+    def location(self, row: int) -> str:
+        """path:line of a row, or the name of its image in formats without lines."""
+        line = int(self.source.columns["line"][self.source_row(row)])
+        if not line:
+            return self[row].image
+        ends = [part.end for part in self.source.parts]
+        part = self.source.parts[bisect.bisect_right(ends, self.source_row(row))]
+        return f"{part.path}:{line}"
+
+    @property
+    def split_numbers(self) -> np.ndarray:
+        """The number of each row's split in `source.splits`, (N,)."""
+        numbers = self.source.columns["split"]
+        return numbers if self.chosen is None else numbers[self.chosen]
+
+    def source_row(self, row: int) -> int:
+        return row if self.chosen is None else int(self.chosen[row])
+
+    def derived(
+        self, kind: str, settings: Any, compute: Callable[[ColumnWriter], None]
+    ) -> Columns:
+        """Columns that follow from these rows and from `settings`, computed once per index."""
+        return self.source.derived(kind, [self.key, settings], compute)
+
+    def choose(self, key: Any, rows: Callable[[], np.ndarray]) -> "Pairs":
+        """The rows with the numbers `rows()`, ascending; `key` (JSON) must name this choice."""
+
+        def compute(writer: ColumnWriter) -> None:
+            chosen = rows()
+            numbers, first, inverse = np.unique(
+                self.image_of_row[chosen], return_index=True, return_inverse=True
+            )
+            order = np.argsort(first)  # of first appearance
+            rank = np.empty(len(order), dtype=np.int64)
+            rank[order] = np.arange(len(order))
+            base = chosen if self.chosen is None else self.chosen[chosen]
+            writer.append("rows", base.astype(np.uint64))
+            writer.append("images", numbers[order].astype(np.uint64))
+            writer.append("image_of_row", rank[inverse].astype(np.uint64))
+
+        columns = self.derived("rows", key, compute)
+        return Pairs(
+            self.source,
+            self.images.choose(columns["images"]),
+            columns["image_of_row"],
+            chosen=columns["rows"],
+            key=(*self.key, key),
+            bad=self.bad,
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over captions and names of image files, but not over the images' folders."""
+
+        def compute(writer: ColumnWriter) -> None:
+            digest = hashlib.sha256()
+            for text, image in self:
+                digest.update(f"{text}\0{os.path.basename(image)}\n".encode())
+            writer.append("digest", np.frombuffer(digest.digest(), dtype=np.uint8))
+
+        return self.derived("fingerprint", None, compute)["digest"].tobytes().hex()
