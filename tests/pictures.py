@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from lora_engine.config import TrainingConfig
-from lora_engine.data.annotations import usable_rows
+from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.rows import Row
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -74,4 +74,4 @@ def json_lines(path: Path) -> list[dict]:
 
 def read_annotations(path: str | Path) -> list[Row]:
     """The rows of a file in which every row must be usable."""
-    return usable_rows(path, max_bad_share=0.0)[0]
+    return list(read_pairs(path, max_bad_share=0.0))

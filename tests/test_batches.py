@@ -24,6 +24,7 @@ from lora_engine.data.batches import (
     validation_order,
 )
 from lora_engine.data.captions import IGNORED, TokenizedCaptions
+from lora_engine.data.image_table import ImageTable
 from lora_engine.data.images import open_image
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.pixels import PixelSettings, to_pixels
@@ -48,7 +49,7 @@ epochs = st.integers(0, 1000)
 def test_an_epoch_holds_every_row_once_in_as_many_batches_as_without_sorting(
     lengths, batch_size, seed, epoch
 ):
-    batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+    batches = list(epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     assert len(batches) == math.ceil(len(lengths) / batch_size)
     assert sum(len(batch) < batch_size for batch in batches) <= 1
@@ -57,16 +58,16 @@ def test_an_epoch_holds_every_row_once_in_as_many_batches_as_without_sorting(
 
 @given(sets_of_lengths, batch_sizes, seeds, epochs)
 def test_the_order_is_a_function_of_seed_and_epoch(lengths, batch_size, seed, epoch):
-    first = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+    first = list(epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch))
     np.random.seed(0)  # no global generator has a say
     torch.manual_seed(0)
-    again = epoch_batches(lengths.copy(), batch_size=batch_size, seed=seed, epoch=epoch)
+    again = list(epoch_batches(lengths.copy(), batch_size=batch_size, seed=seed, epoch=epoch))
     assert [list(batch) for batch in first] == [list(batch) for batch in again]
 
 
 def orders(seed, epoch, num_rows=300):
     lengths = np.random.default_rng(0).integers(4, 30, num_rows)
-    batches = epoch_batches(lengths, batch_size=4, seed=seed, epoch=epoch)
+    batches = list(epoch_batches(lengths, batch_size=4, seed=seed, epoch=epoch))
     return [frozenset(batch.tolist()) for batch in batches]
 
 
@@ -79,7 +80,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_who_shares_a_batch():
 
 def test_batches_are_not_in_order_of_their_lengths():
     lengths = np.random.default_rng(0).integers(4, 30, 512)
-    batches = epoch_batches(lengths, batch_size=8, seed=0, epoch=0)
+    batches = list(epoch_batches(lengths, batch_size=8, seed=0, epoch=0))
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.4
 
@@ -94,7 +95,7 @@ def test_sorting_within_windows_saves_most_of_the_padding(batch_size, at_most):
     lengths = generator.poisson(11, 5000) + 3
     order = generator.permutation(len(lengths))
     plain = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    ours = epoch_batches(lengths, batch_size=batch_size, seed=0, epoch=0)
+    ours = list(epoch_batches(lengths, batch_size=batch_size, seed=0, epoch=0))
     assert num_pads(lengths, ours) < at_most * num_pads(lengths, plain)
 
 
@@ -106,7 +107,7 @@ def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size,
     assert [place.epoch for place in flat] == [0] * len(lengths) + [1] * len(lengths)
     assert [place.position for place in flat] == 2 * numbers
     for epoch in (0, 1):
-        expected = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        expected = list(epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch))
         rows = [[p.row for p in batch] for batch in places if batch[0].epoch == epoch]
         assert rows == [batch.tolist() for batch in expected]
 
@@ -130,13 +131,19 @@ def tokens(num_rows: int) -> TokenizedCaptions:
     """Rows of 3, 4, 5, 6, 3, ... tokens, told apart by their last ones."""
     lengths = np.array([3 + row % 4 for row in range(num_rows)])
     ids = np.concatenate([[1, 2, *[10 + row] * (n - 2)] for row, n in enumerate(lengths)])
-    return TokenizedCaptions(ids, lengths, np.cumsum(lengths) - lengths, 0)
+    return TokenizedCaptions(ids, lengths, np.cumsum(lengths))
 
 
 def dataset(folder, *, seed=0, substitute=True) -> CaptionedImages:
     images = [row.image for row in read_annotations(folder / "train.json")]
+    return captioned(images, seed=seed, substitute=substitute)
+
+
+def captioned(paths, *, seed=0, substitute=True) -> CaptionedImages:
+    """Image files, each with a caption."""
+    images, captions = ImageTable.of_files(paths), tokens(len(paths))
     return CaptionedImages(
-        images, tokens(len(images)), PIXELS, seed=seed, substitute=substitute
+        images, np.arange(len(paths)), captions, PIXELS, seed=seed, substitute=substitute
     )
 
 
@@ -214,9 +221,7 @@ def test_validation_leaves_an_unreadable_image_out(damaged_folder):
 
 
 def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
-    data = CaptionedImages(
-        [str(tmp_path / f"{i}.png") for i in range(5)], tokens(5), PIXELS, seed=0, substitute=True
-    )
+    data = captioned([str(tmp_path / f"{i}.png") for i in range(5)])
     example = data[SampleIndex(epoch=0, position=0, row=2)]
     assert not example.is_usable and len(example.skipped) == MAX_SUBSTITUTES + 1
     batch = COLLATE([example, example])
@@ -279,14 +284,6 @@ def test_an_image_whose_features_are_there_is_not_read(damaged_folder):
         assert np.array_equal(pixels.numpy(), expected)
 
 
-def test_rows_of_one_image_share_its_number(whole_folder):
-    images = [row.image for row in read_annotations(whole_folder / "train.json")]
-    data = CaptionedImages(
-        [images[0], images[1], images[0]], tokens(3), PIXELS, seed=0, substitute=False
-    )
-    assert data.image_of_row.tolist() == [0, 1, 0] and [*data.image_paths] == images[:2]
-
-
 def test_the_loss_takes_a_batchs_tensors_on_the_device():
     batch = COLLATE([example(5, [1, 2, 30, 31, 9])]).with_features(torch.zeros(1, 2, 3))
     moved = batch.tensors(torch.device("meta"))
@@ -325,7 +322,7 @@ def test_a_bucketed_batch_has_the_same_targets_in_one_of_few_shapes():
 
 @pytest.mark.parametrize("strings", [[], ["a"], ["", "é", "a/b c", "\ud800", "x" * 1000, ""]])
 def test_packed_strings_are_the_strings(strings):
-    packed = PackedStrings(strings)
+    packed = PackedStrings.pack(strings)
     assert len(packed) == len(strings) and [*packed] == strings and packed[1:] == strings[1:]
     assert [packed[i] for i in range(-len(strings), 0)] == strings
     for index in (len(strings), -len(strings) - 1):

@@ -64,7 +64,7 @@ def test_generation_without_a_prompt_starts_from_the_start_token_alone(tokenizer
 def test_captions_are_concatenated(tokenizer):
     tokens = tokenizer.encode(CAPTIONS)
     assert tokens.ids.tolist() == [token for row in rows(tokens) for token in row]
-    assert tokens.ids.dtype == np.int32 and tokens.num_truncated == 0
+    assert tokens.ids.dtype.itemsize <= 2 and tokens.num_truncated == 0
     assert tokens.lengths.tolist() == [len(row) for row in rows(tokens)]
     assert len(tokens) == len(CAPTIONS) and len(tokenizer.encode([])) == 0
 
@@ -134,7 +134,7 @@ def test_exactly_one_end_token_is_a_target_even_where_it_is_the_padding_too(toke
     if tokenizer.pad_id == tokenizer.end_id:
         assert (input_ids == tokenizer.end_id).sum(dim=1).max() > 1
     assert ((targets == tokenizer.end_id).sum(dim=1) == 1).all()
-    last = torch.from_numpy(tokens.lengths) - 2
+    last = torch.from_numpy(tokens.lengths).long() - 2
     assert (targets[torch.arange(len(targets)), last] == tokenizer.end_id).all()
 
 

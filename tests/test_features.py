@@ -37,8 +37,9 @@ from lora_engine import cli
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, image_identity
 from lora_engine.data.batches import FeatureBatch, Identified, PixelBatch, SampleIndex, read_image
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pixels import load_pixels
-from lora_engine.data.rows import Row
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement
@@ -117,10 +118,10 @@ def open_source(captioner: Captioner, cache_dir: Path, **changes) -> FeatureSour
 
 def features_of(source: FeatureSource, path: str) -> Tensor:
     """Features (P, D) of one image file, in a batch of one row."""
-    images = ImageList([path])
+    images = ImageList(ImageTable.of_files([path]))
     pixels, loaded = torch.empty(0, 3, *source.encoder.pixels.size, dtype=torch.uint8), []
     if not source.has(images, 0):
-        image, file, digest = read_image(path, source.encoder.pixels)
+        image, file, digest = read_image(images.table, 0, source.encoder.pixels)
         pixels, loaded = torch.from_numpy(image)[None], [Identified(0, file, digest)]
     none = torch.empty(0)
     batch, = source.attach([PixelBatch(none, none, none, 0, [0], [0], [], pixels, loaded)], images)
@@ -140,7 +141,7 @@ class Loader:
     def __init__(
         self, source: FeatureSource, captioner: Captioner, images: list[str], *, num_workers=0
     ) -> None:
-        rows = [Row(caption_of(n), image) for n, image in enumerate(images)]
+        rows = read_pairs([(image, caption_of(n)) for n, image in enumerate(images)])
         config = TrainingConfig(model="", num_workers=num_workers)
         dataset = captioned_images(rows, captioner, config, substitute=False)
         self.images = images

@@ -18,7 +18,8 @@ from PIL import Image
 
 from lora_engine import __main__ as verbs
 from lora_engine.config import TrainingConfig
-from lora_engine.data import seen_images
+from lora_engine.data import image_table
+from lora_engine.data.image_table import ImageTable, JoinedImages
 from lora_engine.data.seen_images import (
     DIGESTS_FILE,
     find_change,
@@ -396,14 +397,17 @@ def test_digests_are_written_when_there_are_new_ones(tmp_path):
 def test_a_sample_of_the_images_is_looked_at(tmp_path, monkeypatch):
     """64 of 1000, and afterwards 64 of those that are known; what cannot be read is no change."""
     monkeypatch.setattr(
-        seen_images, "read_image_file", lambda path: looked_at.append(path) or path.encode()
+        image_table, "read_image_file", lambda path: looked_at.append(path) or path.encode()
     )
-    paths = [f"{number}.jpg" for number in range(1000)]
+    paths = JoinedImages(
+        ImageTable.of_files(f"{number}.jpg" for number in range(990)),
+        ImageTable.of_files(f"{number}.jpg" for number in range(990, 1000)),
+    )
     looked_at: list[str] = []
     digests = sample_digests(paths)
     assert len(set(looked_at)) == 64 and {"0.jpg", "999.jpg"} < set(looked_at)
     sampled, looked_at[:] = sorted(looked_at), []
     assert find_change(paths, digests) is None and sorted(looked_at) == sampled
-    assert find_change([], np.zeros(0, dtype="V16")) is None
+    assert find_change(JoinedImages(), np.zeros(0, dtype="V16")) is None
     monkeypatch.undo()
     assert find_change(paths, digests) is None  # no such files

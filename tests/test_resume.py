@@ -1025,9 +1025,9 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
 ):
     import multiprocessing
 
-    row = int(batches.epoch_batches(
+    row = int(list(batches.epoch_batches(
         _lengths(blip_folder, data), batch_size=3, seed=42, epoch=0
-    )[6][0])  # of the fourth step
+    ))[6][0])  # of the fourth step
     in_a_worker(monkeypatch, row, act)
     config = long_run(
         blip_folder, data, tmp_path / "run", num_workers=2, worker_timeout=1.0, save_every="99"
@@ -1046,12 +1046,11 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
 
 
 def _lengths(model, data):
-    from pictures import read_annotations
-
+    from lora_engine.data.pair_index import read_pairs
     from lora_engine.models.pretrained import load_captioner
 
     config = TrainingConfig(model=str(model))
-    rows = read_annotations(data / "train.json")
+    rows = read_pairs(data / "train.json")
     captioner = load_captioner(model)
     return captioned_images(rows, captioner, config, substitute=True).captions.lengths
 

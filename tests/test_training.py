@@ -23,6 +23,7 @@ from lora_engine.captioning.metrics import Scores
 from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.images import open_image
+from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pixels import to_pixels
 from lora_engine.data.subsets import hold_out
 from lora_engine.features.encoder import encode_pixels
@@ -641,8 +642,8 @@ def test_without_a_validation_file_images_are_held_out(blip_folder, data, tmp_pa
     )
     done = run(config)
     assert "16 training captions of 16 images, 4 validation captions of 4" in done.messages
-    rows = read_annotations(config.train_data_path)
-    _, held_out = hold_out(rows, fraction=0.2, seed=config.seed)
+    rows = read_pairs(config.train_data_path)
+    _, held_out = hold_out(rows, fraction=0.2, size=None, seed=config.seed)
     shown = [line["image"] for line in json_lines(done.summary.path / "samples.jsonl")]
     assert shown[:4] == [row.image for row in held_out]
 

@@ -121,7 +121,7 @@ class CaptionTokenizer:
         while True:
             texts = [space + caption.strip() for caption in islice(captions, _CHUNK)]
             chunk: list[int] = []
-            lengths = np.empty(len(texts), dtype=np.uint64)
+            lengths = np.empty(len(texts), dtype=np.int16)
             for index, ids in enumerate(tokenize(texts)):
                 is_too_long = len(ids) > max_caption_tokens
                 tail = ids[:max_caption_tokens] if is_too_long else [*ids, self.end_id]
