@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from lora_engine.data.annotations import locations_of, usable_rows
 from pictures import read_annotations
 
-from lora_engine.data.annotations import locations_of, usable_rows
 from lora_engine.data.rows import AnnotationError, Row
 
 

@@ -1,6 +1,5 @@
 """Captions as token ids: which tokens are targets, and decoding."""
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import CAPTIONS, MAX_POSITIONS, WORDS

@@ -599,7 +599,8 @@ def plan_of(captioner, cache_dir, monkeypatch, *, encode_s=0.035, rate=1e9, **ch
         patch.setattr(FeatureEncoder, "measure_s", lambda self: encode_s)
         with open_source(captioner, cache_dir, **changes) as source:
             folder = source.cache.store.folder if source.cache.store else cache_dir
-            return source.plan.replace(str(folder), "FOLDER").replace(str(cache_dir), "CACHE")
+            plan = source.placement.plan.replace(str(folder), "FOLDER")
+            return plan.replace(str(cache_dir), "CACHE")
 
 
 @pytest.mark.parametrize("cache", PLANS)

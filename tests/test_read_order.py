@@ -1,13 +1,12 @@
 """Blocks: which rows belong together, epochs that read each block once, and reading ahead."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_engine.data import read_order
 from lora_engine.data.batches import epoch_batches, training_order
-from lora_engine.data.image_table import Folder, ImageTable, Shard
+from lora_engine.data.image_table import ImageTable, Shard
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.read_order import BLOCK_BYTES, block_ends, choose_read_order, read_ahead
 

@@ -40,7 +40,8 @@ def test_hold_out_splits_by_image_and_loses_no_row():
 
 def test_hold_out_depends_on_seed_and_names_alone():
     def held_out(rows, seed):
-        return {image.rpartition("/")[2] for image in divided(rows, fraction=0.2, seed=seed)[1].images}
+        _, validation = divided(rows, fraction=0.2, seed=seed)
+        return {image.rpartition("/")[2] for image in validation.images}
 
     assert held_out(ROWS, 1) == held_out(ROWS[::-1], 1) != held_out(ROWS, 2)
     moved = [(f"/elsewhere{image}", text) for image, text in ROWS]

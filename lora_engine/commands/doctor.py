@@ -31,6 +31,13 @@ class DoctorConfig:
     """Folder for features. Default: the same as for training."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
+    data: str | tuple[str, ...] | None = None
+    """Training data: reports the space and the time that it takes on this machine; needs --model.
+    """
+    model: str | None = None
+    """Captioner to train on --data: a folder or a Hub name."""
+    cache_limit_gb: float = 50.0
+    """Maximum size of the cache folder."""
     offline: bool = False
     """Do not check whether the Hugging Face Hub can be reached."""
 
@@ -219,4 +226,43 @@ def _hub(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("good", "Hub", f"{constants.ENDPOINT} answers")
 
 
-_CHECKS = (_versions, _device, _memory, _disks, _images, _hub)
+def _data(config: DoctorConfig) -> Iterator[Finding]:
+    if config.data is None:
+        return
+    if config.model is None:
+        yield Finding("bad", "data", "--data needs a captioner to measure with", "give --model")
+        return
+    import numpy as np
+
+    from lora_engine.data.pair_index import read_pairs
+    from lora_engine.data.workers import default_num_workers
+    from lora_engine.devices import resolve_device, resolve_dtype
+    from lora_engine.features.sizing import size_up
+    from lora_engine.features.source import open_features
+    from lora_engine.features.store import cache_folder
+    from lora_engine.lora.injection import cast_frozen
+    from lora_engine.models.pretrained import load_captioner
+
+    device = resolve_device(config.device)
+    dtype = resolve_dtype("auto", device)
+    cache_dir = cache_folder(config.cache_dir)
+    pairs = read_pairs(config.data, index_folder=cache_dir)
+    captioner = load_captioner(config.model)
+    cast_frozen(captioner.model, dtype)
+    captioner.model.to(device)
+    sample = map(pairs.text, range(min(len(pairs), 1000)))
+    lengths, _ = captioner.tokenizer.count_tokens(sample)
+    with open_features(
+        captioner, device=device, dtype=dtype, num_images=len(pairs.images), cache="auto",
+        cache_dir=cache_dir, cache_dtype=None, cache_limit_bytes=config.cache_limit_gb * 1e9,
+    ) as features:
+        lines = size_up(
+            features, captioner, pairs.images, num_captions=len(pairs),
+            num_tokens=int(np.median(lengths)) + 2,
+            num_loaders=default_num_workers(device, None),
+        )
+    for line in lines:
+        yield Finding("good", "data", line)
+
+
+_CHECKS = (_versions, _device, _memory, _disks, _images, _hub, _data)

@@ -2,6 +2,8 @@
 import os
 from importlib import import_module
 from typing import NamedTuple
+
+
 class Part(NamedTuple):
     format: str
     path: str

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,6 +15,20 @@ CacheMode = Literal["auto", "off", "memory", "disk"]
 
 _MEMORY_SHARE = 0.5  # of the free memory, for features
 _FEW_IMAGES = 16  # encoding so few takes no longer than measuring the encoder and the disk
+
+
+class Placement(NamedTuple):
+    """A cache, and what was found out: a line about it, times in seconds, and its capacity.
+
+    read_s: reading an image's features from the disk, None if they are not kept there.
+    num_kept: images for which there is space.
+    """
+
+    cache: FeatureCache
+    plan: str
+    encode_s: float
+    read_s: float | None
+    num_kept: int
 
 
 @dataclass(frozen=True)
@@ -35,12 +49,13 @@ class CacheSettings:
 
 def place_features(
     encoder: FeatureEncoder, num_images: int, settings: CacheSettings
-) -> tuple[FeatureCache, str]:
-    """Open a cache for images that are needed again and again -> the cache, and a line about it.
+) -> Placement:
+    """Open a cache for images that are needed again and again.
 
     Raises ValueError if the mode is "disk" and the folder cannot be used.
     """
     mode, row_bytes, num_left = settings.mode, encoder.format.row_bytes, num_images
+    num_kept = 0
     encode_s = encoder.measure_s()
     cache = FeatureCache(encoder.device)
     places, not_on_disk = [], ""
@@ -56,6 +71,7 @@ def place_features(
                 num_free = cache.store.num_free_rows()
                 more = "" if num_free >= num_left else f", space for {num_free:,} more"
                 num_left -= min(num_left, num_free)
+                num_kept += num_free + cache.store.num_rows
                 places.append(
                     f"on disk in {cache.store.folder} ({cache.store.num_rows:,} there already"
                     f"{more}; reading one takes {_milliseconds(read_s)})"
@@ -78,9 +94,15 @@ def place_features(
     if mode == "off":
         places.append("no longer than for a batch (--cache off)")
     kept = "; ".join(filter(None, [f"kept {', '.join(places)}", not_on_disk]))
-    return cache, (
+    memories = (cache.device_memory, cache.host_memory)
+    num_kept += sum(len(memory.rows) for memory in memories if memory is not None)
+    return Placement(
+        cache,
         f"features of {num_images:,} images, {_size(num_images * row_bytes)} as "
-        f"{encoder.format.dtype} (encoding one takes {_milliseconds(encode_s)}): {kept}"
+        f"{encoder.format.dtype} (encoding one takes {_milliseconds(encode_s)}): {kept}",
+        encode_s,
+        None if cache.store is None else read_s,
+        num_kept,
     )
 
 

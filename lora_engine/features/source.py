@@ -26,6 +26,7 @@ from lora_engine.features.format import CacheDtype
 from lora_engine.features.placement import (
     CacheMode,
     CacheSettings,
+    Placement,
     place_features,
     place_features_used_once,
 )
@@ -60,8 +61,8 @@ def open_features(
     settings = CacheSettings(cache, cache_dir, cache_limit_bytes)
     if used_once:
         return FeatureSource(encoder, place_features_used_once(encoder, num_images, settings))
-    kept, plan = place_features(encoder, num_images, settings)
-    return FeatureSource(encoder, kept, plan=plan)
+    placement = place_features(encoder, num_images, settings)
+    return FeatureSource(encoder, placement.cache, placement=placement)
 
 
 class _Group(NamedTuple):
@@ -76,13 +77,19 @@ class _Group(NamedTuple):
 class FeatureSource:
     """Adds features to batches: kept ones from `cache`, others fresh from `encoder`.
 
-    `plan` tells people where features are kept.
+    `placement` tells where they are kept, if that was measured.
     """
 
-    def __init__(self, encoder: FeatureEncoder, cache: FeatureCache, *, plan: str = "") -> None:
+    def __init__(
+        self,
+        encoder: FeatureEncoder,
+        cache: FeatureCache,
+        *,
+        placement: Placement | None = None,
+    ) -> None:
         self.encoder = encoder
         self.cache = cache
-        self.plan = plan
+        self.placement = placement
         self.group_size = _GROUP if encoder.batch_size > 1 else 1
         self.num_ahead = _NUM_AHEAD[encoder.device.type]
         self.identities = Identities(None if cache.store is None else cache.store.cache_dir)

@@ -34,6 +34,7 @@ from lora_engine.devices import (
     resolve_dtype,
 )
 from lora_engine.features.loader import FeatureLoader
+from lora_engine.features.sizing import size_up
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
@@ -400,7 +401,16 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     )
     logger.info(setup.plan.grouped())
     logger.info(f"run folder {folder.path}")
-    logger.info(features.plan)
+    train_set = setup.data.train_set
+    for line in size_up(
+        features,
+        setup.captioner,
+        train_set.images.table,
+        num_captions=len(train_set),
+        num_tokens=int(np.median(train_set.captions.lengths)),
+        num_loaders=default_num_workers(trainer.device, config.num_workers),
+    ):
+        logger.info(line)
     num_workers = default_num_workers(trainer.device, config.num_workers)
     one_loader = prefetched_bytes(
         num_workers, config.batch_size * setup.captioner.pixels.num_bytes

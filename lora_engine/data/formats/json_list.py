@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, shown_keys, shown_value, as_item
-
+from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, as_item, shown_keys, shown_value
 
 DECODER = json.JSONDecoder()
 WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's

@@ -1,0 +1,177 @@
+"""What a data set asks of this machine: space for features, time per epoch, whether keeping pays.
+
+Estimated before the work, from the time that a few images and one batch take.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.images import ImageError
+from lora_engine.data.pixels import PixelSettings, load_pixels
+from lora_engine.data.sampling import evenly_spaced
+from lora_engine.devices import autocast
+from lora_engine.features.format import CacheDtype, FeatureFormat
+from lora_engine.features.source import FeatureSource
+from lora_engine.models import CaptioningModel
+from lora_engine.models.pretrained import Captioner
+
+_NUM_LOADED = 8  # images
+_BATCH_SIZE = {"cpu": 2, "cuda": 32}
+_FORWARDS = 3  # a training step takes about as long as three forward passes
+_DTYPES: tuple[CacheDtype, ...] = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A data set, and what this machine takes for one image or caption of it, in seconds.
+
+    load_s: reading and decoding an image file, by one of `num_loaders` processes.
+    encode_s: the frozen encoder. train_s: a caption's share of a training step.
+    read_s: reading features from the disk; None if they are not kept there.
+    num_kept: images whose features find space.
+    """
+
+    num_images: int
+    num_captions: int
+    features: FeatureFormat
+    load_s: float
+    encode_s: float
+    train_s: float
+    read_s: float | None
+    num_kept: int
+    num_loaders: int = 1
+
+    @property
+    def fresh_s(self) -> float:
+        """To compute the features of an image; loading runs beside encoding if it has processes."""
+        if self.num_loaders:
+            return max(self.load_s / self.num_loaders, self.encode_s)
+        return self.load_s + self.encode_s
+
+    @property
+    def first_epoch_s(self) -> float:
+        return self.num_images * self.fresh_s + self.num_captions * self.train_s
+
+    @property
+    def later_epoch_s(self) -> float:
+        num_kept = min(self.num_kept, self.num_images)
+        again_s = num_kept * (self.read_s or 0.0) + (self.num_images - num_kept) * self.fresh_s
+        return again_s + self.num_captions * self.train_s
+
+    def lines(self) -> list[str]:
+        """Two lines for people: space, and time."""
+        space = ", ".join(
+            f"{_bytes(self.num_images * format_of(self.features, dtype).row_bytes)} as {dtype}"
+            for dtype in _DTYPES
+        )
+        num_kept = min(self.num_kept, self.num_images)
+        share = f"all {num_kept:,}" if num_kept == self.num_images else (
+            f"{num_kept:,} of {self.num_images:,} ({num_kept / self.num_images:.0%})"
+        )
+        pays = "kept in memory" if self.read_s is None else (
+            f"keeping pays: reading takes {_duration(self.read_s)}, computing "
+            f"{_duration(self.fresh_s)} an image"
+            if self.read_s < self.fresh_s
+            else f"keeping does not pay: reading takes {_duration(self.read_s)}, computing "
+            f"{_duration(self.fresh_s)} an image"
+        )
+        return [
+            f"space: features take {space}; there is space for {share} as {self.features.dtype}",
+            f"time: about {_duration(self.first_epoch_s)} for the first epoch, "
+            f"{_duration(self.later_epoch_s)} for each later one; {pays}",
+        ]
+
+
+def size_up(
+    source: FeatureSource,
+    captioner: Captioner,
+    images: ImageTable,
+    *,
+    num_captions: int,
+    num_tokens: int,
+    num_loaders: int,
+) -> list[str]:
+    """Lines about where features are kept, their space, and the time that epochs take here.
+
+    `num_tokens` is the length of a typical caption.
+    """
+    placement, encoder = source.placement, source.encoder
+    assert placement is not None
+    sizing = Sizing(
+        num_images=len(images),
+        num_captions=num_captions,
+        features=encoder.format,
+        load_s=measure_load_s(images, captioner.pixels),
+        encode_s=placement.encode_s,
+        train_s=measure_train_s(
+            captioner.model,
+            encoder.format,
+            num_tokens=num_tokens,
+            device=encoder.device,
+            dtype=encoder.dtype,
+        ),
+        read_s=placement.read_s,
+        num_kept=placement.num_kept,
+        num_loaders=num_loaders,
+    )
+    return [placement.plan, *sizing.lines()]
+
+
+def format_of(features: FeatureFormat, dtype: CacheDtype) -> FeatureFormat:
+    return FeatureFormat(features.num_tokens, features.width, dtype)
+
+
+def measure_load_s(images: ImageTable, settings: PixelSettings) -> float:
+    """The time that reading and decoding one of the images takes."""
+    begin_s, num_loaded = time.perf_counter(), 0
+    for image in evenly_spaced(len(images), _NUM_LOADED):
+        try:
+            load_pixels(images.read(image), settings)
+            num_loaded += 1
+        except ImageError:
+            pass
+    return (time.perf_counter() - begin_s) / max(num_loaded, 1)
+
+
+@torch.no_grad()
+def measure_train_s(
+    model: CaptioningModel,
+    features: FeatureFormat,
+    *,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """The time that a caption of `num_tokens` takes in training, from two forward passes."""
+    batch_size = _BATCH_SIZE[device.type]
+    shape = batch_size, features.num_tokens, features.width
+    rows = torch.zeros(shape, dtype=dtype, device=device)
+    input_ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+    for _ in range(2):  # the first one is the warm-up
+        begin_s = time.perf_counter()
+        with autocast(device, dtype):
+            model.head(model.decode(input_ids, rows))
+        _wait(device)
+    return _FORWARDS * (time.perf_counter() - begin_s) / batch_size
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e3 * seconds:.2g} ms"
