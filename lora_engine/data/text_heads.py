@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lora_engine.data.cells import find_delimiter, split_line, split_lines
 from lora_engine.data.image_files import SUFFIXES
@@ -16,6 +16,7 @@ FORMATS_BY_SUFFIX = {
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(\s*:)?|[{}\[\]]', re.DOTALL)
 KARPATHY_FIELDS = frozenset(("sentences", "sentids", "filename"))
 FLICKR_ROW = re.compile(r"([^\t\n]*[^\t\n#])#\d+\t(.*)", re.DOTALL)
+URL_FIELDS = ("url", "image_url", "img_url")  # in JSON; a table shows its URLs
 URL_CELL = re.compile(r'(?:^|[\t,;|"])\s*[a-z][a-z0-9+.-]*://', re.IGNORECASE)
 
 
@@ -29,10 +30,12 @@ def text_format(path: str, head: str) -> str | None:
 
 def _json_format(head: str, suffix: str) -> str | None:
     if re.match(r"\[\s*(?:[{\]]|$)", head):
-        return "json_list"
+        return "url_list" if _has_only_urls(_object_keys(head[1:].lstrip())[0]) else "json_list"
     if not re.match(r'{\s*(?:["}]|$)', head):
         return None
     keys, rest = _object_keys(head)
+    if _has_only_urls(keys):
+        return "url_list"
     if rest.lstrip().startswith("{"):
         return "json_lines"
     images, annotations = keys.get("images"), keys.get("annotations")
@@ -43,6 +46,11 @@ def _json_format(head: str, suffix: str) -> str | None:
     if annotations is not None and "image_id" in annotations:  # "images" may come later
         return "coco"
     return "json_list" if suffix == ".json" else "json_lines"
+
+
+def _has_only_urls(keys: Collection[str]) -> bool:
+    names = {key.lower() for key in keys}
+    return not names.isdisjoint(URL_FIELDS) and names.isdisjoint(IMAGE_FIELDS)
 
 
 def _object_keys(head: str) -> tuple[dict[str, set[str]], str]:
@@ -56,7 +64,7 @@ def _object_keys(head: str) -> tuple[dict[str, set[str]], str]:
         if token[0] in ("{", "["):
             nesting.append(token[0])
         elif token[0] in ("}", "]"):
-            nesting.pop()
+            del nesting[-1:]
             if not nesting:
                 return keys, head[token.end():]
         elif token[1] and len(nesting) == 1:
