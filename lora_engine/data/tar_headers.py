@@ -1,0 +1,302 @@
+"""The members of a tar archive, from its headers alone: ustar, GNU, pax and old (v7) ones.
+
+tarfile takes several times as long, and ends without an error at a damaged header. Here the search
+continues behind the damage. Formats: https://www.gnu.org/software/tar/manual/html_node/Standard.html
+and https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html.
+"""
+
+import functools
+import os
+import re
+import shlex
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_engine.data.rows import AnnotationError, Member, shown_value
+from lora_engine.files import check_file
+
+BLOCK = 512
+WINDOW = 8192  # bytes: behind an image usually its caption, its metadata and the next header
+SEARCH_CHUNK = 1 << 20
+MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records
+MAX_PADDING = 1 << 20  # zeros at the end of an archive; tar writes up to 10,240 by default
+HEADER = struct.Struct("100s 24x 11s c 12x 8s B 100x 6s 82x 155s 12x")
+FILE, EXTENSION = "file", "extended header"
+KINDS = {
+    ord(code): kind for code, kind in {
+        "\0": FILE, "0": FILE, "7": FILE, "1": "hard link", "2": "symbolic link",
+        "3": "character device", "4": "block device", "5": "directory", "6": "named pipe",
+        "D": "directory", "V": "volume label", "S": "sparse file", "x": EXTENSION, "X": EXTENSION,
+        "g": EXTENSION, "L": EXTENSION, "K": EXTENSION,
+    }.items()
+}
+WITHOUT_DATA = frozenset(b"123456")
+SPARSE, GLOBAL, LONG_NAME, LONG_LINK = b"SgLK"
+PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
+COMPRESSIONS = {  # how the file begins: name and command
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"),
+    b"\x04\x22\x4d\x18": ("LZ4", "unlz4"),
+}
+LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+class NotAFile(NamedTuple):
+    """A member that is no plain file, and what it is; its data is skipped."""
+
+    name: str
+    kind: str
+
+
+class Gap(NamedTuple):
+    """Bytes from `start` to `end` of the archive from which no member can be read, and why."""
+
+    start: int
+    end: int
+    reason: str
+
+
+class Archive:
+    """An open file, of which small neighbouring pieces are read together."""
+
+    def __init__(self, path: str) -> None:
+        """Raises AnnotationError for what is not a readable, regular file."""
+        self.path = path
+        try:
+            check_file(Path(path), max_bytes=1 << 62)  # opening a named pipe would wait
+            self._file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise AnnotationError(f"{path}: cannot be read: {error}") from None
+        self._descriptor = self._file.fileno()
+        self.size = os.fstat(self._descriptor).st_size
+        self._window, self._start = b"", 0
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`; less at the end of the file. Raises AnnotationError."""
+        begin = offset - self._start
+        end = begin + size
+        if begin < 0 or end > len(self._window):
+            try:
+                # Not memory-mapped: if the file is cut meanwhile, that would kill the process.
+                self._window = os.pread(self._descriptor, max(size, WINDOW), offset)
+            except OSError as error:
+                raise AnnotationError(
+                    f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}"
+                ) from None
+            self._start, begin, end = offset, 0, size
+            if len(self._window) < min(size, self.size - offset):
+                raise AnnotationError(
+                    f"{self.path}: became shorter while it was read ({self.size:,} bytes before)"
+                )
+        return self._window[begin:end]
+
+
+def check_is_tar(archive: Archive) -> None:
+    """Raises AnnotationError for what is not an uncompressed tar."""
+    path = archive.path
+    if not archive.size:
+        raise AnnotationError(f"{path}: the file is empty, expected a tar archive")
+    head = archive.read(0, BLOCK)
+    if parse_header(head) is not None:
+        return
+    for magic, (name, command) in COMPRESSIONS.items():
+        if head.startswith(magic):
+            raise AnnotationError(
+                f"{path}: compressed with {name}, and images in it cannot be read in random order: "
+                f"decompress it with {command} < {shlex.quote(path)} > NEW.tar"
+            )
+    if head.startswith(LFS_POINTER):
+        raise AnnotationError(
+            f"{path}: only a pointer of Git LFS: download the file itself with git lfs pull"
+        )
+    end, is_padding = next_header(archive, 0)
+    if end == archive.size and not is_padding:
+        raise AnnotationError(
+            f"{path}: not a tar archive (it begins with {shown_value(head[:16].decode('latin-1'))})"
+        )
+
+
+def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
+    """All members in their order; their data is not read. Raises AnnotationError.
+
+    A missing end marker is accepted, because some programs do not write it.
+    """
+    position = 0
+    defaults: dict[str, str] = {}  # from global pax headers
+    extended: dict[str, str] = {}  # from the extended headers before a member
+    while position < archive.size:
+        header = parse_header(archive.read(position, BLOCK))
+        if header is None:
+            end, is_padding = next_header(archive, position)
+            if extended or not is_padding:
+                yield Gap(position, end, "no valid header")
+            position, extended = end, {}
+            continue
+        name, code, size = header
+        offset = position + BLOCK
+        kind = KINDS.get(code)
+        if kind != FILE:
+            if kind is None:
+                kind = f"member of the unknown type {chr(code)!r}"
+            elif code in WITHOUT_DATA:
+                size = 0
+            elif code == SPARSE:
+                offset = _end_of_sparse_header(archive, position)
+        if (extended or defaults) and kind != EXTENSION:
+            fields = {**defaults, **extended}
+            name, kind = fields.get("path", name), extended.get("kind", kind)
+            size = int(fields.get("size", size)) if code not in WITHOUT_DATA else 0
+            extended = {}
+        if not 0 <= size <= archive.size - offset:
+            end, _ = next_header(archive, min(offset, archive.size))
+            yield Gap(
+                position, end,
+                f"{kind} {shown_value(name)} has {size:,} bytes at byte {offset:,}, but the file "
+                f"has {archive.size:,} in all",
+            )
+            position, extended = end, {}
+            continue
+        position = offset + size + -size % BLOCK
+        if kind == FILE:
+            yield Member(name, offset, size)
+        elif code == GLOBAL:
+            defaults |= _extension(archive, code, offset, size)
+        elif kind == EXTENSION:
+            extended |= _extension(archive, code, offset, size)
+        else:
+            yield NotAFile(name, kind)
+    if extended:
+        yield Gap(archive.size, archive.size, "an extended header without its member")
+
+
+def parse_header(block: bytes) -> tuple[str, int, int] | None:
+    """(name, type, size) of a header's 512 bytes; None if its checksum is wrong."""
+    if len(block) < BLOCK:
+        return None
+    name, digits, end, checksum, code, magic, prefix = HEADER.unpack(block)
+    try:
+        if zlib.adler32(block) & 0xFFFF != _adler(checksum) and not _is_signed_sum(block):
+            return None
+        # Twelve digits, or a binary number, where eleven digits and an end do not suffice.
+        is_plain = digits.isdigit() and end in b"\0 "
+        size = int(digits, 8) if is_plain else _number(digits + end)
+    except ValueError:
+        return None
+    name = name.partition(b"\0")[0]
+    if prefix[0] and magic == b"ustar\0":  # GNU's headers have times there
+        name = prefix.partition(b"\0")[0] + b"/" + name
+    if not code and name.endswith(b"/"):  # before ustar, directories had no type
+        code = ord("5")
+    return _decoded(name), code, size
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode() if name.isascii() else name.decode("utf-8", "surrogateescape")
+
+
+@functools.lru_cache(4096)
+def _adler(checksum: bytes) -> int:
+    """The lower half of Adler-32 of a header with this checksum. Raises ValueError.
+
+    It is 1 + the sum of the bytes mod 65521, and much faster than sum(). In the checksum, its own
+    eight bytes count as spaces.
+    """
+    return (1 + _number(checksum) - 8 * ord(" ") + sum(checksum)) % 65521
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or where they do not suffice a binary number. Raises ValueError."""
+    if field[0] == 0xFF:
+        return int.from_bytes(field, "big", signed=True)
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _is_signed_sum(block: bytes) -> bool:
+    """Whether the checksum is that of old programs, to which bytes were signed numbers."""
+    rest = block[:148] + block[156:]
+    found = sum(rest) - 256 * sum(byte > 127 for byte in rest) + 8 * ord(" ")
+    return found == _number(block[148:156])
+
+
+def _end_of_sparse_header(archive: Archive, position: int) -> int:
+    """Where the data of an old GNU sparse file begins: behind the blocks of its map."""
+    has_more = archive.read(position, BLOCK)[482]
+    position += BLOCK
+    while has_more and position + BLOCK <= archive.size:
+        has_more = archive.read(position, BLOCK)[504]
+        position += BLOCK
+    return position
+
+
+def _extension(archive: Archive, code: int, offset: int, size: int) -> dict[str, str]:
+    """What an extended header states about a member: "path", "size", "kind" of what is unusable."""
+    damaged = {"kind": "file with a damaged extended header"}
+    if size > MAX_EXTENSION:
+        return damaged
+    data = archive.read(offset, size)
+    if code == LONG_LINK:
+        return {}
+    if code == LONG_NAME:
+        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
+    found = {}
+    while data and data[0]:
+        record = PAX_RECORD.match(data)
+        if record is None or not data[:int(record[1])].endswith(b"\n"):
+            return damaged
+        keyword, value = record[2], data[record.end():int(record[1]) - 1]
+        data = data[int(record[1]):]
+        if keyword == b"path" and value:
+            found["path"] = value.decode("utf-8", "surrogateescape")
+        elif keyword == b"size" and re.fullmatch(rb"\d{1,18}", value):
+            found["size"] = value.decode()
+        elif keyword == b"size":
+            return damaged
+        elif keyword.startswith(b"GNU.sparse."):
+            found["kind"] = "sparse file"
+    return found
+
+
+def next_header(archive: Archive, start: int) -> tuple[int, bool]:
+    """Search behind `start` -> (where the next header is, or the file's end; is it all padding?).
+
+    Zeros are padding behind the last member, and between archives of which one was appended to the
+    other. A download that was interrupted may leave many more of them.
+    """
+    position, is_zero, size = start, True, WINDOW
+    while position < archive.size:
+        chunk = archive.read(position, size)
+        end = _first_header(chunk)
+        is_zero = is_zero and not chunk[:end].strip(b"\0")
+        if end is not None:
+            return position + end, is_zero and position + end - start >= 2 * BLOCK
+        if position + len(chunk) >= archive.size:
+            break
+        position += len(chunk) - BLOCK + 1
+        size = SEARCH_CHUNK
+    return archive.size, is_zero and archive.size - start <= MAX_PADDING
+
+
+def _first_header(chunk: bytes) -> int | None:
+    """Where the first header with a magic number is, at any byte: bytes may have been lost."""
+    found = chunk.find(b"ustar")
+    while found >= 0:
+        begin = found - 257
+        if begin >= 0 and parse_header(chunk[begin:begin + BLOCK]) is not None:
+            return begin
+        found = chunk.find(b"ustar", found + 1)
+    return None
