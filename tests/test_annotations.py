@@ -62,53 +62,6 @@ def test_captions_of_one_image_share_its_path(tmp_path):
     assert len({id(row.image) for row in read_annotations(path)}) == 1
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "train.json: the file is empty, expected a JSON list"),
-        (" \n", "train.json: the file is empty"),
-        ("[]", "train.json: an empty list"),
-        ("null", "train.json: found null, expected a JSON list"),
-        ("text,image\na,b", "train.json:1: not JSON (column 1): Expecting value"),
-        ('[{"text": "a",\n "image" "b"}]', "train.json:2: not JSON (column 10): Expecting ':'"),
-        ('[\n{"text": "a", "image": "b"}\n{"text"', "train.json:3: not JSON (column 1)"),
-        ('[{"text": "a", "image": "b"}', "train.json:1: not JSON (column 29)"),
-        ('[{"text": "a", "image": "b"},\n]', "train.json:2: not JSON (column 1)"),
-        ('[{"text": "a", "image": "b"}]\n]', "train.json:2: not JSON (column 1): Extra data"),
-        ("[" * 100_000, "train.json:1: JSON that cannot be read"),
-        (b'[\n{"text": "caf\xe9"', "train.json:2: not UTF-8 (byte 0xe9): save the file as UTF-8"),
-        ('{"data": [], "info": 1}', 'an object with the keys "data", "info", expected a JSON list'),
-        ('{"images": [], "annotations": []}', "this looks like COCO's format"),
-        ('{"text": "a", "image": "b"}\n{"text": "c", "image": "d"}', "JSON Lines"),
-    ],
-)
-def test_a_file_that_is_not_a_list_of_rows_is_refused(tmp_path, content, message):
-    assert message in complaint_about(tmp_path, content)
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        (7, "found 7, expected an object like"),
-        (["a", "b"], 'found ["a", "b"], expected an object'),
-        ({"caption": "a", "image": "b"}, 'no "text" among its keys ("caption", "image")'),
-        ({"text": "a"}, 'no "image" among its keys ("text")'),
-        ({}, 'no "text" among its keys (none)'),
-        ({"text": ["a", "b"], "image": "b"}, '"text" is ["a", "b"], expected one string'),
-        ({"text": "a", "image": None}, '"image" is null, expected one string'),
-        ({"text": "", "image": "b"}, '"text" is empty'),
-        ({"text": " \n\t", "image": "b"}, '"text" is empty'),
-        ({"text": "a", "image": " "}, '"image" is empty'),
-        ({"text": "a", "image": "https://host/a.jpg"}, '"image" is a web address: download'),
-        ({"text": "a \ud83d b", "image": "b"}, '"text" holds half of a UTF-16 pair'),
-    ],
-)
-def test_a_bad_row_is_named_by_line(tmp_path, row, message):
-    good = {"text": "a", "image": "1.jpg"}
-    content = json.dumps([good, good, row, good], indent=0)  # a good row takes four lines
-    assert complaint_about(tmp_path, content).startswith(f"train.json:10: row 3: {message}")
-
-
 def test_the_first_bad_rows_are_listed_and_all_are_counted(tmp_path):
     rows = [{"text": "a", "image": "1.jpg"}] + [{"text": "", "image": "1.jpg"}] * 7
     lines = complaint_about(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]").splitlines()
@@ -140,20 +93,6 @@ def test_rows_are_found_again_by_line(tmp_path):
     path = write(tmp_path, "[" + ",\n".join(map(json.dumps, rows)) + "]")
     wanted = {row for row in usable_rows(path, max_bad_share=1.0)[0] if row.text == "b"}
     assert locations_of(path, wanted) == [f"{path}:2", f"{path}:5"]
-
-
-def test_long_values_are_shortened_in_messages(tmp_path):
-    for row in ({"text": ["x" * 10**6], "image": "b"}, {"k" * 10**6: 1}, "x" * 10**6):
-        assert len(complaint_about(tmp_path, json.dumps([row]))) < 300
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(AnnotationError, match="missing.json: no such file"):
-        read_annotations(tmp_path / "missing.json")
-    with pytest.raises(AnnotationError, match="is a folder"):
-        read_annotations(tmp_path)
-    with pytest.raises(AnnotationError, match="cannot be read"):
-        read_annotations(f"{write(tmp_path, '[]')}/below.json")
 
 
 def test_many_rows_take_little_memory(tmp_path):

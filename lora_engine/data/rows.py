@@ -155,7 +155,7 @@ def _find_field(
     return found[0]
 
 
-def as_item(value: Any, where: int, options: SourceOptions) -> Item | Problem:
+def as_item(value: Any, where: int | str, options: SourceOptions) -> Item | Problem:
     """The item of a JSON object; captions may be one string, a list of them, or of {"raw": ...}."""
     if not isinstance(value, dict):
         return Problem(where, f"found {shown_value(value)}, expected an object like {EXPECTED_ROW}")
@@ -183,7 +183,10 @@ def as_item(value: Any, where: int, options: SourceOptions) -> Item | Problem:
 
 
 def _first(value: Mapping[str, Any], fields: Sequence[str]) -> str:
-    return next((field for field in fields if field in value), fields[0])
+    for field in fields:
+        if field in value:
+            return field
+    return fields[0]
 
 
 # --- what makes an item unusable --------------------------------------------------------------

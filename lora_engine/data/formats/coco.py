@@ -1,102 +1,96 @@
-"""COCO's captions (https://cocodataset.org/#format-data), which `lora_engine evaluate` reads.
+"""COCO's captions (https://cocodataset.org/#format-data).
 
 One object: "images", each with an "id" and a "file_name", and "annotations", each with an
 "image_id" and a "caption".
 """
 
-import json
-import os
-import re
-from collections.abc import Container, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Any
 
-from lora_engine.data.rows import AnnotationError, BadRow, shown_value
+from lora_engine.data.rows import (
+    AnnotationError,
+    Item,
+    Problem,
+    SourceOptions,
+    shown_keys,
+    shown_value,
+)
+from lora_engine.data.text_files import read_json
+from lora_engine.data.text_heads import text_format
 
-
-class CocoImage(NamedTuple):
-    """An image file, and its location in the annotation file for messages."""
-
-    location: str
-    path: str
-
-
-class CocoCaption(NamedTuple):
-    """A caption as it is written, and its location in the annotation file for messages."""
-
-    location: str
-    image_id: int | str
-    text: str
+EXPECTED = 'an object with "images" and "annotations"'
 
 
-class CocoCaptions(NamedTuple):
-    """What a file holds: images by id, captions in the file's order, and unusable items."""
-
-    images: dict[int | str, CocoImage]
-    captions: list[CocoCaption]
-    bad: list[BadRow]
+def recognizes(path: str, head: str) -> bool:
+    return text_format(path, head) == "coco"
 
 
-def coco_document(text: str) -> Mapping[str, Any] | None:
-    """The object of a COCO file; None for other files, whose own reader names their errors."""
-    if not re.match(r"\s*{", text):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if {"images", "annotations"} <= value.keys() else None
+def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
+    """One item per image, with all its captions (there may be none) and its id.
 
-
-def read_coco(
-    document: Mapping[str, Any], path: str | Path, image_folder: str | Path
-) -> CocoCaptions:
-    """Read the object of the file `path`, whose file names are relative to `image_folder`.
-
-    Raises AnnotationError where "images" or "annotations" is not a list.
+    `where` is the position in the list, counted from 0: item 3 of "images". Raises AnnotationError
+    where "images" or "annotations" is not a list, and for annotations without captions.
     """
-    folder = os.path.realpath(image_folder)
-    found = CocoCaptions({}, [], [])
-    for location, image in _items(document, "images", path):
-        reason = _image_complaint(image, found.images)
+    document = read_json(path, expected=EXPECTED)
+    images = _list(document, "images", path)
+    annotations = _list(document, "annotations", path)
+    if not images:
+        raise AnnotationError(f'{path}: "images" is an empty list, expected at least one image')
+    file_field = options.image_field or "file_name"
+    caption_field = options.caption_field or "caption"
+    _check_captions(annotations, caption_field, path)
+    captions: dict[int | str, list[Any]] = {}  # by the id of the image
+    items: list[Item] = []
+    for number, image in enumerate(images):
+        where = f'item {number} of "images"'
+        reason = _image_complaint(image, file_field, captions)
         if reason is None:
-            name = os.path.normpath(os.path.join(folder, image["file_name"]))
-            found.images[image["id"]] = CocoImage(location, name)
+            texts = captions[image["id"]] = []
+            items.append(Item(where, image[file_field], texts, id=image["id"]))
         else:
-            found.bad.append(BadRow(location, reason))
-    for location, row in _items(document, "annotations", path):
-        reason = _caption_complaint(row, found.images)
+            yield Problem(where, reason)
+    for number, row in enumerate(annotations):
+        reason = _annotation_complaint(row, caption_field, captions)
         if reason is None:
-            found.captions.append(CocoCaption(location, row["image_id"], row["caption"]))
+            captions[row["image_id"]].append(row[caption_field])
         else:
-            found.bad.append(BadRow(location, reason))
-    return found
+            yield Problem(f'item {number} of "annotations"', reason)
+    yield from items
 
 
-def _items(document: Mapping[str, Any], name: str, path: str | Path) -> list[tuple[str, Any]]:
-    """(location, value) of each item of a list, counted from 0."""
-    values = document[name]
-    if not isinstance(values, list):
-        raise AnnotationError(f"{path}: \"{name}\" is not a list")
-    return [(f'{path}: item {number} of "{name}"', value) for number, value in enumerate(values)]
+def _list(document: Any, name: str, path: str) -> list[Any]:
+    if not isinstance(document, dict):
+        raise AnnotationError(f"{path}: found {shown_value(document)}, expected {EXPECTED}")
+    if not isinstance(document.get(name), list):
+        found = shown_value(document[name]) if name in document else "missing"
+        raise AnnotationError(f'{path}: "{name}" is not a list but {found}; expected {EXPECTED}')
+    return document[name]
 
 
-def _image_complaint(image: Any, ids: Container[Any]) -> str | None:
-    if not isinstance(image, dict) or not image.keys() >= {"id", "file_name"}:
-        return "lacks 'id' or 'file_name'"
-    if not isinstance(image["file_name"], str) or not isinstance(image["id"], (int, str)):
-        return (
-            f"has the id {shown_value(image['id'])} and the file_name "
-            f"{shown_value(image['file_name'])}; expected a number and a string"
+def _check_captions(annotations: list[Any], field: str, path: str) -> None:
+    """Raises AnnotationError for boxes, keypoints, questions: COCO's other annotation files."""
+    first = annotations[0] if annotations else None
+    if isinstance(first, dict) and not any(
+        isinstance(row, dict) and field in row for row in annotations
+    ):
+        raise AnnotationError(
+            f'{path}: none of "annotations" has a "{field}" (the keys are {shown_keys(first)}): '
+            f"give the file with the captions, such as captions_train2017.json, or the name of the "
+            f"key with --caption_field"
         )
+
+
+def _image_complaint(image: Any, field: str, ids: Collection[Any]) -> str | None:
+    if not isinstance(image, dict) or not image.keys() >= {"id", field}:
+        return f"lacks 'id' or '{field}'"
+    if not isinstance(image["id"], (int, str)):
+        return f"has the id {shown_value(image['id'])}, expected a number or a string"
     return f"has the id {shown_value(image['id'])} of another image" if image["id"] in ids else None
 
 
-def _caption_complaint(row: Any, ids: Container[Any]) -> str | None:
-    if not isinstance(row, dict) or not row.keys() >= {"image_id", "caption"}:
-        return "lacks 'image_id' or 'caption'"
+def _annotation_complaint(row: Any, field: str, ids: Collection[Any]) -> str | None:
+    if not isinstance(row, dict) or not row.keys() >= {"image_id", field}:
+        return f"lacks 'image_id' or '{field}'"
     if not isinstance(row["image_id"], (int, str)) or row["image_id"] not in ids:
         return f"has the image_id {shown_value(row['image_id'])}, which is not among the \"images\""
-    if not isinstance(row["caption"], str):
-        return f"has the caption {shown_value(row['caption'])}; expected a string"
     return None

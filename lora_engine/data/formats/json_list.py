@@ -1,95 +1,75 @@
-"""A JSON list of {"text": caption, "image": path}; other keys are ignored."""
+"""A JSON list of objects, such as {"text": caption, "image": path}; other keys are ignored."""
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from lora_engine.data.rows import EXPECTED_ROW, AnnotationError, shown_keys, shown_value
+from lora_engine.data.rows import (
+    EXPECTED_ROW,
+    AnnotationError,
+    Item,
+    Problem,
+    SourceOptions,
+    as_item,
+    shown_keys,
+    shown_value,
+)
+from lora_engine.data.text_files import decode_json, not_json, read_text, skip_whitespace
+from lora_engine.data.text_heads import text_format
 
-DECODER = json.JSONDecoder()
-WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's
+EXPECTED = f"a list of {EXPECTED_ROW}"
 
 
-def json_list_items(document: str, path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each item of the list, lines counted from 1; `path` is for messages.
+def recognizes(path: str, head: str) -> bool:
+    return text_format(path, head) == "json_list"
 
-    One item at a time: a million rows as dicts would take more memory than the file and the rows.
-    Raises AnnotationError where the document is not a JSON list.
+
+def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
+    """One item per object of the list; `where` is the line in which the object begins.
+
+    Objects are decoded one at a time: a million of them would take more memory than the file.
+    Raises AnnotationError where the file is not a JSON list, and for an empty list.
     """
-    line, counted = 1, 0
-    for offset, value in _items(document, path):
-        line += document.count("\n", counted, offset)
+    document = read_text(path)
+    line, counted = 1, None
+    for offset, value in _values(document, path):
+        line += document.count("\n", counted or 0, offset)
         counted = offset
-        yield line, value
+        yield as_item(value, line, options)
+    if counted is None:
+        raise AnnotationError(f"{path}: an empty list, expected at least one {EXPECTED_ROW}")
 
 
-def _items(document: str, path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(offset, value) of each item."""
-    position = _skip_whitespace(document, 0)
+def _values(document: str, path: str) -> Iterator[tuple[int, Any]]:
+    """(offset, value) of each element of the list."""
+    position = skip_whitespace(document, 0)
     if not document.startswith("[", position):
         raise AnnotationError(_not_a_list_message(document, path))
-    position = _skip_whitespace(document, position + 1)
+    position = skip_whitespace(document, position + 1)
     is_open = not document.startswith("]", position)
     while is_open:
-        value, end = _decode(document, position, path)
+        value, end = decode_json(document, position, path, expected=EXPECTED)
         yield position, value
-        position = _skip_whitespace(document, end)
+        position = skip_whitespace(document, end)
         is_open = document.startswith(",", position)
         if is_open:
-            position = _skip_whitespace(document, position + 1)
+            position = skip_whitespace(document, position + 1)
         elif not document.startswith("]", position):
-            raise _not_json(json.JSONDecodeError("Expecting ',' or ']'", document, position), path)
-    position = _skip_whitespace(document, position + 1)
+            error = json.JSONDecodeError("Expecting ',' or ']'", document, position)
+            raise not_json(error, path, expected=EXPECTED)
+    position = skip_whitespace(document, position + 1)
     if position != len(document):
-        raise _not_json(json.JSONDecodeError("Extra data after the list", document, position), path)
+        error = json.JSONDecodeError("Extra data after the list", document, position)
+        raise not_json(error, path, expected=EXPECTED)
 
 
-def _decode(document: str, position: int, path: str | Path) -> tuple[Any, int]:
-    """The JSON value at a position, and where it ends."""
-    try:
-        return DECODER.raw_decode(document, position)
-    except json.JSONDecodeError as error:
-        raise _not_json(error, path) from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5000 digits
-        line = document.count("\n", 0, position) + 1
-        raise AnnotationError(f"{path}:{line}: JSON that cannot be read: {error}") from None
-
-
-def _skip_whitespace(document: str, position: int) -> int:
-    match = WHITESPACE.match(document, position)
-    assert match is not None  # it also matches nothing at all
-    return match.end()
-
-
-def _not_json(error: json.JSONDecodeError, path: str | Path) -> AnnotationError:
-    return AnnotationError(
-        f"{path}:{error.lineno}: not JSON (column {error.colno}): {error.msg}; expected a list "
-        f"of {EXPECTED_ROW}"
-    )
-
-
-def _not_a_list_message(document: str, path: str | Path) -> str:
+def _not_a_list_message(document: str, path: str) -> str:
     """Why a document that does not begin with "[" is refused; raises if it is not JSON either."""
-    start = _skip_whitespace(document, 0)
+    start = skip_whitespace(document, 0)
     if start == len(document):
         return f"{path}: the file is empty, expected a JSON list of {EXPECTED_ROW}"
-    value, end = _decode(document, start, path)
-    if not isinstance(value, dict):
-        return f"{path}: found {shown_value(value)}, expected a JSON list of {EXPECTED_ROW}"
-    if document.startswith("{", _skip_whitespace(document, end)):
-        return (
-            f"{path}: one object after another (JSON Lines), expected one JSON list: put [ before "
-            "the first and ] after the last, and commas between them"
-        )
-    if {"images", "annotations"} <= value.keys():
-        return (
-            f"{path}: this looks like COCO's format, expected a JSON list: write one row "
-            f'{EXPECTED_ROW} for each of "annotations", with its "caption" as the text and the '
-            '"file_name" of its image'
-        )
-    return (
-        f"{path}: an object with the keys {shown_keys(value)}, expected a JSON list of "
-        f"{EXPECTED_ROW}"
-    )
+    value, _ = decode_json(document, start, path, expected=EXPECTED)
+    found = shown_value(value)
+    if isinstance(value, dict):
+        found = f"an object with the keys {shown_keys(value)}"
+    return f"{path}: found {found}, expected a JSON list of {EXPECTED_ROW}"
