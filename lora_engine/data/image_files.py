@@ -2,12 +2,13 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm".split()
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .heic .heif".split()
 )
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image, in the order of precedence
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -44,8 +45,46 @@ def _images_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"{error.filename}: cannot list this folder: {error.strerror}")
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, files in walk(folder, refuse):
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            if is_image(name):
                 yield Path(parent, name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def walk(
+    folder: str | Path, onerror: Callable[[OSError], None]
+) -> Iterator[tuple[str, list[str]]]:
+    """(path, names of the files) of a folder and each below it, without hidden ones.
+
+    Folders are sorted, files are not. A link to a folder elsewhere is followed, once. `onerror` is
+    called for a folder that cannot be listed.
+    """
+    top = os.path.realpath(folder)
+    linked: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            if name.startswith("."):
+                continue
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if target in linked or os.path.commonpath([top, target]) in (top, target):
+                    continue  # it is walked anyway, or it would lead around in a circle
+                linked.add(target)
+            kept.append(name)
+        folders[:] = kept
+        yield parent, [name for name in files if not name.startswith(".")]
+
+
+def folders_in(folder: str) -> list[str]:
+    """The paths of the folders in a folder, sorted, without hidden ones. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()
+        )
