@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lora_engine.data.formats.tar import read
 from PIL import Image
 
 from benchmarks.measure import in_fresh_process, interleave, ratios, spread, table, write_result
@@ -43,6 +42,7 @@ from lora_engine.data.batches import (
     training_order,
 )
 from lora_engine.data.captions import CaptionTokenizer, TokenizedCaptions, tokenized
+from lora_engine.data.formats.tar import read
 from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.pixels import PixelSettings

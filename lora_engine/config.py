@@ -296,6 +296,7 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     """
     now = config.as_dict()
     now = json.loads(json.dumps(now))  # with lists for tuples, as before
+    before = {"read_order": "random", **before}  # the order of earlier versions
     differing = [
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]

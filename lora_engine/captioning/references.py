@@ -42,7 +42,8 @@ def references_of(
         if has_words(text):
             found[image].references.append(text)
         else:
-            bad.append(BadRow(pairs.location(row), f"has no words to compare: {text[:40]!r}"))
+            reason = f"has no words to compare: {text[:40]!r}" if text else "has no caption"
+            bad.append(BadRow(pairs.location(row), reason))
     chosen = np.flatnonzero([bool(image.references) for image in found])
     if not len(chosen):
         first = f", first {bad[0]}" if bad else ""

@@ -16,7 +16,8 @@ from lora_engine.data.rows import (
     caption_complaint,
     image_complaint,
 )
-from lora_engine.data.sources import Part, format_module, normal_split, split_of
+from lora_engine.data.sources import Part, reader
+from lora_engine.data.split_names import normal_split
 
 _CHUNK = 16_384  # items that become arrays at a time
 
@@ -43,7 +44,7 @@ class Chunk(NamedTuple):
 
 def read_chunks(part: Part, options: SourceOptions, *, needs_captions: bool) -> Iterator[Chunk]:
     """The usable items of a source file in chunks; raises AnnotationError if it has none at all."""
-    items = format_module(part.format).read(part.path, options)
+    items = reader(part.format).read(part.path, options)
     return chunks_of(items, part, needs_captions=needs_captions)
 
 
@@ -64,7 +65,6 @@ class _Collector:
     def __init__(self, part: Part, needs_captions: bool) -> None:
         self.part = part
         self.needs_captions = needs_captions
-        self.default_split = split_of(part.path)
         self.splits: dict[str, int] = {}
         self._clear()
 
@@ -114,7 +114,7 @@ class _Collector:
             return
         line = item.where if isinstance(item.where, int) else 0
         split = self.splits.setdefault(
-            normal_split(item.split) or self.default_split, len(self.splits)
+            normal_split(item.split) or self.part.split, len(self.splits)
         )
         for caption in usable:
             self.texts.append(encoded(caption))
@@ -124,7 +124,8 @@ class _Collector:
             self.paths.append("")
             self.members.append((encoded(item.image.name), item.image.offset, item.image.size))
         else:
-            self.paths.append(os.path.normpath(os.path.join(self.part.image_root, item.image)))
+            root = self.part.image_root or ""
+            self.paths.append(os.path.normpath(os.path.join(root, item.image)))
             self.members.append((b"", 0, 0))
 
     def complain(self, number: int, where: int | str, reason: str) -> None:

@@ -26,14 +26,15 @@ def first_image_names(items: Iterable[Item | Problem]) -> list[str]:
 def find_image_root(path: str, names: Sequence[str]) -> str:
     """The folder in which most of the images with these names are.
 
-    Looks in the folder of the annotation file `path`, in the folders of that folder, in its parent
-    and in the parent's folders. The file's folder where none of them has most of the images.
+    Looks in the folder of the annotation file `path`, in the folders of that folder, in its parent,
+    in the parent's folders and in the working folder, which `caption --out` writes paths relative
+    to. The file's folder where none of them has most of the images.
     """
     home = os.path.realpath(os.path.dirname(path))
     if 2 * _num_found(home, names) >= len(names):
         return home
     parent = os.path.dirname(home)
-    near = [*_folders(home), parent, *_folders(parent)]
+    near = [*_folders(home), parent, *_folders(parent), os.getcwd()]
     best = max(near, key=lambda folder: _num_found(folder, names))  # the first of several
     return best if 2 * _num_found(best, names) > len(names) else home
 

@@ -37,7 +37,8 @@ from lora_engine.data.images import ImageError, read_image_file
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.pairs import PairColumns, Pairs, PartRows
 from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
-from lora_engine.data.sources import Part, describe, find_parts, format_module
+from lora_engine.data.sampling import evenly_spaced
+from lora_engine.data.sources import Part, describe, find_parts, reader, with_image_root
 from lora_engine.data.workers import load
 from lora_engine.files import read_limited, replaced_folder
 
@@ -50,6 +51,7 @@ _ROW_BYTES = {"tar": 30_000, "parquet": 30_000, "arrow": 30_000}  # to guess the
 _TEXT_ROW_BYTES = 150
 _UNUSED_S = 60 * 86_400  # an index that was not opened for so long is removed
 _MAX_INDEX_BYTES = 2**28
+_NUM_SAMPLED = 20  # images whose files must exist for an index to be used
 
 
 def read_pairs(
@@ -79,16 +81,16 @@ def read_pairs(
         found = find_parts(paths_of(data), options)
         for notice in found.notices:
             logger.warning(notice)
-        source, bad, num_lost = _open_or_read(
+        source, bad, index = _open_or_read(
             found.parts, options, index_folder, needs_captions, num_workers
         )
-        bad = [*found.missing, *bad]
-        num_lost += len(found.missing)
+        bad = [*found.bad, *bad]
+        num_lost = index.num_lost_parts + len(found.bad)
         logger.info(
-            f"{name}: {describe(found.parts)}: {len(source.columns['image']):,} captions of "
+            f"{name}: {index.description}: {len(source.columns['image']):,} captions of "
             f"{len(source.images):,} images"
         )
-        if num_lost > max_bad_share * (len(found.parts) + len(found.missing)):
+        if num_lost > max_bad_share * (len(found.parts) + len(found.bad)):
             raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
     num_rows = len(source.columns["image"])
     if not num_rows or len(bad) > max_bad_share * (num_rows + len(bad)):
@@ -177,17 +179,20 @@ def _open_or_read(
     index_folder: Path | None,
     needs_captions: bool,
     num_workers: int | None,
-) -> tuple[PairColumns, list[BadRow], int]:
-    """The columns of source files, what is bad in them, and how many of them cannot be read."""
+) -> tuple[PairColumns, list[BadRow], "_Index"]:
+    """The columns of source files, what is bad in them, and what else is known of them."""
     reading = {"needs_captions": needs_captions, "num_workers": num_workers}
     num_expected, stamps = _survey(parts)
     if index_folder is not None and num_expected >= MIN_ROWS_ON_DISK and stamps is not None:
         key = _key([VERSION, *parts], stamps, options, needs_captions)
         folder = index_folder / "index" / key
         try:
-            if not folder.exists():
-                logger.info(f"indexing {len(parts):,} source files in {folder}")
-                _build(folder, parts, options, **reading)
+            if folder.exists():
+                opened = _open(folder)
+                if _has_its_images(opened[0].images):
+                    return opened
+            logger.info(f"indexing {len(parts):,} source files in {folder}")
+            _build(folder, parts, options, **reading)
             return _open(folder)
         except OSError as error:
             logger.warning(f"no index is kept in {folder}: {error}")
@@ -198,7 +203,13 @@ def _open_or_read(
             shutil.rmtree(folder, ignore_errors=True)
             return _open_or_read(parts, options, index_folder, needs_captions, num_workers)
     columns, index, bad = _read(parts, options, ColumnWriter(None), **reading)
-    return _source(columns, index, _containers(index)), bad, index.num_lost_parts
+    return _source(columns, index, _containers(index)), bad, index
+
+
+def _has_its_images(images: ImageTable) -> bool:
+    """Whether most of a few images are where the index says; they may have been moved since."""
+    sample = evenly_spaced(len(images), _NUM_SAMPLED)
+    return 2 * sum(map(images.has_file, sample)) >= len(sample)
 
 
 def _survey(parts: Sequence[Part]) -> tuple[int, list[str] | None]:
@@ -244,7 +255,7 @@ def _build(folder: Path, parts: Sequence[Part], options: SourceOptions, **readin
     _remove_unused(folder.parent)
 
 
-def _open(folder: Path) -> tuple[PairColumns, list[BadRow], int]:
+def _open(folder: Path) -> tuple[PairColumns, list[BadRow], "_Index"]:
     """Raises ColumnsError, ValueError, OSError."""
     try:
         index = _Index(**json.loads(read_limited(folder / INDEX_FILE, _MAX_INDEX_BYTES)))
@@ -256,10 +267,10 @@ def _open(folder: Path) -> tuple[PairColumns, list[BadRow], int]:
         source = _source(
             columns, index, _containers(index), digests=digests.view(np.ndarray), folder=folder
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, FileNotFoundError) as error:
         raise ColumnsError(f"{folder}: {error!r}") from None
     os.utime(folder)
-    return source, bad, index.num_lost_parts
+    return source, bad, index
 
 
 def _remove_unused(folder: Path) -> None:
@@ -299,6 +310,8 @@ def _read(
 ) -> tuple[Columns, "_Index", list[BadRow]]:
     """Read all source files, several at a time; one of several that cannot be read is a bad row."""
     merger = _Merger(writer)
+    parts = [with_image_root(part, options) for part in parts]
+    merger.index.description = describe(parts)
     dataset = _Parts(parts, options, needs_captions)
     if len(parts) == 1:
         merger.add_part(parts[0], dataset.chunks(0), dataset.container(0))
@@ -346,7 +359,7 @@ class _Parts(Dataset):
         """The container of images inside a source file: its kind, path, and identity or column."""
         part = self.parts[number]
         if part.format == "parquet":
-            module = format_module(part.format)
+            module = reader(part.format)
             return ["parquet", part.path, module.image_column(part.path, self.options)]
         return ["shard", part.path, identity(os.stat(part.path)).hex()]
 
@@ -367,6 +380,7 @@ class _Index:
     containers: list[list[str]] = field(default_factory=list)  # kind, path, identity or column
     splits: list[str] = field(default_factory=list)
     num_lost_parts: int = 0
+    description: str = ""  # of the sources, for people
 
 
 class _Merger:

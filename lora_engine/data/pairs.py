@@ -150,7 +150,7 @@ class Pairs(Sequence[Row]):
         """The rows with the numbers `rows()`, ascending; `key` (JSON) must name this choice."""
 
         def compute(writer: ColumnWriter) -> None:
-            chosen = rows()
+            chosen = np.asarray(rows(), dtype=np.int64)
             numbers, first, inverse = np.unique(
                 self.image_of_row[chosen], return_index=True, return_inverse=True
             )

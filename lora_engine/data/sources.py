@@ -25,7 +25,7 @@ from lora_engine.data.path_patterns import (
     shown_names,
 )
 from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions, shown_value
-from lora_engine.data.split_names import normal_split
+from lora_engine.data.split_names import normal_split, split_of
 
 HEAD_BYTES = 64 * 1024
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -67,11 +67,15 @@ FORMAT_NAMES = ("auto", *FORMATS)
 
 
 class Part(NamedTuple):
-    """What is read at once: a file, or a folder; both paths are absolute."""
+    """What is read at once: a file, or a folder; both paths are absolute.
+
+    `image_root` is None until `with_image_root` has looked for it; `split` is what the path says.
+    """
 
     format: str
     path: str
-    image_root: str
+    image_root: str | None = None
+    split: str = ""
 
 
 class Sources(NamedTuple):
@@ -104,8 +108,9 @@ def find_parts(paths: str | Sequence[str], options: SourceOptions) -> Sources:
                 repeated.append(file)
             else:
                 files[key] = os.path.abspath(file)
+    root = os.path.commonpath([os.path.dirname(path) for path in files.values()] or ["/"])
     found.parts.extend(
-        Part(name, path, _image_root(name, path, options)) for (name, _), path in files.items()
+        Part(name, path, split=split_of(path, root)) for (name, _), path in files.items()
     )
     if repeated:
         found.notices.append(f"named more than once, read once: {shown_names(repeated)}")
@@ -122,7 +127,7 @@ def describe(parts: Sequence[Part]) -> str:
         roots = {
             os.path.relpath(part.image_root, os.path.realpath(os.path.dirname(part.path))): None
             for part in parts
-            if part.format == name and FORMATS[name].unit == "text"
+            if part.format == name and FORMATS[name].unit == "text" and part.image_root is not None
         }
         roots.pop(".", None)
         phrases.append(f"{phrase}, images in {shown_names(list(roots))}" if roots else phrase)
@@ -144,6 +149,11 @@ def _check(options: SourceOptions) -> None:
         )
     if options.image_root is not None and not os.path.isdir(options.image_root):
         raise AnnotationError(f"{options.image_root}: no such folder, given as --image_root")
+
+
+def with_image_root(part: Part, options: SourceOptions) -> Part:
+    """The part with the folder of its images, which may be found by looking for the first ones."""
+    return part._replace(image_root=_image_root(part.format, part.path, options))
 
 
 def _image_root(name: str, path: str, options: SourceOptions) -> str:
@@ -185,6 +195,17 @@ def _without_reports(paths: Iterable[str]) -> list[str]:
         return shard != path and (f"{shard}.tar" in known or os.path.isdir(shard))
 
     return [path for path in paths if not is_report(path)]
+
+
+def is_source(path: str) -> bool:
+    """Whether a path is of a data set, and not of an image or of a folder of images."""
+    if not os.path.isdir(path):
+        return path.lower().endswith((*TAR_SUFFIXES, ".parquet", *TEXT_SUFFIXES))
+    names = os.listdir(path)
+    shards = (*TAR_SUFFIXES, ".parquet")
+    return not set(names).isdisjoint(ARROW_FILES) or any(
+        name.lower().endswith(shards) for name in names
+    )
 
 
 # --- files ----------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def _divide(pairs: Pairs, config: TrainingConfig) -> tuple[Pairs, Pairs]:
     """Training and validation rows of one source: by its splits, else held out by image."""
     splits = splits_of(pairs)
     train = _training_split(pairs, config.split)
-    if "val" in splits and config.split not in ("val", "validation"):
+    if "val" in splits and train is not pairs and config.split not in ("val", "validation"):
         unused = sum(splits.values()) - splits["val"] - len(train)
         logger.info(
             f"splits: {len(train):,} rows to train on, {splits['val']:,} for validation"

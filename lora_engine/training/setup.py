@@ -103,6 +103,9 @@ def prepare(
     if checkpoint is None:
         RunFolder.check_free(config.output_path, resume=config.resume is not None)
     else:
+        if config.read_order == "auto":
+            order = checkpoint.settings.get("read_order", "random")
+            config = dataclasses.replace(config, read_order=order)
         changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
     check_tracker(config.track)
     if config.push_to_hub is not None:
@@ -113,7 +116,8 @@ def prepare(
         val_data=val_data,
         is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
     )
-    config = with_read_order(config, rows, checkpoint)
+    if config.read_order == "auto":
+        config = with_read_order(config, rows)
     device = resolve_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -153,18 +157,11 @@ def prepare(
     return RunSetup(config, checkpoint, captioner, plan, run_data, trainer, begin_s)
 
 
-def with_read_order(
-    config: TrainingConfig, rows: Rows, checkpoint: Checkpoint | None
-) -> TrainingConfig:
-    """The settings with the order that the run has, or that is measured where it begins."""
-    if config.read_order != "auto":
-        return config
-    if checkpoint is not None:
-        order = checkpoint.settings.get("read_order", "random")  # the order of earlier versions
-    else:
-        order, reason = choose_read_order(rows.train.images)
-        if order == "blocks":
-            logger.info(f"images are read in blocks: {reason} (--read_order)")
+def with_read_order(config: TrainingConfig, rows: Rows) -> TrainingConfig:
+    """The settings of a new run with the order that suits where its images are."""
+    order, reason = choose_read_order(rows.train.images)
+    if order == "blocks":
+        logger.info(f"images are read in blocks: {reason} (--read_order)")
     return dataclasses.replace(config, read_order=order)
 
 
