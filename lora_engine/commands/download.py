@@ -104,7 +104,8 @@ def download(args: list[str]) -> int:
     output = img2dataset.Output(
         config.format, config.image_size, config.quality, config.shard_size
     )
-    kind = open_links(config.links, fields).kind
+    kind, rows = open_links(config.links, fields)
+    next(rows, None)  # refuses a table without links before anything is created
     command = img2dataset.find_command()
     with locked_folder(out):
         print(printable(f"list        {config.links}: {kind}"))
