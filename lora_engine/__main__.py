@@ -11,6 +11,7 @@ VERBS = {  # each a function of the same name in commands/, imported only when i
     "evaluate": "score captions against references, with and without an adapter",
     "merge": "merge an adapter into its base model, as a plain Hugging Face folder",
     "report": "write the results of a run, or compare several, as one HTML file",
+    "download": "download the images of a list of links, such as CC3M's, with img2dataset",
     "validate": "read every row and image of a data set and list those that cannot be used",
     "doctor": "check this machine for training and suggest fixes",
 }

@@ -1,0 +1,216 @@
+"""Running img2dataset (https://github.com/rom1504/img2dataset), and reading what it has written.
+
+It requires old versions of pandas and others, so it runs in an environment of its own. It is
+given a folder with one file of links per shard: the links of shard 7 are those of file 7. For each
+shard it writes images, a .parquet with the status of every link, and last NUMBER_stats.json. It
+skips shards with such a file when it is started again, so those that are not whole are removed.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "img2dataset==1.47.0"  # whose options and files this module knows
+OUTPUT_FORMATS = {"tars": "webdataset", "files": "files", "parquet": "parquet"}
+NEWEST_PYTHON = (3, 12)  # img2dataset imports imghdr, which Python 3.13 has removed
+KEY_DIGITS = 5  # img2dataset's: a shard has a name of at least that many
+_OUTPUT = re.compile(r"(\d{5,})(?:\.tar|\.parquet|_stats\.json)?")
+_END_OF_TAR = bytes(1024)
+# Ends the process group that it is in when the process that started it is gone, however it ended.
+_WATCHDOG = "import os, signal, sys; sys.stdin.read(); os.killpg(0, signal.SIGKILL)"
+
+
+@dataclass(frozen=True)
+class Output:
+    """How shards are written: the settings that must not change while a folder is filled."""
+
+    format: str  # of OUTPUT_FORMATS
+    image_size: int
+    quality: int
+    shard_size: int
+
+
+def find_command() -> list[str]:
+    """The command that runs img2dataset on this machine. Raises ValueError if there is none."""
+    # Packages installed beside this one are found without an activated environment, too.
+    path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
+    is_suitable = sys.version_info[:2] <= NEWEST_PYTHON
+    python = sys.executable if is_suitable else ".".join(map(str, NEWEST_PYTHON))
+    in_uv = ["--python", python, "--from", PACKAGE, "img2dataset"]
+    if uvx := shutil.which("uvx", path=path):
+        return [uvx, *in_uv]
+    if uv := shutil.which("uv", path=path):
+        return [uv, "tool", "run", *in_uv]
+    if pipx := shutil.which("pipx", path=path):
+        return [pipx, "run", "--python", python, "--spec", PACKAGE, "img2dataset"]
+    if img2dataset := shutil.which("img2dataset", path=path):
+        return [img2dataset]
+    raise ValueError(
+        "links are downloaded by img2dataset in an environment of its own, which needs uv: "
+        "pip install uv (pipx, or an img2dataset on the PATH, would do, too)"
+    )
+
+
+def arguments(
+    links: Path,
+    folder: Path,
+    output: Output,
+    *,
+    has_captions: bool,
+    timeout_s: int,
+    retries: int,
+    num_workers: int,
+    num_threads: int,
+) -> list[str]:
+    """The flags that download `links`, a folder of JSON Lines, into `folder`."""
+    flags: dict[str, Any] = {
+        "url_list": links,
+        "input_format": "jsonl",
+        "url_col": "url",
+        "output_folder": folder,
+        "output_format": OUTPUT_FORMATS[output.format],
+        "number_sample_per_shard": output.shard_size,
+        "oom_shard_count": KEY_DIGITS,
+        "image_size": output.image_size,
+        "resize_mode": "keep_ratio_largest",
+        "resize_only_if_bigger": True,
+        "encode_format": "jpg",
+        "encode_quality": output.quality,
+        "timeout": timeout_s,
+        "retries": retries,
+        "processes_count": num_workers,
+        "thread_count": num_threads,
+        "incremental_mode": "incremental",
+        "enable_wandb": False,
+    }
+    if has_captions:
+        flags["caption_col"] = "caption"
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """Within the context the command runs, with its output in `log`; after it, it is killed.
+
+    Its process group is its own, so that a Ctrl-C reaches only this process, which then kills the
+    whole group, worker processes included. If this process is killed, so is the group.
+    """
+    environment = os.environ | {
+        "NO_ALBUMENTATIONS_UPDATE": "1",  # a request to PyPI
+        "PYTHONUTF8": "1",  # captions in text files
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment.pop("PYTHONPATH", None)  # packages of another environment
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            process_group=0,
+        )
+    watchdog = None
+    try:
+        with suppress(PermissionError, ProcessLookupError):  # it has ended already
+            watchdog = subprocess.Popen(
+                [sys.executable, "-S", "-c", _WATCHDOG], stdin=subprocess.PIPE,
+                process_group=process.pid,
+            )
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if watchdog is not None:
+            watchdog.communicate()
+
+
+# --- shards ---------------------------------------------------------------------------------
+
+
+def read_stats(folder: Path, shard: int) -> dict[str, Any] | None:
+    """The statistics of a shard that is whole, else None."""
+    name = f"{shard:0{KEY_DIGITS}}"
+    try:
+        stats = json.loads((folder / f"{name}_stats.json").read_bytes())
+        keys = {"count", "successes", "failed_to_download", "failed_to_resize", "status_dict"}
+        is_whole = keys <= stats.keys() and (
+            _ends_with(folder / f"{name}.tar", _END_OF_TAR)
+            or _ends_with(folder / f"{name}.parquet", b"PAR1")
+            and not (folder / f"{name}.tar").exists()
+        )
+    except (OSError, ValueError, AttributeError):
+        return None
+    return stats if is_whole else None
+
+
+def _ends_with(path: Path, end: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+    except OSError:
+        return False
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files of all shards that are not whole, and img2dataset's temporary files."""
+    shards: dict[int, list[Path]] = {}
+    for path in folder.iterdir():
+        if match := _OUTPUT.fullmatch(path.name):
+            shards.setdefault(int(match[1]), []).append(path)
+    for shard, paths in shards.items():
+        if read_stats(folder, shard) is None:
+            _remove(paths)
+    shutil.rmtree(folder / "_tmp", ignore_errors=True)
+
+
+def remove_shards(folder: Path, shards: Collection[int]) -> None:
+    """Remove all files of these shards."""
+    _remove([
+        path for path in folder.iterdir()
+        if (match := _OUTPUT.fullmatch(path.name)) and int(match[1]) in shards
+    ])
+
+
+def _remove(paths: list[Path]) -> None:
+    """Remove files and folders of shards, the statistics first: then the shard is not finished."""
+    for path in sorted(paths, key=lambda path: not path.name.endswith(".json")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def downloaded_rows(folder: Path, shard: int, output: Output) -> set[int]:
+    """Which links of a whole shard have become images, as numbers of lines, counted from 0."""
+    path = folder / f"{shard:0{KEY_DIGITS}}"
+    if output.format == "tars":
+        with tarfile.open(path.with_suffix(".tar")) as tar:
+            names = [member.name for member in tar]
+    elif output.format == "files":
+        names = os.listdir(path)
+    else:
+        names = [f"{key}.jpg" for key in _parquet_keys(path.with_suffix(".parquet"))]
+    num_digits = math.ceil(math.log10(output.shard_size))  # of the row, at the end of the key
+    return {int(name[:-4][-num_digits:]) for name in names if name.endswith(".jpg")}
+
+
+def _parquet_keys(path: Path) -> list[str]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            "--retry_failed with --format parquet needs pyarrow: pip install pyarrow"
+        ) from None
+    table = parquet.read_table(path, columns=["key", "status"])
+    rows = zip(table["key"].to_pylist(), table["status"].to_pylist())
+    return [key for key, status in rows if status == "success"]
