@@ -75,15 +75,10 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
                 continue
             key = hash(sample.key)
             if key in seen:
-                yield Problem(
-                    next(iter(sample.fields.values())).name,
-                    f"another sample before it has the key {shown_value(sample.key)}: rename one "
-                    f"of them; if both are the same sample, its members must follow each other "
-                    f"(tar --sort=name)",
-                )
-                continue
-            seen.add(key)
-            item = _item(sample, wanted)
+                item: Item | Problem | None = _duplicate(sample)
+            else:
+                seen.add(key)
+                item = _item(sample, wanted)
             if item is not None:
                 yield item
 
@@ -94,7 +89,6 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
     sample: Sample | None = None
     num_members, has_samples, has_pickle = 0, False, False
     for member in members(archive):
-        num_members += 1
         if not isinstance(member, Member):
             if isinstance(member, Gap):
                 if sample is not None:  # what follows may be of another sample
@@ -104,6 +98,7 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
             if problem is not None:
                 yield problem
             continue
+        num_members += 1
         name = member.name
         key, _, field = name.partition(".")
         if "/" in name or not key or not field:
@@ -165,6 +160,14 @@ def _split(name: str) -> tuple[str, str]:
         return "", ""
     key, _, field = file.partition(".")
     return folder + slash + key, field
+
+
+def _duplicate(sample: Sample) -> Problem:
+    return Problem(
+        next(iter(sample.fields.values())).name,
+        f"another sample before it has the key {shown_value(sample.key)}: rename one of them; if "
+        f"both are the same sample, its members must follow each other (tar --sort=name)",
+    )
 
 
 def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
