@@ -224,6 +224,8 @@ def _number(field: bytes) -> int:
 
 def _is_signed_sum(block: bytes) -> bool:
     """Whether the checksum is that of old programs, to which bytes were signed numbers."""
+    if block.isascii():
+        return False  # it is the unsigned sum, which was compared
     rest = block[:148] + block[156:]
     found = sum(rest) - 256 * sum(byte > 127 for byte in rest) + 8 * ord(" ")
     return found == _number(block[148:156])
