@@ -23,7 +23,7 @@ WINDOW = 8192  # bytes: behind an image usually its caption, its metadata and th
 SEARCH_CHUNK = 1 << 20
 MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records
 MAX_PADDING = 1 << 20  # zeros at the end of an archive; tar writes up to 10,240 by default
-HEADER = struct.Struct("100s 24x 11s c 12x 8s B 100x 6s 82x 155s 12x")
+HEADER = struct.Struct("100s 24x 11s B 12x 8s B 100x 6s 82x 155s 12x")
 FILE, EXTENSION = "file", "extended header"
 KINDS = {
     ord(code): kind for code, kind in {
@@ -134,10 +134,10 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
 
     A missing end marker is accepted, because some programs do not write it.
     """
-    position = 0
+    position, file_size = 0, archive.size
     defaults: dict[str, str] = {}  # from global pax headers
     extended: dict[str, str] = {}  # from the extended headers before a member
-    while position < archive.size:
+    while position < file_size:
         header = parse_header(archive.read(position, BLOCK))
         if header is None:
             end, is_padding = next_header(archive, position)
@@ -160,12 +160,12 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
             name, kind = fields.get("path", name), extended.get("kind", kind)
             size = int(fields.get("size", size)) if code not in WITHOUT_DATA else 0
             extended = {}
-        if not 0 <= size <= archive.size - offset:
-            end, _ = next_header(archive, min(offset, archive.size))
+        if not 0 <= size <= file_size - offset:
+            end, _ = next_header(archive, min(offset, file_size))
             yield Gap(
                 position, end,
                 f"{kind} {shown_value(name)} has {size:,} bytes at byte {offset:,}, but the file "
-                f"has {archive.size:,} in all",
+                f"has {file_size:,} in all",
             )
             position, extended = end, {}
             continue
@@ -179,7 +179,7 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
         else:
             yield NotAFile(name, kind)
     if extended:
-        yield Gap(archive.size, archive.size, "an extended header without its member")
+        yield Gap(file_size, file_size, "an extended header without its member")
 
 
 def parse_header(block: bytes) -> tuple[str, int, int] | None:
@@ -191,8 +191,8 @@ def parse_header(block: bytes) -> tuple[str, int, int] | None:
         if zlib.adler32(block) & 0xFFFF != _adler(checksum) and not _is_signed_sum(block):
             return None
         # Twelve digits, or a binary number, where eleven digits and an end do not suffice.
-        is_plain = digits.isdigit() and end in b"\0 "
-        size = int(digits, 8) if is_plain else _number(digits + end)
+        is_plain = digits.isdigit() and end in (0, 32)
+        size = int(digits, 8) if is_plain else _number(block[124:136])
     except ValueError:
         return None
     name = name.partition(b"\0")[0]
@@ -200,11 +200,7 @@ def parse_header(block: bytes) -> tuple[str, int, int] | None:
         name = prefix.partition(b"\0")[0] + b"/" + name
     if not code and name.endswith(b"/"):  # before ustar, directories had no type
         code = ord("5")
-    return _decoded(name), code, size
-
-
-def _decoded(name: bytes) -> str:
-    return name.decode() if name.isascii() else name.decode("utf-8", "surrogateescape")
+    return name.decode("utf-8", "surrogateescape"), code, size
 
 
 @functools.lru_cache(4096)
@@ -228,6 +224,8 @@ def _number(field: bytes) -> int:
 
 def _is_signed_sum(block: bytes) -> bool:
     """Whether the checksum is that of old programs, to which bytes were signed numbers."""
+    if block.isascii():
+        return False  # it is the unsigned sum, which was compared
     rest = block[:148] + block[156:]
     found = sum(rest) - 256 * sum(byte > 127 for byte in rest) + 8 * ord(" ")
     return found == _number(block[148:156])

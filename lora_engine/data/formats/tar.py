@@ -32,18 +32,20 @@ MAX_JSON_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8
 
 
-class Sample(NamedTuple):
-    """The members with one key by their fields, and the data of those that hold text."""
+@dataclasses.dataclass(slots=True)
+class Sample:
+    """The members with one key: all by their fields, the images, and the data of text and json."""
 
     key: str
     fields: dict[str, Member]
+    images: list[Member]
     texts: dict[str, bytes]
 
 
 class Wanted(NamedTuple):
     """The fields to read; `of_json` chooses the key of a field "json"."""
 
-    image: str | None
+    images: frozenset[str]
     texts: tuple[str, ...]
     of_json: SourceOptions
 
@@ -59,8 +61,11 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
         field and field.removeprefix(".").lower()
         for field in (options.image_field, options.caption_field)
     )
-    texts = TEXT_FIELDS if text is None else (text,) if text != "json" else ()
-    wanted = Wanted(image, texts, dataclasses.replace(options, image_field="image"))
+    wanted = Wanted(
+        images=IMAGE_FIELDS if image is None else frozenset({image}),
+        texts=TEXT_FIELDS if text is None else (text,) if text != "json" else (),
+        of_json=dataclasses.replace(options, image_field="image"),
+    )
     seen: set[int] = set()  # hashes of keys
     with Archive(path) as archive:
         check_is_tar(archive)
@@ -70,15 +75,10 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
                 continue
             key = hash(sample.key)
             if key in seen:
-                yield Problem(
-                    next(iter(sample.fields.values())).name,
-                    f"another sample before it has the key {shown_value(sample.key)}: rename one "
-                    f"of them; if both are the same sample, its members must follow each other "
-                    f"(tar --sort=name)",
-                )
-                continue
-            seen.add(key)
-            item = _item(sample, wanted)
+                item: Item | Problem | None = _duplicate(sample)
+            else:
+                seen.add(key)
+                item = _item(sample, wanted)
             if item is not None:
                 yield item
 
@@ -89,7 +89,6 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
     sample: Sample | None = None
     num_members, has_samples, has_pickle = 0, False, False
     for member in members(archive):
-        num_members += 1
         if not isinstance(member, Member):
             if isinstance(member, Gap):
                 if sample is not None:  # what follows may be of another sample
@@ -99,28 +98,33 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
             if problem is not None:
                 yield problem
             continue
-        key, _, field = member.name.partition(".")
-        if not field or "/" in field or key[-1:] in ("", "/") or key[0] == "/":
-            if _leads_out(member.name):
+        num_members += 1
+        name = member.name
+        key, _, field = name.partition(".")
+        if "/" in name or not key or not field:
+            if name.startswith("/") or ".." in name.split("/"):
                 yield Problem(
-                    member.name,
+                    name,
                     "its path leads out of the archive: store it under a relative path without ..",
                 )
-            key, field = _split(member.name)
+                continue
+            key, field = _split(name)
             if not field:
                 continue
         field = field.lower()
         if sample is None or sample.key != key or field in sample.fields:
             if sample is not None:
                 yield sample
-            sample, has_samples = Sample(key, {}, {}), True
+            sample, has_samples = Sample(key, {}, [], {}), True
         sample.fields[field] = member
-        if field in limits and member.size <= limits[field]:
+        if field in wanted.images:
+            sample.images.append(member)
+        if member.size <= limits.get(field, -1):
             sample.texts[field] = archive.read(member.offset, member.size)
-        elif field.rpartition(".")[2] in PICKLE_FIELDS and not has_pickle:
+        elif not has_pickle and field.rpartition(".")[2] in PICKLE_FIELDS:
             has_pickle = True  # one problem for all of them: each sample may have one
             yield Problem(
-                member.name,
+                name,
                 "may hold code, so nothing is unpickled: this member and others like it are "
                 "ignored, the rest of their samples is used",
             )
@@ -149,43 +153,42 @@ def _refusal(member: NotAFile | Gap, archive: Archive) -> Problem | None:
     return Problem(member.name, f"is a {member.kind}, expected a file: store a copy of the file")
 
 
-def _leads_out(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")
-
-
 def _split(name: str) -> tuple[str, str]:
-    """A member's key and field; no field for a hidden file, and for a path that leads out.
-
-    macOS writes a hidden file ._NAME beside each file.
-    """
+    """A member's key and field; no field for hidden files (macOS writes ._NAME beside NAME)."""
     folder, slash, file = name.rpartition("/")
-    is_hidden = any(part[:1] == "." and part != "." for part in name.split("/"))
-    if is_hidden or name.startswith("/"):
+    if any(part[:1] == "." and part != "." for part in name.split("/")):
         return "", ""
     key, _, field = file.partition(".")
     return folder + slash + key, field
 
 
+def _duplicate(sample: Sample) -> Problem:
+    return Problem(
+        next(iter(sample.fields.values())).name,
+        f"another sample before it has the key {shown_value(sample.key)}: rename one of them; if "
+        f"both are the same sample, its members must follow each other (tar --sort=name)",
+    )
+
+
 def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
     """None for a sample without an image if img2dataset states that its download failed."""
-    images = [
-        field for field in sample.fields
-        if (field in IMAGE_FIELDS if wanted.image is None else field == wanted.image)
-    ]
-    if len(images) != 1:
-        return _image_problem(sample, images, wanted)
-    image = sample.fields[images[0]]
-    name = image.name
-    text = next((field for field in wanted.texts if field in sample.fields), "json")
+    if len(sample.images) != 1:
+        return _image_problem(sample, wanted)
+    image = sample.images[0]
+    name, text = image.name, "json"
+    for field in wanted.texts:
+        if field in sample.fields:
+            text = field
+            break
     for field in (text, "json"):
-        if field in sample.fields and field not in sample.texts:
+        if field not in sample.texts and field in sample.fields:
             large, limit = sample.fields[field], _max_bytes(field)
             return Problem(
                 large.name,
                 f"has {large.size:,} bytes, at most {limit:,} are accepted: is it the right field?",
             )
     data = sample.texts.get("json", b"{}")
-    if text != "json" and b'"split"' not in data:
+    if text != "json" and data.find(b'"split"') < 0:  # twice as fast as "in"
         return Item(name, image, (_decoded(sample.texts[text]),))
     metadata = _metadata(data)
     if isinstance(metadata, str):
@@ -206,23 +209,19 @@ def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
     return as_item({**metadata, "image": image}, name, wanted.of_json)
 
 
-def _image_problem(sample: Sample, images: list[str], wanted: Wanted) -> Problem | None:
+def _image_problem(sample: Sample, wanted: Wanted) -> Problem | None:
     first = next(iter(sample.fields.values())).name
-    fields = ", ".join(sample.fields)
-    if images:
-        return Problem(
-            first,
-            f"its fields {' and '.join(images)} could both be the image; choose one with "
-            f"--image_field",
-        )
+    if sample.images:
+        names = " and ".join(field for field in sample.fields if field in wanted.images)
+        return Problem(first, f"{names} could both be the image; choose one with --image_field")
     metadata = _metadata(sample.texts.get("json", b"{}"))
     if isinstance(metadata, dict) and metadata.get("status") not in (None, "success"):
         return None
-    if wanted.image is None:
+    if wanted.images is IMAGE_FIELDS:
         reason = "is known to be an image; name it with --image_field"
     else:
-        reason = f"is {wanted.image}, as --image_field says"
-    return Problem(first, f"none of its fields ({fields}) {reason}")
+        reason = f"is {', '.join(wanted.images)}, as --image_field says"
+    return Problem(first, f"none of its fields ({', '.join(sample.fields)}) {reason}")
 
 
 def _decoded(data: bytes) -> str:
