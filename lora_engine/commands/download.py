@@ -112,7 +112,7 @@ def download(args: list[str]) -> int:
         if kind == CC3M:
             print(_READY_MADE)
         record = open_record(out, config.links, fields=fields, output=output)
-        img2dataset.remove_unfinished(out)
+        img2dataset.remove_unfinished(out, record.output)
         # A second try that was stopped is continued, and not followed by a third.
         was_retrying = len(record.passes) > 1 and pending_shards(out, record)
         _finish_pass(config, out, record, command)
@@ -146,7 +146,7 @@ def _finish_pass(config: DownloadConfig, out: Path, record: Record, command: lis
         print("\nrerun the same command to continue", file=sys.stderr)
         raise
     finally:
-        img2dataset.remove_unfinished(out)
+        img2dataset.remove_unfinished(out, record.output)
 
 
 def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> None:
@@ -166,7 +166,7 @@ def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> N
             is_running = not _has_ended(process)
             new = {
                 shard: stats for shard in pending
-                if (stats := img2dataset.read_stats(out, shard)) is not None
+                if (stats := img2dataset.read_stats(out, shard, record.output)) is not None
             }
             _check_disk(out, log, new)
             finished |= new

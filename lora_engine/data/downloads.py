@@ -225,12 +225,13 @@ def _write_links(out: Path, links: Iterable[Link], *, first: int, shard_size: in
 
 def pending_shards(out: Path, record: Record) -> set[int]:
     """The shards of the last pass that are not whole."""
-    return {shard for shard in record.last_pass if img2dataset.read_stats(out, shard) is None}
+    return set(record.last_pass) - all_stats(out, record).keys()
 
 
 def all_stats(out: Path, record: Record) -> dict[int, dict[str, Any]]:
     """The statistics of all whole shards, of all passes."""
-    found = ((shard, img2dataset.read_stats(out, shard)) for shard in range(record.passes[-1]))
+    shards = range(record.passes[-1])
+    found = ((shard, img2dataset.read_stats(out, shard, record.output)) for shard in shards)
     return {shard: stats for shard, stats in found if stats is not None}
 
 

@@ -27,6 +27,7 @@ NEWEST_PYTHON = (3, 12)  # img2dataset imports imghdr, which Python 3.13 has rem
 KEY_DIGITS = 5  # img2dataset's: a shard has a name of at least that many
 _OUTPUT = re.compile(r"(\d{5,})(?:\.tar|\.parquet|_stats\.json)?")
 _END_OF_TAR = bytes(1024)
+_STATS_KEYS = {"count", "successes", "failed_to_download", "failed_to_resize", "status_dict"}
 # Ends the process group that it is in when the process that started it is gone, however it ended.
 _WATCHDOG = "import os, signal, sys; sys.stdin.read(); os.killpg(0, signal.SIGKILL)"
 
@@ -136,19 +137,20 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 # --- shards ---------------------------------------------------------------------------------
 
 
-def read_stats(folder: Path, shard: int) -> dict[str, Any] | None:
+def read_stats(folder: Path, shard: int, output: Output) -> dict[str, Any] | None:
     """The statistics of a shard that is whole, else None."""
     name = f"{shard:0{KEY_DIGITS}}"
     try:
         stats = json.loads((folder / f"{name}_stats.json").read_bytes())
-        keys = {"count", "successes", "failed_to_download", "failed_to_resize", "status_dict"}
-        is_whole = keys <= stats.keys() and (
-            _ends_with(folder / f"{name}.tar", _END_OF_TAR)
-            or _ends_with(folder / f"{name}.parquet", b"PAR1")
-            and not (folder / f"{name}.tar").exists()
-        )
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
+    if not isinstance(stats, dict) or not _STATS_KEYS <= stats.keys():
+        return None
+    is_whole = _ends_with(folder / f"{name}.parquet", b"PAR1")
+    if output.format == "tars":
+        is_whole = is_whole and _ends_with(folder / f"{name}.tar", _END_OF_TAR)
+    elif output.format == "files":
+        is_whole = is_whole and (folder / name).is_dir()
     return stats if is_whole else None
 
 
@@ -161,14 +163,14 @@ def _ends_with(path: Path, end: bytes) -> bool:
         return False
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, output: Output) -> None:
     """Remove the files of all shards that are not whole, and img2dataset's temporary files."""
     shards: dict[int, list[Path]] = {}
     for path in folder.iterdir():
         if match := _OUTPUT.fullmatch(path.name):
             shards.setdefault(int(match[1]), []).append(path)
     for shard, paths in shards.items():
-        if read_stats(folder, shard) is None:
+        if read_stats(folder, shard, output) is None:
             _remove(paths)
     shutil.rmtree(folder / "_tmp", ignore_errors=True)
 
