@@ -189,6 +189,14 @@ def test_a_field_of_another_type_is_refused(tmp_path):
     assert "--caption_field is nothing" in refusal(path, SourceOptions(caption_field="nothing"))
 
 
+def test_fields_are_chosen_by_name_where_several_are_possible(tmp_path):
+    columns = {"image": pictures(0), "text": ["a"], "title": ["b"], "path": ["c.jpg"]}
+    path = write(tmp_path / "a.parquet", columns)
+    assert rows_of(path)[0].captions == ["a"]
+    options = SourceOptions(image_field="path", caption_field="title")
+    assert rows_of(path, options) == [Item(1, "c.jpg", ["b"])]
+
+
 def test_damaged_files_are_refused(tmp_path):
     good = write(tmp_path / "a.parquet", {"image": pictures(*range(9)), "text": list("abcdefghi")})
     content = (tmp_path / "a.parquet").read_bytes()
@@ -224,9 +232,9 @@ def test_the_cache_is_bounded_and_keeps_the_latest_row_groups(tmp_path):
     sizes = parquet.row_group_bytes(path, "image")
     assert len(sizes) == 6 and all(size >= len(png(0)) for size in sizes)
     reader = ParquetImages(path, "image", max_cache_bytes=max(sizes) + 3 * len(png(0)) // 2)
-    for row_group in (0, 1, 0, 2, 3, 3, 0):
+    for row_group, cached in ((0, [0]), (1, [0, 1]), (0, [1, 0]), (2, [0, 2]), (2, [0, 2])):
         assert reader.read(row_group, 0) == png(row_group)
-    assert list(reader._row_groups) == [3, 0]
+        assert list(reader._row_groups) == cached
     one = ParquetImages(path, "image", max_cache_bytes=0)
     assert [one.read(number, 0) for number in (0, 5)] == [png(0), png(5)]
     assert len(one._row_groups) == 1
