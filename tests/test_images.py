@@ -8,10 +8,12 @@ import io
 import os
 import pickle
 import struct
+import sys
 import time
 import warnings
 import zlib
 
+import fuzz_images
 import numpy as np
 import pytest
 import torch
@@ -372,6 +374,60 @@ def test_an_image_error_survives_pickling():
     error = pickle.loads(pickle.dumps(ImageError("a.jpg", "the file is empty")))
     assert (error.path, error.reason) == ("a.jpg", "the file is empty")
     assert str(error) == "a.jpg: the file is empty"
+
+
+def heic(image: Image.Image, **options) -> bytes:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    return encode(image, "HEIF", quality=-1, chroma=444, **options)
+
+
+def test_heic_is_decoded_within_the_limits():
+    picture = Image.new("RGB", (64, 48), (200, 100, 50))
+    data = heic(picture)
+    opened = open_image(data)
+    assert (opened.mode, opened.size) == ("RGB", (64, 48))
+    error = np.abs(np.asarray(opened, int) - np.asarray(picture, int))
+    assert error.max() <= 3  # the colors pass through YCbCr
+    with pytest.raises(ImageError, match="too large: 64 x 48"):
+        open_image(data, max_pixels=64 * 48 - 1)
+
+
+def test_heic_is_turned_once():
+    picture = Image.new("RGB", (64, 48), "white")
+    picture.paste("black", (0, 0, 32, 48))
+    opened = open_image(heic(picture, exif=orientation(6).tobytes()))
+    assert opened.size == (48, 64)
+    assert opened.getpixel((24, 10)) < (9, 9, 9) and opened.getpixel((24, 54)) > (246, 246, 246)
+
+
+def test_damaged_heic_gives_pixels_or_an_image_error(monkeypatch):
+    data = heic(noise(40, 50))
+    monkeypatch.setitem(fuzz_images.FORMATS, "HEIF", [("RGB", {}), ("RGBA", {})])
+    for length in (12, 40, len(data) // 2, len(data) - 9):
+        with pytest.raises(ImageError):
+            open_image(data[:length])
+    for damaged in mutations("HEIF", seed=0, count=100):
+        loads_or_refuses(damaged)
+
+
+def test_heic_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    path = tmp_path / "IMG_0001.HEIC"
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # import raises ImportError
+    for brands in (b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic"):
+        path.write_bytes(struct.pack(">I", 24) + b"ftyp" + brands + bytes(100))
+        with pytest.raises(ImageError) as caught:
+            open_image(path)
+        assert caught.value.reason == (
+            "is HEIC; install pillow-heif to read it: pip install 'lora_engine[heic]'"
+        )
+
+
+def test_avif_is_left_to_pillow(monkeypatch):
+    data = encode(noise(8, 9), "AVIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert b"mif1" in data[:64]  # a brand that it shares with HEIC
+    assert open_image(data).size == (9, 8)
 
 
 def test_a_file_and_its_bytes_give_the_same_pixels(tmp_path):

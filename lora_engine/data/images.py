@@ -38,6 +38,10 @@ _START_OF_SCAN = re.compile(b"\xff\xda")
 _MAX_SCANS = 100  # of a large JPEG that is read in blocks of the usual size; most have up to 12
 _LARGE_JPEG = 2**22  # pixels; of smaller ones even 64 KiB of scans are decoded within a second
 
+# Brands of HEIC files (ISO/IEC 23008-12). AVIF files may share mif1, and are Pillow's.
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"heif"})
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # this process's fault, not an image's
 
 
@@ -73,9 +77,11 @@ def open_image(
     2 * Image.MAX_IMAGE_PIXELS, applies as well.
 
     The time is checked whenever Pillow reads more of the file, so that JPEG, PNG, GIF, BMP and PPM
-    keep to the limit within two seconds. WebP, AVIF, TIFF and JPEG 2000 are decoded in one call,
-    which cannot be stopped. MAX_PIXELS of them take up to ten seconds (JPEG 2000: a minute), but
-    the time of a TIFF or JPEG 2000 file crafted to be slow is not bounded.
+    keep to the limit within two seconds. WebP, AVIF, HEIC, TIFF and JPEG 2000 are decoded in one
+    call, which cannot be stopped. MAX_PIXELS of them take up to ten seconds (JPEG 2000: a minute),
+    but the time of a TIFF or JPEG 2000 file crafted to be slow is not bounded.
+
+    HEIC needs the package pillow-heif, the extra "heic".
     """
     path = source_name(source)
     data = source if isinstance(source, bytes) else read_image_file(source)
@@ -84,7 +90,7 @@ def open_image(
     stream = _TimedBytes(data, limit_s)
     with image_errors(path, stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(stream, formats=FORMATS)
+        image = Image.open(stream, formats=_heic_formats(path) if _is_heic(data) else FORMATS)
         _check_size(image, path, max_pixels)
         if image.format == "JPEG" and image.width * image.height > _LARGE_JPEG:
             # A scan of 10 bytes takes up to 8 ms. With Pillow's 64 KiB at a time, the limit would
@@ -92,7 +98,7 @@ def open_image(
             if len(_START_OF_SCAN.findall(data)) > _MAX_SCANS:
                 image.decodermaxblock = 10 * _MAX_SCANS  # type: ignore[attr-defined]
         image.load()
-        _apply_orientation(image)
+        apply_orientation(image)
         return _to_rgb(image, path)
 
 
@@ -105,6 +111,29 @@ def read_image_file(path: str | Path) -> bytes:
 def source_name(source: str | Path | bytes) -> str:
     """What errors call a source."""
     return "<bytes>" if isinstance(source, bytes) else str(source)
+
+
+def _is_heic(data: bytes) -> bool:
+    """Whether the file's first box, ftyp (size, name, brand, version, brands), says HEIC."""
+    if data[4:8] != b"ftyp":
+        return False
+    size = min(int.from_bytes(data[:4]), 1024)
+    brands = {data[8:12], *(data[start : start + 4] for start in range(16, size, 4))}
+    return bool(brands & _HEIC_BRANDS) and not brands & _AVIF_BRANDS
+
+
+def _heic_formats(path: str) -> tuple[str, ...]:
+    """Pillow's name for HEIC, once pillow-heif is registered; it is imported only for such files.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError(
+            path, "is HEIC; install pillow-heif to read it: pip install 'lora_engine[heic]'"
+        ) from None
+    # One thread: the loading processes share the processors already.
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+    return ("HEIF",)
 
 
 class _TimedBytes(io.BytesIO):
@@ -190,7 +219,7 @@ def _check_size(image: Image.Image, path: str, max_pixels: int) -> None:
         )
 
 
-def _apply_orientation(image: Image.Image) -> None:
+def apply_orientation(image: Image.Image) -> None:
     """Rotate the image in place according to its EXIF data; unreadable EXIF data are ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
