@@ -28,6 +28,7 @@ from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions, shown_
 from lora_engine.data.split_names import normal_split
 
 HEAD_BYTES = 64 * 1024
+MAX_SUFFIXES = 8  # in a message
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -369,8 +370,10 @@ def _nothing_message(
         names = shown_names([os.path.basename(path) for _, path in texts])
         return f"{folder}: has {len(texts):,} annotation files ({names}): name the ones to use"
     counts = ", ".join(
-        f"{count:,} {suffix or 'without a suffix'}"
-        for suffix, count in survey.suffixes.most_common(8)
+        f"{-count:,} {suffix or 'without a suffix'}"
+        for count, suffix in sorted((-count, suffix) for suffix, count in survey.suffixes.items())[
+            :MAX_SUFFIXES
+        ]
     )
     holds = f"{counts} ({', '.join(survey.names)})" if counts else "no files"
     if options.format != "auto":
