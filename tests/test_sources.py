@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lora_engine.data import path_patterns
+from lora_engine.data.file_formats import FORMAT_NAMES, FORMATS, format_of
 from lora_engine.data.image_roots import find_image_root
 from lora_engine.data.path_patterns import expand_braces, gap_notices
-from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions
-from lora_engine.data.sources import (
-    FORMAT_NAMES,
-    FORMATS,
-    Part,
-    describe,
-    find_parts,
-    format_of,
-)
+from lora_engine.data.rows import BadRow, SourceOptions
+from lora_engine.data.sources import Part, describe, find_parts
 from lora_engine.data.split_names import normal_split, split_of
 
 AUTO = SourceOptions()
@@ -208,11 +203,12 @@ def test_the_home_folder_may_be_written_as_a_tilde(write, monkeypatch):
     ("ph*/**/x", "looked for **/x in {here}/photos"),
     ("{10..12}.tar", "nothing matches this pattern: looked for 10.tar in {here}, which has empty"),
     ("empty/a.tar", "looked for a.tar in {here}/empty, which is empty"),
-    ("{0..99999999}", "stands for more than 1,000,000 names"),
+    ("{0..99999999}", "stands for more than 1,000 names"),
     ("nul\0", "no such file or folder"),
     ("*nul\0", "nothing matches this pattern"),
 ])
-def test_a_path_to_nothing_says_what_is_there(write, path, words):
+def test_a_path_to_nothing_says_what_is_there(write, path, words, monkeypatch):
+    monkeypatch.setattr(path_patterns, "MAX_NAMES", 1_000)
     here = write("train.json", "photos/10.png", "photos/2.png", "photos/1.png", "empty/.hidden")
     message = refusal(path)
     assert message.startswith(f"{path}: ") and words.format(here=here) in message
@@ -356,7 +352,7 @@ def test_a_folder_without_captions_says_what_it_looked_for_and_what_is_there(wri
                   "(README, a.jpg, b.jpg, c.pdf)", "call them x.txt for x.jpg"]:
         assert words in message
     assert "it has no files" in refusal("empty")
-    assert refusal("docs").endswith("Give the folder with the images, or the annotation file itself")
+    assert refusal("docs").endswith(" or the annotation file itself")
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_one_below_it_is_reported(
