@@ -182,6 +182,7 @@ def test_wildcards_match_in_natural_order_and_may_stand_in_braces(write):
     assert paths_of("**/*.tar") == ["a1.tar", "a2.tar", "a10.tar", "b/1.tar", "c/d/e.tar"]
     assert paths_of("{c/d,b}/*.tar") == ["c/d/e.tar", "b/1.tar"]
     assert paths_of("**") == paths_of("**/*.tar")
+    assert find_parts("**", AUTO).notices == []  # no file is found twice
     assert paths_of("[bc]") == ["b/1.tar", "c/d/e.tar"]
 
 
@@ -200,6 +201,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(write, monkeypatch):
     ("fotos/x.json", "no such file or folder; did you mean photos in {here}?"),
     ("photos/*.csv", "nothing matches this pattern: looked for *.csv in {here}/photos, which has "
                      "1.png, 2.png, 10.png"),
+    ("**/x", "looked for **/x in {here}, which has"),
     ("ph*/**/x", "looked for **/x in {here}/photos"),
     ("{10..12}.tar", "nothing matches this pattern: looked for 10.tar in {here}, which has empty"),
     ("empty/a.tar", "looked for a.tar in {here}/empty, which is empty"),
@@ -232,6 +234,7 @@ def test_a_file_that_is_named_twice_is_read_once(write):
     ("00000.tar 00001.tar 00003.tar", "00002 is missing"),
     ("a-07.tar a-08.tar a-10.tar a-13.tar a-14.tar a-15.tar", "09, 11, 12 are missing"),
     ("a-00000-of-00003.parquet", "00001, 00002 are missing"),
+    ("a-00001-of-00003.parquet a-00002-of-00003.parquet", "00000 is missing"),
     ("a-00000-of-00009.parquet", "00001, 00002, 00003, 00004, 00005 and 3 more are missing"),
     ("1.tar 2.tar", None),
     ("20240101.tar 20240301.tar", None),
@@ -266,6 +269,11 @@ def test_a_folder_of_tars_with_gaps_is_noticed(write):
     write("s/00000.tar", "s/00001.tar", "s/00003.tar")
     (notice,) = find_parts("s", AUTO).notices
     assert "00002 is missing" in notice
+
+
+def test_shards_of_a_folder_are_in_natural_order(write):
+    write("s/2.tar", "s/10.tar", "s/1.tar")
+    assert paths_of("s") == ["s/1.tar", "s/2.tar", "s/10.tar"]
 
 
 def test_compressed_tars_in_a_folder_are_given_to_the_reader_that_refuses_them(write):
@@ -345,7 +353,7 @@ def test_a_given_format_chooses_among_what_a_folder_has(write):
 
 
 def test_a_folder_without_captions_says_what_it_looked_for_and_what_is_there(write):
-    write("d/a.jpg", "d/b.jpg", "d/c.pdf", "d/README", "empty/.hidden", "docs/x.pdf")
+    write("d/a.jpg", "d/b.jpg", "d/c.pdf", "d/README", "empty/.hidden", "docs/config.json")
     message = refusal("d")
     for words in ["d: no images with captions in this folder", "metadata.jsonl", "*.tar",
                   "*.parquet", ".caption", "state.json", "2 .jpg", "1 .pdf", "1 without a suffix",
@@ -391,7 +399,8 @@ def test_the_folder_of_the_images_has_most_of_them(write):
     names = [f"{n}.jpg" for n in range(10)]
     assert find_image_root("d/a.json", names) == f"{here}/d/most"
     assert find_image_root("d/a.json", [*names, *map(str, range(9))]) == f"{here}/d"
-    assert find_image_root("d/a.json", []) == f"{here}/d"
+    assert find_image_root("d/a.json", []) == find_image_root("d/a.json", ["0.jpg"]) == f"{here}/d"
+    assert find_image_root("d/a.json", ["0.jpg", "1.jpg"]) == f"{here}/d/few"
 
 
 def test_paths_with_folders_are_found_below_the_folder_of_images(write):
@@ -408,10 +417,11 @@ def test_a_given_folder_of_images_is_used_and_must_exist(write):
 
 
 def test_absolute_paths_and_bad_rows_do_not_choose_a_folder(write):
-    rows = [{"text": "x", "image": image} for image in ("/nowhere/a.jpg", 7, " ", "http://x/a.jpg")]
+    images = ("/nowhere/a.jpg", 7, " ", "http://x/a.jpg", "a.jpg")
+    rows = [{"text": "x", "image": image} for image in images]
     here = write("d/images/a.jpg", **{"d/a.json": json.dumps([3, *rows])})
     (part,) = find_parts("d/a.json", SourceOptions(format="json_list")).parts
-    assert part.image_root == f"{here}/d"
+    assert part.image_root == f"{here}/d/images"
 
 
 def test_a_broken_annotation_file_is_refused_with_its_line(write):

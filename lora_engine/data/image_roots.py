@@ -30,10 +30,10 @@ def find_image_root(path: str, names: Sequence[str]) -> str:
     and in the parent's folders. The file's folder where none of them has most of the images.
     """
     home = os.path.realpath(os.path.dirname(path))
-    if 2 * _num_found(home, names) >= len(names):
+    if _num_found(home, names) == len(names):
         return home
     parent = os.path.dirname(home)
-    near = [*_folders(home), parent, *_folders(parent)]
+    near = [home, *_folders(home), parent, *_folders(parent)]
     best = max(near, key=lambda folder: _num_found(folder, names))  # the first of several
     return best if 2 * _num_found(best, names) > len(names) else home
 

@@ -15,11 +15,11 @@ ABOUT_THE_DATA = frozenset({"readme", "license", "licence", "notice"})  # texts,
 
 
 def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
-    """One item per image in a folder and below it, sorted by path; `where` is its relative path.
+    """One item per image in a folder, then in those below it; `where` is its relative path.
 
-    An image without a caption file has no captions. --caption_field caption prefers .caption files.
-    Only the names of one folder are in memory. Raises AnnotationError if there are no images, or
-    if the folder cannot be listed.
+    Within a folder, images are sorted by name. An image without a caption file has no captions.
+    --caption_field caption prefers .caption files. Only the names of one folder are in memory.
+    Raises AnnotationError if there are no images, or if the folder cannot be listed.
     """
     suffixes = _preferred(path, options)
     errors: list[OSError] = []
@@ -103,7 +103,7 @@ def _read(path: str) -> bytes | None:
 
     Takes 7 us of processor time, open() and read() 20 us.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
