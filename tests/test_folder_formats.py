@@ -138,10 +138,10 @@ def test_a_caption_file_that_is_no_file_is_a_problem(tmp_path):
 def test_a_caption_file_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
     folder = write(tmp_path, {"a.jpg": "", "a.txt": "a dog"})
 
-    def refuse(*args):
-        raise PermissionError(13, "Permission denied")
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(sidecars, "open", refuse, raising=False)
+    monkeypatch.setattr(os, "open", refuse)
     assert list(sidecars.read(folder, OPTIONS)) == [
         Problem("a.jpg", "its caption file a.txt cannot be read: Permission denied")
     ]

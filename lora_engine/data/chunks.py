@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_engine.data.file_formats import reader
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.rows import (
     BadRow,
@@ -16,7 +17,7 @@ from lora_engine.data.rows import (
     caption_complaint,
     image_complaint,
 )
-from lora_engine.data.sources import Part, reader
+from lora_engine.data.sources import Part
 from lora_engine.data.split_names import normal_split
 
 _CHUNK = 16_384  # items that become arrays at a time

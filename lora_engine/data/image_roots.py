@@ -31,10 +31,10 @@ def find_image_root(path: str, names: Sequence[str]) -> str:
     to. The file's folder where none of them has most of the images.
     """
     home = os.path.realpath(os.path.dirname(path))
-    if 2 * _num_found(home, names) >= len(names):
+    if _num_found(home, names) == len(names):
         return home
     parent = os.path.dirname(home)
-    near = [*_folders(home), parent, *_folders(parent), os.getcwd()]
+    near = [home, *_folders(home), parent, *_folders(parent), os.getcwd()]
     best = max(near, key=lambda folder: _num_found(folder, names))  # the first of several
     return best if 2 * _num_found(best, names) > len(names) else home
 

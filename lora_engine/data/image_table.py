@@ -7,7 +7,7 @@ stamp of its file by this number, and does not know what the images come from.
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from lora_engine.data.columns import Columns
 from lora_engine.data.image_identity import FileStamp, identity, stamp
 from lora_engine.data.images import MAX_FILE_BYTES, ImageError, read_image_file
 from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.parquet_images import ParquetImages, RowGroups
+from lora_engine.data.python_rows import PythonImages, image_column
+from lora_engine.data.rows import SourceOptions
 
 
 class Container(Protocol):
@@ -96,6 +99,49 @@ class Shard:
     def stamp(self, name: str) -> FileStamp | None:
         found = stamp(self.path)
         return found if found == self.identity else None
+
+
+class ParquetFile:
+    """Images that are cells of a column of a Parquet file: row `size` of row group `offset`."""
+
+    read_order: Literal["blocks"] = "blocks"
+
+    def __init__(self, path: str, column: str, identity: bytes, row_groups: RowGroups) -> None:
+        self.path = path
+        self.images = ParquetImages(path, column, row_groups)
+        self.identity = identity
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            return self.images.read(offset, size)
+        except (OSError, ValueError) as error:
+            reason = str(error).removeprefix(f"{self.path}: ")
+            raise ImageError(os.path.join(self.path, name), reason) from None
+
+    def stamp(self, name: str) -> FileStamp | None:
+        found = stamp(self.path)
+        return found if found == self.identity else None
+
+
+class PythonRows:
+    """Images that were given from Python, which do not change."""
+
+    read_order: Literal["random"] = "random"
+
+    def __init__(self, data: Any, options: SourceOptions) -> None:
+        self.path = ""
+        self.images = PythonImages(data, image_column(data, options))
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            return self.images.read(offset)
+        except ImageError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ImageError(name, str(error)) from None
+
+    def stamp(self, name: str) -> FileStamp | None:
+        return b"given in Python!"
 
 
 class ImageTable(Sequence[str]):

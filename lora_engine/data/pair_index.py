@@ -28,17 +28,28 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lora_engine.data import python_rows
 from lora_engine.data.chunks import Chunk, chunks_of, read_chunks
 from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
+from lora_engine.data.file_formats import reader
 from lora_engine.data.image_files import SUFFIXES
 from lora_engine.data.image_identity import identity, stamp
-from lora_engine.data.image_table import Container, Folder, ImageTable, Shard
+from lora_engine.data.image_table import (
+    Container,
+    Folder,
+    ImageTable,
+    ParquetFile,
+    PythonRows,
+    Shard,
+)
 from lora_engine.data.images import ImageError, read_image_file
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.pairs import PairColumns, Pairs, PartRows
+from lora_engine.data.parquet_images import RowGroups
+from lora_engine.data.python_rows import NAME
 from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
-from lora_engine.data.sources import Part, describe, find_parts, reader, with_image_root
+from lora_engine.data.sources import Part, describe, find_parts, with_image_root
 from lora_engine.data.workers import load
 from lora_engine.files import read_limited, replaced_folder
 
@@ -109,7 +120,7 @@ def paths_of(data: Any) -> list[str]:
 
 def name_of(data: Any) -> str:
     """What messages call a source."""
-    return ", ".join(paths_of(data)) or "the rows given"
+    return ", ".join(paths_of(data)) or NAME
 
 
 def _bad_rows_message(
@@ -130,18 +141,17 @@ def _bad_rows_message(
 def _read_python(
     data: Any, options: SourceOptions, needs_captions: bool
 ) -> tuple[PairColumns, list[BadRow]]:
-    from lora_engine.data.python_rows import PythonImages, read
-
-    part = Part("python", name_of(data), os.getcwd())
+    part = Part("python", NAME, os.getcwd())
     merger = _Merger(ColumnWriter(None))
     merger.add_part(
-        part, chunks_of(read(data, options), part, needs_captions=needs_captions),
-        container=["python", part.path, ""],
+        part,
+        chunks_of(python_rows.read(data, options), part, needs_captions=needs_captions),
+        ["python", NAME, "", ""],
     )
     columns, index = merger.finish()
-    containers = [
-        PythonImages(data, options) if kind == "python" else _open_container(kind, path, detail)
-        for kind, path, detail in index.containers
+    containers: list[Container] = [
+        PythonRows(data, options) if kind == "python" else Folder(path)
+        for kind, path, *_ in index.containers
     ]
     digests = np.zeros(merger.num_images, dtype="V16")
     return _source(columns, index, containers, digests=digests), merger.bad
@@ -314,7 +324,8 @@ def _read(
     merger.index.description = describe(parts)
     dataset = _Parts(parts, options, needs_captions)
     if len(parts) == 1:
-        merger.add_part(parts[0], dataset.chunks(0), dataset.container(0))
+        container = dataset.container(0)
+        merger.add_part(parts[0], dataset.chunks(0), container)
     else:
         num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts) // 4)
         found = load(
@@ -348,7 +359,8 @@ class _Parts(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Any, list[str] | None]:
         try:
-            return list(self.chunks(number)), self.container(number)
+            container = self.container(number)  # before the file is read, lest it change meanwhile
+            return list(self.chunks(number)), container
         except AnnotationError as error:
             return error, None
 
@@ -356,12 +368,16 @@ class _Parts(Dataset):
         return read_chunks(self.parts[number], self.options, needs_captions=self.needs_captions)
 
     def container(self, number: int) -> list[str]:
-        """The container of images inside a source file: its kind, path, and identity or column."""
+        """The container of images inside a source file: kind, path, identity, and column."""
         part = self.parts[number]
-        if part.format == "parquet":
-            module = reader(part.format)
-            return ["parquet", part.path, module.image_column(part.path, self.options)]
-        return ["shard", part.path, identity(os.stat(part.path)).hex()]
+        try:
+            found = identity(os.stat(part.path)).hex()
+        except OSError as error:
+            raise AnnotationError(f"{part.path}: cannot be read: {error.strerror}") from None
+        if part.format != "parquet":
+            return ["shard", part.path, found, ""]
+        column = reader("parquet").image_column(part.path, self.options)
+        return ["parquet", part.path, found, column]
 
 
 def _as_it_is(value: Any) -> Any:
@@ -377,7 +393,7 @@ class _Index:
     """Everything about a source besides its columns, as it is stored in index.json."""
 
     parts: list[list[Any]] = field(default_factory=list)  # PartRows
-    containers: list[list[str]] = field(default_factory=list)  # kind, path, identity or column
+    containers: list[list[str]] = field(default_factory=list)  # kind, path, identity, column
     splits: list[str] = field(default_factory=list)
     num_lost_parts: int = 0
     description: str = ""  # of the sources, for people
@@ -455,7 +471,7 @@ class _Merger:
     def _folder(self, path: str) -> int:
         if path not in self.folders:
             self.folders[path] = len(self.index.containers)
-            self.index.containers.append(["folder", path, ""])
+            self.index.containers.append(["folder", path, "", ""])
         return self.folders[path]
 
     def _add_ids(self, ids: Sequence[Any]) -> None:
@@ -471,14 +487,13 @@ class _Merger:
 
 
 def _containers(index: _Index) -> list[Container]:
-    return [_open_container(*container) for container in index.containers]
+    row_groups = RowGroups()
 
+    def opened(kind: str, path: str, found: str, column: str) -> Container:
+        if kind == "folder":
+            return Folder(path)
+        if kind == "parquet":
+            return ParquetFile(path, column, bytes.fromhex(found), row_groups)
+        return Shard(path, bytes.fromhex(found))
 
-def _open_container(kind: str, path: str, detail: str) -> Container:
-    if kind == "folder":
-        return Folder(path)
-    if kind == "parquet":
-        from lora_engine.data.parquet_images import ParquetFile
-
-        return ParquetFile(path, detail)
-    return Shard(path, bytes.fromhex(detail))
+    return [opened(*container) for container in index.containers]

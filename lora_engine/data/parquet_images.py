@@ -2,7 +2,6 @@
 
 import os
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 from lora_engine.data.arrow_columns import import_pyarrow
@@ -16,26 +15,50 @@ from lora_engine.data.formats.parquet import (
 MAX_CACHE_BYTES = 2**28
 
 
+class RowGroups:
+    """The row groups that were read last, of all files of a data set.
+
+    They take up to `max_bytes`, and there is at least one.
+    """
+
+    def __init__(self, max_bytes: int = MAX_CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._values: OrderedDict[tuple[str, int], Any] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, path: str, row_group: int) -> Any:
+        values = self._values.get((path, row_group))
+        if values is not None:
+            self._values.move_to_end((path, row_group))
+        return values
+
+    def make_space(self, size: int) -> None:
+        """Drop row groups before one of `size` bytes is read, not after: memory holds both then."""
+        used = sum(values.nbytes for values in self._values.values())
+        while self._values and used + size > self.max_bytes:
+            _, values = self._values.popitem(last=False)
+            used -= values.nbytes
+
+    def keep(self, path: str, row_group: int, values: Any) -> None:
+        self._values[path, row_group] = values
+
+
 class ParquetImages:
     """Reads images from an image column, one row group at a time.
 
-    A row group is the smallest unit of Parquet that can be read. The latest ones stay in memory, up
-    to `max_cache_bytes` (and at least one), in each process that reads: after a fork the child
-    opens the file anew, because processes must not share a position in it.
+    A row group is the smallest unit of Parquet that can be read. Those that were read last stay in
+    `row_groups`, in each process that reads: after a fork the child opens the file anew, because
+    processes must not share a position in it.
     """
 
-    def __init__(self, path: str, column: str, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
+    def __init__(self, path: str, column: str, row_groups: RowGroups) -> None:
         self.path = path
         self.column = column
-        self.max_cache_bytes = max_cache_bytes
+        self.row_groups = row_groups
         self._process = 0
         self._file: Any = None
-        self._row_groups: OrderedDict[int, Any] = OrderedDict()  # least recently used first
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Another process gets an empty cache, and opens the file itself.
-        make = partial(ParquetImages, max_cache_bytes=self.max_cache_bytes)
-        return make, (self.path, self.column)
 
     def read(self, row_group: int, row: int) -> bytes:
         """The bytes of the image file in a row of a row group, both counted from 0.
@@ -59,17 +82,16 @@ class ParquetImages:
 
     def _values(self, row_group: int) -> Any:
         """The bytes of a row group's images."""
+        values = self.row_groups.get(self.path, row_group)
+        if values is not None:
+            return values
         if self._process != os.getpid():
-            self._row_groups.clear()
             self._file = open_parquet(self.path)
             self._process = os.getpid()
-        if row_group in self._row_groups:
-            self._row_groups.move_to_end(row_group)
-            return self._row_groups[row_group]
         if not 0 <= row_group < self._file.metadata.num_row_groups:
             raise ValueError(f"{self.path}: no row group {row_group}: has the file changed?")
         (chunk,) = column_chunks(self._file, row_group, self.column)
-        self._make_room(chunk.total_uncompressed_size)
+        self.row_groups.make_space(chunk.total_uncompressed_size)
         # In batches, because pyarrow refuses nested columns of more than 2 GiB at once.
         batches = self._file.iter_batches(
             IMAGES_AT_ONCE,
@@ -79,12 +101,5 @@ class ParquetImages:
         )
         columns = [bytes_column(batch.column(0)) for batch in batches]
         values = import_pyarrow(self.path).chunked_array(columns)
-        self._row_groups[row_group] = values
+        self.row_groups.keep(self.path, row_group, values)
         return values
-
-    def _make_room(self, size: int) -> None:
-        """Drop row groups before one of `size` bytes is read, not after: memory holds both then."""
-        used = sum(values.nbytes for values in self._row_groups.values())
-        while self._row_groups and used + size > self.max_cache_bytes:
-            _, values = self._row_groups.popitem(last=False)
-            used -= values.nbytes

@@ -15,19 +15,20 @@ ABOUT_THE_DATA = frozenset({"readme", "license", "licence", "notice"})  # texts,
 
 
 def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
-    """One item per image in a folder and below it, sorted by path; `where` is its relative path.
+    """One item per image in a folder, then in those below it; `where` is its relative path.
 
-    An image without a caption file has no captions. --caption_field caption prefers .caption files.
-    Only the names of one folder are in memory. Raises AnnotationError if there are no images, or
-    if the folder cannot be listed.
+    Within a folder, images are sorted by name. An image without a caption file has no captions.
+    --caption_field caption prefers .caption files. Only the names of one folder are in memory.
+    Raises AnnotationError if there are no images, or if the folder cannot be listed.
     """
     suffixes = _preferred(path, options)
     errors: list[OSError] = []
     num_images = 0
     for folder, names in walk(path, errors.append):
         yield from _unlisted(path, errors)
-        num_images += sum(map(is_image, names))
-        yield from _in_folder(path, folder, names, suffixes)
+        images = sorted(filter(is_image, names))
+        num_images += len(images)
+        yield from _in_folder(path, folder, images, names, suffixes)
     yield from _unlisted(path, errors)
     if not num_images:
         raise AnnotationError(f"{path}: no images (looked for {' '.join(sorted(SUFFIXES))})")
@@ -54,17 +55,17 @@ def _unlisted(path: str, errors: list[OSError]) -> Iterator[Problem]:
 
 
 def _in_folder(
-    path: str, folder: str, names: list[str], suffixes: Sequence[str]
+    path: str, folder: str, images: list[str], names: list[str], suffixes: Sequence[str]
 ) -> Iterator[Item | Problem]:
     """The images of one folder, then its caption files without an image."""
     captions: dict[str, dict[str, str]] = {suffix: {} for suffix in suffixes}  # stem: name
     for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in captions:
+        if name.lower().endswith(CAPTION_SUFFIXES):
+            stem, suffix = os.path.splitext(name)
             captions[suffix.lower()][stem] = name
     relative = "" if folder == path else os.path.relpath(folder, path)
     stems = set()
-    for name in sorted(filter(is_image, names)):
+    for name in images:
         stem = os.path.splitext(name)[0]
         stems.add(stem)
         where = os.path.join(relative, name)
@@ -86,14 +87,27 @@ def _in_folder(
 def _item(where: str, caption_path: str) -> Item | Problem:
     name = os.path.basename(caption_path)
     try:
-        status = os.stat(caption_path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
-            return Problem(where, f"its caption file {name} is not a regular file")
-        if status.st_size > MAX_CAPTION_BYTES:
-            return Problem(where, f"its caption file {name} is larger than 1 MiB: is it a caption?")
-        with open(caption_path, "rb") as file:
-            data = file.read()
+        data = _read(caption_path)
     except OSError as error:
         return Problem(where, f"its caption file {name} cannot be read: {error.strerror}")
+    if data is None:
+        return Problem(where, f"its caption file {name} is not a regular file")
+    if len(data) > MAX_CAPTION_BYTES:
+        return Problem(where, f"its caption file {name} is larger than 1 MiB: is it a caption?")
     # with or without a byte order mark; caption_complaint finds bytes that are not UTF-8
     return Item(where, where, (data.decode("utf-8-sig", errors="surrogateescape"),))
+
+
+def _read(path: str) -> bytes | None:
+    """Up to MAX_CAPTION_BYTES + 1 bytes of a regular file; None for a pipe, which may never end.
+
+    Takes 7 us of processor time, open() and read() 20 us.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return os.read(descriptor, min(status.st_size, MAX_CAPTION_BYTES + 1))
+    finally:
+        os.close(descriptor)
