@@ -10,7 +10,7 @@ from forking import in_child
 from PIL import Image
 
 from lora_engine.data.formats import arrow, parquet
-from lora_engine.data.parquet_images import ParquetImages
+from lora_engine.data.parquet_images import ParquetImages, RowGroups
 from lora_engine.data.rows import (
     AnnotationError,
     Item,
@@ -56,7 +56,7 @@ def refusal(path, options=AUTO, module=parquet) -> str:
 
 
 def check_images(path: str, items, images: list[bytes], options=AUTO) -> None:
-    reader = ParquetImages(path, parquet.image_column(path, options))
+    reader = ParquetImages(path, parquet.image_column(path, options), RowGroups())
     assert [reader.read(item.image.offset, item.image.size) for item in items] == images
 
 
@@ -144,7 +144,7 @@ def test_null_images_are_problems_and_null_captions_are_complained_about(tmp_pat
     assert "null" in caption_complaint(third.captions[0])
     assert isinstance(last, Problem) and last.where == 4
     with pytest.raises(ValueError, match="null"):
-        ParquetImages(path, "image").read(0, 1)
+        ParquetImages(path, "image", RowGroups()).read(0, 1)
 
 
 def test_captions_that_are_not_utf8_are_complained_about(tmp_path):
@@ -213,17 +213,17 @@ def test_damage_in_the_images_is_found_when_they_are_read(tmp_path):
     content[4:30] = b"\xff" * 26  # the header of the first page
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises((OSError, ValueError)):
-        ParquetImages(path, "image").read(0, 0)
+        ParquetImages(path, "image", RowGroups()).read(0, 0)
 
 
 def test_rows_that_are_not_there_are_refused(tmp_path):
     path = write(tmp_path / "a.parquet", {"image": pictures(0), "text": ["a"]})
     with pytest.raises(ValueError, match="no row 1"):
-        ParquetImages(path, "image").read(0, 1)
+        ParquetImages(path, "image", RowGroups()).read(0, 1)
     with pytest.raises(ValueError, match="no row group 1"):
-        ParquetImages(path, "image").read(1, 0)
+        ParquetImages(path, "image", RowGroups()).read(1, 0)
     with pytest.raises(OSError):
-        ParquetImages(str(tmp_path / "none"), "image").read(0, 0)
+        ParquetImages(str(tmp_path / "none"), "image", RowGroups()).read(0, 0)
 
 
 def test_the_cache_is_bounded_and_keeps_the_latest_row_groups(tmp_path):
@@ -231,18 +231,20 @@ def test_the_cache_is_bounded_and_keeps_the_latest_row_groups(tmp_path):
     path = write(tmp_path / "a.parquet", columns, row_group_size=1)
     sizes = parquet.row_group_bytes(path, "image")
     assert len(sizes) == 6 and all(size >= len(png(0)) for size in sizes)
-    reader = ParquetImages(path, "image", max_cache_bytes=max(sizes) + 3 * len(png(0)) // 2)
+    row_groups = RowGroups(max(sizes) + 3 * len(png(0)) // 2)
+    reader = ParquetImages(path, "image", row_groups)
     for row_group, cached in ((0, [0]), (1, [0, 1]), (0, [1, 0]), (2, [0, 2]), (2, [0, 2])):
         assert reader.read(row_group, 0) == png(row_group)
-        assert list(reader._row_groups) == cached
-    one = ParquetImages(path, "image", max_cache_bytes=0)
+        assert [number for _, number in row_groups._values] == cached
+    one = ParquetImages(path, "image", RowGroups(0))
     assert [one.read(number, 0) for number in (0, 5)] == [png(0), png(5)]
-    assert len(one._row_groups) == 1
+    assert len(one.row_groups) == 1
 
 
 def test_a_fork_and_a_copy_open_the_file_themselves(tmp_path):
     columns = {"image": pictures(0, 1), "text": ["a", "b"]}
-    reader = ParquetImages(write(tmp_path / "a.parquet", columns, row_group_size=1), "image")
+    path = write(tmp_path / "a.parquet", columns, row_group_size=1)
+    reader = ParquetImages(path, "image", RowGroups())
     assert reader.read(0, 0) == png(0)
     parents_file = reader._file
 

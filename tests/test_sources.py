@@ -12,7 +12,7 @@ from lora_engine.data.file_formats import FORMAT_NAMES, FORMATS, format_of
 from lora_engine.data.image_roots import find_image_root
 from lora_engine.data.path_patterns import expand_braces, gap_notices
 from lora_engine.data.rows import BadRow, SourceOptions
-from lora_engine.data.sources import Part, describe, find_parts
+from lora_engine.data.sources import Part, describe, find_parts, with_image_root
 from lora_engine.data.split_names import normal_split, split_of
 
 AUTO = SourceOptions()
@@ -62,9 +62,15 @@ def unlistable(monkeypatch):
     return refuse
 
 
+def resolved(*paths: str, **given) -> list[Part]:
+    """The parts with their folders of images."""
+    options = SourceOptions(**given)
+    return [with_image_root(part, options) for part in find_parts(paths, options).parts]
+
+
 def found(*paths: str, **options) -> list[tuple[str, str]]:
     """(format, path relative to the working folder) of the parts."""
-    parts = find_parts(paths, SourceOptions(**options)).parts
+    parts = resolved(*paths, **options)
     assert all(os.path.isabs(part.path) and os.path.isabs(part.image_root) for part in parts)
     return [(part.format, os.path.relpath(part.path)) for part in parts]
 
@@ -75,7 +81,7 @@ def paths_of(*paths: str) -> list[str]:
 
 def refusal(*paths: str, **options) -> str:
     with pytest.raises(ValueError) as error:
-        find_parts(paths, SourceOptions(**options))
+        resolved(*paths, **options)
     return str(error.value)
 
 
@@ -260,7 +266,7 @@ def test_a_folder_of_tars_is_its_shards_without_the_reports_of_img2dataset(write
     assert [os.path.basename(part.path) for part in sources.parts] == [
         "00000.tar", "00001.tar", "00002.tar", "00010.tar"
     ]
-    assert sources.parts[0] == Part("tar", f"{here}/cc3m/00000.tar", f"{here}/cc3m")
+    assert resolved("cc3m")[0] == Part("tar", f"{here}/cc3m/00000.tar", f"{here}/cc3m")
     assert describe(sources.parts) == "4 WebDataset tars"
     assert paths_of("cc3m/*0*") == paths_of("cc3m")
 
@@ -288,11 +294,19 @@ def test_a_folder_of_parquet_files_is_those_files(write):
                           ("parquet", "d/data/train-00001-of-00002.parquet")]
 
 
-def test_a_saved_dataset_is_one_part(write):
-    here = write("d/dataset_dict.json", "d/train/state.json", "e/state.json", "e/data.arrow")
-    assert find_parts(["d", "e"], AUTO).parts == [
-        Part("arrow", f"{here}/d", f"{here}/d"), Part("arrow", f"{here}/e", f"{here}/e")
+def test_a_saved_dataset_is_its_arrow_files(write):
+    state = json.dumps({"_data_files": [{"filename": "0.arrow"}, {"filename": "1.arrow"}]})
+    here = write("d/train/0.arrow", "e/0.arrow", **{
+        "d/dataset_dict.json": '{"splits": ["train"]}', "d/train/state.json": state,
+        "e/state.json": state,
+    })
+    assert resolved("d", "e") == [
+        Part("arrow", f"{here}/d/train/0.arrow", f"{here}/d/train", "train"),
+        Part("arrow", f"{here}/d/train/1.arrow", f"{here}/d/train", "train"),
+        Part("arrow", f"{here}/e/0.arrow", f"{here}/e"),
+        Part("arrow", f"{here}/e/1.arrow", f"{here}/e"),
     ]
+    assert describe(resolved("d", "e")) == "2 Hugging Face datasets (save_to_disk)"
 
 
 def test_a_folder_with_metadata_is_one_part_or_one_for_each_split(write):
@@ -302,18 +316,18 @@ def test_a_folder_with_metadata_is_one_part_or_one_for_each_split(write):
         "e/metadata.jsonl": metadata, "e/train/metadata.jsonl": metadata,
     })
     sources = find_parts("d", AUTO)
-    assert sources.parts == [
-        Part("image_folder", f"{here}/d/test", f"{here}/d/test"),
-        Part("image_folder", f"{here}/d/train", f"{here}/d/train"),
+    assert resolved("d") == [
+        Part("image_folder", f"{here}/d/test", f"{here}/d/test", "test"),
+        Part("image_folder", f"{here}/d/train", f"{here}/d/train", "train"),
     ]
     assert sources.notices == ["d/val: is not read, as it has no metadata.jsonl or metadata.csv"]
     assert found("e") == [("image_folder", "e")]
-    assert find_parts("e", SourceOptions(image_root="d")).parts[0].image_root == f"{here}/d"
+    assert resolved("e", image_root="d")[0].image_root == f"{here}/d"
 
 
 def test_a_folder_of_images_with_caption_files_is_one_part(write):
     here = write("d/x/a.jpg", "d/x/a.caption", "d/captions.json", "d/b.jpg")
-    assert find_parts("d", SourceOptions(image_root="d/x")).parts == [
+    assert resolved("d", image_root="d/x") == [
         Part("sidecars", f"{here}/d", f"{here}/d")
     ]
 
@@ -389,7 +403,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_one_below_it_is_reported
 ])
 def test_the_folder_of_the_images_is_found_near_the_file(write, file, image, root):
     here = write(image, "d/.hidden/a.jpg", "d/other/b.jpg", **{file: CONTENTS["json_list"]})
-    (part,) = find_parts(file, AUTO).parts
+    (part,) = resolved(file)
     assert part.image_root == f"{here}/{root}"
 
 
@@ -406,13 +420,13 @@ def test_the_folder_of_the_images_has_most_of_them(write):
 def test_paths_with_folders_are_found_below_the_folder_of_images(write):
     write("d/images/val2014/a.jpg", **{"d/k.json": CONTENTS["karpathy"].replace(
         '"filename"', '"filepath": "val2014", "filename"')})
-    parts = find_parts("d/k.json", AUTO).parts
+    parts = resolved("d/k.json")
     assert describe(parts) == "Karpathy splits, images in images"
 
 
 def test_a_given_folder_of_images_is_used_and_must_exist(write):
     here = write("d/a.jpg", "x/b.jpg", **{"d/a.json": CONTENTS["json_list"]})
-    assert find_parts("d/a.json", SourceOptions(image_root="x")).parts[0].image_root == f"{here}/x"
+    assert resolved("d/a.json", image_root="x")[0].image_root == f"{here}/x"
     assert refusal("d/a.json", image_root="y") == "y: no such folder, given as --image_root"
 
 
@@ -420,7 +434,7 @@ def test_absolute_paths_and_bad_rows_do_not_choose_a_folder(write):
     images = ("/nowhere/a.jpg", 7, " ", "http://x/a.jpg", "a.jpg")
     rows = [{"text": "x", "image": image} for image in images]
     here = write("d/images/a.jpg", **{"d/a.json": json.dumps([3, *rows])})
-    (part,) = find_parts("d/a.json", SourceOptions(format="json_list")).parts
+    (part,) = resolved("d/a.json", format="json_list")
     assert part.image_root == f"{here}/d/images"
 
 
@@ -429,7 +443,7 @@ def test_a_broken_annotation_file_is_refused_with_its_line(write):
     assert refusal("a.json").startswith(f"{os.path.abspath('a.json')}:2: not JSON")
 
 
-def test_a_list_of_urls_is_answered_with_the_download_command(write):
+def test_a_list_of_web_addresses_is_answered_with_the_download_command(write):
     write(**{"cc3m.tsv": "a dog\thttp://localhost/a.jpg\n"})
     assert re.search("lora-engine download .*cc3m.tsv", refusal("cc3m.tsv"))
 
@@ -443,10 +457,12 @@ def test_parts_are_described_in_a_line(write):
 
     assert describe([part("json_list")]) == "JSON list"
     assert describe([part("coco", root="/d/val2017")]) == "COCO captions, images in ../val2017"
-    assert describe([part("tar"), part("json_list"), part("tar", root="/x")]) == (
+    tars = [part("tar", "/d/0.tar"), part("tar", "/x/1.tar", root="/x")]
+    assert describe([tars[0], part("json_list"), tars[1]]) == (
         "2 WebDataset tars; JSON list"
     )
-    assert describe([part("table", root="/d/a"), part("table", root="/d/b")]) == (
+    tables = [part("table", f"/d/text/{name}.csv", root=f"/d/{name}") for name in "ab"]
+    assert describe(tables) == (
         "2 CSV or TSV tables, images in ../a, ../b"
     )
 

@@ -25,6 +25,9 @@ class RowGroups:
         self.max_bytes = max_bytes
         self._values: OrderedDict[tuple[str, int], Any] = OrderedDict()  # least recently used first
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroups, (self.max_bytes,)  # another process gets none of them
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -59,6 +62,9 @@ class ParquetImages:
         self.row_groups = row_groups
         self._process = 0
         self._file: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParquetImages, (self.path, self.column, self.row_groups)
 
     def read(self, row_group: int, row: int) -> bytes:
         """The bytes of the image file in a row of a row group, both counted from 0.

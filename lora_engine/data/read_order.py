@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_engine.data.image_table import ImageTable, Shard
 from lora_engine.data.images import ImageError
+from lora_engine.data.parquet_images import MAX_CACHE_BYTES
 from lora_engine.data.sampling import evenly_spaced
 
 ReadOrder = Literal["auto", "random", "blocks"]
@@ -48,17 +49,24 @@ def block_ends(images: ImageTable, image_of_row: np.ndarray) -> np.ndarray:
 def choose_read_order(images: ImageTable) -> tuple[Literal["random", "blocks"], str]:
     """The order that suits where the images are, and why.
 
-    Image files are read in random order, Parquet in blocks; shards in blocks where reading a random
-    image takes more than 2 ms, which is measured.
+    Image files are read in random order; Parquet in blocks, unless all of it fits into the memory
+    for decoded rows; shards in blocks where reading a random image takes more than 2 ms, which is
+    measured.
     """
     orders = {container.read_order for container in images.containers}
-    if "blocks" in orders:
+    if "blocks" in orders and _parquet_bytes(images) > MAX_CACHE_BYTES:
         return "blocks", "Parquet is decoded in groups of rows"
     if "measured" not in orders:
         return "random", "each image is a file"
     seconds = _random_read_s(images)
     order: Literal["random", "blocks"] = "blocks" if seconds > _SLOW_S else "random"
     return order, f"reading a random image takes {1e3 * seconds:.2g} ms"
+
+
+def _parquet_bytes(images: ImageTable) -> int:
+    """The size of the Parquet files."""
+    files = {c.path for c in images.containers if c.read_order == "blocks"}
+    return sum(os.path.getsize(path) for path in files if os.path.exists(path))
 
 
 def _random_read_s(images: ImageTable) -> float:

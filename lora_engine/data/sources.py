@@ -85,7 +85,7 @@ def find_parts(paths: str | Sequence[str], options: SourceOptions) -> Sources:
 def describe(parts: Sequence[Part]) -> str:
     """What was found, for one line: "12 WebDataset tars"; "COCO captions, images in ../val2017"."""
     phrases = []
-    units = {(part.format, _unit(part)) for part in parts}
+    units = dict.fromkeys((part.format, _unit(part)) for part in parts)
     for name, count in Counter(format for format, _ in units).items():
         phrase = FORMATS[name].one if count == 1 else f"{count:,} {FORMATS[name].many}"
         roots = {
