@@ -290,7 +290,7 @@ def blocks(folder: Path, *, num_images: int) -> dict[str, Any]:
     for path in paths:
         with tarfile.open(path, "w") as tar:
             for number in range(num_images // len(paths)):
-                data = generator.bytes(generator.integers(*IMAGE_BYTES))
+                data = generator.bytes(int(generator.integers(*IMAGE_BYTES)))
                 for field, content in (("jpg", data), ("txt", b"a caption")):
                     info = tarfile.TarInfo(f"{number:09d}.{field}")
                     info.size = len(content)

@@ -16,8 +16,9 @@ import pytest
 
 from lora_engine import __main__ as verbs
 from lora_engine import cli
-from lora_engine.data import downloads, img2dataset
-from lora_engine.data.link_lists import Link, LinkFields, open_links
+from lora_engine.data.download import img2dataset
+from lora_engine.data.download import record as downloads
+from lora_engine.data.download.link_lists import Link, LinkFields, open_links
 from lora_engine.data.rows import AnnotationError, Problem
 
 ROOT = Path(__file__).parents[1]

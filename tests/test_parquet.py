@@ -10,7 +10,7 @@ from forking import in_child
 from PIL import Image
 
 from lora_engine.data.formats import arrow, parquet
-from lora_engine.data.parquet_images import ParquetImages, RowGroups
+from lora_engine.data.formats.parquet_images import ParquetImages, RowGroups
 from lora_engine.data.rows import (
     AnnotationError,
     Item,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_engine.data import path_patterns
-from lora_engine.data.file_formats import FORMAT_NAMES, FORMATS, format_of
-from lora_engine.data.image_roots import find_image_root
-from lora_engine.data.path_patterns import expand_braces, gap_notices
 from lora_engine.data.rows import BadRow, SourceOptions
-from lora_engine.data.sources import Part, describe, find_parts, with_image_root
-from lora_engine.data.split_names import normal_split, split_of
+from lora_engine.data.sources import path_patterns
+from lora_engine.data.sources.file_formats import FORMAT_NAMES, FORMATS, format_of
+from lora_engine.data.sources.image_roots import find_image_root
+from lora_engine.data.sources.parts import Part, describe, find_parts, with_image_root
+from lora_engine.data.sources.path_patterns import expand_braces, gap_notices
+from lora_engine.data.sources.split_names import normal_split, split_of
 
 AUTO = SourceOptions()
 TAR_HEAD = b"a.jpg".ljust(257, b"\0") + b"ustar\x0000"

@@ -17,8 +17,8 @@ import pytest
 from tars import write_tar
 
 from lora_engine.data.formats import tar
+from lora_engine.data.formats.tar_headers import BLOCK, WINDOW, Archive, NotAFile, members
 from lora_engine.data.rows import AnnotationError, Item, Member, Problem, SourceOptions
-from lora_engine.data.tar_headers import BLOCK, WINDOW, Archive, NotAFile, members
 
 NUM_MUTATIONS = 250
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

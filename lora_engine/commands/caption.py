@@ -28,7 +28,7 @@ from lora_engine.commands.loading import (
 from lora_engine.config import Range
 from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.sources import is_source
+from lora_engine.data.sources.parts import is_source
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.config import Range, check_ranges
-from lora_engine.data import img2dataset
-from lora_engine.data.downloads import (
+from lora_engine.data.download import img2dataset
+from lora_engine.data.download.link_lists import CC3M, LinkFields, open_links
+from lora_engine.data.download.record import (
     STATE_FOLDER,
     Record,
     all_stats,
@@ -28,7 +29,6 @@ from lora_engine.data.downloads import (
     pending_shards,
     with_failed_links,
 )
-from lora_engine.data.link_lists import CC3M, LinkFields, open_links
 from lora_engine.files import check_space
 from lora_engine.stopping import LoadingStopped
 from lora_engine.terminal import printable

@@ -11,6 +11,7 @@ prompt a caption begins with a space, as in running text.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,9 +75,10 @@ class CaptionTokenizer:
         self.end_id = end_id
         self.pad_id = pad_id
         self.max_positions = max_positions
-        unknown = getattr(tokenizer, "unk_token_id", None)
+        unknown: Any = getattr(tokenizer, "unk_token_id", None)
         # GPT-2's "unknown" token is its end token, but as it works on bytes it knows everything.
-        self.unknown_id = None if unknown in (start_id, end_id, pad_id) else unknown
+        is_special = unknown is None or unknown in (start_id, end_id, pad_id)
+        self.unknown_id = -1 if is_special else unknown
 
     def prompt_ids(self, prompt: str = "") -> list[int]:
         """The tokens that generation starts from: the start token and the prompt."""

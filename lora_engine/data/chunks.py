@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_engine.data.file_formats import reader
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.rows import (
     BadRow,
@@ -17,8 +16,9 @@ from lora_engine.data.rows import (
     caption_complaint,
     image_complaint,
 )
-from lora_engine.data.sources import Part
-from lora_engine.data.split_names import normal_split
+from lora_engine.data.sources.file_formats import reader
+from lora_engine.data.sources.parts import Part
+from lora_engine.data.sources.split_names import normal_split
 
 _CHUNK = 16_384  # items that become arrays at a time
 

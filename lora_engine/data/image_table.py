@@ -12,12 +12,14 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 
 from lora_engine.data.columns import Columns
+from lora_engine.data.formats.parquet_images import ParquetImages, RowGroups
 from lora_engine.data.image_identity import FileStamp, identity, stamp
 from lora_engine.data.images import MAX_FILE_BYTES, ImageError, read_image_file
 from lora_engine.data.packed_strings import PackedStrings
-from lora_engine.data.parquet_images import ParquetImages, RowGroups
 from lora_engine.data.python_rows import PythonImages, image_column
 from lora_engine.data.rows import SourceOptions
+
+ReadOrder = Literal["random", "blocks", "measured"]
 
 
 class Container(Protocol):
@@ -28,7 +30,7 @@ class Container(Protocol):
     """
 
     path: str
-    read_order: Literal["random", "blocks", "measured"]
+    read_order: ReadOrder
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """An image's bytes; raises ImageError."""
@@ -42,7 +44,7 @@ class Container(Protocol):
 class Folder:
     """Images that are files of a folder."""
 
-    read_order: Literal["random"] = "random"
+    read_order: ReadOrder = "random"
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -61,7 +63,7 @@ class Shard:
     other offsets, so its images are refused.
     """
 
-    read_order: Literal["measured"] = "measured"
+    read_order: ReadOrder = "measured"
 
     def __init__(self, path: str, identity: bytes) -> None:
         self.path = path
@@ -104,7 +106,7 @@ class Shard:
 class ParquetFile:
     """Images that are cells of a column of a Parquet file: row `size` of row group `offset`."""
 
-    read_order: Literal["blocks"] = "blocks"
+    read_order: ReadOrder = "blocks"
 
     def __init__(self, path: str, column: str, identity: bytes, row_groups: RowGroups) -> None:
         self.path = path
@@ -126,7 +128,7 @@ class ParquetFile:
 class PythonRows:
     """Images that were given from Python, which do not change."""
 
-    read_order: Literal["random"] = "random"
+    read_order: ReadOrder = "random"
 
     def __init__(self, data: Any, options: SourceOptions) -> None:
         self.path = ""

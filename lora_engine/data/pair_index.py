@@ -18,8 +18,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lora_engine.data import python_rows
 from lora_engine.data.chunks import Chunk, chunks_of, read_chunks
 from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
-from lora_engine.data.file_formats import reader
+from lora_engine.data.formats.parquet_images import RowGroups
 from lora_engine.data.image_files import SUFFIXES
 from lora_engine.data.image_identity import identity, stamp
 from lora_engine.data.image_table import (
@@ -43,13 +43,13 @@ from lora_engine.data.image_table import (
     Shard,
 )
 from lora_engine.data.images import ImageError, read_image_file
-from lora_engine.data.packed_strings import encoded
+from lora_engine.data.merging import Index, Merger
 from lora_engine.data.pairs import PairColumns, Pairs, PartRows
-from lora_engine.data.parquet_images import RowGroups
 from lora_engine.data.python_rows import NAME
 from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
-from lora_engine.data.sources import Part, describe, find_parts, with_image_root
+from lora_engine.data.sources.file_formats import reader
+from lora_engine.data.sources.parts import Part, describe, find_parts, with_image_root
 from lora_engine.data.workers import load
 from lora_engine.files import read_limited, replaced_folder
 
@@ -142,7 +142,7 @@ def _read_python(
     data: Any, options: SourceOptions, needs_captions: bool
 ) -> tuple[PairColumns, list[BadRow]]:
     part = Part("python", NAME, os.getcwd())
-    merger = _Merger(ColumnWriter(None))
+    merger = Merger(ColumnWriter(None))
     merger.add_part(
         part,
         chunks_of(python_rows.read(data, options), part, needs_captions=needs_captions),
@@ -189,9 +189,9 @@ def _open_or_read(
     index_folder: Path | None,
     needs_captions: bool,
     num_workers: int | None,
-) -> tuple[PairColumns, list[BadRow], "_Index"]:
+) -> tuple[PairColumns, list[BadRow], Index]:
     """The columns of source files, what is bad in them, and what else is known of them."""
-    reading = {"needs_captions": needs_captions, "num_workers": num_workers}
+    reading: dict[str, Any] = {"needs_captions": needs_captions, "num_workers": num_workers}
     num_expected, stamps = _survey(parts)
     if index_folder is not None and num_expected >= MIN_ROWS_ON_DISK and stamps is not None:
         key = _key([VERSION, *parts], stamps, options, needs_captions)
@@ -265,10 +265,10 @@ def _build(folder: Path, parts: Sequence[Part], options: SourceOptions, **readin
     _remove_unused(folder.parent)
 
 
-def _open(folder: Path) -> tuple[PairColumns, list[BadRow], "_Index"]:
+def _open(folder: Path) -> tuple[PairColumns, list[BadRow], Index]:
     """Raises ColumnsError, ValueError, OSError."""
     try:
-        index = _Index(**json.loads(read_limited(folder / INDEX_FILE, _MAX_INDEX_BYTES)))
+        index = Index(**json.loads(read_limited(folder / INDEX_FILE, _MAX_INDEX_BYTES)))
         columns = read_columns(folder)
         num_images = len(columns["container"])
         digests = np.memmap(folder / DIGESTS_FILE, "V16", mode="r+", shape=num_images)
@@ -292,7 +292,7 @@ def _remove_unused(folder: Path) -> None:
 
 def _source(
     columns: Columns,
-    index: "_Index",
+    index: Index,
     containers: Sequence[Container],
     *,
     digests: np.ndarray | None = None,
@@ -317,9 +317,9 @@ def _read(
     *,
     needs_captions: bool,
     num_workers: int | None,
-) -> tuple[Columns, "_Index", list[BadRow]]:
+) -> tuple[Columns, Index, list[BadRow]]:
     """Read all source files, several at a time; one of several that cannot be read is a bad row."""
-    merger = _Merger(writer)
+    merger = Merger(writer)
     parts = [with_image_root(part, options) for part in parts]
     merger.index.description = describe(parts)
     dataset = _Parts(parts, options, needs_captions)
@@ -385,108 +385,7 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-# --- chunks -> columns ----------------------------------------------------------------------------
-
-
-@dataclass
-class _Index:
-    """Everything about a source besides its columns, as it is stored in index.json."""
-
-    parts: list[list[Any]] = field(default_factory=list)  # PartRows
-    containers: list[list[str]] = field(default_factory=list)  # kind, path, identity, column
-    splits: list[str] = field(default_factory=list)
-    num_lost_parts: int = 0
-    description: str = ""  # of the sources, for people
-
-
-class _Merger:
-    """Appends chunks to columns; images that are named twice get one number."""
-
-    def __init__(self, writer: ColumnWriter) -> None:
-        self.writer = writer
-        self.index = _Index()
-        self.bad: list[BadRow] = []
-        self.num_rows = self.num_images = self.text_bytes = self.name_bytes = self.id_bytes = 0
-        self.folders: dict[str, int] = {}
-        self.files: dict[str, int] = {}
-        self.splits: dict[str, int] = {}
-
-    def add_part(self, part: Part, chunks: Iterable[Chunk], container: list[str]) -> None:
-        """Append a source file; images inside it are in `container`."""
-        number = None
-        for chunk in chunks:
-            if number is None and any(chunk.names):
-                number = len(self.index.containers)
-                self.index.containers.append(container)
-            self._add(chunk, number)
-        self.index.parts.append([part.path, self.num_rows])
-
-    def lose_part(self, part: Part, error: AnnotationError) -> None:
-        reason = str(error).removeprefix(f"{part.path}: ")
-        self.bad.append(BadRow(part.path, reason))
-        self.index.num_lost_parts += 1
-
-    def _add(self, chunk: Chunk, container: int | None) -> None:
-        append = self.writer.append
-        self.bad += chunk.bad
-        append("text", chunk.text)
-        append("text_end", self.text_bytes + np.cumsum(chunk.text_size, dtype=np.uint64))
-        self.text_bytes += len(chunk.text)
-        append("line", chunk.line)
-        splits = [self.splits.setdefault(split, len(self.splits)) for split in chunk.splits]
-        append("split", np.array(splits, dtype=np.uint64)[chunk.split.astype(np.int64)])
-        self.num_rows += len(chunk.line)
-
-        numbers, new = self._number(chunk.paths)
-        append("image", np.array(numbers, dtype=np.uint64)[chunk.item_of_row.astype(np.int64)])
-        names = [
-            chunk.names[i] or encoded(os.path.basename(chunk.paths[i])) for i in new
-        ]
-        append("name", np.frombuffer(b"".join(names), dtype=np.uint8))
-        sizes = np.array([len(name) for name in names], dtype=np.uint64)
-        append("name_end", self.name_bytes + np.cumsum(sizes, dtype=np.uint64))
-        self.name_bytes += int(sizes.sum())
-        append("container", np.array(
-            [
-                self._folder(os.path.dirname(chunk.paths[i])) if chunk.paths[i] else container
-                for i in new
-            ],
-            dtype=np.uint64,
-        ))
-        append("offset", chunk.offset[new])
-        append("size", chunk.size[new])
-        self._add_ids([chunk.ids[i] for i in new])
-
-    def _number(self, paths: Sequence[str]) -> tuple[list[int], list[int]]:
-        """The numbers of a chunk's images, and which of its items are new images."""
-        numbers, new = [], []
-        for item, path in enumerate(paths):
-            known = self.files.setdefault(path, self.num_images) if path else self.num_images
-            numbers.append(known)
-            if known == self.num_images:
-                self.num_images += 1
-                new.append(item)
-        return numbers, new
-
-    def _folder(self, path: str) -> int:
-        if path not in self.folders:
-            self.folders[path] = len(self.index.containers)
-            self.index.containers.append(["folder", path, "", ""])
-        return self.folders[path]
-
-    def _add_ids(self, ids: Sequence[Any]) -> None:
-        texts = [b"" if id is None else json.dumps(id).encode() for id in ids]
-        ends = self.id_bytes + np.cumsum([len(text) for text in texts], dtype=np.uint64)
-        self.writer.append("id", np.frombuffer(b"".join(texts), dtype=np.uint8))
-        self.writer.append("id_end", ends.astype(np.uint64))
-        self.id_bytes += sum(map(len, texts))
-
-    def finish(self) -> tuple[Columns, _Index]:
-        self.index.splits = list(self.splits) or [""]
-        return self.writer.finish(), self.index
-
-
-def _containers(index: _Index) -> list[Container]:
+def _containers(index: Index) -> list[Container]:
     row_groups = RowGroups()
 
     def opened(kind: str, path: str, found: str, column: str) -> Container:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_engine.data.arrow_columns import choose_columns, items
+from lora_engine.data.formats.arrow_columns import choose_columns, items
 from lora_engine.data.formats.parquet import bytes_column
 from lora_engine.data.images import apply_orientation, read_image_file
 from lora_engine.data.rows import (

@@ -12,18 +12,16 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from lora_engine.data.formats.parquet_images import MAX_CACHE_BYTES
 from lora_engine.data.image_table import ImageTable, Shard
 from lora_engine.data.images import ImageError
-from lora_engine.data.parquet_images import MAX_CACHE_BYTES
 from lora_engine.data.sampling import evenly_spaced
-
-ReadOrder = Literal["auto", "random", "blocks"]
 
 BLOCK_BYTES = 4 * 2**20
 BLOCKS_PER_GROUP = 64
@@ -97,7 +95,7 @@ def _forget(images: ImageTable, image: int) -> None:
 
 # --- reading ahead --------------------------------------------------------------------------------
 
-Batch = TypeVar("Batch", bound=Sequence)
+Batch = TypeVar("Batch")
 
 
 def read_ahead(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from lora_engine.data.pairs import Pairs
-from lora_engine.data.split_names import normal_split
+from lora_engine.data.sources.split_names import normal_split
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_engine.data.arrow_columns import (
+from lora_engine.data.formats.arrow_columns import (
     Columns,
     arrow_errors,
     choose_columns,

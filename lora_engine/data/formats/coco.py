@@ -7,6 +7,8 @@ One object: "images", each with an "id" and a "file_name", and "annotations", ea
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from lora_engine.data.formats.text_files import read_json
+from lora_engine.data.formats.text_heads import text_format
 from lora_engine.data.rows import (
     AnnotationError,
     Item,
@@ -15,8 +17,6 @@ from lora_engine.data.rows import (
     shown_keys,
     shown_value,
 )
-from lora_engine.data.text_files import read_json
-from lora_engine.data.text_heads import text_format
 
 EXPECTED = 'an object with "images" and "annotations"'
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from lora_engine.data.formats.text_files import read_lines
+from lora_engine.data.formats.text_heads import FLICKR_ROW, text_format
 from lora_engine.data.rows import Item, Problem, SourceOptions, shown_value
-from lora_engine.data.text_files import read_lines
-from lora_engine.data.text_heads import FLICKR_ROW, text_format
 
 
 def recognizes(path: str, head: str) -> bool:

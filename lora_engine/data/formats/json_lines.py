@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterator
 
+from lora_engine.data.formats.text_files import read_lines
+from lora_engine.data.formats.text_heads import text_format
 from lora_engine.data.rows import EXPECTED_ROW, Item, Problem, SourceOptions, as_item
-from lora_engine.data.text_files import read_lines
-from lora_engine.data.text_heads import text_format
 
 
 def recognizes(path: str, head: str) -> bool:

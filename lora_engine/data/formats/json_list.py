@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from lora_engine.data.formats.text_files import decode_json, not_json, read_text, skip_whitespace
+from lora_engine.data.formats.text_heads import text_format
 from lora_engine.data.rows import (
     EXPECTED_ROW,
     AnnotationError,
@@ -14,8 +16,6 @@ from lora_engine.data.rows import (
     shown_keys,
     shown_value,
 )
-from lora_engine.data.text_files import decode_json, not_json, read_text, skip_whitespace
-from lora_engine.data.text_heads import text_format
 
 EXPECTED = f"a list of {EXPECTED_ROW}"
 

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from lora_engine.data.formats.text_files import read_json
+from lora_engine.data.formats.text_heads import text_format
 from lora_engine.data.rows import (
     AnnotationError,
     Item,
@@ -16,8 +18,6 @@ from lora_engine.data.rows import (
     as_item,
     shown_value,
 )
-from lora_engine.data.text_files import read_json
-from lora_engine.data.text_heads import text_format
 
 EXPECTED = 'an object with "images", each with "filename" and "sentences"'
 

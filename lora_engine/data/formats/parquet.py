@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
-from lora_engine.data.arrow_columns import (
+from lora_engine.data.formats.arrow_columns import (
     Columns,
     arrow_errors,
     choose_columns,

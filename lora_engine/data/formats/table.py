@@ -6,7 +6,9 @@ The delimiter (comma, tab, semicolon or pipe) is found from the header.
 import json
 from collections.abc import Iterator, Sequence
 
-from lora_engine.data.cells import Cells, find_delimiter, split_line, split_lines, unquoted
+from lora_engine.data.formats.cells import Cells, find_delimiter, split_line, split_lines, unquoted
+from lora_engine.data.formats.text_files import read_lines
+from lora_engine.data.formats.text_heads import KNOWN_FIELDS, text_format
 from lora_engine.data.rows import (
     AnnotationError,
     Item,
@@ -15,8 +17,6 @@ from lora_engine.data.rows import (
     find_fields,
     shown_value,
 )
-from lora_engine.data.text_files import read_lines
-from lora_engine.data.text_heads import KNOWN_FIELDS, text_format
 
 MAX_LINES_PER_ROW = 100  # before a row that cannot be read is taken for the rest of the file
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lora_engine.data.formats.tar_headers import Archive, Gap, NotAFile, check_is_tar, members
 from lora_engine.data.image_files import SUFFIXES
 from lora_engine.data.rows import (
     CAPTION_FIELDS,
@@ -21,7 +22,6 @@ from lora_engine.data.rows import (
     shown_keys,
     shown_value,
 )
-from lora_engine.data.tar_headers import Archive, Gap, NotAFile, check_is_tar, members
 
 IMAGE_FIELDS = frozenset(suffix[1:] for suffix in SUFFIXES) | {"heic", "heif"}
 TEXT_FIELDS = ("txt", "text", "caption")  # in the order of precedence

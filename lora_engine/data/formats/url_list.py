@@ -2,8 +2,8 @@
 
 from typing import NoReturn
 
+from lora_engine.data.formats.text_heads import text_format
 from lora_engine.data.rows import AnnotationError, SourceOptions
-from lora_engine.data.text_heads import text_format
 
 
 def recognizes(path: str, head: str) -> bool:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
-from lora_engine.data.cells import find_delimiter, split_line, split_lines
+from lora_engine.data.formats.cells import find_delimiter, split_line, split_lines
 from lora_engine.data.image_files import SUFFIXES
 from lora_engine.data.rows import CAPTION_FIELDS, IMAGE_FIELDS
 

@@ -10,23 +10,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lora_engine.data.file_formats import (
+from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions
+from lora_engine.data.sources.file_formats import (
     FORMAT_NAMES,
     FORMATS,
     TAR_SUFFIXES,
     format_of,
     reader,
 )
-from lora_engine.data.folder_contents import (
+from lora_engine.data.sources.folder_contents import (
     ARROW_FILES,
     TEXT_SUFFIXES,
     contents,
     without_reports,
 )
-from lora_engine.data.image_roots import find_image_root, first_image_names
-from lora_engine.data.path_patterns import expand, gap_notices, shown_names
-from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions
-from lora_engine.data.split_names import split_of
+from lora_engine.data.sources.image_roots import find_image_root, first_image_names
+from lora_engine.data.sources.path_patterns import expand, gap_notices, shown_names
+from lora_engine.data.sources.split_names import split_of
 
 
 class Part(NamedTuple):

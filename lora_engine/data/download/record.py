@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lora_engine.data import img2dataset
-from lora_engine.data.link_lists import Link, LinkFields, open_links
+from lora_engine.data.download import img2dataset
+from lora_engine.data.download.link_lists import Link, LinkFields, open_links
 from lora_engine.data.rows import Problem
 from lora_engine.files import replaced_file
 

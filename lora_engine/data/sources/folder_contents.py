@@ -7,11 +7,11 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lora_engine.data.file_formats import FORMATS, TAR_SUFFIXES, read_head, text_format
 from lora_engine.data.image_files import CAPTION_SUFFIXES, SUFFIXES, folders_in, walk
-from lora_engine.data.path_patterns import NUM_SHOWN, natural_key, shown_names
 from lora_engine.data.rows import AnnotationError, BadRow
-from lora_engine.data.split_names import normal_split
+from lora_engine.data.sources.file_formats import FORMATS, TAR_SUFFIXES, read_head, text_format
+from lora_engine.data.sources.path_patterns import NUM_SHOWN, natural_key, shown_names
+from lora_engine.data.sources.split_names import normal_split
 
 MAX_SUFFIXES = 8  # in a message
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")

@@ -4,7 +4,7 @@ import os
 from collections import OrderedDict
 from typing import Any
 
-from lora_engine.data.arrow_columns import import_pyarrow
+from lora_engine.data.formats.arrow_columns import import_pyarrow
 from lora_engine.data.formats.parquet import (
     IMAGES_AT_ONCE,
     bytes_column,

@@ -1,0 +1,1 @@
+"""Lists of web addresses -> tars of images, by img2dataset in an environment of its own."""

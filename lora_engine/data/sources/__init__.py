@@ -1,0 +1,1 @@
+"""Which files and formats are behind the paths that a person gives?"""
