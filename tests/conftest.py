@@ -18,7 +18,7 @@ from lora_engine import cli
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.stopping import SIGNALS
 from lora_engine.training import run as run_module
-from lora_engine.training import validation_captions
+from lora_engine.training import run_data, validation_captions
 
 # One thread: these models are so small that sharing the work costs several times the work, the
 # more so on a busy machine. Children inherit the environment.
@@ -82,6 +82,14 @@ def _short_validation_captions():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation_captions, "MAX_NEW_TOKENS", 8)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_validation_images():
+    """Tests validate on a handful of images, without a warning about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_data, "FEW_IMAGES", 0)
         yield
 
 

@@ -225,7 +225,7 @@ class _ImageFiles(Dataset):
 def _summary(config: ValidateConfig, findings: Findings) -> str:
     num_images, num_usable = len(findings.images), len(findings.usable_images)
     lines = [
-        f"{name_of(config.data)}: {findings.num_rows:,} rows, {num_images:,} images",
+        f"{findings.pairs.name}: {findings.num_rows:,} rows, {num_images:,} images",
         f"images      {num_usable:,} can be used, {num_images - num_usable:,} cannot",
     ]
     sizes = [facts.size for facts in findings.usable_images if facts.size is not None]

@@ -87,7 +87,7 @@ def read_pairs(
     name = name_of(data)
     if not paths_of(data):
         source, bad = _read_python(data, options, needs_captions)
-        logger.info(f"{name}: {len(source.columns['image']):,} captions")
+        description = "rows from Python"
     else:
         found = find_parts(paths_of(data), options)
         for notice in found.notices:
@@ -97,16 +97,15 @@ def read_pairs(
         )
         bad = [*found.bad, *bad]
         num_lost = index.num_lost_parts + len(found.bad)
-        logger.info(
-            f"{name}: {index.description}: {len(source.columns['image']):,} captions of "
-            f"{len(source.images):,} images"
-        )
+        description = index.description
         if num_lost > max_bad_share * (len(found.parts) + len(found.bad)):
             raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
     num_rows = len(source.columns["image"])
     if not num_rows or len(bad) > max_bad_share * (num_rows + len(bad)):
         raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
-    return Pairs(source, source.images, source.columns["image"], bad=bad)
+    return Pairs(
+        source, source.images, source.columns["image"], bad=bad, name=f"{name}: {description}"
+    )
 
 
 def paths_of(data: Any) -> list[str]:

@@ -81,7 +81,7 @@ class Pairs(Sequence[Row]):
 
     `chosen` (N,) are their numbers in `source`, None for all; `images` the table of their images,
     in order of first appearance, and `image_of_row` (N,) numbers of it. `bad` are the rows that
-    cannot be used. `key` names the choice.
+    cannot be used. `name` says where the rows are from, and `key` which of them are chosen.
     """
 
     source: PairColumns
@@ -90,6 +90,7 @@ class Pairs(Sequence[Row]):
     chosen: np.ndarray | None = None
     key: tuple[Any, ...] = ()
     bad: Sequence[BadRow] = ()
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.image_of_row)
@@ -170,6 +171,7 @@ class Pairs(Sequence[Row]):
             chosen=columns["rows"],
             key=(*self.key, key),
             bad=self.bad,
+            name=self.name,
         )
 
     def fingerprint(self) -> str:

@@ -391,6 +391,8 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
         f"{dtype_name(trainer.dtype)}: "
         f"{describe_kernels(trainer.device, trainer.dtype)}"
     )
+    for name in dict.fromkeys([setup.data.rows.train.name, setup.data.rows.val.name]):
+        logger.info(f"data {name}")
     logger.info(
         f"data {found['num_train_captions']:,} training captions of "
         f"{found['num_train_images']:,} images, {found['num_val_captions']:,} validation captions "
