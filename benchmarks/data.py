@@ -43,13 +43,14 @@ from lora_engine.data.batches import (
     load_batches,
     training_order,
 )
-from lora_engine.data.captions import CaptionTokenizer, TokenizedCaptions, tokenized
+from lora_engine.data.captions import CaptionTokenizer, TokenizedCaptions
 from lora_engine.data.formats.tar import read
 from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.pixels import PixelSettings
 from lora_engine.data.read_order import block_ends, read_ahead
 from lora_engine.data.rows import SourceOptions
+from lora_engine.data.tokenization import tokenize
 from lora_engine.demo import captioner_folder
 from lora_engine.models.pretrained import load_tokenizer
 
@@ -170,10 +171,10 @@ def index(shards: Path, cache: Path, tokenizer: CaptionTokenizer, name: str) -> 
     pairs = read_pairs(str(shards), index_folder=cache)
     index_s = time.perf_counter() - begin_s
     begin_s = time.perf_counter()
-    tokens = tokenize(pairs, tokenizer)
+    tokens = tokens_of(pairs, tokenizer)
     tokenize_s = time.perf_counter() - begin_s
     begin_s = time.perf_counter()
-    tokenize(pairs, tokenizer)
+    tokens_of(pairs, tokenizer)
     again_s = time.perf_counter() - begin_s
     orders = {}
     ends = block_ends(pairs.images, pairs.image_of_row)
@@ -199,10 +200,8 @@ def index(shards: Path, cache: Path, tokenizer: CaptionTokenizer, name: str) -> 
     }
 
 
-def tokenize(pairs: Pairs, tokenizer: CaptionTokenizer) -> TokenizedCaptions:
-    return tokenized(pairs.derived("tokens", "benchmark", lambda writer: tokenizer.encode_into(
-        writer, pairs.captions(), prompt="", max_caption_tokens=64
-    )))
+def tokens_of(pairs: Pairs, tokenizer: CaptionTokenizer) -> TokenizedCaptions:
+    return tokenize(pairs, tokenizer, fingerprint="", prompt="", max_caption_tokens=64)
 
 
 def further_process(shards: str, cache: str, model: str) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def further_process(shards: str, cache: str, model: str) -> dict[str, Any]:
     begin_s = time.perf_counter()
     pairs = read_pairs(shards, index_folder=Path(cache))
     reopen_s = time.perf_counter() - begin_s
-    tokens = tokenize(pairs, tokenizer)
+    tokens = tokens_of(pairs, tokenizer)
     order = epoch_batches(tokens.lengths, batch_size=32, seed=0, epoch=0)
     for batch in islice(order, 32):
         for row in batch.tolist():

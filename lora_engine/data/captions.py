@@ -8,10 +8,10 @@ identified by length, not by id. Captions are stripped and otherwise tokenized a
 prompt a caption begins with a space, as in running text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
-from typing import Any
+from itertools import chain, islice, takewhile
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,31 @@ class TokenizedCaptions:
         return self.ids[end - int(self.lengths[index]) : end]
 
 
+class TokenChunk(NamedTuple):
+    """Tokens of some captions: ids, lengths, and the counts of `TokenizedCaptions`."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
+def write_tokens(writer: ColumnWriter, chunks: Iterable[TokenChunk]) -> None:
+    """Append chunks to the columns that `tokenized` reads."""
+    num_ids, counts = 0, np.zeros(3, dtype=np.uint64)
+    for chunk in chain(chunks, [TokenChunk(*map(np.array, _NO_TOKENS))]):
+        writer.append("ids", chunk.ids.astype(np.uint64))
+        writer.append("length", chunk.lengths.astype(np.int16))
+        writer.append("end", num_ids + np.cumsum(chunk.lengths, dtype=np.uint64))
+        num_ids += len(chunk.ids)
+        counts += chunk.counts.astype(np.uint64)
+    writer.append("counts", counts)
+
+
+_NO_TOKENS: tuple[list[int], list[int], list[int]] = ([], [], [0, 0, 0])  # there may be no caption
+
+
 def tokenized(columns: Columns) -> TokenizedCaptions:
-    """Tokenized captions from the columns that `CaptionTokenizer.encode_into` has written."""
+    """Tokenized captions from the columns that `write_tokens` has written."""
     return TokenizedCaptions(
         columns["ids"], columns["length"], columns["end"], *map(int, columns["counts"])
     )
@@ -97,7 +120,10 @@ class CaptionTokenizer:
         """
         self.check_length(prompt, max_caption_tokens)
         writer = ColumnWriter(None)
-        self.encode_into(writer, captions, prompt=prompt, max_caption_tokens=max_caption_tokens)
+        write_tokens(
+            writer,
+            self.encode_chunks(captions, prompt=prompt, max_caption_tokens=max_caption_tokens),
+        )
         return tokenized(writer.finish())
 
     def check_length(self, prompt: str, max_caption_tokens: int) -> None:
@@ -110,20 +136,18 @@ class CaptionTokenizer:
                 f"(now {max_caption_tokens}) or a shorter --prompt"
             )
 
-    def encode_into(
-        self, writer: ColumnWriter, captions: Iterable[str], *, prompt: str, max_caption_tokens: int
-    ) -> None:
-        """Tokenize captions as `encode` does, a chunk at a time, into the columns of `tokenized`.
-        """
+    def encode_chunks(
+        self, captions: Iterable[str], *, prompt: str, max_caption_tokens: int
+    ) -> Iterator[TokenChunk]:
+        """Tokenize captions as `encode` does, a chunk at a time."""
         prefix = self.prompt_ids(prompt)
         space = " " if prompt.strip() else ""
         tokenize = WordTokens(self._tokenize)
-        num_written = num_truncated = num_unknown = num_tokens = 0
         captions = iter(captions)
-        while True:
-            texts = [space + caption.strip() for caption in islice(captions, _CHUNK)]
+        while texts := [space + caption.strip() for caption in islice(captions, _CHUNK)]:
             chunk: list[int] = []
             lengths = np.empty(len(texts), dtype=np.int16)
+            num_truncated = num_unknown = num_tokens = 0
             for index, ids in enumerate(tokenize(texts)):
                 is_too_long = len(ids) > max_caption_tokens
                 tail = ids[:max_caption_tokens] if is_too_long else [*ids, self.end_id]
@@ -133,13 +157,8 @@ class CaptionTokenizer:
                 num_truncated += is_too_long
                 num_unknown += ids.count(self.unknown_id)
                 num_tokens += len(ids)
-            writer.append("ids", np.array(chunk, dtype=np.uint64))
-            writer.append("length", lengths)
-            writer.append("end", num_written + np.cumsum(lengths, dtype=np.uint64))
-            num_written += len(chunk)
-            if len(texts) < _CHUNK:
-                break
-        writer.append("counts", np.array([num_truncated, num_unknown, num_tokens], dtype=np.uint64))
+            counts = np.array([num_truncated, num_unknown, num_tokens], dtype=np.uint64)
+            yield TokenChunk(np.array(chunk, dtype=np.uint64), lengths, counts)
 
     def count_tokens(self, captions: Iterable[str]) -> tuple[np.ndarray, int]:
         """The number of tokens of each caption alone, int (number of captions,), and of unknown

@@ -29,6 +29,13 @@ class PackedStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def take(self, numbers: np.ndarray) -> list[str]:
+        """The strings with these numbers: several times as fast as one by one."""
+        ends = self.ends[numbers].tolist()
+        begins = np.where(numbers > 0, self.ends[numbers - 1], 0).tolist()
+        data = self.data.data
+        return [decoded(bytes(data[begin:end])) for begin, end in zip(begins, ends)]
+
     @overload
     def __getitem__(self, index: int) -> str: ...
 

@@ -26,6 +26,8 @@ from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.rows import BadRow, Row
 from lora_engine.files import replaced_folder
 
+_CHUNK = 10_000  # captions that are decoded at a time
+
 
 class PartRows(NamedTuple):
     """Which rows a source file gave: those before `end` that no earlier part has."""
@@ -115,8 +117,13 @@ class Pairs(Sequence[Row]):
     def text(self, row: int) -> str:
         return self.texts[self.source_row(row)]
 
-    def captions(self) -> Iterator[str]:
-        return (self.text(row) for row in range(len(self)))
+    def captions(self, begin: int = 0, end: int | None = None) -> Iterator[str]:
+        """The captions of the rows from `begin` to before `end`, by default of all."""
+        texts = self.texts
+        for first in range(begin, len(self) if end is None else end, _CHUNK):
+            rows = np.arange(first, min(first + _CHUNK, len(self) if end is None else end))
+            chosen = rows if self.chosen is None else self.chosen[rows].astype(np.int64)
+            yield from texts.take(chosen)
 
     def image_id(self, image: int) -> int | str | None:
         """The source's own number of an image, if it has one."""

@@ -11,7 +11,7 @@ import numpy as np
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import CaptionedImages
-from lora_engine.data.captions import TokenizedCaptions, tokenized
+from lora_engine.data.captions import TokenizedCaptions
 from lora_engine.data.image_table import JoinedImages
 from lora_engine.data.pair_index import name_of, read_pairs
 from lora_engine.data.pairs import Pairs
@@ -26,6 +26,7 @@ from lora_engine.data.subsets import (
     of_splits,
     splits_of,
 )
+from lora_engine.data.tokenization import tokenize
 from lora_engine.features.store import cache_folder
 from lora_engine.models.pretrained import Captioner
 from lora_engine.training.skipped_rows import MIN_SAMPLE, allowed_failures
@@ -169,8 +170,18 @@ def captioned_images(
     substitute: bool,
     digests: np.ndarray | None = None,
 ) -> CaptionedImages:
-    """Tokenize the captions; `substitute` and `digests` are those of `CaptionedImages`."""
-    captions = tokenize(pairs, captioner, max_caption_tokens=config.max_caption_tokens)
+    """Tokenize the captions; `substitute` and `digests` are those of `CaptionedImages`.
+
+    Raises ValueError if the tokenizer knows none of their characters.
+    """
+    captions = tokenize(
+        pairs,
+        captioner.tokenizer,
+        fingerprint=captioner.fingerprints["tokenizer"],
+        prompt=captioner.prompt,
+        max_caption_tokens=config.max_caption_tokens,
+    )
+    _check_known(captions, pairs, captioner.name)
     ends = None
     if substitute and config.read_order == "blocks":
         ends = pairs.derived("blocks", None, lambda writer: writer.append(
@@ -188,35 +199,22 @@ def captioned_images(
     )
 
 
-def tokenize(
-    pairs: Pairs, captioner: Captioner, *, max_caption_tokens: int
-) -> TokenizedCaptions:
-    """The captions' tokens, which are kept with an index.
+def _check_known(captions: TokenizedCaptions, pairs: Pairs, name: str) -> None:
+    """Warn if the tokenizer of the model `name` does not know 1 % of the captions' characters.
 
-    Warns if the tokenizer does not know 1 % of the captions' characters. Raises ValueError if it
-    knows none, and if prompt and captions may be longer than the decoder's positions.
+    Raises ValueError if it knows none of them.
     """
-    tokenizer, prompt = captioner.tokenizer, captioner.prompt
-    tokenizer.check_length(prompt, max_caption_tokens)
-    captions = tokenized(pairs.derived(
-        "tokens",
-        [captioner.fingerprints["tokenizer"], prompt, max_caption_tokens],
-        lambda writer: tokenizer.encode_into(
-            writer, pairs.captions(), prompt=prompt, max_caption_tokens=max_caption_tokens
-        ),
-    ))
     if captions.num_unknown and captions.num_unknown == captions.num_tokens:
         raise ValueError(
-            f"the tokenizer of {captioner.name} does not know a single character of the captions, "
-            f"such as {pairs.text(0)[:40]!r}; choose a model for their language"
+            f"the tokenizer of {name} does not know a single character of the captions, such as "
+            f"{pairs.text(0)[:40]!r}; choose a model for their language"
         )
     if captions.num_unknown >= _UNKNOWN_SHARE * max(captions.num_tokens, 1):
         logger.warning(
             f"{captions.num_unknown / captions.num_tokens:.1%} of the captions' tokens stand for "
-            f"characters that the tokenizer of {captioner.name} does not know (emoji, other "
-            f"scripts): the captioner cannot learn them"
+            f"characters that the tokenizer of {name} does not know (emoji, other scripts): the "
+            f"captioner cannot learn them"
         )
-    return captions
 
 
 def _warn_of_overlap(train: Pairs, val: Pairs) -> None:
