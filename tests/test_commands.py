@@ -12,6 +12,7 @@ import checkpoints
 import pytest
 import torch
 from pictures import json_lines, png_header, read_annotations, settings, write_pictures
+from tars import write_tar
 
 import lora_engine
 from lora_engine import __main__ as verbs
@@ -21,7 +22,7 @@ from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
-from lora_engine.data import batches, image_identity
+from lora_engine.data import image_identity, image_table
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
 from lora_engine.features import encoder, placement
@@ -394,6 +395,96 @@ def test_sampled_captions_depend_only_on_the_seed_and_the_image(command, data, b
     assert sampled(*images, "--seed", "3", "--out", "captions.jsonl") == first[2:]
 
 
+def write_shards(data: Path, folder: Path) -> list[str]:
+    """Four images in two tars, the second without a caption -> their names."""
+    sources = [Path(path).read_bytes() for path in images_of(data, 4)]
+    write_tar(folder / "0.tar", [
+        ("a", {"png": sources[0], "txt": b"a red circle"}), ("b", {"png": sources[1]}),
+    ])
+    write_tar(folder / "1.tar", [
+        (key, {"png": source, "txt": b"a circle"}) for key, source in zip("cd", sources[2:])
+    ])
+    return [f"{folder}/{name}.png" for name in ("0.tar/a", "0.tar/b", "1.tar/c", "1.tar/d")]
+
+
+def test_images_of_tars_are_captioned_in_place(command, data, blip_folder, tmp_path):
+    names = write_shards(data, tmp_path)
+    given = ["caption", "--model", blip_folder, "--out", "captions.jsonl", tmp_path]
+    status, out, err = command(verbs.run_verb, *given)
+    assert (status, err) == (0, "")
+    _, files, _ = command(verbs.run_verb, *given[:3], *images_of(data, 4))
+    captions = [line.split("\t")[1] for line in files.splitlines()]
+    assert [tuple(line.split("\t")) for line in out.splitlines()] == list(zip(names, captions))
+    lines = Path("captions.jsonl").read_text().splitlines(keepends=True)
+    Path("captions.jsonl").write_text("".join(lines[:3]))
+    status, out, err = command(verbs.run_verb, *given[:-1], tmp_path / "{0,1}.tar")
+    assert status == 0 and "3 of 4 images already have a caption" in err
+    assert [line["image"] for line in json_lines(Path("captions.jsonl"))] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "1.tar", "work"]
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_captioned(
+    command, refused, data, blip_folder, tmp_path
+):
+    names = write_shards(data, tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"none" * 500)
+    given = ["caption", "--model", blip_folder, "--out", "captions.jsonl"]
+    status, out, err = command(verbs.run_verb, *given, tmp_path)
+    assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == names[2:]
+    assert f"skipped {tmp_path}/0.tar: not a tar archive" in err
+    assert "1 rows could not be used; skipped.jsonl lists them" in err
+    (line,) = json_lines(Path("skipped.jsonl"))
+    assert line["row"] == f"{tmp_path}/0.tar"
+    for name in ("captions.jsonl", "skipped.jsonl"):
+        Path(name).unlink()
+    refused(verbs.run_verb, *given, tmp_path / "0.tar", words=["0.tar: not a tar archive"])
+
+
+def test_images_of_annotation_files_are_captioned_with_or_without_a_caption(
+    command, refused, data, blip_folder
+):
+    images = images_of(data, 3)
+    rows = [{"text": "", "image": images[1]}, {"text": "a", "image": images[0]},
+            {"text": "b", "image": images[0]}, {"text": "c", "image": 7}]
+    Path("rows.json").write_text(json.dumps(rows))
+    given = ["caption", "--model", blip_folder]
+    status, out, err = command(verbs.run_verb, *given, "rows.json")
+    assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == images[1::-1]
+    assert f"skipped {command.work / 'rows.json'}:1: row 4: the image is 7" in err
+    Path("rows.json").write_text(json.dumps(rows[3:]))
+    refused(
+        verbs.run_verb, *given, "rows.json", allowed=["rows.json"],
+        words=["error: rows.json: JSON list: no image that can be used, first", "the image is 7"],
+    )
+
+
+def test_a_folder_of_images_with_captions_is_a_folder_of_images(
+    command, data, blip_folder, tmp_path
+):
+    for image in images_of(data, 2):
+        shutil.copy(image, tmp_path)
+    images = sorted(map(str, tmp_path.glob("*.png")))
+    Path(images[0]).with_suffix(".txt").write_text("mine\n")
+    given = ["caption", "--model", blip_folder, tmp_path]
+    status, out, err = command(verbs.run_verb, *given)
+    assert (status, err) == (0, "")
+    assert [line.split("\t")[0] for line in out.splitlines()] == images
+    status, out, err = command(verbs.run_verb, *given, "--txt")
+    assert status == 0 and [line.split("\t")[0] for line in out.splitlines()] == images[1:]
+
+
+def test_data_sets_are_not_captioned_beside_files_or_together_with_files(
+    refused, data, blip_folder, tmp_path
+):
+    write_shards(data, tmp_path)
+    given = ["caption", "--model", blip_folder, tmp_path / "0.tar"]
+    refused(verbs.run_verb, *given, "--txt", words=["--txt writes beside image files", "use --out"])
+    image, = images_of(data, 1)
+    refused(verbs.run_verb, *given, image, words=[
+        f"{tmp_path}/0.tar is a data set and {image} is not", "one after the other",
+    ])
+
+
 @pytest.mark.parametrize("args, words", [
     (["--temperature", "0"], ["--temperature is 0", "above 0"]),
     (["--top_p", "0.5"], ["--top_p is for sampling"]),
@@ -471,15 +562,69 @@ def test_rows_without_a_caption_to_score_against_are_named_and_listed(command, d
         "--out", "each.jsonl",
     )
     assert status == 1 and "2 images of" in out
-    assert 'skipped rows.json:3: row 2: "text" has no words to compare\n' in err
-    assert "skipped rows.json:4: row 3: \"text\" is empty" in err
+    path = command.work / "rows.json"
+    assert f"skipped {path}:3: has no words to compare: '...'\n" in err
+    assert f"skipped {path}:4: has no caption\n" in err
     assert "2 rows could not be used; skipped.jsonl lists them\n" in err
     assert [line["row"] for line in json_lines(Path("skipped.jsonl"))] == [
-        "rows.json:3", "rows.json:4"
+        f"{path}:3", f"{path}:4"
     ]
     assert [line["references"] for line in json_lines(Path("each.jsonl"))] == [
         [rows[0]["text"]], [rows[3]["text"]]
     ]
+
+
+def test_tars_are_scored(command, data, blip_folder, tmp_path):
+    names = write_shards(data, tmp_path)
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--model", blip_folder, "--data", tmp_path,
+        "--out", "each.jsonl", "--coco_out", "coco.json",
+    )
+    assert status == 1 and "3 images of" in out and "3 references" in out
+    assert f"skipped {names[1]}: has no caption\n" in err
+    scored = [names[0], *names[2:]]
+    lines = json_lines(Path("each.jsonl"))
+    assert [(line["image"], line["references"]) for line in lines] == list(
+        zip(scored, (["a red circle"], ["a circle"], ["a circle"]))
+    )
+    assert [line["image_id"] for line in json.loads(Path("coco.json").read_text())] == [
+        "0.tar/a.png", "1.tar/c.png", "1.tar/d.png"
+    ]
+
+
+def test_a_folder_of_images_with_captions_is_scored(command, data, blip_folder, tmp_path):
+    for image, caption in zip(images_of(data, 3), ("a red circle", "a green one", "")):
+        shutil.copy(image, tmp_path)
+        (tmp_path / Path(image).name).with_suffix(".txt").write_text(f"{caption}\n")
+    images = sorted(map(str, tmp_path.glob("*.png")))
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--model", blip_folder, "--data", tmp_path,
+        "--out", "each.jsonl",
+    )
+    assert status == 1 and f"skipped {images[2]}: has no caption\n" in err
+    assert [(line["image"], line["references"]) for line in json_lines(Path("each.jsonl"))] == [
+        (images[0], ["a red circle"]), (images[1], ["a green one"])
+    ]
+
+
+def test_one_split_is_scored_by_default_the_test_split(command, data, blip_folder):
+    rows = json.loads((data / "train.json").read_text())
+    splits = ["train", "restval", "val", "test"]
+    rows = [
+        row | {"image": str(data / row["image"]), "split": splits[i % 4]}
+        for i, row in enumerate(rows)
+    ]
+    Path("rows.json").write_text(json.dumps(rows))
+    given = ["evaluate", "--model", blip_folder, "--data", "rows.json", "--out", "each.jsonl"]
+    for asked, numbers in (
+        ([], (3, 7, 11)), (["--split", "test"], (3, 7, 11)),
+        (["--split", "validation"], (2, 6, 10)), (["--split", "train"], (0, 1, 4, 5, 8, 9)),
+    ):
+        status, out, _ = command(verbs.run_verb, *given, *asked)
+        assert status == 0 and f"{len(numbers)} images of" in out
+        assert [line["image"] for line in json_lines(Path("each.jsonl"))] == [
+            rows[number]["image"] for number in numbers
+        ]
 
 
 def test_java_scores_name_what_they_need(refused, data, blip_folder, monkeypatch):
@@ -512,7 +657,9 @@ def test_a_java_program_that_fails_costs_a_warning(
 @pytest.mark.parametrize("args, words", [
     ([], ["--data"]),
     (["--data", "absent.json"], ["absent.json: no such file"]),
-    (["--data", "VAL", "--image_folder", "."], ["an image folder is for COCO's format"]),
+    (["--data", "VAL", "--image_folder", "absent"], ["absent: no such folder"]),
+    (["--data", "VAL", "--split", "test"], ["--split test: no row", "there are val (4 rows)"]),
+    (["--data", "VAL", "--data_format", "tra"], ["no format tra; did you mean tar"]),
     (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
     (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
@@ -636,9 +783,9 @@ def test_an_image_is_encoded_once_by_training_captioning_and_evaluating(
     given = ["--cache", "disk", "--num_workers", "0"]
     train(settings(captioner_folder, data, Path("run"), cache="disk", epochs=1))
     read = []
-    read_image_file = batches.read_image_file
+    read_image_file = image_table.read_image_file
     monkeypatch.setattr(
-        batches, "read_image_file", lambda path: [read.append(path), read_image_file(path)][1]
+        image_table, "read_image_file", lambda path: [read.append(path), read_image_file(path)][1]
     )
     encoded.clear()
     evaluated = "evaluate", "--adapter", "run/adapter", "--data", data / "val.json"

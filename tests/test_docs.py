@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import lora_engine
 from lora_engine.__main__ import VERBS, run_verb
@@ -23,8 +24,8 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.g
 MAX_README_WORDS = 1300
 OURS = "recipes|lora_engine|benchmarks"
 
-# Flags of other programs, and an old spelling.
-OTHER_FLAGS = {"ipc", "shm_size", "licence"}
+# Flags of other programs, and old spellings.
+OTHER_FLAGS = {"ipc", "shm_size", "licence", "image_folder"}
 
 NOT_ENGLISH = {  # expression: what it looks like in a text
     "one file a recipe": r"\bone (plain )?(Python )?(file|line) an? \w",
@@ -207,6 +208,8 @@ def example_folder(tmp_path, monkeypatch, blip_folder):
         "images": [{"id": 7, "file_name": "7.jpg"}],
         "annotations": [{"image_id": 7, "caption": "a dog"}],
     }))
+    for name in ("dog.jpg", "hut.jpg"):
+        Image.new("RGB", (60, 48), "white").save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,5 +1,6 @@
 """doctor: one line per check, advice for each problem, and an exit status that reports them."""
 
+import re
 import urllib.request
 from urllib.error import HTTPError, URLError
 
@@ -107,3 +108,23 @@ def test_a_check_that_fails_is_a_finding_and_the_others_still_run(examined, monk
     status, out, err = examined()
     assert status == doctor_module.PROBLEMS
     assert "PROBLEM fails       RuntimeError: out of order" in out and "Pillow reads" in out
+
+
+def test_space_and_time_that_data_take_are_told(examined, data, blip_folder):
+    status, out, err = examined("--offline", "--data", data / "train.json", "--model", blip_folder)
+    assert status == 0 and "PROBLEM" not in out
+    plan, space, time = [line[8:] for line in out.splitlines() if line.startswith("ok      data")]
+    assert plan.startswith("data        features of 12 images, ")
+    assert re.search(r"space: features take \S+ kB as fp32, .* as int8; there is space for", space)
+    assert re.search(r"time: about \S+ \w+ for the first epoch, \S+ \w+ for each later", time)
+    assert list(examined.work.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "train.json"], "--data needs a captioner to measure with"),
+    (["--data", "train.json", "--model", "MODEL"], "train.json: no such file"),
+])
+def test_data_that_cannot_be_measured_are_a_problem(examined, blip_folder, flags, words):
+    flags = [str(blip_folder) if flag == "MODEL" else flag for flag in flags]
+    status, out, err = examined("--offline", *flags)
+    assert status == doctor_module.PROBLEMS and "PROBLEM data" in out and words in out

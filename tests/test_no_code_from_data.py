@@ -19,6 +19,8 @@ METHODS = {  # of any module or object
 ALLOWED = {
     # some published checkpoints are .bin files, read with weights_only
     ("lora_engine/models/weights.py", "torch.load"),
+    # downloads run in an environment of their own
+    ("lora_engine/data/download/img2dataset.py", "subprocess"),
 }
 
 
@@ -64,6 +66,26 @@ def test_the_one_load_of_torch_takes_weights_only():
     assert len(calls) == 1
     (only,) = [k.value for k in calls[0].keywords if k.arg == "weights_only"]
     assert isinstance(only, ast.Constant) and only.value is True
+
+
+def test_the_only_programs_started_are_img2dataset_and_its_watchdog():
+    """With a list of arguments, so that no shell reads them."""
+    path = ROOT / "lora_engine/data/download/img2dataset.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and dotted(node.func).startswith("subprocess.")
+    ]
+    assert [(dotted(call.func), ast.unparse(call.args[0])) for call in calls] == [
+        ("subprocess.Popen", "command"),
+        ("subprocess.Popen", "[sys.executable, '-S', '-c', _WATCHDOG]"),
+    ]
+    assert not any(keyword.arg in ("shell", None) for call in calls for keyword in call.keywords)
+    watchdog, = (
+        node.value for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_WATCHDOG"
+    )
+    assert isinstance(watchdog, ast.Constant)  # and nothing that was read
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -417,6 +417,14 @@ def test_the_folder_of_the_images_has_most_of_them(write):
     assert find_image_root("d/a.json", ["0.jpg", "1.jpg"]) == f"{here}/d/few"
 
 
+def test_a_missing_image_does_not_lead_to_a_copy_of_the_data(write):
+    here = write(*(f"one/{n}.jpg" for n in range(6)), *(f"copy/{n}.jpg" for n in range(10)))
+    names = [f"{n}.jpg" for n in range(10)]
+    assert find_image_root("one/a.json", names) == f"{here}/one"
+    (here / "one/5.jpg").unlink()
+    assert find_image_root("one/a.json", names) == f"{here}/copy"
+
+
 def test_paths_with_folders_are_found_below_the_folder_of_images(write):
     write("d/images/val2014/a.jpg", **{"d/k.json": CONTENTS["karpathy"].replace(
         '"filename"', '"filepath": "val2014", "filename"')})

@@ -125,7 +125,7 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
     lines = json_lines(summary.path / "skipped.jsonl")
     assert [line["row"] for line in lines] == listed
     for line in lines:
-        assert line["reason"].startswith('row 6: "text" is empty')
+        assert line["reason"].startswith("row 6: the caption is empty")
         assert f"skipped {line['row']}: {line['reason']}" in out
     assert f"2 rows could not be used; {summary.path / 'skipped.jsonl'} lists them" in out
     places = ", ".join(f"{tmp_path / 'val.json'}:{line}" for line in (6, 10))

@@ -27,8 +27,8 @@ def references_of(
 ) -> tuple[list[Referenced], ImageTable, Sequence[BadRow]]:
     """The images with references, in order of appearance; the table of them; and bad rows.
 
-    Captions without words cannot be scored against and are bad rows. The id of an image is the
-    source's own (COCO), else its path, relative to `folder` for images below it.
+    Captions without words cannot be scored against and are bad rows, in the source's order. The id
+    of an image is the source's own (COCO), else its path, relative to `folder` for images below it.
 
     Raises AnnotationError if there is no image to score; `name` is that of the source.
     """
@@ -44,6 +44,7 @@ def references_of(
         else:
             reason = f"has no words to compare: {text[:40]!r}" if text else "has no caption"
             bad.append(BadRow(pairs.location(row), reason))
+    bad = pairs.in_order(bad)
     chosen = np.flatnonzero([bool(image.references) for image in found])
     if not len(chosen):
         first = f", first {bad[0]}" if bad else ""

@@ -28,6 +28,7 @@ from lora_engine.commands.loading import (
 from lora_engine.config import Range
 from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable
+from lora_engine.data.rows import BadRow
 from lora_engine.data.sources.parts import is_source
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
@@ -92,7 +93,7 @@ def caption(args: list[str]) -> int:
         description="Caption images with a trained adapter.",
     )
     config.check()
-    images = _images(config)
+    images, bad_rows = _images(config)
     left = _without_caption(config, images)
     if len(left) < len(images):
         print(
@@ -112,7 +113,7 @@ def caption(args: list[str]) -> int:
         sampling=sampling,
         numbers=left,
     )
-    skipped = SkippedImages(config.out)
+    skipped = SkippedImages(config.out, bad_rows)
     # Files are opened after everything has been loaded, so an earlier failure changes none.
     with captions as captioned, ExitStack() as stack:
         writers = _open_writers(config, stack)
@@ -128,12 +129,12 @@ def caption(args: list[str]) -> int:
     return UNREADABLE if skipped.lines else 0
 
 
-def _images(config: CaptionConfig) -> ImageTable:
-    """The images to caption: files, or those of data sources."""
+def _images(config: CaptionConfig) -> tuple[ImageTable, Sequence[BadRow]]:
+    """The images to caption, files or those of data sources, and rows that cannot be used."""
     paths = _listed(config.images)
     sources = [path for path in paths if is_source(path)]
     if not sources:
-        return ImageTable.of_files(map(str, find_images(paths)))
+        return ImageTable.of_files(map(str, find_images(paths))), []
     if len(sources) < len(paths):
         other = next(path for path in paths if path not in sources)
         raise ValueError(
@@ -144,10 +145,13 @@ def _images(config: CaptionConfig) -> ImageTable:
         raise ValueError(
             f"--txt writes beside image files, and {sources[0]} is a data set: use --out"
         )
-    return config.read(
+    pairs = config.read(
         tuple(paths), index_folder=cache_folder(config.cache_dir), max_bad_share=1.0,
         needs_captions=False,
-    ).images
+    )
+    if not len(pairs):
+        raise ValueError(f"{pairs.name}: no image that can be used, first {pairs.bad[0]}")
+    return pairs.images, pairs.bad
 
 
 def _listed(paths: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -149,7 +148,7 @@ def _finish_pass(config: DownloadConfig, out: Path, record: Record, command: lis
         img2dataset.remove_unfinished(out, record.output)
 
 
-def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> None:
+def _watch(process: img2dataset.Process, out: Path, record: Record, log: Path) -> None:
     """Show progress until img2dataset ends.
 
     Raises LoadingStopped if it does not finish all shards, if the disk is full, or if not a single
@@ -163,7 +162,7 @@ def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> N
     ) as bar:
         is_running = True
         while is_running:
-            is_running = not _has_ended(process)
+            is_running = not img2dataset.has_ended(process, _POLL_S)
             new = {
                 shard: stats for shard in pending
                 if (stats := img2dataset.read_stats(out, shard, record.output)) is not None
@@ -185,14 +184,6 @@ def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> N
             f"{len(record.last_pass):,} shards unfinished; rerun the command to continue. The end "
             f"of {log}:\n{_end_of(log)}"
         )
-
-
-def _has_ended(process: subprocess.Popen) -> bool:
-    try:
-        process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _check_disk(out: Path, log: Path, new: Collection[int]) -> None:

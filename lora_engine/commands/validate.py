@@ -91,7 +91,7 @@ class Findings:
 
     @property
     def problems(self) -> list[BadRow]:
-        return [*self.pairs.bad, *self.bad_images]
+        return self.pairs.in_order([*self.pairs.bad, *self.bad_images])
 
     @property
     def is_trainable(self) -> bool:
@@ -99,6 +99,7 @@ class Findings:
         share = TrainingConfig.max_bad_share
         return (
             len(self.pairs.bad) <= share * self.num_rows
+            and self.pairs.lost_share <= share
             and len(self.bad_images) <= share * len(self.pairs)
         )
 
@@ -155,10 +156,13 @@ def _examine(config: ValidateConfig) -> Findings:
 
 def _rows_of_bad_images(pairs: Pairs, images: Sequence[ImageFacts]) -> list[BadRow]:
     reasons = {number: facts.reason for number, facts in enumerate(images) if facts.reason}
-    return [
-        BadRow(pairs.location(row), f"{pairs.images[image]}: {reasons[image]}")
-        for row, image in enumerate(pairs.image_of_row.tolist()) if image in reasons
-    ]
+    found = []
+    for row, image in enumerate(pairs.image_of_row.tolist()):
+        if image in reasons:
+            location, path = pairs.location(row), pairs.images[image]
+            is_named = location == path  # in formats without lines
+            found.append(BadRow(location, f"{'' if is_named else f'{path}: '}{reasons[image]}"))
+    return found
 
 
 def _wordless(pairs: Pairs) -> list[str]:
@@ -183,7 +187,7 @@ def _examine_val_data(findings: Findings, config: ValidateConfig) -> None:
     pairs = config.read(config.val_data, max_bad_share=1.0)
     images = list(_read_images(pairs.images, config.num_workers))
     findings.num_shared = len(set(pairs.images).intersection(findings.pairs.images))
-    findings.bad_val_rows = [*pairs.bad, *_rows_of_bad_images(pairs, images)]
+    findings.bad_val_rows = pairs.in_order([*pairs.bad, *_rows_of_bad_images(pairs, images)])
     findings.wordless += _wordless(pairs)
 
 

@@ -66,6 +66,7 @@ class _Collector:
     def __init__(self, part: Part, needs_captions: bool) -> None:
         self.part = part
         self.needs_captions = needs_captions
+        self.complaint = caption_complaint if needs_captions else _complaint_unless_blank
         self.splits: dict[str, int] = {}
         self._clear()
 
@@ -100,13 +101,13 @@ class _Collector:
             reason = "has no caption" if self.needs_captions else None
             captions = [""]
         elif reason is None and len(captions) == 1:
-            reason = caption_complaint(captions[0])
+            reason = self.complaint(captions[0])
         if reason is not None:
             self.complain(number, item.where, reason)
             return
         usable = []
         for caption in captions:
-            reason = caption_complaint(caption) if len(captions) > 1 else None
+            reason = self.complaint(caption) if len(captions) > 1 else None
             if reason is None:
                 usable.append(caption.strip())
             else:
@@ -138,3 +139,8 @@ class _Collector:
         else:
             location = f"{path}: {where}" if where else path
         self.bad.append(BadRow(location, reason))
+
+
+def _complaint_unless_blank(caption: Any) -> str | None:
+    is_blank = isinstance(caption, str) and not caption.strip()
+    return None if is_blank else caption_complaint(caption)

@@ -81,10 +81,10 @@ def read_pairs(
     Without `needs_captions`, images without a caption have an empty one.
 
     Raises AnnotationError if a source cannot be read, and if no row, or too few rows, can be used:
-    at most `max_bad_share` of the rows, and of the source files, may be bad. The message lists the
-    first MAX_ROWS_SHOWN.
+    at most `max_bad_share` of the rows, and of the source files, may be bad (if it is 1, all the
+    rows). The message lists the first MAX_ROWS_SHOWN.
     """
-    name = name_of(data)
+    name, lost_share = name_of(data), 0.0
     if not paths_of(data):
         source, bad = _read_python(data, options, needs_captions)
         description = "rows from Python"
@@ -96,15 +96,20 @@ def read_pairs(
             found.parts, options, index_folder, needs_captions, num_workers
         )
         bad = [*found.bad, *bad]
-        num_lost = index.num_lost_parts + len(found.bad)
+        num_files = len(found.parts) + len(found.bad)
+        lost_share = (index.num_lost_parts + len(found.bad)) / max(num_files, 1)
         description = index.description
-        if num_lost > max_bad_share * (len(found.parts) + len(found.bad)):
-            raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
     num_rows = len(source.columns["image"])
-    if not num_rows or len(bad) > max_bad_share * (num_rows + len(bad)):
+    may_be_empty = bad and max_bad_share >= 1
+    if (
+        not (num_rows or may_be_empty)
+        or lost_share > max_bad_share
+        or len(bad) > max_bad_share * (num_rows + len(bad))
+    ):
         raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
     return Pairs(
-        source, source.images, source.columns["image"], bad=bad, name=f"{name}: {description}"
+        source, source.images, source.columns["image"], bad=bad, lost_share=lost_share,
+        name=f"{name}: {description}",
     )
 
 
@@ -339,8 +344,18 @@ def _read(
                 merger.lose_part(part, chunks)
             else:
                 merger.add_part(part, chunks, container)
+        if merger.index.num_lost_parts == len(parts):
+            raise AnnotationError(_nothing_readable_message(parts, merger.bad))
     columns, index = merger.finish()
     return columns, index, merger.bad
+
+
+def _nothing_readable_message(parts: Sequence[Part], bad: Sequence[BadRow]) -> str:
+    shown = list(map(str, bad[:MAX_ROWS_SHOWN]))
+    first = f"; the first {len(shown)}" if len(bad) > len(shown) else ""
+    folder = os.path.commonpath([part.path for part in parts])
+    summary = f"{folder}: none of the {len(parts):,} source files can be read{first}:"
+    return "\n  ".join([summary, *shown])
 
 
 class _Parts(Dataset):

@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -83,7 +83,8 @@ class Pairs(Sequence[Row]):
 
     `chosen` (N,) are their numbers in `source`, None for all; `images` the table of their images,
     in order of first appearance, and `image_of_row` (N,) numbers of it. `bad` are the rows that
-    cannot be used. `name` says where the rows are from, and `key` which of them are chosen.
+    cannot be used, and `lost_share` is the share of the source files that cannot be read. `name`
+    says where the rows are from, and `key` which of them are chosen.
     """
 
     source: PairColumns
@@ -92,6 +93,7 @@ class Pairs(Sequence[Row]):
     chosen: np.ndarray | None = None
     key: tuple[Any, ...] = ()
     bad: Sequence[BadRow] = ()
+    lost_share: float = 0.0
     name: str = ""
 
     def __len__(self) -> int:
@@ -139,6 +141,16 @@ class Pairs(Sequence[Row]):
         part = self.source.parts[bisect.bisect_right(ends, self.source_row(row))]
         return f"{part.path}:{line}"
 
+    def in_order(self, bad: Iterable[BadRow]) -> list[BadRow]:
+        """Sorted by source file and line; those without a line come first, in the order given."""
+        numbers = {part.path: number for number, part in enumerate(self.source.parts)}
+
+        def position(row: BadRow) -> tuple[int, int]:
+            path, _, line = row.location.rpartition(":")
+            return (numbers[path], int(line)) if path in numbers and line.isdigit() else (-1, 0)
+
+        return sorted(bad, key=position)
+
     @property
     def split_numbers(self) -> np.ndarray:
         """The number of each row's split in `source.splits`, (N,)."""
@@ -178,6 +190,7 @@ class Pairs(Sequence[Row]):
             chosen=columns["rows"],
             key=(*self.key, key),
             bad=self.bad,
+            lost_share=self.lost_share,
             name=self.name,
         )
 

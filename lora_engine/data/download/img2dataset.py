@@ -100,8 +100,11 @@ def arguments(
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
+Process = subprocess.Popen
+
+
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
+def running(command: list[str], log: Path) -> Iterator[Process]:
     """Within the context the command runs, with its output in `log`; after it, it is killed.
 
     Its process group is its own, so that a Ctrl-C reaches only this process, which then kills the
@@ -132,6 +135,15 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
         if watchdog is not None:
             watchdog.communicate()
+
+
+def has_ended(process: Process, wait_s: float) -> bool:
+    """Whether the process ends within so many seconds."""
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 # --- shards ---------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ def first_image_names(items: Iterable[Item | Problem]) -> list[str]:
 def find_image_root(path: str, names: Sequence[str]) -> str:
     """The folder in which most of the images with these names are.
 
-    Looks in the folder of the annotation file `path`, in the folders of that folder, in its parent,
-    in the parent's folders and in the working folder, which `caption --out` writes paths relative
-    to. The file's folder where none of them has most of the images.
+    This is the folder of the annotation file `path` if it has more than half of them: a copy of the
+    data beside it may have all. Otherwise looks in the folders of that folder, in its parent, in
+    the parent's folders and in the working folder, which `caption --out` writes paths relative to.
+    The file's folder where none of them has more than half of the images.
     """
     home = os.path.realpath(os.path.dirname(path))
-    if _num_found(home, names) == len(names):
+    if 2 * _num_found(home, names) > len(names):
         return home
     parent = os.path.dirname(home)
     near = [home, *_folders(home), parent, *_folders(parent), os.getcwd()]
