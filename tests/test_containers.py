@@ -131,9 +131,7 @@ def test_other_python_rows_in_the_same_place_have_their_own_features(captioner, 
 
 def test_two_image_columns_of_a_parquet_file_have_their_own_features(captioner, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
+    pytest.importorskip("pyarrow.parquet").write_table(
         pyarrow.table({
             "left": [sample.data for sample in SAMPLES[:3]],
             "right": [sample.data for sample in SAMPLES[3:]],

@@ -1,4 +1,4 @@
-"""An index on disk that several processes use, whose disk is full, that is read-only, or is gone."""
+"""An index on disk that several processes use, that is read-only or removed, on a full disk."""
 
 import errno
 import json
