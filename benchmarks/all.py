@@ -25,8 +25,9 @@ BENCHMARKS = {  # name: arguments of the command
     "features": ["features"],
     "checkpointing": ["checkpointing"],
     "input_path": ["input_path"],
+    "data": ["data"],
 }
-ON_CPU = {"input_path"}  # whatever --device is
+ON_CPU = {"input_path", "data"}  # whatever --device is
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,7 +35,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measure import in_fresh_process, interleave, ratios, spread, table, write_result
+from benchmarks.measure import (
+    MODELS,
+    in_fresh_process,
+    interleave,
+    ratios,
+    spread,
+    table,
+    write_result,
+)
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -66,16 +74,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="blip", help="whose tokenizer is used")
     parser.add_argument("--num_rows", type=int, default=3_300_000)
     parser.add_argument("--images", type=int, default=400, help="JPEGs to load")
     parser.add_argument("--tokenizer", help="checkpoint folder or Hub name; default: the demo's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="folder for the files; default: a temporary one")
-    parser.add_argument("--quick", action="store_true", help="check that it runs")
+    parser.add_argument("--quick", action="store_true", help="check that it runs: too few rows")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.num_rows, arguments.images, arguments.rounds = 60_000, 20, 2
-    name = arguments.tokenizer or captioner_folder("blip")
+        arguments.num_rows, arguments.images, arguments.rounds = 2_000, 8, 2
+    name = arguments.tokenizer or captioner_folder(arguments.model)
     tokenizer = load_tokenizer(name)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         shards, cache = Path(folder, "shards"), Path(folder, "cache")
@@ -89,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
             **blocks(Path(folder, "blocks"), num_images=arguments.images * 20),
         }
     print(as_table(result))
-    name = "data-quick" if arguments.quick else "data"
-    path = write_result(name, result, device=torch.device("cpu"))
+    suffix = "-quick" if arguments.quick else ""
+    path = write_result(f"data-{arguments.model}{suffix}", result, device=torch.device("cpu"))
     print(f"written to {path}")
 
 

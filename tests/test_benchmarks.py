@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 pytest.importorskip("peft")
 
 from benchmarks import all as all_benchmarks  # noqa: E402
-from benchmarks import contenders, flops, measure, memory, ours, peers, wall  # noqa: E402
+from benchmarks import contenders, data, flops, measure, memory, ours, peers, wall  # noqa: E402
 from benchmarks.cross_attention import crossing  # noqa: E402
+from lora_engine.data import image_identity, pair_index  # noqa: E402
 from lora_engine.lora.adapter import read_adapter  # noqa: E402
 from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models import cross_attention  # noqa: E402
@@ -79,6 +80,23 @@ def test_it_runs(run, model, tmp_path, monkeypatch, capsys):
             same = [search["num_the_same"] for search in result["searches"].values()]
             assert same == [result["num_images"]] * 2
     assert printed[-1] == result["headline"]  # the line that benchmarks.all shows
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_large_data_sets_are_measured(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(data, "in_fresh_process", call_here)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(image_identity, "_CLOCK_TICK_NS", -(10**9))
+    monkeypatch.setattr(pair_index, "MIN_ROWS_ON_DISK", 0)  # an index, although there are few rows
+    data.main(["--quick", "--model", model])
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == f"data-{model}-quick.json"
+    result = json.loads(path.read_text())
+    assert all(map(math.isfinite, numbers_in(result)))
+    assert result["num_rows"] == 2_000 and result["num_batches"] == 63
+    assert result["tokens_per_caption"] > 9 and result["index_bytes_per_row"] > 60
+    assert f"{result['index_bytes_per_row']:.1f}" in capsys.readouterr().out
 
 
 def test_a_function_runs_in_a_fresh_process():

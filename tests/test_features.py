@@ -43,6 +43,7 @@ from lora_engine.data.pixels import load_pixels
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement
+from lora_engine.features import source as source_module
 from lora_engine.features import store as store_module
 from lora_engine.features.cache import RowMemory
 from lora_engine.features.encoder import FeatureEncoder, encode_pixels
@@ -908,22 +909,22 @@ def run(config: TrainingConfig, **changes) -> Run:
     log = Path(f"{config.output_path}.read")
     log.touch()
     printed, recorder = io.StringIO(), Recorder()
-    read_image_file = batches.read_image_file
 
     def open_and_remember(*args, **kwargs):
         sources.append(open_features(*args, **kwargs))
         return sources[0]
 
-    def read_and_write_down(path):
+    def read_and_write_down(images, image, settings):
         with open(log, "a") as file:
-            file.write(f"{path}\n")
-        return read_image_file(path)
+            file.write(f"{images[image]}\n")
+        return read_image(images, image, settings)
 
     logger = logging.getLogger("lora_engine.features")
     logger.addHandler(recorder)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(run_setup, "open_features", open_and_remember)
-        patch.setattr(batches, "read_image_file", read_and_write_down)
+        for module in (batches, source_module):
+            patch.setattr(module, "read_image", read_and_write_down)
         summary = train(config)
     logger.removeHandler(recorder)
     read = log.read_text().splitlines()
@@ -1191,7 +1192,8 @@ def test_auto_continues_without_a_cache_folder_and_reports_it(
     assert done.trajectory == expected
     assert done.source.cache.store is None and len(done.source.cache.host_memory.slots) == 13
     plan, = (line for line in done.printed.splitlines() if line.startswith("features of"))
-    assert f": kept 17 in memory; not on disk: {no_cache_dir}: features cannot be kept here" in plan
+    # 14 training and 5 validation images; two of them are both.
+    assert f": kept 19 in memory; not on disk: {no_cache_dir}: features cannot be kept here" in plan
 
 
 def test_cache_disk_with_an_unusable_folder_is_an_error(

@@ -32,6 +32,7 @@ from lora_engine.models.pretrained import load_captioner
 
 SECONDS = 0.7  # for each kind and family
 LONGEST = 15.0  # for one input: what is allowed for patterns, several times over
+FEWEST = 20  # folders
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 3, 7, 64, 2**31, 2**63, 10**9, 10**18, 10**400, -(10**400), 0.5,
@@ -115,10 +116,13 @@ def fuzz(
     original: Path, work: Path, names: list[str], use: Callable[[Path], None],
     errors: type[Exception], *, seconds: float, seed: int,
 ) -> Fuzzed:
-    """Use copies of a folder, one or two files of which are changed, until the time is over."""
+    """Use copies of a folder, one or two files of which are changed, until the time is over.
+
+    At least FEWEST copies are used.
+    """
     outcomes: collections.Counter[str] = collections.Counter()
     longest, number, end = 0.0, 0, time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or number < FEWEST:  # on a busy machine
         rng = random.Random(f"{seed} {number}")
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(original, work)

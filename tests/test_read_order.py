@@ -1,5 +1,7 @@
 """Blocks: which rows belong together, epochs that read each block once, and reading ahead."""
 
+from itertools import chain
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,8 +49,10 @@ def test_an_epoch_in_blocks_has_every_row_once(block_sizes, batch_size, seed):
         )]
         for epoch in (0, 0, 1)
     )
-    assert sorted(sum(first, [])) == list(range(ends[-1])) == sorted(sum(other, []))
-    assert first == again and (first != other or ends[-1] < 9)
+    assert sorted(chain(*first)) == list(range(ends[-1])) == sorted(chain(*other))
+    assert first == again
+    # Within one window, rows of different lengths can only be in one order of a few batches.
+    assert first != other or ends[-1] <= 65 * batch_size
     assert len(first) == -(-ends[-1] // batch_size)
     assert sum(len(batch) < batch_size for batch in first) <= 1
 

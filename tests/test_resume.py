@@ -29,12 +29,13 @@ from lora_engine.captioning import captioner as captioner_module
 from lora_engine.config import TrainingConfig
 from lora_engine.data import batches, workers
 from lora_engine.data.batches import CaptionedImages
+from lora_engine.data.subsets import hold_out_sampled
 from lora_engine.features import store as store_module
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report import metrics_log as metrics_log_module
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
-from lora_engine.training import checkpoint_writer, meter, trainer, validation_captions
+from lora_engine.training import checkpoint_writer, meter, run_data, trainer, validation_captions
 from lora_engine.training import run as run_module
 from lora_engine.training import setup as run_setup
 from lora_engine.training import validation as validation_module
@@ -127,6 +128,33 @@ def go_on(config: TrainingConfig, **changes):
 
 
 # --- killed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{}, {"val_fraction": 0.3}])
+def test_a_run_that_an_earlier_version_began_keeps_its_held_out_images(
+    blip_folder, data, tmp_path, monkeypatch, given
+):
+    """Its settings lack those of the data, among them val_size; 5 % were held out by default."""
+    new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order",
+           "val_size"}
+    as_dict = TrainingConfig.as_dict
+    config = long_run(blip_folder, data, tmp_path / "run", val_data_path=None, **given)
+    whole = replace(config, output_path=str(tmp_path / "whole"))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TrainingConfig, "as_dict", lambda config: {
+            name: value for name, value in as_dict(config).items() if name not in new
+        } | {"val_fraction": config.val_fraction or 0.05})
+        earlier.setattr(run_data, "hold_out", lambda pairs, *, fraction, size, seed: (
+            hold_out_sampled(pairs, fraction=fraction or 0.05, seed=seed)
+        ))
+        train(whole)
+        ended = in_child(killing(config, 8), tmp_path / "log")
+        assert ended.status == -signal.SIGKILL, ended.output
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    held_out = {line["image"] for line in json_lines(tmp_path / "run" / "samples.jsonl")}
+    train(replace(config, output_path=str(tmp_path / "new")))
+    assert held_out != {line["image"] for line in json_lines(tmp_path / "new" / "samples.jsonl")}
 
 
 @pytest.mark.parametrize("family", ["blip", "vit_gpt2"])

@@ -217,6 +217,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     ]
     config = json.loads((folder / "config.json").read_text())
     config["lora_targets"] = tuple(config["lora_targets"])
+    assert config.pop("read_order") == "random" and trained.config.read_order == "auto"
     assert loop_module.TrainingConfig(**config) == trained.config
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["compute_dtype"] == "float32"

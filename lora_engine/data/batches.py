@@ -147,7 +147,7 @@ def epoch_batches(
         window[:] = window[np.argsort(lengths[window], kind="stable")]
     num_batches = -(-len(order) // batch_size)
     for number in generator.permutation(num_batches).tolist():
-        yield order[number * batch_size : (number + 1) * batch_size]
+        yield order[number * batch_size : (number + 1) * batch_size].astype(np.int64)
 
 
 def _block_batches(

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_engine.data.columns import Columns
 from lora_engine.data.formats.parquet_images import ParquetImages, RowGroups
-from lora_engine.data.image_identity import FileStamp, identity, stamp
+from lora_engine.data.image_identity import FileStamp, content_digest, identity, stamp
 from lora_engine.data.images import MAX_FILE_BYTES, ImageError, read_image_file
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.python_rows import PythonImages, image_column
@@ -36,8 +36,8 @@ class Container(Protocol):
         """An image's bytes; raises ImageError."""
         ...
 
-    def stamp(self, name: str) -> FileStamp | None:
-        """The stamp of the file that holds an image; None if it would not be reliable."""
+    def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
+        """A stamp of an image and the file that holds it; None if it would not be reliable."""
         ...
 
 
@@ -52,7 +52,7 @@ class Folder:
     def read(self, name: str, offset: int, size: int) -> bytes:
         return read_image_file(os.path.join(self.path, name))
 
-    def stamp(self, name: str) -> FileStamp | None:
+    def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
         return stamp(os.path.join(self.path, name))
 
 
@@ -94,13 +94,19 @@ class Shard:
 
     def _check(self, status: os.stat_result, path: str) -> None:
         if not stat.S_ISREG(status.st_mode) or identity(status) != self.identity:
-            raise ImageError(
-                path, "the shard has changed since it was indexed; restore it, or start again"
-            )
+            raise ImageError(path, _CHANGED)
 
-    def stamp(self, name: str) -> FileStamp | None:
+    def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
         found = stamp(self.path)
-        return found if found == self.identity else None
+        return _stamp_in(found, offset, size) if found == self.identity else None
+
+
+_CHANGED = "the shard has changed since it was indexed; restore it, or start again"
+
+
+def _stamp_in(file: FileStamp, *place: str | int) -> FileStamp:
+    """The stamp of one of the images in a file; its name alone may be that of several."""
+    return content_digest(file + repr(place).encode())
 
 
 class ParquetFile:
@@ -110,19 +116,24 @@ class ParquetFile:
 
     def __init__(self, path: str, column: str, identity: bytes, row_groups: RowGroups) -> None:
         self.path = path
+        self.column = column
         self.images = ParquetImages(path, column, row_groups)
         self.identity = identity
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         try:
+            if identity(os.stat(self.path)) != self.identity:
+                raise ImageError(os.path.join(self.path, name), _CHANGED)
             return self.images.read(offset, size)
+        except ImageError:
+            raise
         except (OSError, ValueError) as error:
             reason = str(error).removeprefix(f"{self.path}: ")
             raise ImageError(os.path.join(self.path, name), reason) from None
 
-    def stamp(self, name: str) -> FileStamp | None:
+    def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
         found = stamp(self.path)
-        return found if found == self.identity else None
+        return _stamp_in(found, self.column, offset, size) if found == self.identity else None
 
 
 class PythonRows:
@@ -141,8 +152,10 @@ class PythonRows:
             raise
         except (OSError, ValueError) as error:
             raise ImageError(name, str(error)) from None
+        except (LookupError, TypeError) as error:  # such as a list that became shorter
+            raise ImageError(name, f"the rows have changed: {error!r}") from None
 
-    def stamp(self, name: str) -> FileStamp | None:
+    def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
         return b"given in Python!"
 
 
@@ -214,15 +227,12 @@ class ImageTable(Sequence[str]):
     def read(self, image: int) -> bytes:
         """The bytes of an image's file; raises ImageError."""
         row = self.row(image)
-        columns = self.columns
-        return self.container(row).read(
-            self.names[row], int(columns["offset"][row]), int(columns["size"][row])
-        )
+        return self.container(row).read(self.names[row], *self._place(row))
 
     def stamp(self, image: int) -> FileStamp | None:
-        """The stamp of the file that holds an image; None if it would not be reliable."""
+        """A stamp of an image and the file that holds it; None if it would not be reliable."""
         row = self.row(image)
-        return self.container(row).stamp(self.names[row])
+        return self.container(row).stamp(self.names[row], *self._place(row))
 
     def has_file(self, image: int) -> bool:
         """Whether an image is where the table says, or is not a file."""
@@ -238,7 +248,7 @@ class ImageTable(Sequence[str]):
         container = self.container(row)
         if isinstance(container, Folder):
             return os.path.join(container.path, self.names[row]), 0, 0
-        return container.path, int(self.columns["offset"][row]), int(self.columns["size"][row])
+        return container.path, *self._place(row)
 
     def kept_digest(self, image: int) -> bytes | None:
         """The digest that is kept for an image, zeros if it is not known; None if none is kept."""
@@ -261,6 +271,9 @@ class ImageTable(Sequence[str]):
     def row(self, image: int) -> int:
         """The number of an image in the columns."""
         return image if self.chosen is None else int(self.chosen[image])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        return int(self.columns["offset"][row]), int(self.columns["size"][row])
 
     def container(self, row: int) -> Container:
         return self.containers[int(self.columns["container"][row])]
@@ -285,8 +298,9 @@ class JoinedImages(Sequence[str]):
         return table.read(image)
 
     def _find(self, index: int) -> tuple[ImageTable, int]:
+        index = range(len(self))[index]
         for table in self.tables:
             if index < len(table):
-                return table, index
+                break
             index -= len(table)
-        raise IndexError(index)
+        return table, index

@@ -5,6 +5,7 @@
                     bad_rows.jsonl                      rows that cannot be used
                     digests.bin                         of images in shards, as they become known
                     tokens-KEY/, rows-KEY/, ...         what follows from them (Pairs.derived)
+    CACHE/index/KEY.lock/                               held by the process that builds it
 
 The key is made of the identity of each source file (path, size, times) and of the options, so that
 a changed source gets another index. An index is only a cache: deleted, it is built again, with the
@@ -19,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -48,10 +50,11 @@ from lora_engine.data.pairs import PairColumns, Pairs, PartRows
 from lora_engine.data.python_rows import NAME
 from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
+from lora_engine.data.shared_database import folder_lock
 from lora_engine.data.sources.file_formats import reader
 from lora_engine.data.sources.parts import Part, describe, find_parts, with_image_root
 from lora_engine.data.workers import load
-from lora_engine.files import read_limited, replaced_folder
+from lora_engine.files import clear_leftovers, read_limited, replaced_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ _ROW_BYTES = {"tar": 30_000, "parquet": 30_000, "arrow": 30_000}  # to guess the
 _TEXT_ROW_BYTES = 150
 _UNUSED_S = 60 * 86_400  # an index that was not opened for so long is removed
 _MAX_INDEX_BYTES = 2**28
+_CHUNK = 2**20  # digests that are written at a time
 _NUM_SAMPLED = 20  # images whose files must exist for an index to be used
 
 
@@ -201,23 +205,42 @@ def _open_or_read(
         key = _key([VERSION, *parts], stamps, options, needs_captions)
         folder = index_folder / "index" / key
         try:
-            if folder.exists():
-                opened = _open(folder)
-                if _has_its_images(opened[0].images):
-                    return opened
-            logger.info(f"indexing {len(parts):,} source files in {folder}")
-            _build(folder, parts, options, **reading)
-            return _open(folder)
-        except OSError as error:
+            opened = _open_valid(folder)
+            if opened is None:
+                with _building(folder):  # another process may be building it: wait for it
+                    opened = _open_valid(folder)
+                    if opened is None:
+                        shutil.rmtree(folder, ignore_errors=True)  # with what followed from it
+                        logger.info(f"indexing {len(parts):,} source files in {folder}")
+                        _build(folder, parts, options, **reading)
+                        opened = _open(folder)
+            return opened
+        except (OSError, ColumnsError) as error:
             logger.warning(f"no index is kept in {folder}: {error}")
-        except ValueError as error:
-            if isinstance(error, AnnotationError):
-                raise
-            logger.warning(f"damaged, and built again: {error}")
-            shutil.rmtree(folder, ignore_errors=True)
-            return _open_or_read(parts, options, index_folder, needs_captions, num_workers)
     columns, index, bad = _read(parts, options, ColumnWriter(None), **reading)
     return _source(columns, index, _containers(index)), bad, index
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """Hold the lock of an index; it ends with the process that holds it."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    lock.mkdir(parents=True, exist_ok=True)
+    with folder_lock(lock):
+        clear_leftovers(folder.parent, lambda name: name == folder.name)
+        yield
+
+
+def _open_valid(folder: Path) -> tuple[PairColumns, list[BadRow], Index] | None:
+    """Open an index; None if there is none, it is damaged, or its images are elsewhere now."""
+    if not folder.exists():
+        return None
+    try:
+        opened = _open(folder)
+    except ColumnsError as error:
+        logger.warning(f"a damaged index is not used: {error}")
+        return None
+    return opened if _has_its_images(opened[0].images) else None
 
 
 def _has_its_images(images: ImageTable) -> bool:
@@ -264,34 +287,57 @@ def _build(folder: Path, parts: Sequence[Part], options: SourceOptions, **readin
             for row in bad:
                 file.write(json.dumps(row) + "\n")
         with open(new / DIGESTS_FILE, "wb") as file:
-            file.truncate(16 * len(columns["container"]))
+            # Written, not a hole: to write to a mapped hole of a full disk would end the process.
+            for begin in range(0, len(columns["container"]), _CHUNK):
+                file.write(bytes(16 * min(_CHUNK, len(columns["container"]) - begin)))
         (new / INDEX_FILE).write_text(json.dumps(asdict(index)), encoding="utf-8")
     _remove_unused(folder.parent)
 
 
 def _open(folder: Path) -> tuple[PairColumns, list[BadRow], Index]:
-    """Raises ColumnsError, ValueError, OSError."""
+    """Raises ColumnsError for an incomplete or damaged index, OSError."""
     try:
         index = Index(**json.loads(read_limited(folder / INDEX_FILE, _MAX_INDEX_BYTES)))
         columns = read_columns(folder)
         num_images = len(columns["container"])
-        digests = np.memmap(folder / DIGESTS_FILE, "V16", mode="r+", shape=num_images)
+        for name, known in (("container", index.containers), ("split", index.splits)):
+            if len(columns[name]) and int(columns[name].max()) >= len(known):
+                raise ColumnsError(f"{folder / INDEX_FILE} lacks a {name} of the columns")
+        digests = _map_digests(folder / DIGESTS_FILE, num_images)
         with open(folder / BAD_FILE, encoding="utf-8", errors="surrogatepass") as file:
             bad = [BadRow(*json.loads(line)) for line in file]
         source = _source(
-            columns, index, _containers(index), digests=digests.view(np.ndarray), folder=folder
+            columns, index, _containers(index), digests=digests, folder=folder
         )
-    except (KeyError, TypeError, FileNotFoundError) as error:
+    except ColumnsError:
+        raise
+    except (LookupError, TypeError, ValueError, FileNotFoundError) as error:
         raise ColumnsError(f"{folder}: {error!r}") from None
-    os.utime(folder)
+    with suppress(OSError):  # another user's
+        os.utime(folder)
     return source, bad, index
+
+
+def _map_digests(path: Path, num_images: int) -> np.ndarray | None:
+    """The digests, writable and shared; None if they may not be written."""
+    if path.stat().st_size != 16 * num_images:
+        raise ColumnsError(f"{path} has {path.stat().st_size:,} bytes, not {16 * num_images:,}")
+    if not num_images:  # an empty file cannot be mapped
+        return None
+    try:
+        return np.memmap(path, "V16", mode="r+", shape=num_images).view(np.ndarray)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None
 
 
 def _remove_unused(folder: Path) -> None:
     """Remove indexes that were not opened for a long time: their sources have changed, or gone."""
     for index in folder.iterdir():
-        if time.time() - index.stat().st_mtime > _UNUSED_S:
-            shutil.rmtree(index, ignore_errors=True)
+        with suppress(OSError):  # another process removes it
+            if time.time() - index.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(index)
 
 
 def _source(

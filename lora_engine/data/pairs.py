@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -60,21 +61,27 @@ class PairColumns:
         if self.folder is not None:
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             path = self.folder / f"{kind}-{key}"
-            try:
-                return read_columns(path)
-            except (ColumnsError, OSError):
-                pass
-            try:
-                with replaced_folder(path) as new:
-                    writer = ColumnWriter(new)
-                    compute(writer)
-                    writer.finish()
-                return read_columns(path)
-            except (ColumnsError, OSError):  # no space, or no permission: compute it in memory
-                pass
+            found = _columns_in(path)
+            if found is None and self.folder.is_dir():  # it may have been removed
+                # No space, no permission, or another process was faster.
+                with suppress(OSError, ColumnsError):
+                    with replaced_folder(path) as new:
+                        writer = ColumnWriter(new)
+                        compute(writer)
+                        writer.finish()
+                found = _columns_in(path)
+            if found is not None:
+                return found
         writer = ColumnWriter(None)
         compute(writer)
         return writer.finish()
+
+
+def _columns_in(folder: Path) -> Columns | None:
+    try:
+        return read_columns(folder)
+    except (ColumnsError, OSError):
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from lora_engine.data.read_order import block_ends
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.data.subsets import (
+    DEFAULT_FRACTION,
     evaluation_split,
     hold_out,
     hold_out_sampled,
@@ -105,8 +106,8 @@ def read_rows(
         train = _training_split(pairs, config.split)
         val = evaluation_split(val_pairs, ["val", "test"])
     elif config.split is None and is_of_earlier_version:
-        assert config.val_fraction is not None
-        train, val = hold_out_sampled(pairs, fraction=config.val_fraction, seed=config.seed)
+        fraction = DEFAULT_FRACTION if config.val_fraction is None else config.val_fraction
+        train, val = hold_out_sampled(pairs, fraction=fraction, seed=config.seed)
     else:
         train, val = _divide(pairs, config)
     for source, part in ((data, train), (val_data or data, val)):
