@@ -18,9 +18,9 @@ from lora_engine.config import TrainingConfig
 from lora_engine.data import image_identity
 from lora_engine.data.image_table import Folder, ImageTable, JoinedImages, PythonRows
 from lora_engine.data.images import ImageError
-from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.pixels import load_pixels
+from lora_engine.data.reading import read_pairs
 from lora_engine.data.rows import SourceOptions
 from lora_engine.devices import autocast
 from lora_engine.features.encoder import encode_pixels

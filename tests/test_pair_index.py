@@ -13,9 +13,9 @@ import pytest
 from data_formats import samples
 from tars import write_tar
 
-from lora_engine.data import columns, image_identity, pair_index
+from lora_engine.data import columns, image_identity, merging, pair_index
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.pair_index import read_pairs
+from lora_engine.data.reading import read_pairs
 from lora_engine.data.seen_images import ImageList
 from lora_engine.stopping import LoadingStopped
 
@@ -96,7 +96,7 @@ def test_an_index_that_appears_while_another_is_built_is_replaced_by_an_equal_on
     even(first)
     folder, away = first.source.folder, tmp_path / "away"
     folder.rename(away)
-    read = pair_index._read
+    read = pair_index.read_parts
 
     def read_slowly(*given, **reading):
         result = read(*given, **reading)
@@ -104,7 +104,7 @@ def test_an_index_that_appears_while_another_is_built_is_replaced_by_an_equal_on
             away.rename(folder)
         return result
 
-    monkeypatch.setattr(pair_index, "_read", read_slowly)
+    monkeypatch.setattr(pair_index, "read_parts", read_slowly)
     second = read_pairs(str(shards), index_folder=tmp_path)
     assert second.source.folder == folder
     assert_whole(second)
@@ -194,7 +194,7 @@ def test_an_index_that_may_not_be_written_is_used_without_keeping_digests(
     monkeypatch.setattr(np, "memmap", read_only)
     monkeypatch.setattr(os, "utime", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(pair_index, "read_chunks", refuse)
+    monkeypatch.setattr(merging, "read_chunks", refuse)
     pairs = read_pairs(str(shards), index_folder=tmp_path)
     assert pairs.source.folder is not None and len(pairs) == 12
     assert even(pairs)[:] == pairs[::2]  # in memory

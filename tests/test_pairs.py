@@ -11,7 +11,7 @@ from pictures import read_annotations
 from tars import write_tar
 
 from lora_engine.data import chunks
-from lora_engine.data.pair_index import read_pairs
+from lora_engine.data.reading import read_pairs
 from lora_engine.data.rows import AnnotationError, BadRow, Row, SourceOptions
 
 GOOD, BAD = {"text": "a", "image": "1.jpg"}, {"text": "", "image": "1.jpg"}
@@ -238,7 +238,7 @@ def test_many_rows_take_little_memory(tmp_path):
     path = write(tmp_path, json.dumps(rows))
     program = (
         "import sys\n"
-        "from lora_engine.data.pair_index import read_pairs\n"
+        "from lora_engine.data.reading import read_pairs\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "used = lambda: int(status().split('VmHWM:')[1].split()[0])\n"
         "before = used()\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pictures import settings, write_pictures
 
-from lora_engine.data.pair_index import read_pairs
+from lora_engine.data.reading import read_pairs
 from lora_engine.data.rows import AnnotationError
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.training import run_data

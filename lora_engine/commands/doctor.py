@@ -234,7 +234,7 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
         return
     import numpy as np
 
-    from lora_engine.data.pair_index import read_pairs
+    from lora_engine.data.reading import read_pairs
     from lora_engine.data.workers import default_num_workers
     from lora_engine.devices import resolve_device, resolve_dtype
     from lora_engine.features.sizing import size_up

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.pair_index import read_pairs
 from lora_engine.data.pairs import Pairs
+from lora_engine.data.reading import read_pairs
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype

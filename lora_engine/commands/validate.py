@@ -19,8 +19,8 @@ from lora_engine.config import Range, TrainingConfig, check_ranges
 from lora_engine.data.image_identity import content_digest
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.images import ImageError, open_image
-from lora_engine.data.pair_index import name_of, paths_of
 from lora_engine.data.pairs import Pairs
+from lora_engine.data.reading import name_of, paths_of
 from lora_engine.data.rows import BadRow
 from lora_engine.data.subsets import named_split
 from lora_engine.data.workers import load

@@ -1,18 +1,34 @@
-"""Chunks of source files -> columns, in which each image has one number."""
+"""Source files -> columns, in which each image has one number."""
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from lora_engine.data.chunks import Chunk
+from lora_engine.data.chunks import Chunk, read_chunks
 from lora_engine.data.columns import Columns, ColumnWriter
+from lora_engine.data.formats.parquet_images import RowGroups
+from lora_engine.data.image_identity import identity
+from lora_engine.data.image_table import (
+    Container,
+    Folder,
+    ImageTable,
+    ParquetFile,
+    Shard,
+)
 from lora_engine.data.packed_strings import encoded
-from lora_engine.data.rows import AnnotationError, BadRow
-from lora_engine.data.sources.parts import Part
+from lora_engine.data.pairs import PairColumns, PartRows
+from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
+from lora_engine.data.sources.file_formats import reader
+from lora_engine.data.sources.parts import Part, describe, with_image_root
+from lora_engine.data.workers import load
 
 
 @dataclass
@@ -111,3 +127,118 @@ class Merger:
     def finish(self) -> tuple[Columns, Index]:
         self.index.splits = list(self.splits) or [""]
         return self.writer.finish(), self.index
+
+
+def pair_columns(
+    columns: Columns,
+    index: Index,
+    containers: Sequence[Container],
+    *,
+    digests: np.ndarray | None = None,
+    folder: Path | None = None,
+) -> PairColumns:
+    return PairColumns(
+        columns,
+        ImageTable(containers, columns, digests=digests),
+        [PartRows(*part) for part in index.parts],
+        index.splits,
+        folder,
+    )
+
+
+def read_parts(
+    parts: Sequence[Part],
+    options: SourceOptions,
+    writer: ColumnWriter,
+    *,
+    needs_captions: bool,
+    num_workers: int | None,
+) -> tuple[Columns, Index, list[BadRow]]:
+    """Read all source files, several at a time; one of several that cannot be read is a bad row."""
+    merger = Merger(writer)
+    parts = [with_image_root(part, options) for part in parts]
+    merger.index.description = describe(parts)
+    dataset = _Parts(parts, options, needs_captions)
+    if len(parts) == 1:
+        container = dataset.container(0)
+        merger.add_part(parts[0], dataset.chunks(0), container)
+    else:
+        num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts) // 4)
+        found = load(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers if num_workers > 1 else 0,
+        )
+        bar = tqdm(found, total=len(parts), unit="file", disable=not sys.stderr.isatty())
+        for part, (chunks, container) in zip(parts, bar):
+            if isinstance(chunks, AnnotationError):
+                merger.lose_part(part, chunks)
+            else:
+                merger.add_part(part, chunks, container)
+        if merger.index.num_lost_parts == len(parts):
+            raise AnnotationError(_nothing_readable_message(parts, merger.bad))
+    columns, index = merger.finish()
+    return columns, index, merger.bad
+
+
+def _nothing_readable_message(parts: Sequence[Part], bad: Sequence[BadRow]) -> str:
+    shown = list(map(str, bad[:MAX_ROWS_SHOWN]))
+    first = f"; the first {len(shown)}" if len(bad) > len(shown) else ""
+    folder = os.path.commonpath([part.path for part in parts])
+    summary = f"{folder}: none of the {len(parts):,} source files can be read{first}:"
+    return "\n  ".join([summary, *shown])
+
+
+class _Parts(Dataset):
+    """Source files -> (their chunks, their container), or (why they cannot be read, None)."""
+
+    def __init__(
+        self, parts: Sequence[Part], options: SourceOptions, needs_captions: bool
+    ) -> None:
+        self.parts = parts
+        self.options = options
+        self.needs_captions = needs_captions
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[Any, list[str] | None]:
+        try:
+            container = self.container(number)  # before the file is read, lest it change meanwhile
+            return list(self.chunks(number)), container
+        except AnnotationError as error:
+            return error, None
+
+    def chunks(self, number: int) -> Iterator[Chunk]:
+        return read_chunks(self.parts[number], self.options, needs_captions=self.needs_captions)
+
+    def container(self, number: int) -> list[str]:
+        """The container of images inside a source file: kind, path, identity, and column."""
+        part = self.parts[number]
+        try:
+            found = identity(os.stat(part.path)).hex()
+        except OSError as error:
+            raise AnnotationError(f"{part.path}: cannot be read: {error.strerror}") from None
+        if part.format != "parquet":
+            return ["shard", part.path, found, ""]
+        column = reader("parquet").image_column(part.path, self.options)
+        return ["parquet", part.path, found, column]
+
+
+def _as_it_is(value: Any) -> Any:
+    """DataLoader's own function would turn arrays into tensors."""
+    return value
+
+
+def containers_of(index: Index) -> list[Container]:
+    row_groups = RowGroups()
+
+    def opened(kind: str, path: str, found: str, column: str) -> Container:
+        if kind == "folder":
+            return Folder(path)
+        if kind == "parquet":
+            return ParquetFile(path, column, bytes.fromhex(found), row_groups)
+        return Shard(path, bytes.fromhex(found))
+
+    return [opened(*container) for container in index.containers]
