@@ -92,7 +92,7 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
     sample = Sample("", {}, [], {}, [])
     num_members, has_samples, has_pickle = 0, False, False
     for member in members(archive):
-        if type(member) is not tuple:
+        if not isinstance(member, tuple):
             if isinstance(member, Gap):  # what follows may be of another sample
                 if sample.members:
                     yield sample

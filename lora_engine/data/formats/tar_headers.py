@@ -12,7 +12,7 @@ import shlex
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from lora_engine.data.formats.text_files import COMPRESSIONS, open_file
 from lora_engine.data.rows import AnnotationError, shown_value
@@ -41,14 +41,16 @@ PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
-class NotAFile(NamedTuple):
+@dataclass(frozen=True)
+class NotAFile:
     """A member that is no plain file, and what it is; its data is skipped."""
 
     name: str
     kind: str
 
 
-class Gap(NamedTuple):
+@dataclass(frozen=True)
+class Gap:
     """Bytes from `start` to `end` of the archive from which no member can be read, and why."""
 
     start: int

@@ -1,4 +1,4 @@
-"""Opening files, and reading text as a whole, line by line or as JSON; errors name file and line."""
+"""Opening files; reading text as a whole, line by line, or as JSON. Errors name file and line."""
 
 import io
 import json

@@ -55,9 +55,7 @@ def format_of(path: str) -> str:
     if path.lower().endswith(TAR_SUFFIXES):
         return "tar"
     head = read_head(path)
-    for magic, (_, command) in COMPRESSIONS.items():
-        if head.startswith(magic):
-            raise AnnotationError(f"{path}: is compressed; unpack it first: {command} -k {path}")
+    check_not_compressed(path, head)
     if head[257:262] == b"ustar":
         return "tar"
     if head.startswith(b"PAR1") or path.lower().endswith(".parquet"):
@@ -81,6 +79,13 @@ def format_of(path: str) -> str:
             f"with --data_format"
         )
     return name
+
+
+def check_not_compressed(path: str, head: bytes) -> None:
+    """Raises AnnotationError, with the command that unpacks the file."""
+    for magic, (_, command) in COMPRESSIONS.items():
+        if head.startswith(magic):
+            raise AnnotationError(f"{path}: is compressed; unpack it first: {command} -k {path}")
 
 
 def text_format(path: str, head: bytes) -> str | None:
