@@ -189,13 +189,11 @@ def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
     for field in sample.large:
         if field in (text, "json"):
             name, _, size = sample.members[field]
+            limit = _max_bytes(field)
             return Problem(
-                name,
-                f"has {size:,} bytes, at most {_max_bytes(field):,} are accepted: is it the right "
-                f"field?",
+                name, f"has {size:,} bytes, at most {limit:,} are accepted: is it the right field?"
             )
-    data = sample.texts.get("json", b"{}")
-    name = image.name
+    data, name = sample.texts.get("json", b"{}"), image.name
     if text != "json" and data.find(b'split"') < 0:  # twice as fast as "in"
         return Item(name, image, (_decoded(sample.texts[text]),))
     metadata = _metadata(data)

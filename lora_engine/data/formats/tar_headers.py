@@ -176,10 +176,8 @@ def members(archive: Archive) -> Iterator[tuple[str, int, int] | NotAFile | Gap]
 
 def parse_header(block: bytes) -> tuple[str, int, int] | None:
     """(name, type, size) of a header's 512 bytes; None if its checksum is wrong."""
-    if len(block) < BLOCK:
-        return None
-    name, digits, end, checksum, code, prefix = unpack_header(block)
     try:
+        name, digits, end, checksum, code, prefix = unpack_header(block)
         if zlib.adler32(block) & 0xFFFF != _adler(checksum):
             # Old programs added the bytes as signed numbers.
             if sum(unpack_signed(block)) + 8 * ord(" ") != _number(checksum):
@@ -187,7 +185,7 @@ def parse_header(block: bytes) -> tuple[str, int, int] | None:
         # Twelve digits, or a binary number, where eleven digits and an end do not suffice.
         is_plain = digits.isdigit() and end in (0, 32)
         size = int(digits, 8) if is_plain else _number(block[124:136])
-    except ValueError:
+    except (ValueError, struct.error):  # no number; cut off
         return None
     name = name.partition(b"\0")[0]
     if prefix and block[257:263] == b"ustar\0":  # GNU's headers have times there
@@ -243,10 +241,10 @@ def _extension(archive: Archive, code: int, offset: int, size: int) -> dict[str,
         data = data[int(record[1]):]
         if keyword == b"path" and value:
             found["path"] = value.decode("utf-8", "surrogateescape")
-        elif keyword == b"size" and re.fullmatch(rb"\d{1,18}", value):
-            found["size"] = value.decode()
         elif keyword == b"size":
-            return damaged
+            if not re.fullmatch(rb"\d{1,18}", value):
+                return damaged
+            found["size"] = value.decode()
         elif keyword.startswith(b"GNU.sparse."):
             found["kind"] = "sparse file"
     return found
