@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,7 +165,9 @@ def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> N
     ) as bar:
         is_running = True
         while is_running:
-            is_running = not _has_ended(process)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+            is_running = process.returncode is None
             new = {
                 shard: stats for shard in pending
                 if (stats := img2dataset.read_stats(out, shard, record.output)) is not None
@@ -187,14 +190,6 @@ def _watch(process: subprocess.Popen, out: Path, record: Record, log: Path) -> N
             f"{len(record.last_pass):,} shards unfinished; rerun the command to continue. The end "
             f"of {log}:\n" + "\n".join(f"  {line}" for line in end[-MAX_LOG_LINES:])
         )
-
-
-def _has_ended(process: subprocess.Popen) -> bool:
-    try:
-        process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _check_disk(out: Path, log: Path, new: Collection[int]) -> None:

@@ -92,7 +92,13 @@ def open_record(
     if not path.exists():
         return _with_all_links(out, asked)
     try:
-        record = _as_record(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        record = Record(**values | {
+            "fields": LinkFields(**values["fields"]),
+            "output": img2dataset.Output(**values["output"]),
+            "problems": tuple(values["problems"]),
+            "passes": tuple(values["passes"]),
+        })
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); give a new folder with --out") from None
     _check_same(out, record, asked)
@@ -100,12 +106,6 @@ def open_record(
         if int(links.stem) >= record.passes[-1]:
             links.unlink()  # of a pass that a stop has kept from beginning
     return record
-
-
-def _as_record(values: dict[str, Any]) -> Record:
-    values["fields"] = LinkFields(**values["fields"])
-    values["output"] = img2dataset.Output(**values["output"])
-    return Record(**values | {name: tuple(values[name]) for name in ("problems", "passes")})
 
 
 def _check_same(out: Path, record: Record, asked: Record) -> None:
