@@ -280,6 +280,11 @@ def test_an_image_field_chooses_between_images(tmp_path):
         assert item.image.name == f"a.{field.removeprefix('.')}"
 
 
+def test_an_image_field_may_have_the_name_of_a_text_field(tmp_path):
+    item = read_one(tmp_path / "a.tar", {"text": b"1", "caption": b"a"}, image_field="text")
+    assert item.image.name == "a.text" and item.captions == ("a",)
+
+
 @pytest.mark.parametrize("status, is_problem", [
     (b'{"status": "failed_to_download"}', False), (b'{"status": "success"}', True), (b"{}", True),
     (b"no json", True),

@@ -66,9 +66,11 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
         field and field.removeprefix(".").lower()
         for field in (options.image_field, options.caption_field)
     )
+    images = IMAGE_FIELDS if image is None else frozenset({image})
+    texts = TEXT_FIELDS if text is None else (text,)
     wanted = Wanted(
-        images=IMAGE_FIELDS if image is None else frozenset({image}),
-        texts=TEXT_FIELDS if text is None else (text,) if text != "json" else (),
+        images=images,
+        texts=tuple(field for field in texts if field != "json" and field not in images),
         of_json=dataclasses.replace(options, image_field="image"),
     )
     seen: set[int] = set()  # hashes of keys
