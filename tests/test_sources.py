@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_read_is_an_error(write, monkeypatch):
     os.mkfifo("pipe")
     os.symlink("nowhere", "link.json")
     assert refusal("pipe") == "pipe: is not a regular file"
-    assert refusal("link.json") == "link.json: cannot be read: No such file or directory"
+    assert refusal("link.json") == "link.json: no such file"
 
 
 def test_a_given_format_is_not_guessed(write):

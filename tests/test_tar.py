@@ -280,6 +280,11 @@ def test_an_image_field_chooses_between_images(tmp_path):
         assert item.image.name == f"a.{field.removeprefix('.')}"
 
 
+def test_an_image_field_may_have_the_name_of_a_text_field(tmp_path):
+    item = read_one(tmp_path / "a.tar", {"text": b"1", "caption": b"a"}, image_field="text")
+    assert item.image.name == "a.text" and item.captions == ("a",)
+
+
 @pytest.mark.parametrize("status, is_problem", [
     (b'{"status": "failed_to_download"}', False), (b'{"status": "success"}', True), (b"{}", True),
     (b"no json", True),
@@ -399,8 +404,11 @@ def test_other_files_are_refused(tmp_path, data, reason):
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "none.tar", tmp_path, tmp_path / "pipe", Path("a\0b")):
-        with pytest.raises(AnnotationError, match="cannot be read"):
+    for path, reason in (
+        (tmp_path / "none.tar", "no such file"), (tmp_path, "is a folder"),
+        (tmp_path / "pipe", "is not a regular file"), (Path("a\0b"), "cannot be read"),
+    ):
+        with pytest.raises(AnnotationError, match=reason):
             read(path)
 
 

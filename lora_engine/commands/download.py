@@ -33,6 +33,7 @@ from lora_engine.stopping import LoadingStopped
 from lora_engine.terminal import printable
 
 MAX_ERRORS_SHOWN = 8
+MAX_LOG_LINES = 12
 _MIN_FREE_BYTES = 500 * 10**6  # img2dataset skips images that a full disk does not take
 _DISK_IS_FULL = re.compile(rb"\[Errno (?:28|122)\]")  # ENOSPC, EDQUOT
 _MIN_TRIED = 1_000  # links without a single image, before the network is suspected
@@ -132,9 +133,9 @@ def _finish_pass(config: DownloadConfig, out: Path, record: Record, command: lis
     check_space(out, needed=_MIN_FREE_BYTES)
     command = command + img2dataset.arguments(
         links_file(out, 0).parent.resolve(), out.resolve(), record.output,
-        has_captions=record.has_captions, timeout_s=config.timeout_s, retries=config.retries,
-        num_workers=config.num_workers or len(os.sched_getaffinity(0)),
-        num_threads=config.num_threads,
+        has_captions=record.has_captions, timeout=config.timeout_s, retries=config.retries,
+        processes_count=config.num_workers or len(os.sched_getaffinity(0)),
+        thread_count=config.num_threads,
     )
     log = out / STATE_FOLDER / "img2dataset.log"
     print(printable(f"log         {log}"))
@@ -179,10 +180,11 @@ def _watch(process: img2dataset.Process, out: Path, record: Record, log: Path) -
                 img2dataset.remove_shards(out, finished)
                 raise LoadingStopped(_nothing_works_message(finished, num_links))
     if pending:
+        end = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise LoadingStopped(
             f"img2dataset ended (exit status {process.returncode}) with {len(pending):,} of "
             f"{len(record.last_pass):,} shards unfinished; rerun the command to continue. The end "
-            f"of {log}:\n{_end_of(log)}"
+            f"of {log}:\n" + "\n".join(f"  {line}" for line in end[-MAX_LOG_LINES:])
         )
 
 
@@ -208,11 +210,6 @@ def _nothing_works_message(finished: dict[int, dict[str, Any]], num_links: int) 
         f"error is: {error}. Check the network (DNS, and the proxy in http_proxy and https_proxy), "
         f"and rerun the command"
     )
-
-
-def _end_of(log: Path, num_lines: int = 12) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return "\n".join(f"  {line}" for line in text.strip().splitlines()[-num_lines:])
 
 
 # --- reporting ------------------------------------------------------------------------------
@@ -241,11 +238,9 @@ def _summary(out: Path, record: Record) -> str:
         _line(record, "dead links", sum(each["failed_to_download"] for each in last)),
         _line(record, "not an image", sum(each["failed_to_resize"] for each in last)),
     ]
-    shown = errors.most_common(MAX_ERRORS_SHOWN)
-    if len(errors) > len(shown):
-        num_other = errors.total() - sum(count for _, count in shown)
-        shown.append((f"{len(errors) - len(shown):,} other errors", num_other))
-    lines += [_line(record, "", count, error) for error, count in shown]
+    lines += [
+        _line(record, "", count, error) for error, count in errors.most_common(MAX_ERRORS_SHOWN)
+    ]
     lines.append(
         _line(record, "duplicates", record.num_repeated, "same URL as another; downloaded again")
     )

@@ -118,41 +118,49 @@ def find_fields(
     be the captions or the images ("text" and "image" together are never ambiguous).
     """
     is_plain = {"text", "image"} <= set(names)
-    image = _find_field(
-        "image", ("image",) if is_plain else IMAGE_FIELDS, names, options.image_field, path, what
-    )
-    caption = _find_field(
-        "caption", ("text",) if is_plain else CAPTION_FIELDS, names, options.caption_field, path,
-        what,
-    )
-    return Fields(image, caption, next((name for name in SPLIT_FIELDS if name in names), None))
+    candidates = {
+        "image": (("image",) if is_plain else IMAGE_FIELDS, options.image_field),
+        "caption": (("text",) if is_plain else CAPTION_FIELDS, options.caption_field),
+    }
+    found = {}
+    for kind, (known, asked) in candidates.items():
+        name = find_field(kind, known, names, asked, path=path, what=what)
+        if name is None:
+            shown = ", ".join(list(names)[:MAX_KEYS_SHOWN]) or "none"
+            raise AnnotationError(
+                f"{path}: none of the {what} ({shown}) is known to hold the {kind}s; name it with "
+                f"--{kind}_field"
+            )
+        found[kind] = name
+    return Fields(**found, split=next((name for name in SPLIT_FIELDS if name in names), None))
 
 
-def _find_field(
+def find_field(
     kind: str,
-    candidates: Sequence[str],
+    known: Collection[str],
     names: Collection[str],
     asked: str | None,
+    *,
     path: str,
-    what: str,
-) -> str:
-    shown = ", ".join(list(names)[:MAX_KEYS_SHOWN]) or "none"
+    what: str = "columns",
+) -> str | None:
+    """The one that is `asked` for or has a known name; None if there is none.
+
+    Raises AnnotationError, with the flag to give, if what is asked for is missing, or if several
+    have known names.
+    """
     if asked is not None:
         if asked not in names:
+            shown = ", ".join(list(names)[:MAX_KEYS_SHOWN]) or "none"
             raise AnnotationError(f"{path}: --{kind}_field is {asked}, but the {what} are {shown}")
         return asked
-    found = [name for name in names if name.lower() in candidates]
+    found = [name for name in names if name.lower() in known]
     if len(found) > 1:
         raise AnnotationError(
             f"{path}: the {what} {' and '.join(found)} could both be the {kind}s; choose one with "
             f"--{kind}_field"
         )
-    if not found:
-        raise AnnotationError(
-            f"{path}: none of the {what} ({shown}) is known to hold the {kind}s; name it with "
-            f"--{kind}_field"
-        )
-    return found[0]
+    return found[0] if found else None
 
 
 def as_item(value: Any, where: int | str, options: SourceOptions) -> Item | Problem:

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_engine.data.formats.arrow_columns import arrow_errors
+from lora_engine.data.formats.parquet import EXPECTED, open_parquet
+
 PACKAGE = "img2dataset==1.47.0"  # whose options and files this module knows
 OUTPUT_FORMATS = {"tars": "webdataset", "files": "files", "parquet": "parquet"}
 NEWEST_PYTHON = (3, 12)  # img2dataset imports imghdr, which Python 3.13 has removed
@@ -48,15 +51,15 @@ def find_command() -> list[str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
     is_suitable = sys.version_info[:2] <= NEWEST_PYTHON
     python = sys.executable if is_suitable else ".".join(map(str, NEWEST_PYTHON))
-    in_uv = ["--python", python, "--from", PACKAGE, "img2dataset"]
-    if uvx := shutil.which("uvx", path=path):
-        return [uvx, *in_uv]
-    if uv := shutil.which("uv", path=path):
-        return [uv, "tool", "run", *in_uv]
-    if pipx := shutil.which("pipx", path=path):
-        return [pipx, "run", "--python", python, "--spec", PACKAGE, "img2dataset"]
-    if img2dataset := shutil.which("img2dataset", path=path):
-        return [img2dataset]
+    choose_python = ["--python", python]
+    for name, options in {
+        "uvx": [*choose_python, "--from", PACKAGE, "img2dataset"],
+        "uv": ["tool", "run", *choose_python, "--from", PACKAGE, "img2dataset"],
+        "pipx": ["run", *choose_python, "--spec", PACKAGE, "img2dataset"],
+        "img2dataset": [],
+    }.items():
+        if program := shutil.which(name, path=path):
+            return [program, *options]
     raise ValueError(
         "links are downloaded by img2dataset in an environment of its own, which needs uv: "
         "pip install uv (pipx, or an img2dataset on the PATH, would do, too)"
@@ -64,17 +67,12 @@ def find_command() -> list[str]:
 
 
 def arguments(
-    links: Path,
-    folder: Path,
-    output: Output,
-    *,
-    has_captions: bool,
-    timeout_s: int,
-    retries: int,
-    num_workers: int,
-    num_threads: int,
+    links: Path, folder: Path, output: Output, *, has_captions: bool, **others: int
 ) -> list[str]:
-    """The flags that download `links`, a folder of JSON Lines, into `folder`."""
+    """The flags that download `links`, a folder of JSON Lines, into `folder`.
+
+    others: timeout, retries, processes_count and thread_count.
+    """
     flags: dict[str, Any] = {
         "url_list": links,
         "input_format": "jsonl",
@@ -88,15 +86,11 @@ def arguments(
         "resize_only_if_bigger": True,
         "encode_format": "jpg",
         "encode_quality": output.quality,
-        "timeout": timeout_s,
-        "retries": retries,
-        "processes_count": num_workers,
-        "thread_count": num_threads,
         "incremental_mode": "incremental",
         "enable_wandb": False,
+        **({"caption_col": "caption"} if has_captions else {}),
+        **others,
     }
-    if has_captions:
-        flags["caption_col"] = "caption"
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -177,27 +171,17 @@ def _ends_with(path: Path, end: bytes) -> bool:
 
 def remove_unfinished(folder: Path, output: Output) -> None:
     """Remove the files of all shards that are not whole, and img2dataset's temporary files."""
-    shards: dict[int, list[Path]] = {}
-    for path in folder.iterdir():
-        if match := _OUTPUT.fullmatch(path.name):
-            shards.setdefault(int(match[1]), []).append(path)
-    for shard, paths in shards.items():
-        if read_stats(folder, shard, output) is None:
-            _remove(paths)
+    found = {int(match[1]) for path in folder.iterdir() if (match := _OUTPUT.fullmatch(path.name))}
+    remove_shards(folder, {shard for shard in found if read_stats(folder, shard, output) is None})
     shutil.rmtree(folder / "_tmp", ignore_errors=True)
 
 
 def remove_shards(folder: Path, shards: Collection[int]) -> None:
-    """Remove all files of these shards."""
-    _remove([
-        path for path in folder.iterdir()
-        if (match := _OUTPUT.fullmatch(path.name)) and int(match[1]) in shards
-    ])
-
-
-def _remove(paths: list[Path]) -> None:
-    """Remove files and folders of shards, the statistics first: then the shard is not finished."""
-    for path in sorted(paths, key=lambda path: not path.name.endswith(".json")):
+    """Remove all files of these shards, the statistics first: then a shard is not finished."""
+    for path in sorted(folder.iterdir(), key=lambda path: not path.name.endswith(".json")):
+        match = _OUTPUT.fullmatch(path.name)
+        if match is None or int(match[1]) not in shards:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -213,18 +197,9 @@ def downloaded_rows(folder: Path, shard: int, output: Output) -> set[int]:
     elif output.format == "files":
         names = os.listdir(path)
     else:
-        names = [f"{key}.jpg" for key in _parquet_keys(path.with_suffix(".parquet"))]
+        file = str(path.with_suffix(".parquet"))
+        with arrow_errors(file, EXPECTED), open_parquet(file) as parquet:
+            rows = parquet.read(columns=["key", "status"]).to_pylist()
+        names = [f"{row['key']}.jpg" for row in rows if row["status"] == "success"]
     num_digits = math.ceil(math.log10(output.shard_size))  # of the row, at the end of the key
     return {int(name[:-4][-num_digits:]) for name in names if name.endswith(".jpg")}
-
-
-def _parquet_keys(path: Path) -> list[str]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(
-            "--retry_failed with --format parquet needs pyarrow: pip install pyarrow"
-        ) from None
-    table = parquet.read_table(path, columns=["key", "status"])
-    rows = zip(table["key"].to_pylist(), table["status"].to_pylist())
-    return [key for key, status in rows if status == "success"]

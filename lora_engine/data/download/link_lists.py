@@ -1,15 +1,16 @@
 """Lists of links to images: Google's CC3M TSV, tables, JSON Lines, Parquet, and plain URLs."""
 
-import csv
 import json
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_engine.data.formats.arrow_columns import arrow_errors
+from lora_engine.data.formats.cells import find_delimiter, split_line, split_lines
+from lora_engine.data.formats.parquet import EXPECTED, open_parquet
+from lora_engine.data.formats.text_files import read_lines
 from lora_engine.data.rows import (
     CAPTION_FIELDS,
     MAX_KEYS_SHOWN,
@@ -17,18 +18,16 @@ from lora_engine.data.rows import (
     AnnotationError,
     Problem,
     caption_complaint,
+    find_field,
     shown_value,
 )
-from lora_engine.files import check_file
+from lora_engine.data.sources.file_formats import check_not_compressed, read_head
 
 URL_FIELDS = ("url", "image_url", "img_url", "imageurl", "link")
 LINK_CAPTION_FIELDS = (*CAPTION_FIELDS, "alt", "alt_text", "description")
-MAX_CELL_CHARS = 1 << 20
-_HEAD_BYTES = 1 << 16
-_URL = re.compile(r"(?:https?|ftp)://\S", re.IGNORECASE)  # not file://, which reads this machine
-_WEB_PAGE = re.compile(r"\s*<(?:!doctype|html|head|\?xml)", re.IGNORECASE)
-_QUOTED_CELL = re.compile(r'"((?:[^"]|"")*)"')
 CC3M = "captions and links without a header, as CC3M's"
+_URL = re.compile(r"\s*(?:https?|ftp)://\S", re.IGNORECASE)  # not file://, of this machine
+_WEB_PAGE = re.compile(r"<(?:!doctype|html|head|\?xml)", re.IGNORECASE)
 
 
 class Link(NamedTuple):
@@ -53,49 +52,45 @@ class LinkList(NamedTuple):
     rows: Iterator[Link | Problem]
 
 
-def open_links(path: str | Path, fields: LinkFields = LinkFields()) -> LinkList:
+class Columns(NamedTuple):
+    """Where a row has its URL and its caption: names or positions."""
+
+    url: Any
+    caption: Any = None
+
+
+def open_links(source: str | Path, fields: LinkFields = LinkFields()) -> LinkList:
     """Find out the format of a list from its content; the links are read as they are requested.
 
-    Raises AnnotationError, whose message starts with the path, and OSError.
+    Raises AnnotationError, whose message starts with the path.
     """
-    head = _head(path)
+    path = str(source)
+    head = read_head(path)
+    check_not_compressed(path, head)
     if head.startswith(b"PAR1"):
         return LinkList("Parquet", _from_parquet(path, fields))
-    first = _first_line(path, head)
+    text = head.decode("utf-8-sig", errors="replace").lstrip("\r\n ")
+    _check_is_list(path, text)
+    first = text.splitlines()[0].rstrip(" ")
     if first.startswith("{"):
         return LinkList("JSON Lines", _from_json_lines(path, fields))
-    cells = first.split("\t")
-    if len(cells) > 1 and any(map(_URL.match, cells[:2])):
-        url = 0 if _URL.match(cells[0]) else 1
-        kind = CC3M if url else "links and captions without a header, as CC12M's"
-        return LinkList(kind, _from_two_columns(path, url))
-    if _URL.match(first) and not re.search(r"\s", first):
-        return LinkList("links without captions", _from_plain_lines(path))
-    delimiter = max("\t,;|", key=first.count)
-    return LinkList("a table", _from_table(path, delimiter, fields))
+    are_urls = [bool(_URL.match(cell)) for cell in first.split("\t")[:2]]
+    if are_urls == [True] and not re.search(r"\s", first):
+        return LinkList("links without captions", _from_lines(path, Columns(0)))
+    if len(are_urls) == 2 and are_urls[0]:
+        kind = "links and captions without a header, as CC12M's"
+        return LinkList(kind, _from_lines(path, Columns(0, 1)))
+    if len(are_urls) == 2 and are_urls[1]:
+        return LinkList(CC3M, _from_lines(path, Columns(1, 0)))
+    return LinkList("a table", _from_table(path, fields))
 
 
-# --- looking at the file ---------------------------------------------------------------------
-
-
-def _head(path: str | Path) -> bytes:
-    if os.path.isdir(path):
-        raise AnnotationError(f"{path}: is a folder; give the file that lists the links")
-    check_file(Path(path), max_bytes=1 << 62)
-    with open(path, "rb") as file:
-        return file.read(_HEAD_BYTES)
-
-
-def _first_line(path: str | Path, head: bytes) -> str:
-    """The first line that is not blank. Raises AnnotationError for what cannot be a list."""
-    if head.startswith(b"\x1f\x8b"):
-        raise AnnotationError(f"{path}: is compressed; unpack it first: gunzip --keep {path}")
-    if b"\0" in head:
+def _check_is_list(path: str, text: str) -> None:
+    if "\0" in text:
         raise AnnotationError(
             f"{path}: is neither UTF-8 text nor Parquet; expected a list of links: TSV, CSV, JSON "
             f"Lines, Parquet or one URL per line"
         )
-    text = head.decode("utf-8-sig", errors="replace")
     if not text.strip():
         raise AnnotationError(f"{path}: the file is empty, expected one link per line")
     if _WEB_PAGE.match(text):
@@ -103,80 +98,44 @@ def _first_line(path: str | Path, head: bytes) -> str:
             f"{path}: is a web page, not a list of links: the server may have answered with a form "
             f"or an error; open the address in a browser and save the file itself"
         )
-    if text.lstrip().startswith("["):
+    if text.startswith("["):
         raise AnnotationError(f"{path}: is a JSON list; write one object per line (JSON Lines)")
-    return next(line for line in text.splitlines() if line.strip()).strip("\r\n ")
-
-
-def _lines(path: str | Path) -> Iterator[str]:
-    # surrogateescape: caption_complaint finds what is not UTF-8, and the other rows stay usable
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        yield from file
 
 
 # --- formats ---------------------------------------------------------------------------------
 
 
-def _from_plain_lines(path: str | Path) -> Iterator[Link | Problem]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield _link(number, line, None, has_captions=False)
-
-
-def _from_two_columns(path: str | Path, url: int) -> Iterator[Link | Problem]:
-    """Quotes are part of the text."""
-    for number, line in enumerate(_lines(path), start=1):
+def _from_lines(path: str, columns: Columns) -> Iterator[Link | Problem]:
+    """Lines without a header; quotes are part of the text."""
+    for number, line in enumerate(read_lines(path), start=1):
         cells = line.rstrip("\r\n").split("\t")
-        if len(cells) > 1:
-            yield _link(number, cells[url], cells[1 - url])
+        if len(cells) > 1 or columns.caption is None and line.strip():
+            yield _link(number, cells, columns)
         elif line.strip():
             yield Problem(number, f"found {shown_value(cells[0])}, expected a tab and a link")
 
 
-def _from_table(
-    path: str | Path, delimiter: str, fields: LinkFields
-) -> Iterator[Link | Problem]:
-    lines = _lines(path)
-    header = next(line for line in lines if line.strip())
-    names = [name.strip() for name in next(_rows([header], delimiter))]
-    url, caption = _columns(path, names, fields)
-    for number, cells in enumerate(_rows(lines, delimiter), start=2):
-        if len(cells) == len(names):
-            values = dict(zip(names, cells))
-            yield _link(f"row {number}", values[url], values.get(caption or ""),
-                        has_captions=caption is not None)
-        elif cells:
-            yield Problem(f"row {number}", f"{len(cells)} cells, the header has {len(names)}")
+def _from_table(path: str, fields: LinkFields) -> Iterator[Link | Problem]:
+    lines = read_lines(path)
+    number, header = next((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    delimiter = find_delimiter(header, (*URL_FIELDS, *LINK_CAPTION_FIELDS))
+    names = [name.strip() for name in split_line(header, delimiter)]
+    found = _columns(path, names, fields)
+    columns = Columns(*(name and names.index(name) for name in found))
+    for row in split_lines(lines, delimiter, first_line=number + 1):
+        if row.error is not None:
+            yield Problem(row.first_line, f"cannot be split into cells ({row.error})")
+        elif len(row.cells) != len(names):
+            yield Problem(
+                row.first_line, f"{len(row.cells)} cells, the header has {len(names)}"
+            )
+        else:
+            yield _link(row.first_line, row.cells, columns)
 
 
-def _rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """The cells of each row. Between tabs a quote is part of the text, unless the cell as a whole
-    is quoted: CC3M's captions have single quotes, and pandas quotes cells that contain one."""
-    if delimiter == "\t":
-        for line in lines:
-            cells = line.rstrip("\r\n").split("\t")
-            matches = [_QUOTED_CELL.fullmatch(cell) for cell in cells]
-            yield [
-                match[1].replace('""', '"') if match else cell
-                for cell, match in zip(cells, matches)
-            ] if line.strip() else []
-        return
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARS))
-    rows = csv.reader(lines, delimiter=delimiter)
-    while True:
-        try:
-            yield next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield [f"a row that cannot be read ({error})"]
-
-
-def _from_json_lines(
-    path: str | Path, fields: LinkFields
-) -> Iterator[Link | Problem]:
-    columns: tuple[str, str | None] | None = None
-    for number, line in enumerate(_lines(path), start=1):
+def _from_json_lines(path: str, fields: LinkFields) -> Iterator[Link | Problem]:
+    columns: Columns | None = None
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -188,69 +147,38 @@ def _from_json_lines(
             yield Problem(number, f"found {shown_value(value)}, expected an object with a url")
             continue
         columns = columns or _columns(path, list(value), fields)
-        url, caption = columns
-        yield _link(number, value.get(url), value.get(caption), has_captions=caption is not None)
+        yield _link(number, dict.fromkeys(columns) | value, columns)
 
 
-def _from_parquet(
-    path: str | Path, fields: LinkFields
-) -> Iterator[Link | Problem]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise AnnotationError(
-            f"{path}: reading Parquet needs pyarrow: pip install pyarrow"
-        ) from None
-    try:
-        file = ParquetFile(path)
-        url, caption = _columns(path, file.schema_arrow.names, fields)
-        batches = file.iter_batches(columns=[url] if caption is None else [url, caption])
-        values = chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, row in enumerate(values, start=1):
-            yield _link(f"row {number}", row[url], row.get(caption),
-                        has_captions=caption is not None)
-    except (ArrowInvalid, OSError) as error:
-        raise AnnotationError(f"{path}: Parquet that cannot be read: {error}") from None
+def _from_parquet(path: str, fields: LinkFields) -> Iterator[Link | Problem]:
+    with arrow_errors(path, EXPECTED), open_parquet(path) as file:
+        columns = _columns(path, file.schema_arrow.names, fields)
+        number = 0
+        for batch in file.iter_batches(columns=[name for name in columns if name is not None]):
+            for number, row in enumerate(batch.to_pylist(), start=number + 1):
+                yield _link(f"row {number}", row, columns)
 
 
-def _columns(
-    path: str | Path, names: Collection[str], fields: LinkFields
-) -> tuple[str, str | None]:
-    """The names of the columns of URLs and captions; None for a list without captions."""
-    url = _column(path, "url", names, fields.url_field, URL_FIELDS)
+def _columns(path: str, names: Collection[str], fields: LinkFields) -> Columns:
+    """The names of the columns; None for a list without captions."""
+    url = find_field("url", URL_FIELDS, names, fields.url_field, path=path)
     if url is None:
         shown = ", ".join(map(shown_value, list(names)[:MAX_KEYS_SHOWN]))
         raise AnnotationError(
             f"{path}: no column of links: found {shown}; expected a header with url and caption, "
             f"lines of caption<TAB>url, or one URL per line. Name the column with --url_field"
         )
-    return url, _column(path, "caption", names, fields.caption_field, LINK_CAPTION_FIELDS)
+    caption = find_field("caption", LINK_CAPTION_FIELDS, names, fields.caption_field, path=path)
+    return Columns(url, caption)
 
 
-def _column(
-    path: str | Path,
-    kind: str,
-    names: Collection[str],
-    asked: str | None,
-    known: Collection[str],
-) -> str | None:
-    if asked is not None:
-        if asked not in names:
-            shown = ", ".join(list(names)[:MAX_KEYS_SHOWN])
-            raise AnnotationError(f"{path}: --{kind}_field is {asked}, but the columns are {shown}")
-        return asked
-    found = [name for name in names if name.lower() in known]
-    if len(found) > 1:
-        raise AnnotationError(
-            f"{path}: the columns {' and '.join(found)} could both be the {kind}s; choose one with "
-            f"--{kind}_field"
-        )
-    return found[0] if found else None
-
-
-def _link(where: int | str, url: Any, caption: Any, *, has_captions: bool = True) -> Link | Problem:
-    if not isinstance(url, str) or not _URL.match(url.strip()) or SURROGATE.search(url):
+def _link(where: int | str, row: Any, columns: Columns) -> Link | Problem:
+    url, caption = row[columns.url], None
+    if not isinstance(url, str) or not _URL.match(url) or SURROGATE.search(url):
         return Problem(where, f"found {shown_value(url)}, expected a link (http:// or https://)")
-    complaint = caption_complaint(caption) if has_captions else None
-    return Link(url.strip(), caption) if complaint is None else Problem(where, complaint)
+    if columns.caption is not None:
+        caption = row[columns.caption]
+        complaint = caption_complaint(caption)
+        if complaint is not None:
+            return Problem(where, complaint)
+    return Link(url.strip(), caption)

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from lora_engine.data.download import img2dataset
 from lora_engine.data.download.link_lists import Link, LinkFields, open_links
-from lora_engine.data.rows import Problem
 from lora_engine.files import replaced_file
 
 STATE_FOLDER = ".download"
@@ -92,7 +92,13 @@ def open_record(
     if not path.exists():
         return _with_all_links(out, asked)
     try:
-        record = _as_record(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        record = Record(**values | {
+            "fields": LinkFields(**values["fields"]),
+            "output": img2dataset.Output(**values["output"]),
+            "problems": tuple(values["problems"]),
+            "passes": tuple(values["passes"]),
+        })
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); give a new folder with --out") from None
     _check_same(out, record, asked)
@@ -100,12 +106,6 @@ def open_record(
         if int(links.stem) >= record.passes[-1]:
             links.unlink()  # of a pass that a stop has kept from beginning
     return record
-
-
-def _as_record(values: dict[str, Any]) -> Record:
-    values["fields"] = LinkFields(**values["fields"])
-    values["output"] = img2dataset.Output(**values["output"])
-    return Record(**values | {name: tuple(values[name]) for name in ("problems", "passes")})
 
 
 def _check_same(out: Path, record: Record, asked: Record) -> None:
@@ -141,23 +141,22 @@ def _with_all_links(out: Path, record: Record) -> Record:
     """Write the links of the first pass. Raises ValueError if the list has none."""
     shutil.rmtree(out / STATE_FOLDER / "links", ignore_errors=True)
     (out / STATE_FOLDER / "links").mkdir()
-    rows = open_links(record.source, record.fields).rows
     urls = array("q")  # their hashes
     problems: list[str] = []
-    num_problems = 0
-    has_captions = False
+    num_problems, has_captions = 0, False
 
     def usable_links() -> Iterator[Link]:
-        nonlocal has_captions, num_problems
+        nonlocal num_problems, has_captions
+        rows = open_links(record.source, record.fields).rows
         for row in tqdm(rows, desc="list", unit="row", disable=not sys.stderr.isatty()):
-            if isinstance(row, Problem):
-                num_problems += 1
-                if len(problems) < MAX_PROBLEMS_KEPT:
-                    problems.append(f"{record.source}:{row.where}: {row.reason}")
-            else:
-                has_captions = has_captions or row.caption is not None
+            if isinstance(row, Link):
+                has_captions = row.caption is not None
                 urls.append(hash(row.url))
                 yield row
+                continue
+            num_problems += 1
+            if num_problems <= MAX_PROBLEMS_KEPT:
+                problems.append(f"{record.source}:{row.where}: {row.reason}")
 
     end = _write_links(out, usable_links(), first=0, shard_size=record.output.shard_size)
     if not urls:
@@ -189,10 +188,9 @@ def with_failed_links(out: Path, record: Record) -> Record:
 
     first = record.passes[-1]
     end = _write_links(out, failed_links(), first=first, shard_size=record.output.shard_size)
-    if end == first:
-        return record
-    record = replace(record, passes=(*record.passes, end))
-    _save(out, record)
+    if end > first:
+        record = replace(record, passes=(*record.passes, end))
+        _save(out, record)
     return record
 
 
@@ -201,22 +199,14 @@ def _write_links(out: Path, links: Iterable[Link], *, first: int, shard_size: in
 
     JSON Lines, because img2dataset's reader of CSV turns captions into numbers and dates.
     """
-    lines: list[str] = []
+    lines = (
+        json.dumps({"url": link.url} if link.caption is None else link._asdict()) + "\n"
+        for link in links
+    )
     shard = first
-
-    def write() -> None:
-        nonlocal shard
-        links_file(out, shard).write_text("".join(lines), encoding="utf-8")
+    while text := "".join(islice(lines, shard_size)):
+        links_file(out, shard).write_text(text, encoding="utf-8")
         shard += 1
-        lines.clear()
-
-    for link in links:
-        row = {"url": link.url} if link.caption is None else link._asdict()
-        lines.append(json.dumps(row) + "\n")
-        if len(lines) == shard_size:
-            write()
-    if lines:
-        write()
     return shard
 
 
@@ -236,8 +226,4 @@ def all_stats(out: Path, record: Record) -> dict[int, dict[str, Any]]:
 
 
 def num_links_of(out: Path, shards: Iterable[int]) -> int:
-    num_links = 0
-    for shard in shards:
-        with open(links_file(out, shard), "rb") as file:
-            num_links += sum(1 for _ in file)
-    return num_links
+    return sum(links_file(out, shard).read_bytes().count(b"\n") for shard in shards)

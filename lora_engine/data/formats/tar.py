@@ -23,7 +23,7 @@ from lora_engine.data.rows import (
     shown_value,
 )
 
-IMAGE_FIELDS = frozenset(suffix[1:] for suffix in SUFFIXES) | {"heic", "heif"}
+IMAGE_FIELDS = frozenset(suffix[1:] for suffix in SUFFIXES)
 TEXT_FIELDS = ("txt", "text", "caption")  # in the order of precedence
 PICKLE_FIELDS = frozenset({"pkl", "pickle", "pyd", "pth", "pt"})
 IGNORED_KINDS = frozenset({"directory", "volume label"})
@@ -34,12 +34,17 @@ BOM = b"\xef\xbb\xbf"  # some editors write it before UTF-8
 
 @dataclasses.dataclass(slots=True)
 class Sample:
-    """The members with one key: all by their fields, the images, and the data of text and json."""
+    """The members with one key, by their fields.
+
+    `images`: the fields that are images; `texts`: the data of the text fields and of json, without
+    those in `large`, which have more than is accepted.
+    """
 
     key: str
-    fields: dict[str, Member]
-    images: list[Member]
+    members: dict[str, tuple[str, int, int]]
+    images: list[str]
     texts: dict[str, bytes]
+    large: list[str]
 
 
 class Wanted(NamedTuple):
@@ -61,9 +66,11 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
         field and field.removeprefix(".").lower()
         for field in (options.image_field, options.caption_field)
     )
+    images = IMAGE_FIELDS if image is None else frozenset({image})
+    texts = TEXT_FIELDS if text is None else (text,)
     wanted = Wanted(
-        images=IMAGE_FIELDS if image is None else frozenset({image}),
-        texts=TEXT_FIELDS if text is None else (text,) if text != "json" else (),
+        images=images,
+        texts=tuple(field for field in texts if field != "json" and field not in images),
         of_json=dataclasses.replace(options, image_field="image"),
     )
     seen: set[int] = set()  # hashes of keys
@@ -72,34 +79,32 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
         for sample in _samples(archive, wanted):
             if isinstance(sample, Problem):
                 yield sample
-                continue
-            key = hash(sample.key)
-            if key in seen:
-                item: Item | Problem | None = _duplicate(sample)
+            elif hash(sample.key) in seen:
+                yield _duplicate(sample)
             else:
-                seen.add(key)
+                seen.add(hash(sample.key))
                 item = _item(sample, wanted)
-            if item is not None:
-                yield item
+                if item is not None:
+                    yield item
 
 
 def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
     """Group members by key; a problem for each member that is refused, and for each gap."""
     limits = {field: _max_bytes(field) for field in (*wanted.texts, "json")}
-    sample: Sample | None = None
+    sample = Sample("", {}, [], {}, [])
     num_members, has_samples, has_pickle = 0, False, False
     for member in members(archive):
-        if not isinstance(member, Member):
-            if isinstance(member, Gap):
-                if sample is not None:  # what follows may be of another sample
+        if not isinstance(member, tuple):
+            if isinstance(member, Gap):  # what follows may be of another sample
+                if sample.members:
                     yield sample
-                sample = None
+                sample = Sample("", {}, [], {}, [])
             problem = _refusal(member, archive)
             if problem is not None:
                 yield problem
             continue
         num_members += 1
-        name = member.name
+        name, offset, size = member
         key, _, field = name.partition(".")
         if "/" in name or not key or not field:
             if name.startswith("/") or ".." in name.split("/"):
@@ -112,15 +117,18 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
             if not field:
                 continue
         field = field.lower()
-        if sample is None or sample.key != key or field in sample.fields:
-            if sample is not None:
+        if key != sample.key or field in sample.members:
+            if sample.members:
                 yield sample
-            sample, has_samples = Sample(key, {}, [], {}), True
-        sample.fields[field] = member
+            sample, has_samples = Sample(key, {}, [], {}, []), True
+        sample.members[field] = member
         if field in wanted.images:
-            sample.images.append(member)
-        if member.size <= limits.get(field, -1):
-            sample.texts[field] = archive.read(member.offset, member.size)
+            sample.images.append(field)
+        elif field in limits:
+            if size <= limits[field]:
+                sample.texts[field] = archive.read(offset, size)
+            else:
+                sample.large.append(field)
         elif not has_pickle and field.rpartition(".")[2] in PICKLE_FIELDS:
             has_pickle = True  # one problem for all of them: each sample may have one
             yield Problem(
@@ -128,7 +136,7 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
                 "may hold code, so nothing is unpickled: this member and others like it are "
                 "ignored, the rest of their samples is used",
             )
-    if sample is not None:
+    if sample.members:
         yield sample
     if num_members and not has_samples:
         yield Problem(
@@ -164,7 +172,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _duplicate(sample: Sample) -> Problem:
     return Problem(
-        next(iter(sample.fields.values())).name,
+        next(iter(sample.members.values()))[0],
         f"another sample before it has the key {shown_value(sample.key)}: rename one of them; if "
         f"both are the same sample, its members must follow each other (tar --sort=name)",
     )
@@ -174,25 +182,25 @@ def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
     """None for a sample without an image if img2dataset states that its download failed."""
     if len(sample.images) != 1:
         return _image_problem(sample, wanted)
-    image = sample.images[0]
-    name, text = image.name, "json"
-    for field in wanted.texts:
-        if field in sample.fields:
-            text = field
+    image = Member(*sample.members[sample.images[0]])
+    for text in wanted.texts:
+        if text in sample.members:
             break
-    for field in (text, "json"):
-        if field not in sample.texts and field in sample.fields:
-            large, limit = sample.fields[field], _max_bytes(field)
+    else:
+        text = "json"
+    for field in sample.large:
+        if field in (text, "json"):
+            name, _, size = sample.members[field]
+            limit = _max_bytes(field)
             return Problem(
-                large.name,
-                f"has {large.size:,} bytes, at most {limit:,} are accepted: is it the right field?",
+                name, f"has {size:,} bytes, at most {limit:,} are accepted: is it the right field?"
             )
-    data = sample.texts.get("json", b"{}")
-    if text != "json" and data.find(b'"split"') < 0:  # twice as fast as "in"
+    data, name = sample.texts.get("json", b"{}"), image.name
+    if text != "json" and data.find(b'split"') < 0:  # twice as fast as "in"
         return Item(name, image, (_decoded(sample.texts[text]),))
     metadata = _metadata(data)
     if isinstance(metadata, str):
-        return Problem(sample.fields["json"].name, metadata)
+        return Problem(sample.members["json"][0], metadata)
     split = metadata.get("split")
     split = split if isinstance(split, str) else ""
     if text != "json":
@@ -204,15 +212,15 @@ def _item(sample: Sample, wanted: Wanted) -> Item | Problem | None:
         return Problem(
             name,
             f"neither a field nor a key of its json is {caption_field}; they are "
-            f"{', '.join(sample.fields)} and {shown_keys(metadata)}: correct --caption_field",
+            f"{', '.join(sample.members)} and {shown_keys(metadata)}: correct --caption_field",
         )
     return as_item({**metadata, "image": image}, name, wanted.of_json)
 
 
 def _image_problem(sample: Sample, wanted: Wanted) -> Problem | None:
-    first = next(iter(sample.fields.values())).name
+    first = next(iter(sample.members.values()))[0]
     if sample.images:
-        names = " and ".join(field for field in sample.fields if field in wanted.images)
+        names = " and ".join(sample.images)
         return Problem(first, f"{names} could both be the image; choose one with --image_field")
     metadata = _metadata(sample.texts.get("json", b"{}"))
     if isinstance(metadata, dict) and metadata.get("status") not in (None, "success"):
@@ -221,7 +229,7 @@ def _image_problem(sample: Sample, wanted: Wanted) -> Problem | None:
         reason = "is known to be an image; name it with --image_field"
     else:
         reason = f"is {', '.join(wanted.images)}, as --image_field says"
-    return Problem(first, f"none of its fields ({', '.join(sample.fields)}) {reason}")
+    return Problem(first, f"none of its fields ({', '.join(sample.members)}) {reason}")
 
 
 def _decoded(data: bytes) -> str:

@@ -12,18 +12,19 @@ import shlex
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from lora_engine.data.rows import AnnotationError, Member, shown_value
-from lora_engine.files import check_file
+from lora_engine.data.formats.text_files import COMPRESSIONS, open_file
+from lora_engine.data.rows import AnnotationError, shown_value
 
 BLOCK = 512
-WINDOW = 8192  # bytes: behind an image usually its caption, its metadata and the next header
+WINDOW = 4096  # bytes: behind an image usually its caption, its metadata and the next header
 SEARCH_CHUNK = 1 << 20
 MAX_EXTENSION = 1 << 20  # bytes of a long name or of pax records
 MAX_PADDING = 1 << 20  # zeros at the end of an archive; tar writes up to 10,240 by default
-HEADER = struct.Struct("100s 24x 11s B 12x 8s B 100x 6s 82x 155s 12x")
+# Name, size, its end, checksum, type, first byte of the prefix.
+unpack_header = struct.Struct("100s 24x 11s B 12x 8s B 188x B 166x").unpack
+unpack_signed = struct.Struct("148b 8x 356b").unpack
 FILE, EXTENSION = "file", "extended header"
 KINDS = {
     ord(code): kind for code, kind in {
@@ -33,27 +34,23 @@ KINDS = {
         "g": EXTENSION, "L": EXTENSION, "K": EXTENSION,
     }.items()
 }
+PLAIN = ord("0")
 WITHOUT_DATA = frozenset(b"123456")
 SPARSE, GLOBAL, LONG_NAME, LONG_LINK = b"SgLK"
 PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
-COMPRESSIONS = {  # how the file begins: name and command
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ": ("xz", "unxz"),
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"),
-    b"\x04\x22\x4d\x18": ("LZ4", "unlz4"),
-}
 LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
-class NotAFile(NamedTuple):
+@dataclass(frozen=True)
+class NotAFile:
     """A member that is no plain file, and what it is; its data is skipped."""
 
     name: str
     kind: str
 
 
-class Gap(NamedTuple):
+@dataclass(frozen=True)
+class Gap:
     """Bytes from `start` to `end` of the archive from which no member can be read, and why."""
 
     start: int
@@ -67,15 +64,8 @@ class Archive:
     def __init__(self, path: str) -> None:
         """Raises AnnotationError for what is not a readable, regular file."""
         self.path = path
-        try:
-            check_file(Path(path), max_bytes=1 << 62)  # opening a named pipe would wait
-            self._file = open(path, "rb", buffering=0)
-        except OSError as error:
-            raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise AnnotationError(f"{path}: cannot be read: {error}") from None
-        self._descriptor = self._file.fileno()
-        self.size = os.fstat(self._descriptor).st_size
+        self._file = open_file(path)
+        self.size = os.fstat(self._file.fileno()).st_size
         self._window, self._start = b"", 0
 
     def __enter__(self) -> "Archive":
@@ -87,21 +77,20 @@ class Archive:
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; less at the end of the file. Raises AnnotationError."""
         begin = offset - self._start
-        end = begin + size
-        if begin < 0 or end > len(self._window):
+        if begin < 0 or begin + size > len(self._window):
             try:
                 # Not memory-mapped: if the file is cut meanwhile, that would kill the process.
-                self._window = os.pread(self._descriptor, max(size, WINDOW), offset)
+                self._window = os.pread(self._file.fileno(), max(size, WINDOW), offset)
             except OSError as error:
                 raise AnnotationError(
                     f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}"
                 ) from None
-            self._start, begin, end = offset, 0, size
+            self._start, begin = offset, 0
             if len(self._window) < min(size, self.size - offset):
                 raise AnnotationError(
                     f"{self.path}: became shorter while it was read ({self.size:,} bytes before)"
                 )
-        return self._window[begin:end]
+        return self._window[begin:begin + size]
 
 
 def check_is_tar(archive: Archive) -> None:
@@ -129,10 +118,10 @@ def check_is_tar(archive: Archive) -> None:
         )
 
 
-def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
-    """All members in their order; their data is not read. Raises AnnotationError.
+def members(archive: Archive) -> Iterator[tuple[str, int, int] | NotAFile | Gap]:
+    """(name, offset, size) of the files, in their order; their data is not read.
 
-    A missing end marker is accepted, because some programs do not write it.
+    A missing end marker is accepted, because some programs do not write it. Raises AnnotationError.
     """
     position, file_size = 0, archive.size
     defaults: dict[str, str] = {}  # from global pax headers
@@ -147,14 +136,17 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
             continue
         name, code, size = header
         offset = position + BLOCK
+        if code == PLAIN and not (extended or defaults) and 0 <= size <= file_size - offset:
+            position = offset + size + -size % BLOCK
+            yield name, offset, size
+            continue
         kind = KINDS.get(code)
-        if kind != FILE:
-            if kind is None:
-                kind = f"member of the unknown type {chr(code)!r}"
-            elif code in WITHOUT_DATA:
-                size = 0
-            elif code == SPARSE:
-                offset = _end_of_sparse_header(archive, position)
+        if kind is None:
+            kind = f"member of the unknown type {chr(code)!r}"
+        elif code in WITHOUT_DATA:
+            size = 0
+        elif code == SPARSE:
+            offset = _end_of_sparse_header(archive, position)
         if (extended or defaults) and kind != EXTENSION:
             fields = {**defaults, **extended}
             name, kind = fields.get("path", name), extended.get("kind", kind)
@@ -171,7 +163,7 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
             continue
         position = offset + size + -size % BLOCK
         if kind == FILE:
-            yield Member(name, offset, size)
+            yield name, offset, size
         elif code == GLOBAL:
             defaults |= _extension(archive, code, offset, size)
         elif kind == EXTENSION:
@@ -184,20 +176,20 @@ def members(archive: Archive) -> Iterator[Member | NotAFile | Gap]:
 
 def parse_header(block: bytes) -> tuple[str, int, int] | None:
     """(name, type, size) of a header's 512 bytes; None if its checksum is wrong."""
-    if len(block) < BLOCK:
-        return None
-    name, digits, end, checksum, code, magic, prefix = HEADER.unpack(block)
     try:
-        if zlib.adler32(block) & 0xFFFF != _adler(checksum) and not _is_signed_sum(block):
-            return None
+        name, digits, end, checksum, code, prefix = unpack_header(block)
+        if zlib.adler32(block) & 0xFFFF != _adler(checksum):
+            # Old programs added the bytes as signed numbers.
+            if sum(unpack_signed(block)) + 8 * ord(" ") != _number(checksum):
+                return None
         # Twelve digits, or a binary number, where eleven digits and an end do not suffice.
         is_plain = digits.isdigit() and end in (0, 32)
         size = int(digits, 8) if is_plain else _number(block[124:136])
-    except ValueError:
+    except (ValueError, struct.error):  # no number; cut off
         return None
     name = name.partition(b"\0")[0]
-    if prefix[0] and magic == b"ustar\0":  # GNU's headers have times there
-        name = prefix.partition(b"\0")[0] + b"/" + name
+    if prefix and block[257:263] == b"ustar\0":  # GNU's headers have times there
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
     if not code and name.endswith(b"/"):  # before ustar, directories had no type
         code = ord("5")
     return name.decode("utf-8", "surrogateescape"), code, size
@@ -215,20 +207,9 @@ def _adler(checksum: bytes) -> int:
 
 def _number(field: bytes) -> int:
     """Octal digits, or where they do not suffice a binary number. Raises ValueError."""
-    if field[0] == 0xFF:
-        return int.from_bytes(field, "big", signed=True)
     if field[0] & 0x80:
         return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
-
-
-def _is_signed_sum(block: bytes) -> bool:
-    """Whether the checksum is that of old programs, to which bytes were signed numbers."""
-    if block.isascii():
-        return False  # it is the unsigned sum, which was compared
-    rest = block[:148] + block[156:]
-    found = sum(rest) - 256 * sum(byte > 127 for byte in rest) + 8 * ord(" ")
-    return found == _number(block[148:156])
 
 
 def _end_of_sparse_header(archive: Archive, position: int) -> int:
@@ -260,10 +241,10 @@ def _extension(archive: Archive, code: int, offset: int, size: int) -> dict[str,
         data = data[int(record[1]):]
         if keyword == b"path" and value:
             found["path"] = value.decode("utf-8", "surrogateescape")
-        elif keyword == b"size" and re.fullmatch(rb"\d{1,18}", value):
-            found["size"] = value.decode()
         elif keyword == b"size":
-            return damaged
+            if not re.fullmatch(rb"\d{1,18}", value):
+                return damaged
+            found["size"] = value.decode()
         elif keyword.startswith(b"GNU.sparse."):
             found["kind"] = "sparse file"
     return found

@@ -1,4 +1,4 @@
-"""Reading text files: as a whole, line by line, or as JSON, with file and line in every error."""
+"""Opening files; reading text as a whole, line by line, or as JSON. Errors name file and line."""
 
 import io
 import json
@@ -13,11 +13,18 @@ from lora_engine.data.rows import AnnotationError
 DECODER = json.JSONDecoder()
 WHITESPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+COMPRESSIONS = {  # how a file begins: name and command
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"),
+    b"\x04\x22\x4d\x18": ("LZ4", "unlz4"),
+}
 
 
 def read_text(path: str) -> str:
     """The text of a file. Raises AnnotationError if it cannot be read or is not UTF-8."""
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             data = file.read()
         except OSError as error:
@@ -39,7 +46,7 @@ def read_lines(path: str) -> Iterator[str]:
     only blank lines.
     """
     is_blank = True
-    with _open(path) as file:
+    with open_file(path) as file:
         try:
             if file.peek(2)[:2] in UTF_16_MARKS:
                 raise AnnotationError(f"{path}: is UTF-16: save the file as UTF-8")
@@ -54,7 +61,7 @@ def read_lines(path: str) -> Iterator[str]:
         raise AnnotationError(f"{path}: the file is empty, expected one caption per line")
 
 
-def _open(path: str) -> io.BufferedReader:
+def open_file(path: str) -> io.BufferedReader:
     """Open a regular file. Raises AnnotationError."""
     try:
         mode = os.stat(path).st_mode

@@ -1,22 +1,15 @@
 """The formats of image-caption pairs, and which of them a file has, from its first bytes."""
 
-import os
-import stat
 from importlib import import_module
 from types import ModuleType
 from typing import Literal, NamedTuple
 
+from lora_engine.data.formats.text_files import COMPRESSIONS, open_file
 from lora_engine.data.image_files import is_image
 from lora_engine.data.rows import AnnotationError, shown_value
 
 HEAD_BYTES = 64 * 1024
 TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-COMPRESSED = {  # first bytes: the command that unpacks
-    b"\x1f\x8b": "gunzip -k",
-    b"\x28\xb5\x2f\xfd": "zstd -d",
-    b"BZh": "bunzip2 -k",
-    b"\xfd7zXZ": "unxz -k",
-}
 
 
 class Format(NamedTuple):
@@ -62,9 +55,7 @@ def format_of(path: str) -> str:
     if path.lower().endswith(TAR_SUFFIXES):
         return "tar"
     head = read_head(path)
-    for magic, command in COMPRESSED.items():
-        if head.startswith(magic):
-            raise AnnotationError(f"{path}: is compressed; unpack it first: {command} {path}")
+    check_not_compressed(path, head)
     if head[257:262] == b"ustar":
         return "tar"
     if head.startswith(b"PAR1") or path.lower().endswith(".parquet"):
@@ -90,6 +81,13 @@ def format_of(path: str) -> str:
     return name
 
 
+def check_not_compressed(path: str, head: bytes) -> None:
+    """Raises AnnotationError, with the command that unpacks the file."""
+    for magic, (_, command) in COMPRESSIONS.items():
+        if head.startswith(magic):
+            raise AnnotationError(f"{path}: is compressed; unpack it first: {command} -k {path}")
+
+
 def text_format(path: str, head: bytes) -> str | None:
     text = head.decode("utf-8", errors="replace")
     names = (name for name, known in FORMATS.items() if known.unit == "text")
@@ -97,10 +95,9 @@ def text_format(path: str, head: bytes) -> str | None:
 
 
 def read_head(path: str) -> bytes:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
-            raise AnnotationError(f"{path}: is not a regular file")
-        with open(path, "rb") as file:
+    """The first bytes of a file. Raises AnnotationError."""
+    with open_file(path) as file:
+        try:
             return file.read(HEAD_BYTES)
-    except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from None
