@@ -20,11 +20,11 @@ from lora_engine.captioning.generation import Sampling
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
-    SourceConfig,
     check_writable,
     load_base,
     load_onto,
 )
+from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.config import Range
 from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_engine import cli
+from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.terminal import printable
 from lora_engine.version import __version__
 
@@ -22,7 +23,7 @@ _HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(SourceConfig):
     """Flags of `doctor`."""
 
     output_path: str = "runs"
@@ -234,7 +235,6 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
         return
     import numpy as np
 
-    from lora_engine.data.reading import read_pairs
     from lora_engine.data.workers import default_num_workers
     from lora_engine.devices import resolve_device, resolve_dtype
     from lora_engine.features.sizing import size_up
@@ -246,7 +246,7 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
     device = resolve_device(config.device)
     dtype = resolve_dtype("auto", device)
     cache_dir = cache_folder(config.cache_dir)
-    pairs = read_pairs(config.data, index_folder=cache_dir)
+    pairs = config.read(config.data, index_folder=cache_dir)
     captioner = load_captioner(config.model)
     cast_frozen(captioner.model, dtype)
     captioner.model.to(device)

@@ -26,11 +26,11 @@ from lora_engine.captioning.references import Referenced, references_of
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
-    SourceConfig,
     check_writable,
     load_base,
     load_onto,
 )
+from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.reading import name_of, paths_of
 from lora_engine.data.subsets import evaluation_split, named_split

@@ -12,9 +12,7 @@ from typing import Annotated, Literal
 from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.pairs import Pairs
-from lora_engine.data.reading import read_pairs
-from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
+from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
 from lora_engine.features.source import open_features
@@ -26,28 +24,6 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.terminal import printable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """The flags of every command that reads image-caption pairs."""
-
-    data_format: str = "auto"
-    """Format of the data, if its content does not tell it."""
-    image_field: str | None = None
-    """Name of the column or key that holds the images, if it is not found."""
-    caption_field: str | None = None
-    """Name of the column or key that holds the captions, if it is not found."""
-    image_root: str | None = None
-    """Folder that image paths are relative to. Default: the folder of the file, or one near it that
-    holds the images."""
-
-    def read(self, data: str | tuple[str, ...], **settings) -> Pairs:
-        """Read a source as the flags say; `settings` are those of `read_pairs`."""
-        options = SourceOptions(
-            self.data_format, self.image_field, self.caption_field, self.image_root
-        )
-        return read_pairs(data, options, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

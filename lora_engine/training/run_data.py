@@ -105,7 +105,7 @@ def read_rows(
         bad += val_pairs.bad
         train = _training_split(pairs, config.split)
         val = evaluation_split(val_pairs, ["val", "test"])
-    elif config.split is None and is_of_earlier_version:
+    elif is_of_earlier_version and config.split is None and config.val_size is None:
         fraction = DEFAULT_FRACTION if config.val_fraction is None else config.val_fraction
         train, val = hold_out_sampled(pairs, fraction=fraction, seed=config.seed)
     else:
