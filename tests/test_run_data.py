@@ -51,8 +51,9 @@ def test_the_datas_own_splits_are_used(folder, caplog):
 
 def test_another_split_can_be_named(folder):
     assert images_of(folder, split="test") == ([3, 7, 11], [2, 6, 10])
-    train, val = images_of(folder, split="validation")  # part of which is held out
-    assert sorted(train + val) == [2, 6, 10] and len(val) == 1
+    for name in ("val", "validation", "dev"):  # part of which is held out
+        train, val = images_of(folder, split=name)
+        assert sorted(train + val) == [2, 6, 10] and len(val) == 1
     with pytest.raises(ValueError, match=r"--split dog: no row .* there are train \(6 rows\), val"):
         images_of(folder, split="dog")
 

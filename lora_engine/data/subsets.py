@@ -27,9 +27,9 @@ def splits_of(pairs: Pairs) -> dict[str, int]:
 
 def of_splits(pairs: Pairs, names: Collection[str]) -> Pairs:
     """The rows of some splits."""
-    numbers = [i for i, name in enumerate(pairs.source.splits) if name in names]
-    if len(splits_of(pairs)) == len(numbers):
+    if set(splits_of(pairs)) <= set(names):
         return pairs
+    numbers = [i for i, name in enumerate(pairs.source.splits) if name in names]
     return pairs.choose(
         ["split", sorted(names)],
         lambda: np.flatnonzero(np.isin(pairs.split_numbers, numbers)),
