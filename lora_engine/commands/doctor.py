@@ -32,8 +32,7 @@ class DoctorConfig:
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     data: str | tuple[str, ...] | None = None
-    """Training data: reports the space and the time that it takes on this machine; needs --model.
-    """
+    """Training data: estimates the size of its features and the time of an epoch; needs --model."""
     model: str | None = None
     """Captioner to train on --data: a folder or a Hub name."""
     cache_limit_gb: float = 50.0
@@ -234,7 +233,7 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
         return
     import numpy as np
 
-    from lora_engine.data.reading import read_pairs
+    from lora_engine.data.read_pairs import read_pairs
     from lora_engine.data.workers import default_num_workers
     from lora_engine.devices import resolve_device, resolve_dtype
     from lora_engine.features.sizing import size_up

@@ -13,7 +13,7 @@ from lora_engine.captioning.captioner import Captioned, caption_images, with_ada
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.pairs import Pairs
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
 from lora_engine.data.workers import default_num_workers
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
@@ -33,11 +33,11 @@ class SourceConfig:
     """The flags of every command that reads image-caption pairs."""
 
     data_format: str = "auto"
-    """Format of the data, if its content does not tell it."""
+    """Format of the data. auto: detected from its content."""
     image_field: str | None = None
-    """Name of the column or key that holds the images, if it is not found."""
+    """Column or key that holds the images. Default: image, file_name, path, ..."""
     caption_field: str | None = None
-    """Name of the column or key that holds the captions, if it is not found."""
+    """Column or key that holds the captions. Default: text, caption, captions, ..."""
     image_root: str | None = None
     """Folder that image paths are relative to. Default: the folder of the file, or one near it that
     holds the images."""

@@ -15,7 +15,7 @@ from lora_engine.data.captions import TokenizedCaptions
 from lora_engine.data.image_table import JoinedImages
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.read_order import block_ends
-from lora_engine.data.reading import name_of, read_pairs
+from lora_engine.data.read_pairs import name_of, read_pairs
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.data.sources.split_names import normal_split
