@@ -56,7 +56,7 @@ from lora_engine.data.formats.tar import read
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.pixels import PixelSettings
 from lora_engine.data.read_order import block_ends, read_ahead
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import SourceOptions
 from lora_engine.data.tokenization import tokenize
 from lora_engine.demo import captioner_folder

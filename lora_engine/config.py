@@ -70,11 +70,11 @@ class TrainingConfig:
     """Validation data. Default: the validation split of the training data, else a part of its
     images."""
     data_format: str = "auto"
-    """Format of the data, if its content does not tell it."""
+    """Format of the data. auto: detected from its content."""
     image_field: str | None = None
-    """Name of the column or key that holds the images, if it is not found."""
+    """Column or key that holds the images. Default: image, file_name, path, ..."""
     caption_field: str | None = None
-    """Name of the column or key that holds the captions, if it is not found."""
+    """Column or key that holds the captions. Default: text, caption, captions, ..."""
     image_root: str | None = None
     """Folder that image paths are relative to. Default: the folder of the file, or one near it that
     holds the images."""
@@ -82,7 +82,7 @@ class TrainingConfig:
     """Split of the training data to train on. Default: train, if there are splits."""
     read_order: Literal["auto", "random", "blocks"] = "auto"
     """Order of images in shards. blocks: a random order that reads the disk in sequence; auto:
-    blocks for Parquet, and for tars if reading a random image takes more than 2 ms."""
+    blocks for Parquet above 256 MB, and for tars if reading a random image takes over 2 ms."""
     output_path: str | None = None
     """Folder of the run; must not already hold one. Default: a new numbered folder in runs/."""
     epochs: Annotated[int, Range(ge=1)] = 100
@@ -201,7 +201,10 @@ class TrainingConfig:
                 f"such as apache-2.0, mit, cc-by-4.0 or other"
             )
         if self.val_fraction is not None and self.val_size is not None:
-            raise ValueError("--val_fraction and --val_size say the same: give one of them")
+            raise ValueError(
+                "--val_fraction and --val_size both say how many images to hold out: give one of "
+                "them"
+            )
         if self.resume is not None and self.output_path is None:
             raise ValueError("--resume needs the --output_path of the run to continue")
         self.save_interval()

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from lora_engine.config import TrainingConfig
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import Row
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")

@@ -658,7 +658,7 @@ def test_a_java_program_that_fails_costs_a_warning(
     ([], ["--data"]),
     (["--data", "absent.json"], ["absent.json: no such file"]),
     (["--data", "VAL", "--image_folder", "absent"], ["absent: no such folder"]),
-    (["--data", "VAL", "--split", "test"], ["--split test: no row", "there are val (4 rows)"]),
+    (["--data", "VAL", "--split", "test"], ["--split test: no row", "the splits are val (4 rows)"]),
     (["--data", "VAL", "--data_format", "tra"], ["no format tra; did you mean tar"]),
     (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),

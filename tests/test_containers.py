@@ -20,7 +20,7 @@ from lora_engine.data.image_table import Folder, ImageTable, JoinedImages, Pytho
 from lora_engine.data.images import ImageError
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.pixels import load_pixels
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import SourceOptions
 from lora_engine.devices import autocast
 from lora_engine.features.encoder import encode_pixels
@@ -216,7 +216,7 @@ def test_images_that_are_chosen_of_chosen_ones_keep_their_places(tmp_path):
     assert few.choose(None) is few and len(few) == 2
     assert [*few] == [table[1], table[5]] == few[:] and few[-1] == table[5]
     assert [few.read(i) for i in range(2)] == [SAMPLES[1].data, SAMPLES[5].data]
-    assert few.place(0) == table.place(1) and few.stamp(1) == table.stamp(5)
+    assert few.byte_range(0) == table.byte_range(1) and few.stamp(1) == table.stamp(5)
     assert few.keep_digest(1, b"d" * 16) and table.kept_digest(5) == b"d" * 16
     assert table.kept_digest(1) == few.kept_digest(0) == bytes(16)
     with pytest.raises(IndexError):
@@ -249,7 +249,7 @@ def test_joined_images_are_those_of_their_tables_one_after_the_other(tmp_path):
 def test_files_of_several_folders_are_found_by_their_paths(tmp_path):
     paths = [str(tmp_path / "x" / "a.jpg"), str(tmp_path / "y" / "a.jpg"), "b.jpg"]
     table = ImageTable.of_files(paths)
-    assert [*table] == paths and table.place(1) == (paths[1], 0, 0)
+    assert [*table] == paths and table.byte_range(1) == (paths[1], 0, 0)
     assert [isinstance(container, Folder) for container in table.containers] == [True] * 3
     assert not table.has_file(0) and table.stamp(0) is None
     assert not table.keep_digest(0, b"d" * 16)

@@ -39,7 +39,7 @@ from lora_engine.data import batches, image_identity
 from lora_engine.data.batches import FeatureBatch, Identified, PixelBatch, SampleIndex, read_image
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.pixels import load_pixels
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.seen_images import ImageList
 from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement

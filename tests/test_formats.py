@@ -8,7 +8,7 @@ import pytest
 from data_formats import FILES, FROM_PYTHON, NEEDS, Sample, samples
 from pictures import json_lines, settings, write_pictures
 
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.training.loop import train
 
 SAMPLES = samples(40)

@@ -13,9 +13,9 @@ import pytest
 from data_formats import samples
 from tars import write_tar
 
-from lora_engine.data import columns, image_identity, merging, pair_index
+from lora_engine.data import columns, image_identity, pair_builder, pair_index
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.seen_images import ImageList
 from lora_engine.stopping import LoadingStopped
 
@@ -194,7 +194,7 @@ def test_an_index_that_may_not_be_written_is_used_without_keeping_digests(
     monkeypatch.setattr(np, "memmap", read_only)
     monkeypatch.setattr(os, "utime", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(merging, "read_chunks", refuse)
+    monkeypatch.setattr(pair_builder, "read_chunks", refuse)
     pairs = read_pairs(str(shards), index_folder=tmp_path)
     assert pairs.source.folder is not None and len(pairs) == 12
     assert even(pairs)[:] == pairs[::2]  # in memory
@@ -236,7 +236,7 @@ def test_an_index_that_is_damaged_as_soon_as_it_is_written_is_kept_in_memory(
 
     monkeypatch.setattr(pair_index, "_build", damage)
     pairs = read_pairs(str(shards), index_folder=tmp_path)
-    assert pairs.source.folder is None and "no index is kept" in caplog.text
+    assert pairs.source.folder is None and "cannot keep an index" in caplog.text
     assert len(pairs) == 12
 
 

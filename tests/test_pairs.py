@@ -11,7 +11,7 @@ from pictures import read_annotations
 from tars import write_tar
 
 from lora_engine.data import chunks
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import AnnotationError, BadRow, Row, SourceOptions
 
 GOOD, BAD = {"text": "a", "image": "1.jpg"}, {"text": "", "image": "1.jpg"}
@@ -187,8 +187,8 @@ def test_the_share_of_lost_sources_is_known(tmp_path):
         write_tar(tmp_path / name, [("a", {"jpg": b"1", "txt": b"a dog"})])
     (tmp_path / "1.tar").write_bytes(b"none" * 500)
     pairs = read_pairs(f"{tmp_path}/{{0..3}}.tar", max_bad_share=1.0)
-    assert pairs.lost_share == 0.5 and len(pairs) == 2
-    assert pairs.choose("first", lambda: [0]).lost_share == 0.5
+    assert pairs.unreadable_share == 0.5 and len(pairs) == 2
+    assert pairs.choose("first", lambda: [0]).unreadable_share == 0.5
     assert [row.location for row in pairs.bad] == [f"{tmp_path}/{name}.tar" for name in (3, 1)]
     with pytest.raises(AnnotationError, match="more than --max_bad_share 0.4:\n"):
         read_pairs(f"{tmp_path}/{{0..3}}.tar", max_bad_share=0.4)
@@ -238,7 +238,7 @@ def test_many_rows_take_little_memory(tmp_path):
     path = write(tmp_path, json.dumps(rows))
     program = (
         "import sys\n"
-        "from lora_engine.data.reading import read_pairs\n"
+        "from lora_engine.data.read_pairs import read_pairs\n"
         "status = lambda: open('/proc/self/status').read()\n"
         "used = lambda: int(status().split('VmHWM:')[1].split()[0])\n"
         "before = used()\n"

@@ -8,7 +8,7 @@ import pytest
 from tars import write_tar
 
 from lora_engine.captioning.references import Referenced, references_of
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import AnnotationError, BadRow, SourceOptions
 
 

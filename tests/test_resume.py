@@ -1074,7 +1074,7 @@ def test_a_worker_that_dies_or_hangs_ends_the_run_with_a_checkpoint(
 
 
 def _lengths(model, data):
-    from lora_engine.data.reading import read_pairs
+    from lora_engine.data.read_pairs import read_pairs
     from lora_engine.models.pretrained import load_captioner
 
     config = TrainingConfig(model=str(model))

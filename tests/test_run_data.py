@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from pictures import settings, write_pictures
 
-from lora_engine.data.reading import read_pairs
+from lora_engine.config import TrainingConfig
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import AnnotationError
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.training import run_data
-from lora_engine.training.run_data import read_rows, tokenize
+from lora_engine.training.run_data import captioned_images, read_rows
 
 SPLITS = ["train", "restval", "val", "test"]
 
@@ -51,9 +52,10 @@ def test_the_datas_own_splits_are_used(folder, caplog):
 
 def test_another_split_can_be_named(folder):
     assert images_of(folder, split="test") == ([3, 7, 11], [2, 6, 10])
-    train, val = images_of(folder, split="validation")  # part of which is held out
-    assert sorted(train + val) == [2, 6, 10] and len(val) == 1
-    with pytest.raises(ValueError, match=r"--split dog: no row .* there are train \(6 rows\), val"):
+    for name in ("val", "validation", "dev"):  # part of which is held out
+        train, val = images_of(folder, split=name)
+        assert sorted(train + val) == [2, 6, 10] and len(val) == 1
+    with pytest.raises(ValueError, match=r"--split dog: no row .* are train \(6 rows\), val"):
         images_of(folder, split="dog")
 
 
@@ -106,7 +108,8 @@ def said_about(caplog, captions: list[str], captioner) -> list[str]:
     """What is logged when the captions are tokenized."""
     caplog.clear()
     pairs = read_pairs([(f"/{number}.jpg", text) for number, text in enumerate(captions)])
-    tokenize(pairs, captioner, max_caption_tokens=20)
+    config = TrainingConfig(captioner.name, max_caption_tokens=20)
+    captioned_images(pairs, captioner, config, substitute=False)
     return caplog.messages
 
 

@@ -123,7 +123,7 @@ def test_a_file_of_another_kind_is_refused_with_what_to_do(write, file, head, me
 def test_a_format_that_cannot_be_told_says_what_was_looked_for(write):
     write(**{"notes": "Dear diary,\nnothing happened"})
     message = refusal("notes")
-    assert message.startswith("notes: its format cannot be told")
+    assert message.startswith("notes: unknown format")
     for words in ["JSON list", "COCO captions", "WebDataset tar", '"Dear diary,', "--data_format"]:
         assert words in message
 
@@ -320,7 +320,7 @@ def test_a_folder_with_metadata_is_one_part_or_one_for_each_split(write):
         Part("image_folder", f"{here}/d/test", f"{here}/d/test", "test"),
         Part("image_folder", f"{here}/d/train", f"{here}/d/train", "train"),
     ]
-    assert sources.notices == ["d/val: is not read, as it has no metadata.jsonl or metadata.csv"]
+    assert sources.notices == ["d/val: not read: it has no metadata.jsonl or metadata.csv"]
     assert found("e") == [("image_folder", "e")]
     assert resolved("e", image_root="d")[0].image_root == f"{here}/d"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_engine.data.pairs import Pairs
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.data.subsets import (
     evaluation_split,

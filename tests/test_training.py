@@ -24,7 +24,7 @@ from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
-from lora_engine.data.reading import read_pairs
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.subsets import hold_out
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import AdapterError, read_adapter

@@ -256,7 +256,7 @@ def test_one_split_is_checked(command, folder):
     for split, status, words in (
         ("train", PROBLEMS, "4 rows, 4 images"), ("val", OK, "4 rows, 4 images"),
         ("validation", OK, "4 rows, 4 images"),
-        ("test", cli.USAGE_ERROR, "there are train (4 rows), val (4 rows)"),
+        ("test", cli.USAGE_ERROR, "the splits are train (4 rows), val (4 rows)"),
     ):
         found, out, err = command(verbs.run_verb, "validate", "--data", path, "--split", split)
         assert found == status and words in out + err

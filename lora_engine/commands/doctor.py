@@ -33,8 +33,7 @@ class DoctorConfig(SourceConfig):
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     data: str | tuple[str, ...] | None = None
-    """Training data: reports the space and the time that it takes on this machine; needs --model.
-    """
+    """Training data: estimates the size of its features and the time of an epoch; needs --model."""
     model: str | None = None
     """Captioner to train on --data: a folder or a Hub name."""
     cache_limit_gb: float = 50.0

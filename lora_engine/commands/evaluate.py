@@ -32,7 +32,7 @@ from lora_engine.commands.loading import (
 )
 from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.reading import name_of, paths_of
+from lora_engine.data.read_pairs import name_of, paths_of
 from lora_engine.data.subsets import evaluation_split, named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file

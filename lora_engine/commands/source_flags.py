@@ -12,18 +12,18 @@ class SourceConfig:
     """How to read a data source, where its content does not tell."""
 
     data_format: str = "auto"
-    """Format of the data, if its content does not tell it."""
+    """Format of the data. auto: detected from its content."""
     image_field: str | None = None
-    """Name of the column or key that holds the images, if it is not found."""
+    """Column or key that holds the images. Default: image, file_name, path, ..."""
     caption_field: str | None = None
-    """Name of the column or key that holds the captions, if it is not found."""
+    """Column or key that holds the captions. Default: text, caption, captions, ..."""
     image_root: str | None = None
     """Folder that image paths are relative to. Default: the folder of the file, or one near it that
     holds the images."""
 
     def read(self, data: str | tuple[str, ...], **settings) -> "Pairs":
         """Read a source as the flags say; `settings` are those of `read_pairs`."""
-        from lora_engine.data.reading import read_pairs
+        from lora_engine.data.read_pairs import read_pairs
         from lora_engine.data.rows import SourceOptions
 
         options = SourceOptions(

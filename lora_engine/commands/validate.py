@@ -21,7 +21,7 @@ from lora_engine.data.image_identity import content_digest
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.images import ImageError, open_image
 from lora_engine.data.pairs import Pairs
-from lora_engine.data.reading import name_of, paths_of
+from lora_engine.data.read_pairs import name_of, paths_of
 from lora_engine.data.rows import BadRow
 from lora_engine.data.subsets import named_split
 from lora_engine.data.workers import load
@@ -100,7 +100,7 @@ class Findings:
         share = TrainingConfig.max_bad_share
         return (
             len(self.pairs.bad) <= share * self.num_rows
-            and self.pairs.lost_share <= share
+            and self.pairs.unreadable_share <= share
             and len(self.bad_images) <= share * len(self.pairs)
         )
 

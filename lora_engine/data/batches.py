@@ -208,8 +208,8 @@ def in_batches(rows: Iterable[int], batch_size: int) -> list[list[SampleIndex]]:
 class CaptionedImages(Dataset):
     """Rows of captions and images, loaded by their `SampleIndex`.
 
-    `image_of_row` (N,) are the numbers of their images in `images`; `digests` V16, one for each
-    image, are known as far as they are not zero. With `substitute`, a row whose image cannot be
+    `image_of_row` (N,) are the numbers of their images in `images`; `digests` V16 (images,) are the
+    known digests, zeros for the others. With `substitute`, a row whose image cannot be
     used is replaced by another one, drawn from (seed, epoch, position); otherwise its batch is
     shorter. `block_ends` are those of a set that is read in blocks (read_order.py).
     """

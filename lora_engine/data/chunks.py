@@ -1,4 +1,4 @@
-"""One source file -> chunks of columns: checks items, and turns them into arrays."""
+"""Check the items of one source file, and turn them into chunks of columns."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -24,9 +24,12 @@ _CHUNK = 16_384  # items that become arrays at a time
 
 
 class Chunk(NamedTuple):
-    """Some items of a source file, as arrays: (rows,) or (items,), and their problems.
+    """Some items of a source file, as arrays, and their problems.
 
-    `paths` are those of loose images, "" for members of the file.
+    For each row (caption): `text_size`, `item_of_row`, `line` (0 without one) and `split`, a number
+    in `splits`; `text` uint8 is all captions as UTF-8. For each item (image): `paths` of image
+    files, "" for members of the source file; `names`, `offset` and `size` of members, else b"", 0
+    and 0; and `ids`.
     """
 
     text: np.ndarray
@@ -44,7 +47,7 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(part: Part, options: SourceOptions, *, needs_captions: bool) -> Iterator[Chunk]:
-    """The usable items of a source file in chunks; raises AnnotationError if it has none at all."""
+    """The usable items of a source file, in chunks; raises AnnotationError if it cannot be read."""
     items = reader(part.format).read(part.path, options)
     return chunks_of(items, part, needs_captions=needs_captions)
 

@@ -1,14 +1,13 @@
 """Arrays that grow by appending, in memory or in files that are later mapped into memory.
 
-    FOLDER/columns.json    {"rows.text_end": "uint32", ...}
+    FOLDER/columns.json    {"text_end": ["<u4", 2900954], ...}: dtype and length
     FOLDER/NAME.bin        one array each, without a header
 
 A folder is written completely or not at all. Mapped arrays are shared by all processes that open
-them, and cost a process no memory of its own.
+them, and their pages can be dropped from memory at any time.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +57,6 @@ class ColumnWriter:
         }
         (self.folder / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
         return read_columns(self.folder)
-
-
-def write_columns(folder: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Write arrays into an empty folder."""
-    writer = ColumnWriter(folder)
-    for name, values in columns.items():
-        writer.append(name, values)
-    writer.finish()
 
 
 def read_columns(folder: Path) -> Columns:

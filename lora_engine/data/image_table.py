@@ -1,7 +1,7 @@
-"""Where images are: files in folders, byte ranges of shards, cells of tables, Python objects.
+"""Where images are stored: files, byte ranges of shards, cells of Parquet files, Python objects.
 
 Images are numbered. Everything else asks an `ImageTable` for an image's name, its bytes and the
-stamp of its file by this number, and does not know what the images come from.
+stamp of its file by this number, and need not know where it is stored.
 """
 
 import os
@@ -23,10 +23,10 @@ ReadOrder = Literal["random", "blocks", "measured"]
 
 
 class Container(Protocol):
-    """What images are in; `path` and an image's name are its name for people.
+    """What images are in; messages name an image by `path` and its name in the container.
 
     `read_order` is the order in which images should be read; "measured" where it depends on the
-    disk (read_order.py).
+    speed of the disk (read_order.py).
     """
 
     path: str
@@ -101,12 +101,12 @@ class Shard:
         return _stamp_in(found, offset, size) if found == self.identity else None
 
 
-_CHANGED = "the shard has changed since it was indexed; restore it, or start again"
+_CHANGED = "the shard has changed since it was indexed; restore it, or rerun the command"
 
 
-def _stamp_in(file: FileStamp, *place: str | int) -> FileStamp:
+def _stamp_in(file: FileStamp, *location: str | int) -> FileStamp:
     """The stamp of one of the images in a file; its name alone may be that of several."""
-    return content_digest(file + repr(place).encode())
+    return content_digest(file + repr(location).encode())
 
 
 class ParquetFile:
@@ -156,7 +156,7 @@ class PythonRows:
             raise ImageError(name, f"the rows have changed: {error!r}") from None
 
     def stamp(self, name: str, offset: int, size: int) -> FileStamp | None:
-        return b"given in Python!"
+        return b"given in Python!"  # 16 bytes, like all stamps; the images do not change
 
 
 class ImageTable(Sequence[str]):
@@ -165,8 +165,8 @@ class ImageTable(Sequence[str]):
     `columns`: "container" (N,) are numbers of `containers`, "name" and "name_end" PackedStrings,
     "offset" and "size" what `Container.read` takes. `chosen` are numbers of the images to use, in
     their order; None for all.
-    `digests` V16, one for each image of the columns, are digests that outlive the run, for images
-    in shards; zeros where they are not known. They are shared with other processes.
+    `digests` V16, one for each image of the columns, outlive the run and are shared with other
+    processes; zeros where they are not known. They are used for images in shards.
     """
 
     def __init__(
@@ -227,40 +227,43 @@ class ImageTable(Sequence[str]):
     def read(self, image: int) -> bytes:
         """The bytes of an image's file; raises ImageError."""
         row = self.row(image)
-        return self.container(row).read(self.names[row], *self._place(row))
+        return self.container(row).read(self.names[row], *self._offset_and_size(row))
 
     def stamp(self, image: int) -> FileStamp | None:
         """A stamp of an image and the file that holds it; None if it would not be reliable."""
         row = self.row(image)
-        return self.container(row).stamp(self.names[row], *self._place(row))
+        return self.container(row).stamp(self.names[row], *self._offset_and_size(row))
 
     def has_file(self, image: int) -> bool:
-        """Whether an image is where the table says, or is not a file."""
+        """Whether an image file exists; true for images that are not files."""
         row = self.row(image)
         folder = self.container(row)
         return not isinstance(folder, Folder) or os.path.isfile(
             os.path.join(folder.path, self.names[row])
         )
 
-    def place(self, image: int) -> tuple[str, int, int]:
-        """The file that holds an image, and where in it: offset and size; 0 and 0 for all of it."""
+    def byte_range(self, image: int) -> tuple[str, int, int]:
+        """The file that holds an image, its offset and its size; 0 and 0 if it is the whole file.
+
+        Not for Parquet, whose images have no bytes of their own in the file.
+        """
         row = self.row(image)
         container = self.container(row)
         if isinstance(container, Folder):
             return os.path.join(container.path, self.names[row]), 0, 0
-        return container.path, *self._place(row)
+        return container.path, *self._offset_and_size(row)
 
     def kept_digest(self, image: int) -> bytes | None:
-        """The digest that is kept for an image, zeros if it is not known; None if none is kept."""
+        """The digest kept for an image, zeros if it is not known yet; None if none can be kept."""
         row = self.row(image)
         if self.digests is None or isinstance(self.container(row), Folder):
             return None
         return self.digests[row].tobytes()
 
     def keep_digest(self, image: int, digest: bytes) -> bool:
-        """Keep a digest for later runs and other processes -> whether that is done for the image.
+        """Keep a digest for later runs and other processes; return whether it was kept.
 
-        It is done for images in indexed shards; the digests of image files are kept by path.
+        Only those of images in indexed shards are; the digests of image files are kept by path.
         """
         row = self.row(image)
         if self.digests is None or isinstance(self.container(row), Folder):
@@ -272,7 +275,7 @@ class ImageTable(Sequence[str]):
         """The number of an image in the columns."""
         return image if self.chosen is None else int(self.chosen[image])
 
-    def _place(self, row: int) -> tuple[int, int]:
+    def _offset_and_size(self, row: int) -> tuple[int, int]:
         return int(self.columns["offset"][row]), int(self.columns["size"][row])
 
     def container(self, row: int) -> Container:

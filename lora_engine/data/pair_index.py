@@ -1,14 +1,14 @@
 """The columns of source files: in memory, or in an index on disk that is built once.
 
-    CACHE/index/KEY/columns.json, rows.text.bin, ...    the columns (columns.py)
-                    index.json                          sources, containers, splits
-                    bad_rows.jsonl                      rows that cannot be used
-                    digests.bin                         of images in shards, as they become known
-                    tokens-KEY/, rows-KEY/, ...         what follows from them (Pairs.derived)
-    CACHE/index/KEY.lock/                               held by the process that builds it
+    CACHE/index/KEY/columns.json, text.bin, ...    the columns (columns.py)
+                    index.json                     source files, containers, splits
+                    bad_rows.jsonl                 rows that cannot be used
+                    digests.bin                    of images in shards, as they become known
+                    tokens-KEY/, rows-KEY/, ...    computed from the columns (Pairs.derived)
+    CACHE/index/KEY.lock/                          held by the process that builds the index
 
-The key is made of the identity of each source file (path, size, times) and of the options, so that
-a changed source gets another index. An index is only a cache: deleted, it is built again, with the
+The key is a hash of the stamps of all source files (image_identity.py) and of the options, so a
+changed source gets another index. An index is only a cache: deleted, it is built again, with the
 same rows in the same order.
 """
 
@@ -29,10 +29,8 @@ import numpy as np
 from lora_engine.data.columns import ColumnsError, ColumnWriter, read_columns
 from lora_engine.data.image_files import is_image
 from lora_engine.data.image_identity import stamp
-from lora_engine.data.image_table import (
-    ImageTable,
-)
-from lora_engine.data.merging import Index, containers_of, pair_columns, read_parts
+from lora_engine.data.image_table import ImageTable
+from lora_engine.data.pair_builder import Index, containers_of, pair_columns, read_parts
 from lora_engine.data.pairs import PairColumns
 from lora_engine.data.rows import BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
@@ -60,7 +58,7 @@ def open_or_read(
     needs_captions: bool,
     num_workers: int | None,
 ) -> tuple[PairColumns, list[BadRow], Index]:
-    """The columns of source files, what is bad in them, and what else is known of them."""
+    """The columns of source files, their bad rows, and what else their index records."""
     reading: dict[str, Any] = {"needs_captions": needs_captions, "num_workers": num_workers}
     num_expected, stamps = _survey(parts)
     if index_folder is not None and num_expected >= MIN_ROWS_ON_DISK and stamps is not None:
@@ -72,13 +70,13 @@ def open_or_read(
                 with _building(folder):  # another process may be building it: wait for it
                     opened = _open_valid(folder)
                     if opened is None:
-                        shutil.rmtree(folder, ignore_errors=True)  # with what followed from it
+                        shutil.rmtree(folder, ignore_errors=True)
                         logger.info(f"indexing {len(parts):,} source files in {folder}")
                         _build(folder, parts, options, **reading)
                         opened = _open(folder)
             return opened
         except (OSError, ColumnsError) as error:
-            logger.warning(f"no index is kept in {folder}: {error}")
+            logger.warning(f"cannot keep an index in {folder}, reading into memory: {error}")
     columns, index, bad = read_parts(parts, options, ColumnWriter(None), **reading)
     return pair_columns(columns, index, containers_of(index)), bad, index
 
@@ -100,7 +98,7 @@ def _open_valid(folder: Path) -> tuple[PairColumns, list[BadRow], Index] | None:
     try:
         opened = _open(folder)
     except ColumnsError as error:
-        logger.warning(f"a damaged index is not used: {error}")
+        logger.warning(f"ignoring a damaged index, which is built again: {error}")
         return None
     return opened if _has_its_images(opened[0].images) else None
 
@@ -112,7 +110,8 @@ def _has_its_images(images: ImageTable) -> bool:
 
 
 def _survey(parts: Sequence[Part]) -> tuple[int, list[str] | None]:
-    """About how many rows there are, and the stamps of all source files, None if not reliable."""
+    """An estimate of the number of rows, and the stamps of all source files; None if not reliable.
+    """
     num_rows, stamps = 0, []
     for part in parts:
         for path in _files_of(part):
@@ -197,7 +196,7 @@ def _map_digests(path: Path, num_images: int) -> np.ndarray | None:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove indexes that were not opened for a long time: their sources have changed, or gone."""
+    """Remove indexes that were not opened for a long time; their sources may have changed."""
     for index in folder.iterdir():
         with suppress(OSError):  # another process removes it
             if time.time() - index.stat().st_mtime > _UNUSED_S:

@@ -16,12 +16,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from lora_engine.data.columns import (
-    Columns,
-    ColumnsError,
-    ColumnWriter,
-    read_columns,
-)
+from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.rows import BadRow, Row
@@ -31,7 +26,7 @@ _CHUNK = 10_000  # captions that are decoded at a time
 
 
 class PartRows(NamedTuple):
-    """Which rows a source file gave: those before `end` that no earlier part has."""
+    """A source file, and the end of its rows, which begin at the end of the previous part."""
 
     path: str
     end: int
@@ -41,10 +36,12 @@ class PartRows(NamedTuple):
 class PairColumns:
     """What a source holds, as columns.
 
-    columns: "text" and "text_end" PackedStrings, "image" (N,) numbers of `images`, "line" (N,)
-    where a row was found (0: the name of its image says it), "split" (N,) numbers of `splits`
-    (what the source says, else the name of its file), and, if the source numbers its images, "id"
-    and "id_end" PackedStrings of JSON for each image.
+    columns:
+        "text", "text_end": the captions, as PackedStrings of N rows.
+        "image": (N,) numbers in `images`.
+        "line": (N,) line or row in the source file; 0 in formats without lines.
+        "split": (N,) numbers in `splits`, as the source says, else as the name of its file does.
+        "id", "id_end": the source's own ids of images, as PackedStrings of JSON; "" without one.
     folder: the index on disk, to which derived columns are added; None for columns in memory.
     """
 
@@ -57,7 +54,7 @@ class PairColumns:
     def derived(
         self, kind: str, settings: Any, compute: Callable[[ColumnWriter], None]
     ) -> Columns:
-        """Columns that follow from these and from `settings` (JSON), computed once per index."""
+        """Columns computed from these and from `settings` (JSON), once per index."""
         if self.folder is not None:
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             path = self.folder / f"{kind}-{key}"
@@ -88,10 +85,13 @@ def _columns_in(folder: Path) -> Columns | None:
 class Pairs(Sequence[Row]):
     """Some of the rows of a source, or all, in the source's order.
 
-    `chosen` (N,) are their numbers in `source`, None for all; `images` the table of their images,
-    in order of first appearance, and `image_of_row` (N,) numbers of it. `bad` are the rows that
-    cannot be used, and `lost_share` is the share of the source files that cannot be read. `name`
-    says where the rows are from, and `key` which of them are chosen.
+    chosen: (N,) the rows' numbers in `source`; None for all.
+    images: the table of their images, in order of first appearance.
+    image_of_row: (N,) each row's image, as a number in `images`.
+    key: identifies the choice of rows, for derived columns.
+    bad: the rows that cannot be used.
+    unreadable_share: the share of the source files that cannot be read.
+    name: where the rows are from, for messages.
     """
 
     source: PairColumns
@@ -100,7 +100,7 @@ class Pairs(Sequence[Row]):
     chosen: np.ndarray | None = None
     key: tuple[Any, ...] = ()
     bad: Sequence[BadRow] = ()
-    lost_share: float = 0.0
+    unreadable_share: float = 0.0
     name: str = ""
 
     def __len__(self) -> int:
@@ -149,7 +149,8 @@ class Pairs(Sequence[Row]):
         return f"{part.path}:{line}"
 
     def in_order(self, bad: Iterable[BadRow]) -> list[BadRow]:
-        """Sorted by source file and line; those without a line come first, in the order given."""
+        """Sort bad rows by source file and line; those without a line come first, in this order.
+        """
         numbers = {part.path: number for number, part in enumerate(self.source.parts)}
 
         def position(row: BadRow) -> tuple[int, int]:
@@ -170,7 +171,7 @@ class Pairs(Sequence[Row]):
     def derived(
         self, kind: str, settings: Any, compute: Callable[[ColumnWriter], None]
     ) -> Columns:
-        """Columns that follow from these rows and from `settings`, computed once per index."""
+        """Columns computed from these rows and from `settings` (JSON), once per index."""
         return self.source.derived(kind, [self.key, settings], compute)
 
     def choose(self, key: Any, rows: Callable[[], np.ndarray]) -> "Pairs":
@@ -197,7 +198,7 @@ class Pairs(Sequence[Row]):
             chosen=columns["rows"],
             key=(*self.key, key),
             bad=self.bad,
-            lost_share=self.lost_share,
+            unreadable_share=self.unreadable_share,
             name=self.name,
         )
 

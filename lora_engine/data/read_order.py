@@ -3,7 +3,7 @@
 A block is a run of rows whose images lie next to each other in a shard, about 4 MB of them, or the
 rows of one row group of a Parquet file. An epoch in blocks permutes the blocks, and permutes the
 rows within each group of 64 blocks (batches.epoch_batches). So a disk reads each block once, from
-begin to end, and 64 random places of the data set are mixed at any time.
+begin to end, and rows of 64 random blocks are mixed at any time.
 """
 
 import os
@@ -45,7 +45,7 @@ def block_ends(images: ImageTable, image_of_row: np.ndarray) -> np.ndarray:
 
 
 def choose_read_order(images: ImageTable) -> tuple[Literal["random", "blocks"], str]:
-    """The order that suits where the images are, and why.
+    """The read order that suits the storage of the images, and the reason.
 
     Image files are read in random order; Parquet in blocks, unless all of it fits into the memory
     for decoded rows; shards in blocks where reading a random image takes more than 2 ms, which is
@@ -84,7 +84,7 @@ def _random_read_s(images: ImageTable) -> float:
 def _forget(images: ImageTable, image: int) -> None:
     """Drop an image's bytes from the page cache."""
     if hasattr(os, "posix_fadvise"):
-        path, offset, size = images.place(image)
+        path, offset, size = images.byte_range(image)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError:
@@ -140,8 +140,8 @@ _MAX_KNOWN = 4 * BLOCKS_PER_GROUP  # the blocks of earlier groups are not needed
 
 def _extent(images: ImageTable, block: np.ndarray) -> tuple[str, int, int]:
     """The shard of a block of images, and the offset and size of all of them."""
-    path, begin, _ = images.place(int(block[0]))
-    _, last, size = images.place(int(block[-1]))
+    path, begin, _ = images.byte_range(int(block[0]))
+    _, last, size = images.byte_range(int(block[-1]))
     return path, begin, last + size - begin
 
 

@@ -1,8 +1,8 @@
-"""What a data source yields: items, problems, and how errors show them.
+"""What a data source yields: items and problems, and how messages show them.
 
 A format (formats/) yields an `Item` for each image with its captions as they are written, and a
 `Problem` for what cannot be used. `as_item` and `find_fields` choose the fields of formats whose
-records have names; `item_complaint` says what makes an item unusable, in all formats.
+records have names; `caption_complaint` and `image_complaint` say what makes an item unusable.
 """
 
 import json
@@ -34,7 +34,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to read a data source, where its content does not tell.
+    """How to read a data source where its content does not determine it.
 
     format: the name of a format, or "auto".
     image_field, caption_field: names of the fields (columns, keys) to read.
@@ -112,7 +112,7 @@ class Fields(NamedTuple):
 def find_fields(
     names: Collection[str], options: SourceOptions, *, path: str, what: str = "columns"
 ) -> Fields:
-    """Choose the fields of a table (CSV, Parquet) by their names.
+    """Choose the image, caption and split fields by their names.
 
     Raises AnnotationError, with the flag to give, if a field is missing, or if several columns may
     be the captions or the images ("text" and "image" together are never ambiguous).

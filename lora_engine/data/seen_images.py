@@ -25,7 +25,7 @@ _MAX_BYTES = 2**30  # 67 million images
 
 
 class ImageList:
-    """The images of a dataset, with the stamp and digest of each file as far as they are known.
+    """The images of a dataset, with the known stamps and digests of their files.
 
     They are arrays, not objects, because there may be millions of images. `digests` V16 (N,) are
     those that a run has seen already. Images in indexed shards need no stamps of their own: their

@@ -27,9 +27,9 @@ def splits_of(pairs: Pairs) -> dict[str, int]:
 
 def of_splits(pairs: Pairs, names: Collection[str]) -> Pairs:
     """The rows of some splits."""
-    numbers = [i for i, name in enumerate(pairs.source.splits) if name in names]
-    if len(splits_of(pairs)) == len(numbers):
+    if set(splits_of(pairs)) <= set(names):
         return pairs
+    numbers = [i for i, name in enumerate(pairs.source.splits) if name in names]
     return pairs.choose(
         ["split", sorted(names)],
         lambda: np.flatnonzero(np.isin(pairs.split_numbers, numbers)),
@@ -41,7 +41,7 @@ def named_split(pairs: Pairs, asked: str) -> Pairs:
     splits = splits_of(pairs)
     if normal_split(asked) not in splits:
         known = ", ".join(f"{name or 'none'} ({count:,} rows)" for name, count in splits.items())
-        raise ValueError(f"--split {asked}: no row has this split; there are {known}")
+        raise ValueError(f"--split {asked}: no row has this split; the splits are {known}")
     return of_splits(pairs, [normal_split(asked)])
 
 
@@ -51,7 +51,9 @@ def evaluation_split(pairs: Pairs, names: Sequence[str]) -> Pairs:
     name = next((name for name in names if name in splits), None)
     if name is None or len(splits) == 1:
         return pairs
-    logger.info(f"split {name}: {splits[name]:,} of {len(pairs):,} captions (--split)")
+    logger.info(
+        f"split {name}: {splits[name]:,} of {len(pairs):,} captions (--split chooses another)"
+    )
     return of_splits(pairs, [name])
 
 
@@ -86,7 +88,7 @@ def hold_out(
 
 
 def hold_out_sampled(pairs: Pairs, *, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """As `hold_out`, with the images that earlier versions held out, for runs that they began."""
+    """Hold out the images that earlier versions would, to resume runs that they began."""
     count = _number_to_hold_out(len(pairs.images), fraction, None)
     names = sorted(pairs.images)
     held_out = set(random.Random(seed).sample(names, count))

@@ -1,4 +1,4 @@
-"""The captions of a data set -> tokens, by several processes if there are many."""
+"""Tokenize the captions of a data set, with several processes if there are many."""
 
 import os
 from collections.abc import Iterator

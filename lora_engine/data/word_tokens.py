@@ -19,7 +19,7 @@ _MAX_WORDS = 2**20
 
 
 class WordTokens:
-    """Tokenizes texts as `tokenize` does."""
+    """Tokenizes texts as `tokenize` does, with a lookup per word where that gives the same ids."""
 
     def __init__(self, tokenize: Tokenize) -> None:
         self.tokenize = tokenize

@@ -18,7 +18,7 @@ _FEW_IMAGES = 16  # encoding so few takes no longer than measuring the encoder a
 
 
 class Placement(NamedTuple):
-    """A cache, and what was found out: a line about it, times in seconds, and its capacity.
+    """A cache, a line that describes it, measured times in seconds, and its capacity.
 
     read_s: reading an image's features from the disk, None if they are not kept there.
     num_kept: images for which there is space.

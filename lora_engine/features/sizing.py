@@ -1,6 +1,6 @@
-"""What a data set asks of this machine: space for features, time per epoch, whether keeping pays.
+"""Estimates for a data set on this machine: space for features, time per epoch, use of caching.
 
-Estimated before the work, from the time that a few images and one batch take.
+They are made before a run begins, from the time that a few images and one batch take.
 """
 
 import time
@@ -28,12 +28,12 @@ _DTYPES: tuple[CacheDtype, ...] = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Sizing:
-    """A data set, and what this machine takes for one image or caption of it, in seconds.
+    """The size of a data set, and this machine's time for one image or caption, in seconds.
 
     load_s: reading and decoding an image file, by one of `num_loaders` processes.
     encode_s: the frozen encoder. train_s: a caption's share of a training step.
     read_s: reading features from the disk; None if they are not kept there.
-    num_kept: images whose features find space.
+    num_kept: images for whose features there is space.
     """
 
     num_images: int
@@ -48,7 +48,7 @@ class Sizing:
 
     @property
     def fresh_s(self) -> float:
-        """To compute the features of an image; loading runs beside encoding if it has processes."""
+        """To compute the features of an image; worker processes load while others are encoded."""
         if self.num_loaders:
             return max(self.load_s / self.num_loaders, self.encode_s)
         return self.load_s + self.encode_s
@@ -66,25 +66,29 @@ class Sizing:
     def lines(self) -> list[str]:
         """Two lines for people: space, and time."""
         space = ", ".join(
-            f"{_bytes(self.num_images * format_of(self.features, dtype).row_bytes)} as {dtype}"
+            f"{_bytes(self.num_images * _with_dtype(self.features, dtype).row_bytes)} as {dtype}"
             for dtype in _DTYPES
         )
         num_kept = min(self.num_kept, self.num_images)
         share = f"all {num_kept:,}" if num_kept == self.num_images else (
             f"{num_kept:,} of {self.num_images:,} ({num_kept / self.num_images:.0%})"
         )
-        pays = "kept in memory" if self.read_s is None else (
-            f"keeping pays: reading takes {_duration(self.read_s)}, computing "
-            f"{_duration(self.fresh_s)} an image"
-            if self.read_s < self.fresh_s
-            else f"keeping does not pay: reading takes {_duration(self.read_s)}, computing "
-            f"{_duration(self.fresh_s)} an image"
-        )
         return [
             f"space: features take {space}; there is space for {share} as {self.features.dtype}",
             f"time: about {_duration(self.first_epoch_s)} for the first epoch, "
-            f"{_duration(self.later_epoch_s)} for each later one; {pays}",
+            f"{_duration(self.later_epoch_s)} for each later one; {self._caching()}",
         ]
+
+    def _caching(self) -> str:
+        if not self.num_kept:
+            return "features are not cached"
+        if self.read_s is None:
+            return "features are cached in memory"
+        verdict = "saves time" if self.read_s < self.fresh_s else "saves no time"
+        return (
+            f"caching {verdict}: reading the features of an image takes {_duration(self.read_s)}, "
+            f"computing them {_duration(self.fresh_s)}"
+        )
 
 
 def size_up(
@@ -96,7 +100,7 @@ def size_up(
     num_tokens: int,
     num_loaders: int,
 ) -> list[str]:
-    """Lines about where features are kept, their space, and the time that epochs take here.
+    """Lines for the log: where features are kept, their size, and the time of an epoch.
 
     `num_tokens` is the length of a typical caption.
     """
@@ -122,7 +126,7 @@ def size_up(
     return [placement.plan, *sizing.lines()]
 
 
-def format_of(features: FeatureFormat, dtype: CacheDtype) -> FeatureFormat:
+def _with_dtype(features: FeatureFormat, dtype: CacheDtype) -> FeatureFormat:
     return FeatureFormat(features.num_tokens, features.width, dtype)
 
 

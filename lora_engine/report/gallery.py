@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lora_engine.data.images import ImageError, open_image
-from lora_engine.data.reading import read_by_name
+from lora_engine.data.read_pairs import read_by_name
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_record import CaptionedImage

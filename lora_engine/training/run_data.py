@@ -15,9 +15,10 @@ from lora_engine.data.captions import TokenizedCaptions
 from lora_engine.data.image_table import JoinedImages
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.read_order import block_ends
-from lora_engine.data.reading import name_of, read_pairs
+from lora_engine.data.read_pairs import name_of, read_pairs
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
+from lora_engine.data.sources.split_names import normal_split
 from lora_engine.data.subsets import (
     DEFAULT_FRACTION,
     evaluation_split,
@@ -135,7 +136,8 @@ def _divide(pairs: Pairs, config: TrainingConfig) -> tuple[Pairs, Pairs]:
     """Training and validation rows of one source: by its splits, else held out by image."""
     splits = splits_of(pairs)
     train = _training_split(pairs, config.split)
-    if "val" in splits and train is not pairs and config.split not in ("val", "validation"):
+    is_val = config.split is not None and normal_split(config.split) == "val"
+    if "val" in splits and train is not pairs and not is_val:
         unused = sum(splits.values()) - splits["val"] - len(train)
         logger.info(
             f"splits: {len(train):,} rows to train on, {splits['val']:,} for validation"

@@ -158,7 +158,7 @@ def prepare(
 
 
 def with_read_order(config: TrainingConfig, rows: Rows) -> TrainingConfig:
-    """The settings of a new run with the order that suits where its images are."""
+    """The settings of a new run, with the read order that suits the storage of its images."""
     order, reason = choose_read_order(rows.train.images)
     if order == "blocks":
         logger.info(f"images are read in blocks: {reason} (--read_order)")

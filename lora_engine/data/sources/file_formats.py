@@ -13,7 +13,7 @@ TAR_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Format(NamedTuple):
-    """What people call a file of a format, and several; `unit`: what a part of it is."""
+    """A format's name in messages, for one and for many; `unit`: what one part of a source is."""
 
     one: str
     many: str
@@ -50,7 +50,7 @@ def reader(name: str) -> ModuleType:
 def format_of(path: str) -> str:
     """The format of a file, from its first bytes, except for tars, which end with .tar.
 
-    Raises AnnotationError if it cannot be read or told.
+    Raises AnnotationError if it cannot be read or the format is unknown.
     """
     if path.lower().endswith(TAR_SUFFIXES):
         return "tar"
@@ -74,7 +74,7 @@ def format_of(path: str) -> str:
     if name is None:
         formats = ", ".join(known.one for known in FORMATS.values() if known.unit != "folder")
         raise AnnotationError(
-            f"{path}: its format cannot be told: looked for {formats}; the file begins with "
+            f"{path}: unknown format: looked for {formats}; the file begins with "
             f"{shown_value(head[:200].decode(errors='replace'))}. If it is one of them, name it "
             f"with --data_format"
         )

@@ -20,7 +20,7 @@ ARROW_FILES = ("dataset_dict.json", "state.json")
 
 
 class Contents(NamedTuple):
-    """(format, path) of files and folders, folders that cannot be listed, sentences for people."""
+    """(format, path) of files and folders, folders that cannot be listed, and notices to log."""
 
     files: list[tuple[str, str]]
     bad: list[BadRow]
@@ -50,7 +50,7 @@ class Survey:
 def contents(folder: str, asked: str) -> Contents:
     """What a folder holds of the format `asked` for, or of any ("auto").
 
-    Raises AnnotationError if the folder cannot be listed, and if it cannot be told.
+    Raises AnnotationError if the folder cannot be listed, and if it holds none, or is ambiguous.
     """
     for name, files in (("arrow", ARROW_FILES), ("image_folder", METADATA_FILES)):
         if asked in ("auto", name):
@@ -99,7 +99,7 @@ def _folders_with(names: Sequence[str], folder: str) -> tuple[list[str], list[st
         raise AnnotationError(f"{folder}: cannot list this folder: {error.strerror}") from None
     having = [path for path in inner if has_one(path)]
     return having, [
-        f"{path}: is not read, as it has no {' or '.join(names)}"
+        f"{path}: not read: it has no {' or '.join(names)}"
         for path in inner
         if path not in having and normal_split(os.path.basename(path)) in ("train", "val", "test")
     ]

@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """The parts in their order, shards that are missing, and sentences for people."""
+    """The parts in their order, shards that are missing, and notices to log."""
 
     parts: list[Part]
     bad: list[BadRow]
@@ -52,8 +52,8 @@ class Sources(NamedTuple):
 def find_parts(paths: str | Sequence[str], options: SourceOptions) -> Sources:
     """Find what files, folders and patterns hold, in their order and, within each, by name.
 
-    Raises AnnotationError for what does not exist or cannot be told, and ValueError for an unknown
-    format.
+    Raises AnnotationError for a path that does not exist or whose format is unknown, and ValueError
+    for an unknown `options.format`.
     """
     _check(options)
     paths = [paths] if isinstance(paths, str) else list(paths)
@@ -104,7 +104,7 @@ def _unit(part: Part) -> str:
 
 
 def is_source(path: str) -> bool:
-    """Whether a path is of a data set, and not of an image or of a folder of images."""
+    """Whether a path names a data set, not an image or a folder of images."""
     shards = (*TAR_SUFFIXES, ".parquet")
     if not os.path.isdir(path):
         return path.lower().endswith((*shards, *TEXT_SUFFIXES))

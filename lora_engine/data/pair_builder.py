@@ -1,4 +1,4 @@
-"""Source files -> columns, in which each image has one number."""
+"""Build the columns of pairs from source files; an image that is named twice gets one number."""
 
 import json
 import os
@@ -16,13 +16,7 @@ from lora_engine.data.chunks import Chunk, read_chunks
 from lora_engine.data.columns import Columns, ColumnWriter
 from lora_engine.data.formats.parquet_images import RowGroups
 from lora_engine.data.image_identity import identity
-from lora_engine.data.image_table import (
-    Container,
-    Folder,
-    ImageTable,
-    ParquetFile,
-    Shard,
-)
+from lora_engine.data.image_table import Container, Folder, ImageTable, ParquetFile, Shard
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.pairs import PairColumns, PartRows
 from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
@@ -38,12 +32,12 @@ class Index:
     parts: list[list[Any]] = field(default_factory=list)  # PartRows
     containers: list[list[str]] = field(default_factory=list)  # kind, path, identity, column
     splits: list[str] = field(default_factory=list)
-    num_lost_parts: int = 0
+    num_unreadable_parts: int = 0
     description: str = ""  # of the sources, for people
 
 
-class Merger:
-    """Appends chunks to columns; images that are named twice get one number."""
+class PairBuilder:
+    """Appends chunks of source files to columns, and numbers rows, images and splits."""
 
     def __init__(self, writer: ColumnWriter) -> None:
         self.writer = writer
@@ -64,10 +58,11 @@ class Merger:
             self._add(chunk, number)
         self.index.parts.append([part.path, self.num_rows])
 
-    def lose_part(self, part: Part, error: AnnotationError) -> None:
+    def skip_part(self, part: Part, error: AnnotationError) -> None:
+        """Record a source file that cannot be read."""
         reason = str(error).removeprefix(f"{part.path}: ")
         self.bad.append(BadRow(part.path, reason))
-        self.index.num_lost_parts += 1
+        self.index.num_unreadable_parts += 1
 
     def _add(self, chunk: Chunk, container: int | None) -> None:
         append = self.writer.append
@@ -154,14 +149,14 @@ def read_parts(
     needs_captions: bool,
     num_workers: int | None,
 ) -> tuple[Columns, Index, list[BadRow]]:
-    """Read all source files, several at a time; one of several that cannot be read is a bad row."""
-    merger = Merger(writer)
+    """Read all source files, several at a time; an unreadable one of several becomes a bad row."""
+    builder = PairBuilder(writer)
     parts = [with_image_root(part, options) for part in parts]
-    merger.index.description = describe(parts)
+    builder.index.description = describe(parts)
     dataset = _Parts(parts, options, needs_captions)
     if len(parts) == 1:
         container = dataset.container(0)
-        merger.add_part(parts[0], dataset.chunks(0), container)
+        builder.add_part(parts[0], dataset.chunks(0), container)
     else:
         num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts) // 4)
         found = load(
@@ -173,13 +168,13 @@ def read_parts(
         bar = tqdm(found, total=len(parts), unit="file", disable=not sys.stderr.isatty())
         for part, (chunks, container) in zip(parts, bar):
             if isinstance(chunks, AnnotationError):
-                merger.lose_part(part, chunks)
+                builder.skip_part(part, chunks)
             else:
-                merger.add_part(part, chunks, container)
-        if merger.index.num_lost_parts == len(parts):
-            raise AnnotationError(_nothing_readable_message(parts, merger.bad))
-    columns, index = merger.finish()
-    return columns, index, merger.bad
+                builder.add_part(part, chunks, container)
+        if builder.index.num_unreadable_parts == len(parts):
+            raise AnnotationError(_nothing_readable_message(parts, builder.bad))
+    columns, index = builder.finish()
+    return columns, index, builder.bad
 
 
 def _nothing_readable_message(parts: Sequence[Part], bad: Sequence[BadRow]) -> str:
@@ -227,7 +222,7 @@ class _Parts(Dataset):
 
 
 def _as_it_is(value: Any) -> Any:
-    """DataLoader's own function would turn arrays into tensors."""
+    """DataLoader's default collate function would turn arrays into tensors."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""Data sources -> pairs: paths, or rows given from Python."""
+"""Read the pairs of any data source: paths, or rows given from Python."""
 
 import logging
 import os
@@ -12,13 +12,9 @@ import numpy as np
 from lora_engine.data import python_rows
 from lora_engine.data.chunks import chunks_of
 from lora_engine.data.columns import ColumnWriter
-from lora_engine.data.image_table import (
-    Container,
-    Folder,
-    PythonRows,
-)
+from lora_engine.data.image_table import Container, Folder, PythonRows
 from lora_engine.data.images import ImageError, read_image_file
-from lora_engine.data.merging import Merger, pair_columns
+from lora_engine.data.pair_builder import PairBuilder, pair_columns
 from lora_engine.data.pair_index import open_or_read
 from lora_engine.data.pairs import PairColumns, Pairs
 from lora_engine.data.python_rows import NAME
@@ -43,11 +39,11 @@ def read_pairs(
     in a folder below `index_folder`, by `num_workers` processes (default: one per processor).
     Without `needs_captions`, images without a caption have an empty one.
 
-    Raises AnnotationError if a source cannot be read, and if no row, or too few rows, can be used:
-    at most `max_bad_share` of the rows, and of the source files, may be bad (if it is 1, all the
-    rows). The message lists the first MAX_ROWS_SHOWN.
+    Raises AnnotationError if a source cannot be read, if no row can be used, or if more than
+    `max_bad_share` of the rows or of the source files are bad; the message lists the first
+    MAX_ROWS_SHOWN. With a `max_bad_share` of 1, all rows may be bad.
     """
-    name, lost_share = name_of(data), 0.0
+    name, unreadable_share = name_of(data), 0.0
     if not paths_of(data):
         source, bad = _read_python(data, options, needs_captions)
         description = "rows from Python"
@@ -60,24 +56,24 @@ def read_pairs(
         )
         bad = [*found.bad, *bad]
         num_files = len(found.parts) + len(found.bad)
-        lost_share = (index.num_lost_parts + len(found.bad)) / max(num_files, 1)
+        unreadable_share = (index.num_unreadable_parts + len(found.bad)) / max(num_files, 1)
         description = index.description
     num_rows = len(source.columns["image"])
     may_be_empty = bad and max_bad_share >= 1
     if (
         not (num_rows or may_be_empty)
-        or lost_share > max_bad_share
+        or unreadable_share > max_bad_share
         or len(bad) > max_bad_share * (num_rows + len(bad))
     ):
         raise AnnotationError(_bad_rows_message(name, bad, source, max_bad_share))
     return Pairs(
-        source, source.images, source.columns["image"], bad=bad, lost_share=lost_share,
+        source, source.images, source.columns["image"], bad=bad, unreadable_share=unreadable_share,
         name=f"{name}: {description}",
     )
 
 
 def paths_of(data: Any) -> list[str]:
-    """The paths of a source that is given as one or several; none for rows from Python."""
+    """The paths of a source, given as one or several; empty for rows from Python."""
     if isinstance(data, (str, os.PathLike)):
         return [os.fspath(data)]
     if isinstance(data, (list, tuple)) and all(isinstance(x, (str, os.PathLike)) for x in data):
@@ -109,19 +105,19 @@ def _read_python(
     data: Any, options: SourceOptions, needs_captions: bool
 ) -> tuple[PairColumns, list[BadRow]]:
     part = Part("python", NAME, os.getcwd())
-    merger = Merger(ColumnWriter(None))
-    merger.add_part(
+    builder = PairBuilder(ColumnWriter(None))
+    builder.add_part(
         part,
         chunks_of(python_rows.read(data, options), part, needs_captions=needs_captions),
         ["python", NAME, "", ""],
     )
-    columns, index = merger.finish()
+    columns, index = builder.finish()
     containers: list[Container] = [
         PythonRows(data, options) if kind == "python" else Folder(path)
         for kind, path, *_ in index.containers
     ]
-    digests = np.zeros(merger.num_images, dtype="V16")
-    return pair_columns(columns, index, containers, digests=digests), merger.bad
+    digests = np.zeros(builder.num_images, dtype="V16")
+    return pair_columns(columns, index, containers, digests=digests), builder.bad
 
 
 def read_by_name(name: str) -> bytes:
@@ -142,6 +138,6 @@ def read_by_name(name: str) -> bytes:
 
 @lru_cache(maxsize=4)
 def _images_in(shard: str) -> dict[str, Callable[[], bytes]]:
-    """A function that reads it for each image in a shard."""
+    """For each image in a shard, by name, a function that reads it."""
     images = read_pairs(shard, max_bad_share=1.0, needs_captions=False).images
     return {name: partial(images.read, number) for number, name in enumerate(images)}
