@@ -30,6 +30,7 @@ from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.rows import BadRow
 from lora_engine.data.sources.parts import is_source
+from lora_engine.data.subsets import named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
@@ -47,6 +48,8 @@ class CaptionConfig(CaptioningConfig, SourceConfig):
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files, folders of images, patterns such as "photos/**/*.jpg", or - to read one path per
     line from stdin; or data as for training: tars, Parquet, annotation files."""
+    split: str | None = None
+    """Split of a data set to caption. Default: all."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapter folder, such as RUN/adapter; without one, the base model captions. Repeat the flag to
     compare several adapters."""
@@ -133,6 +136,8 @@ def _images(config: CaptionConfig) -> tuple[ImageTable, Sequence[BadRow]]:
     """The images to caption, files or those of data sources, and rows that cannot be used."""
     paths = _listed(config.images)
     sources = [path for path in paths if is_source(path)]
+    if not sources and config.split is not None:
+        raise ValueError(f"--split {config.split} is for data sets, not for {paths[0]}")
     if not sources:
         return ImageTable.of_files(map(str, find_images(paths))), []
     if len(sources) < len(paths):
@@ -149,6 +154,8 @@ def _images(config: CaptionConfig) -> tuple[ImageTable, Sequence[BadRow]]:
         tuple(paths), index_folder=cache_folder(config.cache_dir), max_bad_share=1.0,
         needs_captions=False,
     )
+    if config.split is not None:
+        pairs = named_split(pairs, config.split)
     if not len(pairs):
         raise ValueError(f"{pairs.name}: no image that can be used, first {pairs.bad[0]}")
     return pairs.images, pairs.bad

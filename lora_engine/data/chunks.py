@@ -44,6 +44,7 @@ class Chunk(NamedTuple):
     size: np.ndarray
     ids: list[Any]
     bad: list[BadRow]
+    is_cut_off: bool
 
 
 def read_chunks(part: Part, options: SourceOptions, *, needs_captions: bool) -> Iterator[Chunk]:
@@ -71,6 +72,7 @@ class _Collector:
         self.needs_captions = needs_captions
         self.complaint = caption_complaint if needs_captions else _complaint_unless_blank
         self.splits: dict[str, int] = {}
+        self.is_cut_off = False
         self._clear()
 
     def _clear(self) -> None:
@@ -89,7 +91,7 @@ class _Collector:
             np.array([len(text) for text in self.texts], dtype=np.uint64),
             rows[:, 0], rows[:, 1], rows[:, 2], list(self.splits),
             self.paths, [member[0] for member in self.members], places[:, 0], places[:, 1],
-            self.ids, self.bad,
+            self.ids, self.bad, self.is_cut_off,
         )
         self._clear()
         return chunk
@@ -97,6 +99,8 @@ class _Collector:
     def add(self, number: int, item: Item | Problem) -> None:
         if isinstance(item, Problem):
             self.complain(number, item.where, item.reason)
+            self.bad += (item.num_rows - 1) * [self.bad[-1]._replace(reason="lost with the row above")]
+            self.is_cut_off = self.is_cut_off or item.is_cut_off
             return
         reason = image_complaint(item.image)
         captions = item.captions
@@ -138,7 +142,7 @@ class _Collector:
         if isinstance(where, int):
             location, reason = f"{path}:{where}", f"row {number}: {reason}"
         elif os.path.isdir(path) or self.part.format == "tar":
-            location = os.path.join(path, where)
+            location = f"{path}/{where}" if where else path  # also of a name that is absolute
         else:
             location = f"{path}: {where}" if where else path
         self.bad.append(BadRow(location, reason))

@@ -50,13 +50,15 @@ class PairBuilder:
 
     def add_part(self, part: Part, chunks: Iterable[Chunk], container: list[str]) -> None:
         """Append a source file; images inside it are in `container`."""
-        number = None
+        number, is_cut_off = None, False
         for chunk in chunks:
+            is_cut_off = chunk.is_cut_off
             if number is None and any(chunk.names):
                 number = len(self.index.containers)
                 self.index.containers.append(container)
             self._add(chunk, number)
         self.index.parts.append([part.path, self.num_rows])
+        self.index.num_unreadable_parts += is_cut_off
 
     def skip_part(self, part: Part, error: AnnotationError) -> None:
         """Record a source file that cannot be read."""

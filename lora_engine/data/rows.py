@@ -75,10 +75,16 @@ class Item(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What cannot be used, and why; `where` as in `Item`, or "" for the file as a whole."""
+    """What cannot be used, and why; `where` as in `Item`, or "" for the file as a whole.
+
+    num_rows: how many rows are lost, as far as that can be told.
+    is_cut_off: the file ends too early, so that nobody knows how many rows are lost.
+    """
 
     where: int | str
     reason: str
+    num_rows: int = 1
+    is_cut_off: bool = False
 
 
 class Row(NamedTuple):
@@ -115,12 +121,11 @@ def find_fields(
     """Choose the image, caption and split fields by their names.
 
     Raises AnnotationError, with the flag to give, if a field is missing, or if several columns may
-    be the captions or the images ("text" and "image" together are never ambiguous).
+    be the captions or the images; a column "image" is that of the images.
     """
-    is_plain = {"text", "image"} <= set(names)
     candidates = {
-        "image": (("image",) if is_plain else IMAGE_FIELDS, options.image_field),
-        "caption": (("text",) if is_plain else CAPTION_FIELDS, options.caption_field),
+        "image": (("image",) if "image" in names else IMAGE_FIELDS, options.image_field),
+        "caption": (CAPTION_FIELDS, options.caption_field),
     }
     found = {}
     for kind, (known, asked) in candidates.items():

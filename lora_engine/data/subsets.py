@@ -106,6 +106,11 @@ def _number_to_hold_out(num_images: int, fraction: float | None, size: int | Non
             f"cannot hold out validation images: the rows name {num_images} image(s), expected "
             "at least 2; add images, or pass validation data with --val_data_path"
         )
+    if size is not None and size >= num_images:
+        raise ValueError(
+            f"--val_size is {size}, but there are {num_images} images: hold out fewer, or pass "
+            f"validation data with --val_data_path"
+        )
     if size is None:
         size = round((DEFAULT_FRACTION if fraction is None else fraction) * num_images)
         if fraction is None:

@@ -87,6 +87,8 @@ def read_rows(
     `data` and `val_data`, given from Python, take the place of the paths in the settings. A run
     that an earlier version began holds out the images that that version chose.
     """
+    if data is not None and config.train_data_path is not None:
+        raise ValueError("train() got data and a train_data_path in its settings: give one of them")
     data = config.train_data_path if data is None else data
     val_data = config.val_data_path if val_data is None else val_data
     if data is None:

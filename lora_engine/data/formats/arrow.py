@@ -64,7 +64,8 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
                 yield from _batch(batch, whole, columns, first_row, split, path)
                 first_row += batch.num_rows
         if whole.slice(max(0, whole.size - len(END_OF_STREAM))).to_pybytes() != END_OF_STREAM:
-            yield Problem("", "the file has no end mark: it may be truncated, and lack rows")
+            reason = "the file has no end mark, so it is cut off: download or copy it again"
+            yield Problem("", reason, is_cut_off=True)
 
 
 def _batch(

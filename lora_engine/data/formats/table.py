@@ -51,7 +51,7 @@ def read(path: str, options: SourceOptions) -> Iterator[Item | Problem]:
         elif row.last_line - row.first_line >= MAX_LINES_PER_ROW:
             raise AnnotationError(f"{path}:{row.first_line}: {reason}")
         else:
-            yield Problem(row.first_line, reason)
+            yield Problem(row.first_line, reason, num_rows=row.last_line - row.first_line + 1)
     if row is None:
         raise AnnotationError(f"{path}: a header ({', '.join(names)}) but no rows")
 

@@ -92,14 +92,14 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
     """Group members by key; a problem for each member that is refused, and for each gap."""
     limits = {field: _max_bytes(field) for field in (*wanted.texts, "json")}
     sample = Sample("", {}, [], {}, [])
-    num_members, has_samples, has_pickle = 0, False, False
+    num_members, num_samples, has_pickle = 0, 0, False
     for member in members(archive):
         if not isinstance(member, tuple):
             if isinstance(member, Gap):  # what follows may be of another sample
                 if sample.members:
                     yield sample
                 sample = Sample("", {}, [], {}, [])
-            problem = _refusal(member, archive)
+            problem = _refusal(member, archive, num_samples)
             if problem is not None:
                 yield problem
             continue
@@ -120,7 +120,8 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
         if key != sample.key or field in sample.members:
             if sample.members:
                 yield sample
-            sample, has_samples = Sample(key, {}, [], {}, []), True
+            sample = Sample(key, {}, [], {}, [])
+            num_samples += 1
         sample.members[field] = member
         if field in wanted.images:
             sample.images.append(field)
@@ -138,7 +139,7 @@ def _samples(archive: Archive, wanted: Wanted) -> Iterator[Sample | Problem]:
             )
     if sample.members:
         yield sample
-    if num_members and not has_samples:
+    if num_members and not num_samples:
         yield Problem(
             "", f"none of its {num_members:,} members is named like 0012.jpg, 0012.txt, 0012.json"
         )
@@ -148,13 +149,19 @@ def _max_bytes(field: str) -> int:
     return MAX_JSON_BYTES if field == "json" else MAX_TEXT_BYTES
 
 
-def _refusal(member: NotAFile | Gap, archive: Archive) -> Problem | None:
+def _refusal(member: NotAFile | Gap, archive: Archive, num_samples: int) -> Problem | None:
+    """Why a member is not used; the samples in a gap are estimated from the size of those before.
+    """
     if isinstance(member, Gap):
-        damage = "cut off" if member.end == archive.size else "damaged"
+        is_cut_off = member.end == archive.size
+        sample_bytes = max(member.start // max(num_samples, 1), 1)
         return Problem(
             f"byte {member.start}",
             f"bytes {member.start:,} to {member.end:,} are lost ({member.reason}), and all samples "
-            f"in them: the archive is {damage}, download or copy it again",
+            f"in them: the archive is {'cut off' if is_cut_off else 'damaged'}, download or copy "
+            f"it again",
+            num_rows=max((member.end - member.start) // sample_bytes, 1) if num_samples else 1,
+            is_cut_off=is_cut_off,
         )
     if member.kind in IGNORED_KINDS:
         return None

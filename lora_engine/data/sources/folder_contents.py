@@ -63,13 +63,30 @@ def contents(folder: str, asked: str) -> Contents:
     for name, shards in survey.shards.items():
         if shards and asked in ("auto", name):
             shards.sort(key=natural_key)
-            return Contents([(name, path) for path in shards], survey.unreadable, [])
+            return Contents(
+                [(name, path) for path in shards],
+                survey.unreadable,
+                _ignored(folder, name, survey),
+            )
     if asked == "auto" and survey.has_captions:
         return Contents([("sidecars", folder)], [], [])
     texts = _annotation_files(survey, asked)
     if len(texts) == 1 and (survey.has_images or asked != "auto"):
         return Contents(texts, [], [])
     raise AnnotationError(_nothing_message(folder, survey, texts, asked))
+
+
+def _ignored(folder: str, name: str, survey: Survey) -> list[str]:
+    """A sentence if a folder of shards also has other data, which is not read."""
+    others = [other for other, shards in survey.shards.items() if shards and other != name]
+    found = ["Parquet files" for other in others if other == "parquet"]
+    found += ["images with caption files"] if survey.has_captions else []
+    if not found:
+        return []
+    return [
+        f"{folder}: reads the {name} files and not the {' and '.join(found)} beside them; to read "
+        f"all, name their folders or files one by one"
+    ]
 
 
 def _annotation_files(survey: Survey, asked: str) -> list[tuple[str, str]]:
