@@ -99,7 +99,8 @@ class _Collector:
     def add(self, number: int, item: Item | Problem) -> None:
         if isinstance(item, Problem):
             self.complain(number, item.where, item.reason)
-            self.bad += (item.num_rows - 1) * [self.bad[-1]._replace(reason="lost with the row above")]
+            also = self.bad[-1]._replace(reason="lost with the row above")
+            self.bad += (item.num_rows - 1) * [also]
             self.is_cut_off = self.is_cut_off or item.is_cut_off
             return
         reason = image_complaint(item.image)
