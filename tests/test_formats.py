@@ -53,7 +53,7 @@ def losses_of(blip_folder, tmp_path_factory):
         elif isinstance(data, tuple):
             train(dataclasses.replace(config, train_data_path=tuple(map(str, data))))
         else:
-            train(config, data=data)
+            train(dataclasses.replace(config, train_data_path=None), data=data)
         return [line["loss"] for line in json_lines(path / "metrics.jsonl")]
 
     return run

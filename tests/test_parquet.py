@@ -192,7 +192,9 @@ def test_a_field_of_another_type_is_refused(tmp_path):
 def test_fields_are_chosen_by_name_where_several_are_possible(tmp_path):
     columns = {"image": pictures(0), "text": ["a"], "title": ["b"], "path": ["c.jpg"]}
     path = write(tmp_path / "a.parquet", columns)
-    assert rows_of(path)[0].captions == ["a"]
+    assert "the columns text and title could both be the captions" in refusal(path)
+    options = SourceOptions(caption_field="text")
+    assert rows_of(path, options)[0].captions == ["a"]
     options = SourceOptions(image_field="path", caption_field="title")
     assert rows_of(path, options) == [Item(1, "c.jpg", ["b"])]
 
@@ -338,7 +340,7 @@ def test_damaged_arrow_files_are_refused_or_said_to_lack_rows(tmp_path):
     *rows, problem = rows_of(
         write_arrow(tmp_path / "other", columns, ends=False), module=arrow
     )
-    assert len(rows) == 3 and "truncated" in problem.reason
+    assert len(rows) == 3 and "cut off" in problem.reason and problem.is_cut_off
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):

@@ -278,7 +278,7 @@ def test_flickr_rows_keep_every_character_of_the_caption(tmp_path):
     ("image;caption\n1.jpg;[\"a\"\n", [(2, "1.jpg", '["a"')]),
     ("\n\nimage;caption\n\n1.jpg;犬, 😀\n", [(5, "1.jpg", "犬, 😀")]),
     ("image,text\r1.jpg,a\r2.jpg,b", [(2, "1.jpg", "a"), (3, "2.jpg", "b")]),  # an old Mac's
-    ("image,text,caption\n1.jpg,a,b\n", [(2, "1.jpg", "a")]),  # never ambiguous
+    ("path,image,text\nx,1.jpg,a\n", [(2, "1.jpg", "a")]),  # "image" is never ambiguous
 ])
 def test_a_table_is_read_with_its_delimiter_and_quotes(tmp_path, content, expected):
     items = read(table, write(tmp_path, content))
@@ -345,7 +345,8 @@ def test_urls_are_answered_with_the_download_command(tmp_path):
     (table, "src,alt\n1.jpg,b", 'the first line is "src,alt", expected a header'),
     (table, "image,text,text\n1.jpg,a,b", "data.txt: two columns are called text: rename one"),
     (table, "image,title,caption\n", "title and caption could both be the captions; choose one"),
-    (table, "path,image,caption\n", "path and image could both be the images; choose one with"),
+    (table, "path,filename,caption\n", "path and filename could both be the images; choose one"),
+    (table, "image,text,caption\n", "text and caption could both be the captions; choose one with"),
     (table, "image,comments\n", "none of the columns (image, comments) is known to hold the capt"),
     (table, 'image,text\n1.jpg,"a\n' + "2.jpg,b\n" * 200, "data.txt:2: lines 2 to 202: cannot"),
     (table, 'image,text\n1.jpg,"' + "a\n" * 600_000, "data.txt:2: lines 2 to 524"),

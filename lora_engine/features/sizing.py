@@ -152,6 +152,8 @@ def measure_train_s(
     dtype: torch.dtype,
 ) -> float:
     """The time that a caption of `num_tokens` takes in training, from a few forward passes."""
+    was_training = model.training
+    model.eval()
     for batch_size in _BATCH_SIZES:
         shape = batch_size, features.num_tokens, features.width
         rows = torch.zeros(shape, dtype=dtype, device=device)
@@ -160,6 +162,7 @@ def measure_train_s(
             forward_s = shortest_s(lambda: model.head(model.decode(input_ids, rows)), device)
         if forward_s > _LONG_S:
             break
+    model.train(was_training)
     return _FORWARDS * forward_s / batch_size
 
 

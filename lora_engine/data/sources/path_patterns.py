@@ -208,7 +208,7 @@ def gap_notices(paths: Collection[str], missing: Collection[str] = ()) -> list[s
         last = max(numbers) if total is None else max(int(total) - 1, *numbers)
         first = min(numbers) if total is None else 0
         num_missing = last + 1 - first - len(numbers)
-        if 0 < num_missing and (num_missing < 10 * len(numbers) or total is not None):
+        if 0 < num_missing and (num_missing <= 2 * len(numbers) or total is not None):
             absent = (number for number in range(first, last + 1) if number not in numbers)
             shown = [f"{number:0{widths[key]}d}" for number in islice(absent, NUM_SHOWN)]
             more = f" and {num_missing - NUM_SHOWN:,} more" if num_missing > NUM_SHOWN else ""
