@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from collections.abc import Collection, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -69,21 +70,22 @@ def hold_out(
     """
     count = _number_to_hold_out(len(pairs.images), fraction, size)
 
-    def rows(held_out: bool) -> np.ndarray:
+    @cache  # for both sides
+    def is_held_out() -> np.ndarray:
         hashes = np.array([
             int.from_bytes(hashlib.blake2b(
                 f"{seed}\0{os.path.basename(name)}".encode("utf-8", "surrogatepass"), digest_size=8
             ).digest())
             for name in pairs.images
         ], dtype=np.uint64)
-        is_held_out = np.zeros(len(hashes), dtype=bool)
-        is_held_out[np.argsort(hashes, kind="stable")[:count]] = True
-        return np.flatnonzero(is_held_out[pairs.image_of_row] == held_out)
+        is_chosen = np.zeros(len(hashes), dtype=bool)
+        is_chosen[np.argsort(hashes, kind="stable")[:count]] = True
+        return is_chosen[pairs.image_of_row]
 
     key = ["hold out", count, seed]
     return (
-        pairs.choose([*key, "training"], lambda: rows(False)),
-        pairs.choose([*key, "validation"], lambda: rows(True)),
+        pairs.choose([*key, "training"], lambda: np.flatnonzero(~is_held_out())),
+        pairs.choose([*key, "validation"], lambda: np.flatnonzero(is_held_out())),
     )
 
 

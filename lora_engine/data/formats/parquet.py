@@ -44,15 +44,6 @@ def image_column(path: str, options: SourceOptions) -> str:
         return choose_columns(file.schema_arrow, options, path).image
 
 
-def row_group_bytes(path: str, column: str) -> list[int]:
-    """Uncompressed size in bytes of an image column in each row group."""
-    with arrow_errors(path, EXPECTED), open_parquet(path) as file:
-        return [
-            sum(chunk.total_uncompressed_size for chunk in column_chunks(file, number, column))
-            for number in range(file.metadata.num_row_groups)
-        ]
-
-
 def open_parquet(path: str) -> Any:
     """A pyarrow ParquetFile that starts no threads and maps no memory, as is safe after a fork."""
     pyarrow = import_pyarrow(path)
