@@ -49,7 +49,7 @@ from lora_engine.data.batches import (
     Collate,
     epoch_batches,
     load_batches,
-    training_order,
+    training_steps,
 )
 from lora_engine.data.captions import CaptionTokenizer, TokenizedCaptions
 from lora_engine.data.formats.tar import read
@@ -281,7 +281,8 @@ def images_per_s(pairs: Pairs, number: int) -> float:
     dataset = CaptionedImages(
         pairs.images, pairs.image_of_row, captions, PIXELS, seed=0, substitute=False
     )
-    order = training_order(lengths, batch_size=8, seed=number, num_epochs=1)
+    steps = training_steps(lengths, batch_size=8, seed=number, num_epochs=1)
+    order = (batch for step in steps for batch in step.micro_batches)
     collate = Collate(image_size=PIXELS.size, prompt_length=1, pad_id=0)
     begin_s = time.perf_counter()
     num_images = sum(

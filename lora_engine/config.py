@@ -88,7 +88,7 @@ class TrainingConfig:
     epochs: Annotated[int, Range(ge=1)] = 100
     """Number of passes over the training captions."""
     batch_size: Annotated[int, Range(ge=1)] = 32
-    """Captions per micro-step."""
+    """Captions per micro-batch; per step without --grad_accum_steps, however many processes."""
     lr: Annotated[float, Range(gt=0)] = 1e-5
     """Peak learning rate. LoRA usually needs a higher one than full fine-tuning: try 1e-4 to 5e-4.
     """
@@ -98,7 +98,12 @@ class TrainingConfig:
     max_steps: Annotated[int | None, Range(ge=1)] = None
     """Maximum number of optimizer steps; the learning rate decays to the last one."""
     grad_accum_steps: Annotated[int, Range(ge=1)] = 1
-    """Micro-steps per optimizer step; exact for captions of different lengths."""
+    """A step has batch_size x grad_accum_steps captions; its loss is that of one large batch, for
+    captions of different lengths too."""
+    micro_batches: Annotated[int | None, Range(ge=1)] = None
+    """Parts of a step that processes share out; their number decides which numbers of processes a
+    run may use, 1 to all of them, with the same result. Default: grad_accum_steps, raised to a
+    multiple of the number of processes."""
     lora_rank: Annotated[int, Range(ge=1)] = 8
     """Rank of the LoRA matrices."""
     lora_alpha: Annotated[float, Range(gt=0)] = 32.0
@@ -189,6 +194,10 @@ class TrainingConfig:
     """License of the adapter for its model card, as the Hub spells it: apache-2.0, mit, other."""
     print_config: bool = False
     """Print all settings as JSON and exit."""
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps
 
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value that is not accepted."""

@@ -11,11 +11,31 @@ import torch
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str | None) -> torch.device:
+def resolve_device(
+    name: str | None, *, local_rank: int = 0, local_size: int = 1
+) -> torch.device:
     """The device of that name; for None CUDA if available, else the CPU.
 
-    Raises ValueError for an unknown name, and for a device that does not exist.
+    Of several processes on a machine each has the GPU of its `local_rank`. Raises ValueError for an
+    unknown name, and for a device that does not exist.
     """
+    device = _named_device(name)
+    if local_size == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(
+            f"--device {name} is one GPU for {local_size} processes; give --device cuda: each "
+            f"process takes the GPU of its number"
+        )
+    if torch.cuda.device_count() < local_size:
+        raise ValueError(
+            f"{local_size} processes need as many GPUs, but this machine has "
+            f"{torch.cuda.device_count()}: lower torchrun's --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _named_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device: torch.device | None
@@ -59,6 +79,11 @@ def disable_tf32() -> None:
     """Compute fp32 in full precision: torch allows TF32 for convolutions by default."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def num_processors() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def describe(device: torch.device) -> str:

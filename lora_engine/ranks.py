@@ -1,16 +1,67 @@
-"""The processes of a run: what each of them does, and how they agree.
+"""The processes of a run under torchrun: what they exchange, and how they end together.
 
-`OneProcess` is the form for a single process, which imports nothing distributed.
+`OneProcess` is the form for a single process, which imports nothing distributed. `ManyProcesses`
+uses torch.distributed: gloo between CPUs and for what is small, NCCL for the gradients of GPUs.
+
+    exchange      gather (JSON), vote (a few integers, without waiting), sum of gradients
+    status        each process posts one to torchrun's store every second: its beat, why it failed
+    the end       rank 0 reports it; the others leave after it
+
+While a process waits for others it reads their status. A process that has failed, is gone, or has
+not posted for `HUNG_S` ends the wait, and with it the run, in all of them. If that is rank 0, the
+lowest rank that is left takes over: it writes the last checkpoint and reports.
 """
 
-from typing import Any, Protocol
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from datetime import timedelta
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+
+from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
+from lora_engine.terminal import one_line
+
+if TYPE_CHECKING:  # importing torch takes seconds, which --help does not wait for
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+JOIN_S = 300.0  # until all processes have started
+HUNG_S = 10.0  # without a beat
+_BEAT_S = 1.0
+_POLL_S = 0.5
+_GPU_POLL_S = 5e-5
+_STORE_S = 10.0  # for one operation of the store
+_NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses.wait`
+_MAX_WARNINGS = 100
 
 
 class Ranks(Protocol):
     """The processes of a run; `rank` is this one's number among `size`.
 
     `local_size` of them are on this machine, and this one is number `local_rank` of those. `launch`
-    is the same text in all of them, and another one in every launch.
+    is the same text in all of them, and another one in every launch. `is_main` is whether this one
+    writes and reports. torchrun has restarted them `num_restarts` times.
     """
 
     rank: int
@@ -18,6 +69,10 @@ class Ranks(Protocol):
     local_rank: int
     local_size: int
     launch: str
+    num_restarts: int
+
+    @property
+    def is_main(self) -> bool: ...
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in order of rank; all must call it."""
@@ -25,14 +80,88 @@ class Ranks(Protocol):
     def from_machine(self, value: Any) -> Any:
         """The JSON value of this machine's first process; all must call it."""
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest of all processes' values, element by element, on the CPU."""
+
+    def vote(self, values: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Send integers without waiting -> a function that waits for those of all processes."""
+
+    def summation(self, buffer: Tensor, num_parts: int) -> Summation:
+        """A sum over `num_parts` tensors, shared out over the processes as by `share`."""
+
+    def machine_first(self) -> AbstractContextManager[None]:
+        """This machine's first process executes the body before its others do."""
+
     def check(self) -> None:
-        """Raises RankLost if another process has failed or no longer responds."""
+        """Raises TrainingStopped or Interrupted if another process has failed or is gone."""
+
+    def remember(self, folder: str) -> None:
+        """Keep the run's folder for the processes that torchrun starts after a failure."""
+
+    def remembered(self) -> str | None:
+        """The run's folder, if a process kept it before a restart."""
+
+    def name(self, rank: int) -> str:
+        """A process for messages, such as "rank 3 (on host b)"."""
+
+
+class Summation(Protocol):
+    """A sum of tensors in the order of their numbers, whichever process has computed them.
+
+    Floating-point sums depend on the order: in this one they are the same for any number of
+    processes.
+    """
+
+    def add(self) -> None:
+        """Take the buffer's content as this process' next part, and set the buffer to zero."""
+
+    def finish(self) -> None:
+        """Write the sum over the parts of all processes into the buffer."""
+
+
+def share(num_items: int, ranks: Ranks) -> range:
+    """The numbers of this process' items: as many for each process, next to each other."""
+    num_each = num_items // ranks.size
+    return range(ranks.rank * num_each, (ranks.rank + 1) * num_each)
+
+
+def dealt(items: Sequence[Any], ranks: Ranks) -> Sequence[Any]:
+    """This process' items of a sequence of any length; `collect` restores the order."""
+    return items[ranks.rank :: ranks.size]
+
+
+def collect(results: Sequence[Any], ranks: Ranks) -> list[Any]:
+    """The JSON results for all items that were `dealt`, in their order; all must call it."""
+    missing = object()
+    rounds = zip_longest(*ranks.gather(results), fillvalue=missing)
+    return [result for one_round in rounds for result in one_round if result is not missing]
+
+
+def check_equal(ranks: Ranks, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError that names the first process whose facts differ from rank 0's."""
+    everyone = ranks.gather(dict(facts))
+    for rank, theirs in enumerate(everyone):
+        differing = [
+            f"{name} {theirs.get(name)!r} instead of {value!r}"
+            for name, value in everyone[0].items() if theirs.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{ranks.name(rank)} differs from {ranks.name(0)}: {', '.join(differing)}. All "
+                f"processes need the same code, settings, weights and data"
+            )
+
+
+# --- one process ----------------------------------------------------------------------------------
 
 
 class OneProcess:
     """A run in one process."""
 
-    rank, size, local_rank, local_size, launch = 0, 1, 0, 1, ""
+    rank, size, local_rank, local_size, launch, is_main = 0, 1, 0, 1, "", True
+
+    def __init__(self, num_restarts: int = 0) -> None:
+        self.num_restarts = num_restarts
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -40,5 +169,528 @@ class OneProcess:
     def from_machine(self, value: Any) -> Any:
         return value
 
+    def maximum(self, values: Tensor) -> Tensor:
+        return values
+
+    def vote(self, values: Sequence[int]) -> Callable[[], list[list[int]]]:
+        return lambda: [list(values)]
+
+    def summation(self, buffer: Tensor, num_parts: int) -> Summation:
+        return _LocalSum(buffer)
+
+    def machine_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def check(self) -> None:
         pass
+
+    def remember(self, folder: str) -> None:
+        pass
+
+    def remembered(self) -> str | None:
+        return None
+
+    def name(self, rank: int) -> str:
+        return "this process"
+
+
+class _LocalSum:
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.total: Tensor | None = None
+
+    def add(self) -> None:
+        if self.total is None:
+            self.total = self.buffer.clone()
+        else:
+            self.total += self.buffer
+        self.buffer.zero_()
+
+    def finish(self) -> None:
+        if self.total is not None:
+            self.buffer.copy_(self.total)
+
+
+# --- many processes -------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """The processes that torchrun has started, or one process.
+
+    When the context ends in one of them, by an error too, it ends in all. Those other than rank 0
+    print nothing. Raises ValueError if the processes do not come together.
+    """
+    place = _place(environ)
+    if place is None:
+        yield OneProcess(int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        return
+    with ExitStack() as silence:
+        if place.rank:
+            null = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(null))
+            silence.enter_context(redirect_stderr(null))
+        ranks = ManyProcesses(place, silence)
+        try:
+            yield ranks
+        except BaseException as error:
+            ranks.leave(error)
+            if isinstance(error, _REPORTED):
+                silence.pop_all()  # it stays silent: the main process reports the error
+            raise
+        ranks.leave()
+
+
+_REPORTED = (
+    ValueError, OSError, TrainingStopped, LoadingStopped, Interrupted, SystemExit, KeyboardInterrupt
+)
+
+
+class _Place(NamedTuple):
+    """The place of a process in a launch."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+    num_restarts: int
+
+
+def _place(environ: Mapping[str, str]) -> _Place | None:
+    """The place of this process in a launch of several; None without one.
+
+    Raises ValueError if the launch is described only in part.
+    """
+    size = environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return None
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    missing = [name for name in names if not environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size!r}, but {', '.join(missing)} is not set: start the processes "
+            f"with torchrun --nproc_per_node {size} -m ..., or unset WORLD_SIZE to use one process"
+        )
+    numbers = {name: environ[name] for name in names if name != "MASTER_ADDR"}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} is {value!r}; expected a number, which torchrun sets")
+    rank, number, local_rank, local_size, port = map(int, numbers.values())
+    if not (rank < number and local_rank < local_size <= number):
+        raise ValueError(
+            f"RANK {rank} of WORLD_SIZE {number} with LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "
+            f"{local_size} is not possible: start the processes with torchrun, which sets them"
+        )
+    num_restarts = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return _Place(
+        rank, number, local_rank, local_size, environ["MASTER_ADDR"], port, num_restarts
+    )
+
+
+class _Status(NamedTuple):
+    """What a process posts about itself.
+
+    failure: why it has ended; None while it goes on, and after a good end.
+    signal: the number of the signal that has ended it, or 0.
+    """
+
+    host: str
+    pid: int
+    launch: str
+    beat: int = 0
+    failure: str | None = None
+    signal: int = 0
+    is_usage_error: bool = False
+    has_left: bool = False
+    warnings: Sequence[str] = ()
+
+
+class ManyProcesses:
+    """A run in several processes, which a launcher such as torchrun has started.
+
+    torch.distributed would wait for a lost process for many minutes. So every wait is ours: it
+    reads the others' status twice a second.
+    """
+
+    def __init__(self, place: _Place, silence: ExitStack) -> None:
+        self.rank, self.size = place.rank, place.size
+        self.local_rank, self.local_size = place.local_rank, place.local_size
+        self.num_restarts = place.num_restarts
+        self._main = 0
+        self._silence = silence
+        self._num_turns = 0
+        self._found: BaseException | None = None  # what `check` has raised
+        self._lock = threading.Lock()  # guards _status
+        self._status = _Status(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
+        self._end = threading.Event()
+        _end_with_parent()
+        self._launcher_store: Any = _connect(place)
+        self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
+        self._post()
+        self._others = self._wait_for_all()
+        self._seen_s = [time.monotonic()] * self.size
+        self._checked_s = time.monotonic()
+        self.launch = self._others[0].launch
+        self._warnings = _Warnings(self)
+        logging.getLogger("lora_engine").addHandler(self._warnings)
+        threading.Thread(target=self._keep_posting, name="ranks", daemon=True).start()
+        self._start_groups(place)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == self._main
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} (on {self._others[rank].host})"
+
+    # --- exchange --------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        import torch
+
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [size for (size,) in self.vote([len(data)])()]
+        padded = data.new_zeros(max(sizes))
+        padded[: len(data)] = data
+        parts = self._all_gather(padded)()
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes)]
+
+    def from_machine(self, value: Any) -> Any:
+        return self.gather(value)[self.rank - self.local_rank]
+
+    def maximum(self, values: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        largest = values.clone()
+        self.started(lambda: dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True))()
+        return largest
+
+    def vote(self, values: Sequence[int]) -> Callable[[], list[list[int]]]:
+        import torch
+
+        wait = self._all_gather(torch.tensor(values, dtype=torch.int64))
+        return lambda: [part.tolist() for part in wait()]
+
+    def summation(self, buffer: Tensor, num_parts: int) -> Summation:
+        return _ExchangedSum(self, buffer, num_parts // self.size)
+
+    def _all_gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        wait = self.started(lambda: dist.all_gather(parts, tensor, async_op=True))
+
+        def result() -> list[Tensor]:
+            wait()
+            return parts
+
+        return result
+
+    def started(self, operation: Callable[[], Any]) -> Callable[[], None]:
+        """Start an asynchronous operation of torch.distributed -> a function that waits for it."""
+        try:
+            work = operation()
+        except RuntimeError as error:
+            self._explain(error)
+        return lambda: self._wait(work)
+
+    def _wait(self, work: Any) -> None:
+        try:
+            while True:
+                try:
+                    work.wait(timedelta(seconds=_POLL_S))
+                    return
+                except RuntimeError:
+                    if work.is_completed():
+                        raise
+                self.check()
+        except RuntimeError as error:
+            if error is self._found:
+                raise
+            self._explain(error)
+
+    def machine_first(self) -> AbstractContextManager[None]:
+        return self._in_turn()
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        self._num_turns += 1
+        key = f"turn/{self.launch}/{self.rank - self.local_rank}/{self._num_turns}"
+        while self.local_rank and not self._store.check([key]):
+            time.sleep(0.02)
+            self.check()
+        yield
+        if not self.local_rank:
+            self._store.set(key, "done")
+
+    def remember(self, folder: str) -> None:
+        self._launcher_store.set("lora_engine/run", folder)
+
+    def remembered(self) -> str | None:
+        if not self._launcher_store.check(["lora_engine/run"]):
+            return None
+        return self._launcher_store.get("lora_engine/run").decode()
+
+    # --- status ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        now = time.monotonic()
+        if now - self._checked_s < _POLL_S / 2:
+            return
+        self._checked_s = now
+        before, self._others = self._others, self._read_all()
+        lost = {}
+        for rank, status in enumerate(self._others):
+            if status.has_left and status.failure is None or rank == self.rank:
+                continue
+            if status.failure is not None:
+                self._raise(_error_of(self.name(rank), status))
+            if status.beat != before[rank].beat:
+                self._seen_s[rank] = now
+            elif now - self._seen_s[rank] > HUNG_S:
+                lost[rank] = f"has not responded for {HUNG_S:.0f} s: it hangs, or was stopped"
+                if self._is_near(status):
+                    with suppress(OSError):  # torchrun would wait another 30 s for it
+                        os.kill(status.pid, signal.SIGKILL)
+            if self._is_near(status) and not _exists(status.pid):
+                lost[rank] = "is gone: it was killed, perhaps because memory ran out"
+        if lost:
+            if self._main in lost:
+                self._take_over(lost)
+            self._raise(TrainingStopped(
+                "; ".join(f"{self.name(rank)} {what}" for rank, what in lost.items())
+            ))
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        self._found = error
+        raise error
+
+    def _take_over(self, lost: Mapping[int, str]) -> None:
+        """The lowest rank that is left writes and reports from now on."""
+        self._main = min(set(range(self.size)) - lost.keys())
+        if self.is_main:
+            self._silence.close()
+
+    def _is_near(self, status: _Status) -> bool:
+        return status.host == self._status.host
+
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Raises the reason why an operation has failed, once the lost process is known."""
+        end_s = time.monotonic() + HUNG_S + 2 * _BEAT_S
+        while time.monotonic() < end_s:
+            self.check()
+            time.sleep(0.1)
+        self._raise(TrainingStopped(f"the processes have lost each other: {one_line(error)}"))
+
+    def warn(self, text: str) -> None:
+        """Post a warning, which rank 0 shows."""
+        self._post(warnings=(*self._status.warnings, text)[-_MAX_WARNINGS:])
+
+    def _post(self, **changes: Any) -> None:
+        """Change this process' status; a store that is gone means that the launcher has ended."""
+        with self._lock:
+            self._status = self._status._replace(**changes)
+            with suppress(RuntimeError):
+                self._store.set(f"status/{self.rank}", json.dumps(self._status._asdict()))
+
+    def _keep_posting(self) -> None:
+        while not self._end.wait(_BEAT_S):
+            self._post(beat=self._status.beat + 1)
+            if self.is_main:
+                self._warnings.show(self._read_all())
+
+    def _read_all(self) -> list[_Status]:
+        keys = [f"status/{rank}" for rank in range(self.size)]
+        try:
+            return [_Status(**json.loads(text)) for text in self._store.multi_get(keys)]
+        except RuntimeError:  # the launcher has ended; SIGTERM tells the processes
+            return [status._replace(beat=-time.monotonic_ns()) for status in self._others]
+
+    # --- begin and end ---------------------------------------------------------------------------
+
+    def _wait_for_all(self) -> list[_Status]:
+        end_s = time.monotonic() + JOIN_S
+        keys = [f"status/{rank}" for rank in range(self.size)]
+        while not self._store.check(keys):
+            if time.monotonic() > end_s:
+                missing = [rank for rank in range(self.size) if not self._store.check([keys[rank]])]
+                raise ValueError(
+                    f"{self.size - len(missing)} of {self.size} processes have started within "
+                    f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
+                )
+            time.sleep(0.05)
+        return [_Status(**json.loads(text)) for text in self._store.multi_get(keys)]
+
+    def _start_groups(self, place: _Place) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            raise ValueError(
+                "torch.distributed is initialized already; train() does that itself"
+            )
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
+            store=dist.PrefixStore("groups", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_NO_LIMIT,
+        )
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """End this process' part: rank 0 first, because torchrun ends all when one has failed."""
+        if error is not None and error is not self._found:
+            self._post(
+                failure=one_line(error),
+                signal=error.number if isinstance(error, Interrupted) else 0,
+                is_usage_error=isinstance(error, (ValueError, OSError)),
+            )
+        if self.is_main:
+            self._warnings.show(self._read_all())
+            if isinstance(error, SystemExit):  # SIGTERM, also from torchrun when one is gone
+                self._checked_s = 0.0
+                try:
+                    self.check()
+                except TrainingStopped as reason:
+                    logger.warning(str(reason))
+        while not self.is_main and not self._main_has_left():
+            time.sleep(0.05)
+        logging.getLogger("lora_engine").removeHandler(self._warnings)
+        self._end.set()
+        self._post(has_left=True)
+        if error is None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def _main_has_left(self) -> bool:
+        try:
+            self.check()
+        except (Exception, Interrupted):
+            pass
+        main = self._others[self._main]
+        is_gone = self._is_near(main) and not _exists(main.pid)
+        return main.has_left or is_gone or time.monotonic() - self._seen_s[self._main] > HUNG_S
+
+
+class _Warnings(logging.Handler):
+    """Passes warnings of the package to rank 0, which shows each once."""
+
+    def __init__(self, ranks: ManyProcesses) -> None:
+        super().__init__(logging.WARNING)
+        self.ranks = ranks
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if self.ranks.is_main:
+            self.shown.add(text)
+        else:
+            self.ranks.warn(text)
+
+    def show(self, statuses: Sequence[_Status]) -> None:
+        for rank, status in enumerate(statuses):
+            for text in status.warnings:
+                if text not in self.shown and rank != self.ranks.rank:
+                    self.shown.add(text)
+                    logger.warning(f"{self.ranks.name(rank)}: {text}")
+
+
+class _ExchangedSum:
+    """Each process sums one slice of all parts, and the slices are gathered.
+
+    That is twice the buffer per process on the network, however many processes there are; gathering
+    all parts in each of them would be `size` times the buffer.
+    """
+
+    def __init__(self, ranks: ManyProcesses, buffer: Tensor, num_each: int) -> None:
+        self.ranks = ranks
+        self.buffer = buffer
+        self.num_done = 0
+        width = -(-buffer.numel() // ranks.size)
+        self.parts = buffer.new_zeros(num_each, ranks.size * width)
+
+    def add(self) -> None:
+        self.parts[self.num_done, : self.buffer.numel()] = self.buffer
+        self.num_done += 1
+        self.buffer.zero_()
+
+    def finish(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        size, num_each = self.ranks.size, len(self.parts)
+        mine = self.parts.view(num_each, size, -1).transpose(0, 1).contiguous()
+        received = torch.empty_like(mine)  # (ranks, parts of each, width of a slice)
+        self.ranks.started(lambda: dist.all_to_all_single(
+            received.view(-1), mine.view(-1), async_op=True
+        ))()
+        total, *rest = received.view(size * num_each, -1)
+        for part in rest:
+            total += part
+        gathered = torch.empty(size, len(total), dtype=total.dtype, device=total.device)
+        self.ranks.started(lambda: dist.all_gather(list(gathered), total, async_op=True))()
+        self.buffer.copy_(gathered.view(-1)[: self.buffer.numel()])
+
+
+def _error_of(name: str, status: _Status) -> BaseException:
+    if status.signal:
+        return Interrupted(status.signal)
+    text = f"{name}: {status.failure}"
+    return ValueError(text) if status.is_usage_error else TrainingStopped(text)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _end_with_parent() -> None:
+    """Receive SIGTERM when the launcher ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _connect(place: _Place) -> Any:
+    """The store of a launch. Raises ValueError if it cannot be reached."""
+    import torch.distributed as dist
+
+    try:
+        socket.getaddrinfo(place.address, place.port)
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR {place.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
+            f"give the name or the address of the machine of rank 0"
+        ) from None
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+    try:
+        store = dist.TCPStore(
+            place.address,
+            place.port,
+            is_master=place.rank == 0 and not is_hosted,
+            timeout=timedelta(seconds=JOIN_S),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{socket.gethostname()} cannot reach {place.address}:{place.port}, where rank 0 or "
+            f"torchrun should listen (MASTER_ADDR, MASTER_PORT): {one_line(error)}"
+        ) from None
+    store.set_timeout(timedelta(seconds=_STORE_S))
+    return store
+
+
+def _with_prefix(prefix: str, store: Any) -> Any:
+    import torch.distributed as dist
+
+    return dist.PrefixStore(prefix, store)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from lora_engine.cli import given_fields, parse
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.files import read_limited
+from lora_engine.ranks import open_ranks
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -34,49 +34,41 @@ def run_recipe(
     `REACHES_OUTSIDE`); the flags on the command line come before both. `family` is the model type
     that the recipe is for, None for all.
     """
-    _check_single_process()
-    args = _normalized(args)
-    parsed = parse(
-        TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
-        default=settings,
-    )
-    given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
-    stored = {}
-    if parsed.resume is not None and parsed.output_path is not None:
-        stored = _stored_settings(Path(parsed.output_path), given, defaults=(settings, demo))
-    config = dataclasses.replace(settings, **{**stored, **given})
-    is_demo = config.train_data_path is None
-    if is_demo:
-        if config.val_data_path is not None:
-            raise ValueError("--val_data_path needs a --train_data_path, too")
-        config = dataclasses.replace(demo, **{**stored, **given})
-    if config.print_config:
-        print(json.dumps(config.as_dict(), indent=2))
+    with open_ranks() as ranks:
+        args = _normalized(args)
+        parsed = parse(
+            TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
+            default=settings,
+        )
+        given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
+        if ranks.num_restarts:  # by torchrun, after a failure
+            given.setdefault("resume", NEWEST)
+            given.setdefault("output_path", parsed.output_path or ranks.remembered())
+        stored = {}
+        if given.get("resume") is not None and given.get("output_path") is not None:
+            folder = Path(given["output_path"])
+            stored = _stored_settings(folder, given, defaults=(settings, demo))
+        config = dataclasses.replace(settings, **{**stored, **given})
+        is_demo = config.train_data_path is None
+        if is_demo:
+            if config.val_data_path is not None:
+                raise ValueError("--val_data_path needs a --train_data_path, too")
+            config = dataclasses.replace(demo, **{**stored, **given})
+        if config.print_config:
+            print(json.dumps(config.as_dict(), indent=2))
+            return 0
+        config.check()
+        if is_demo:
+            from lora_engine.report.run_folder import RunFolder
+
+            if ranks.is_main:
+                RunFolder.check_free(config.output_path, resume=config.resume is not None)
+            with ranks.machine_first():
+                config = _with_scenes(config)
+        from lora_engine.training.loop import train
+
+        train(config, family=family, ranks=ranks)
         return 0
-    config.check()
-    if is_demo:
-        from lora_engine.report.run_folder import RunFolder
-
-        RunFolder.check_free(config.output_path, resume=config.resume is not None)
-        config = _with_scenes(config)
-    from lora_engine.training.loop import train
-
-    train(config, family=family)
-    return 0
-
-
-def _check_single_process() -> None:
-    """Raises ValueError in each process of a distributed launch: all would train the same run."""
-    size = os.environ.get("WORLD_SIZE", "")
-    if not size.isdecimal() or int(size) < 2:
-        return
-    if os.environ.get("RANK", "0") != "0":
-        raise ValueError("one of several processes: process 0 says why none of them trains")
-    raise ValueError(
-        f"WORLD_SIZE is {size}: torchrun or accelerate has started {size} processes, but a run "
-        f"trains in one process, on one GPU, and each of them would train the whole run. Start "
-        f"the same command with plain python, and unset WORLD_SIZE if it is set for another reason"
-    )
 
 
 def _normalized(args: Sequence[str]) -> list[str]:

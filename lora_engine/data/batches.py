@@ -9,6 +9,7 @@ loaded for it, H height, W width, P image tokens, D width of the features.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -170,27 +171,63 @@ def _block_batches(
                 yield window[number * batch_size : (number + 1) * batch_size]
 
 
-def training_order(
+class StepRows(NamedTuple):
+    """The rows of an optimizer step, in its micro-batches; some of the last ones may be empty."""
+
+    micro_batches: list[list[SampleIndex]]
+
+    @property
+    def rows(self) -> list[int]:
+        return [index.row for batch in self.micro_batches for index in batch]
+
+
+def training_steps(
     lengths: np.ndarray,
     *,
     batch_size: int,
     seed: int,
     num_epochs: int,
+    grad_accum_steps: int = 1,
+    micro_batches: int | None = 1,
     first_epoch: int = 0,
     num_done: int = 0,
     block_ends: np.ndarray | None = None,
-) -> Iterator[list[SampleIndex]]:
-    """All batches of a run, epoch after epoch, without the first `num_done` of the first epoch."""
+) -> Iterator[StepRows]:
+    """All steps of a run, epoch after epoch, without the first `num_done` of the first epoch.
+
+    A step has `batch_size` x `grad_accum_steps` rows. Sorted by length, they are dealt to
+    `micro_batches` like cards, so that these are equally heavy: row i to micro-batch i modulo their
+    number. With None a step is, as in earlier versions, `grad_accum_steps` batches of
+    `batch_size` rows, each of rows of similar length.
+    """
     for epoch in range(first_epoch, num_epochs):
         batches = epoch_batches(
-            lengths, batch_size=batch_size, seed=seed, epoch=epoch, block_ends=block_ends
+            lengths,
+            batch_size=batch_size * (1 if micro_batches is None else grad_accum_steps),
+            seed=seed,
+            epoch=epoch,
+            block_ends=block_ends,
         )
+        if micro_batches is None:
+            batches = _joined(batches, grad_accum_steps)
         position = 0
         for number, rows in enumerate(batches):
             if number >= num_done:
-                yield [SampleIndex(epoch, position + i, row) for i, row in enumerate(rows.tolist())]
+                indices = [
+                    SampleIndex(epoch, position + i, row) for i, row in enumerate(rows.tolist())
+                ]
+                if micro_batches is None:
+                    begins = range(0, batch_size * grad_accum_steps, batch_size)
+                    yield StepRows([indices[begin : begin + batch_size] for begin in begins])
+                else:
+                    yield StepRows([indices[m::micro_batches] for m in range(micro_batches)])
             position += len(rows)
         num_done = 0
+
+
+def _joined(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
+    while several := list(islice(batches, number)):
+        yield np.concatenate(several)
 
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
@@ -241,9 +278,9 @@ class CaptionedImages(Dataset):
     def image_paths(self) -> Sequence[str]:
         return self.images.table
 
-    def paths_of(self, batches: Iterable[FeatureBatch]) -> list[str]:
-        """The images of all rows of some batches."""
-        return [self.image_paths[image] for batch in batches for image in batch.images]
+    def paths_of(self, rows: Sequence[int]) -> list[str]:
+        """The images of some rows."""
+        return [self.image_paths[int(image)] for image in self.image_of_row[rows]]
 
     def __getitem__(self, index: SampleIndex) -> Example:
         row = index.row

@@ -31,6 +31,7 @@ from lora_engine.features.placement import (
     place_features_used_once,
 )
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.stopping import LoadingStopped
 
 _GROUP = 4  # batches whose images are encoded together, so that few encoder batches need padding
@@ -48,6 +49,7 @@ def open_features(
     cache_dtype: CacheDtype | None,
     cache_limit_bytes: float,
     used_once: bool = False,
+    ranks: Ranks = OneProcess(),
 ) -> "FeatureSource":
     """Measure the encoder and the disk, and open the features of `num_images` images.
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from lora_engine.files import append_line, is_still_at, open_to_append
+from lora_engine.report.run_folder import keep_lines
 from lora_engine.report.trackers import Tracker
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import ConsoleHandler, logging_to
@@ -27,7 +28,8 @@ class MetricsLogger:
     metrics.jsonl is the record of a run: each line is written and flushed when it happens, and
     everything drawn later is derived from it. A `tracker` gets the same events. When the output
     can no longer be written (its reader has gone), `on_lost_output` is called once, and further
-    output is dropped.
+    output is dropped. Of several processes one `is_writer`; another one keeps its lines, until it
+    has to `take_over`.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class MetricsLogger:
         stream: TextIO | None = None,
         tracker: Tracker | None = None,
         on_lost_output: Callable[[OSError], None] = lambda error: None,
+        is_writer: bool = True,
     ) -> None:
         self.stream: Any = _Output(stream or sys.stdout, on_lost_output)
         self.tracker = tracker
         self._path = path
         # Kept open: a step must not lose its line because file descriptors have run out.
-        self._file = open_to_append(path)
+        self._file = open_to_append(path) if is_writer else None
+        self._lines: list[dict[str, Any]] = []  # of a process that does not write them
         self._total_steps = total_steps
         self._bar = tqdm(
             initial=first_step,
@@ -72,7 +76,8 @@ class MetricsLogger:
             if self.tracker is not None:
                 self.tracker.close()
             self._bar.close()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
     def record(self, event: str, **values: Any) -> None:
         """Write one line of metrics.jsonl.
@@ -80,14 +85,34 @@ class MetricsLogger:
         Raises OSError if the line cannot be written, and leaves no part of it; TrainingStopped if
         the file has been removed since the run began.
         """
+        line = event_line(event, **values)
+        if self._file is None:
+            self._lines.append(line)
+            return
         if not is_still_at(self._file, self._path):
             raise TrainingStopped(
                 f"{self._path} is gone: the run folder was removed or renamed during the run"
             )
-        line = event_line(event, **values)
         append_line(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
         del line["event"]
         self.track(event, **line)
+
+    def forget(self) -> None:
+        """Drop the lines kept for `take_over`, which the writer has saved."""
+        self._lines.clear()
+
+    def take_over(self) -> None:
+        """Write from now on, in place of a process that is gone, and what it has not written."""
+        lines, self._lines = self._lines, []
+        keep_lines(self._path, lambda line: True)  # the last one may have been cut short
+        self._file = open_to_append(self._path)
+        written = {
+            (line["event"], line["step"])
+            for line in map(json.loads, self._path.read_bytes().splitlines())
+        }
+        for line in lines:
+            if (line["event"], line["step"]) not in written:
+                append_line(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
 
     def track(self, event: str, **values: Any) -> None:
         """Pass an event to the tracker only, if there is one."""

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ from lora_engine.files import (
     sync,
     unused_name,
 )
-from lora_engine.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lora_engine.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -63,11 +63,20 @@ class RunFolder:
 
     As a context manager it cleans up if the run fails before its first line of metrics: it removes
     what it wrote to a folder that was empty (`is_new`), and a folder that it created
-    (`is_created`). Files of a run are never opened through links.
+    (`is_created`). Files of a run are never opened through links. Of several processes one
+    `is_writer`; in the others methods that write do nothing.
     """
 
-    def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        is_new: bool = False,
+        is_created: bool = False,
+        is_writer: bool = True,
+    ) -> None:
         self.path = path
+        self.is_writer = is_writer
         self.is_new = is_new
         self.is_created = is_created
         self.metrics = path / "metrics.jsonl"
@@ -91,6 +100,8 @@ class RunFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self.is_writer:
+            return
         self._lock.release()
         has_begun = self.metrics.exists() and self.metrics.stat().st_size > 0
         if error is not None and has_begun:
@@ -222,16 +233,33 @@ class RunFolder:
         self._lock.take()
         return self
 
+    def take_over(self) -> None:
+        """Write from now on, in place of a process that is gone.
+
+        Raises ValueError if that process still holds the folder.
+        """
+        self._lock.take()
+        self.is_writer = True
+
     def write_json(self, name: str, values: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
         with replaced_file(self.path / name) as new:
             new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def append(self, path: Path, line: dict[str, Any]) -> None:
         """Add a JSON line to one of the folder's .jsonl files. Raises OSError."""
+        if not self.is_writer:
+            return
         # A file's name may contain bytes that are not text.
         text = json.dumps(line, ensure_ascii=False) + "\n"
         with open_to_append(path) as file:
             append_line(file, text.encode("utf-8", errors="backslashreplace"))
+
+    def write_adapter(self, path: Path, files: Mapping[str, bytes]) -> None:
+        """Write an adapter, given by the contents of its files, to one of the folder's adapters."""
+        if self.is_writer:
+            write_adapter(path, files)
 
     def sync(self) -> None:
         """Wait until the log files are on the disk."""
@@ -241,6 +269,8 @@ class RunFolder:
 
     def write_lines(self, path: Path, lines: Iterable[dict[str, Any]]) -> None:
         """Replace one of the folder's .jsonl files."""
+        if not self.is_writer:
+            return
         with replaced_file(path) as new:
             with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

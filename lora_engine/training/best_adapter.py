@@ -14,7 +14,6 @@ from lora_engine.lora.adapter import (
     AdapterError,
     adapter_files,
     read_adapter,
-    write_adapter,
 )
 from lora_engine.models import CaptioningModel
 from lora_engine.report.run_folder import RunFolder, checkpoint_name
@@ -65,7 +64,7 @@ class BestAdapter:
         if is_best:
             self.step = step
             self.files = self.files_after(step)
-            write_adapter(self.folder.adapter, self.files)
+            self.folder.write_adapter(self.folder.adapter, self.files)
         return is_best
 
     def _worth(self, step: int) -> float:
@@ -76,7 +75,7 @@ class BestAdapter:
     def save_last(self, step: int) -> None:
         """Save the adapter as it is after `step` too, unless it is the best."""
         if step != self.step:
-            write_adapter(self.folder.last_adapter, self.files_after(step))
+            self.folder.write_adapter(self.folder.last_adapter, self.files_after(step))
         else:  # a run that was resumed from here may have left one
             shutil.rmtree(self.folder.last_adapter, ignore_errors=True)
 
@@ -88,7 +87,7 @@ class BestAdapter:
         """
         self.files = checkpoint.best_files or self._find_best(checkpoint)
         if any(_content(self.folder.adapter / name) != data for name, data in self.files.items()):
-            write_adapter(self.folder.adapter, self.files)
+            self.folder.write_adapter(self.folder.adapter, self.files)
 
     def _find_best(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """The best adapter's files, for a checkpoint of an earlier version that lacks them."""

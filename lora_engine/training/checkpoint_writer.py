@@ -70,6 +70,9 @@ class CheckpointWriter:
         checkpoints stay.
         """
         self._last_s = time.monotonic()
+        if not self.folder.is_writer:
+            self.step, self._is_validated = step, is_validated
+            return
         folder = self.folder.checkpoints
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed

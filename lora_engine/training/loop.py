@@ -2,16 +2,16 @@
 
     pixels -> frozen encoder -> features (kept) -> decoder with LoRA -> loss -> gradients -> AdamW
 
-A step is an optimizer step over `grad_accum_steps` micro-batches. Its loss is the sum over all
-valid target tokens of the step, divided by their number: 4 x 16 rows are exactly 1 x 64.
+A step is an optimizer step over some micro-batches, which processes share out. Its loss is the sum
+over all valid target tokens of the step, divided by their number: 4 x 16 rows are exactly 1 x 64.
 """
 
 import logging
-from contextlib import closing
-from itertools import islice
+from contextlib import closing, nullcontext
 from typing import Any
 
 from lora_engine.config import TrainingConfig
+from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.terminal import ConsoleHandler, logging_to
 from lora_engine.training.run import open_run
@@ -26,6 +26,7 @@ def train(
     family: str | None = None,
     data: Any = None,
     val_data: Any = None,
+    ranks: Ranks | None = None,
 ) -> TrainingSummary:
     """Train an adapter as `config` says and save it in a run folder: a new one, or with
     `config.resume` that of the run to continue.
@@ -33,7 +34,7 @@ def train(
     `family`, a key of `families.FAMILIES`, refuses models of another kind. `data` and `val_data`
     take the place of the paths in `config`: a list of (image, caption or captions), with images as
     paths, PIL images, bytes of image files or uint8 arrays (height, width, 3), or a Hugging Face
-    Dataset.
+    Dataset. `ranks` are the processes of the run; by default those that torchrun has started.
 
     Raises ValueError (or a subclass) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run cannot continue; Interrupted after SIGINT, SIGTERM
@@ -43,29 +44,29 @@ def train(
     """
     with (
         logging_to(ConsoleHandler()),
-        open_run(prepare(config, family, data=data, val_data=val_data)) as run,
+        nullcontext(ranks) if ranks is not None else open_ranks() as ranks,
+        open_run(prepare(config, family, data=data, val_data=val_data, ranks=ranks)) as run,
     ):
         trainer, schedule, meter = run.trainer, run.schedule, run.meter
         if schedule.validates(run.step) and run.step not in run.best.losses:
             run.validate()
         run.save()
-        loader = run.training_loader()
         meter.begin()
-        with closing(iter(loader)) as batches:
-            for step in range(run.step + 1, schedule.total_steps + 1):
-                run.stop.check()
+        with closing(run.steps()) as steps:
+            for agreed in steps:
+                step = agreed.number
                 if config.patience is not None and run.best.num_worse >= config.patience:
                     logger.info(f"stopped: no better for {config.patience} validations")
                     break
-                micro_batches = list(islice(batches, schedule.num_micro_steps(step)))
-                run.skipped.add(micro_batches)
-                loss = trainer.accumulate(micro_batches, step)  # forward and backward
+                run.skipped.add(agreed.rows, agreed.skipped)
+                loss = trainer.accumulate(  # forward and backward, and the sum over processes
+                    agreed.batches, step, num_targets=agreed.num_targets, first=agreed.first
+                )
                 lr = schedule.learning_rate(step)
                 with run.atomic():
                     grad_norm = trainer.update(loss, lr=lr)  # clipping and AdamW
                     run.step = step
-                    images = loader.dataset.paths_of(micro_batches)
-                    meter.add(step, loss, grad_norm, lr, images, loader.waited_s)
+                    meter.add(step, loss, grad_norm, lr, run.paths_of(agreed), run.waited_s)
                     if schedule.logs(step):
                         meter.settle(step)
                     elif meter.is_overdue:
@@ -73,7 +74,7 @@ def train(
                 if schedule.validates(step):
                     run.validate()
                     meter.restart()
-                if run.is_save_due:
+                if agreed.is_save_due or run.best.step == step:
                     run.save()
         run.save()
     return run.summary

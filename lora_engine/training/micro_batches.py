@@ -1,7 +1,6 @@
 """Batches split where the GPU's memory is too small for them; the step stays the same."""
 
 import logging
-from collections.abc import Sequence
 
 from lora_engine.data.batches import FeatureBatch
 from lora_engine.data.captions import IGNORED
@@ -20,13 +19,13 @@ class BatchSplitter:
     def __init__(self) -> None:
         self.num_rows: int | None = None
 
-    def split(self, batches: Sequence[FeatureBatch]) -> list[FeatureBatch]:
-        """The batches in parts of at most `num_rows` rows."""
-        return [part for batch in batches for part in split(batch, self.num_rows)]
+    def split(self, batch: FeatureBatch) -> list[FeatureBatch]:
+        """The batch in parts of at most `num_rows` rows."""
+        return split(batch, self.num_rows)
 
-    def shrink(self, batches: Sequence[FeatureBatch]) -> bool:
-        """Halve the limit after batches that did not fit; returns whether there is less to try."""
-        largest = max(len(batch.rows) for batch in batches)
+    def shrink(self, batch: FeatureBatch) -> bool:
+        """Halve the limit after a batch that did not fit; returns whether there is less to try."""
+        largest = min(len(batch.rows), self.num_rows or len(batch.rows))
         if largest == 1:
             return False
         self.num_rows = largest // 2

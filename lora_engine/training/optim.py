@@ -1,5 +1,6 @@
 """The LoRA parameters of a model as one flat tensor, and their optimizer."""
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -27,7 +28,9 @@ class FlatLoRAParameters:
         padded = [-(-matrix.numel() // _ALIGNMENT) * _ALIGNMENT for matrix in matrices]
         first = matrices[0]
         self.values = nn.Parameter(first.new_zeros(sum(padded)))
-        self.values.grad = torch.zeros_like(self.values)
+        # One buffer, because processes exchange both at once.
+        self.gradient_and_loss = first.new_zeros(sum(padded) + 1)
+        self.values.grad, self.loss = self.gradient_and_loss.split([sum(padded), 1])
         self.cast = None if dtype == first.dtype else torch.zeros_like(self.values, dtype=dtype)
 
         def views(flat: Tensor) -> list[Tensor]:
@@ -52,6 +55,10 @@ class FlatLoRAParameters:
     def gradient(self) -> Tensor:
         assert self.values.grad is not None
         return self.values.grad
+
+    def digest(self) -> str:
+        """The SHA-256 of all matrices."""
+        return hashlib.sha256(self.values.detach().cpu().numpy().tobytes()).hexdigest()
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -3,24 +3,28 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from typing import Any
+
+import numpy as np
+import torch
 
 from lora_engine.config import changes_on_resume
 from lora_engine.data.batches import (
     CaptionedImages,
     SampleIndex,
-    epoch_batches,
-    training_order,
+    StepRows,
+    training_steps,
     validation_order,
 )
 from lora_engine.devices import describe, peak_memory_bytes
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
 from lora_engine.lora.matmul import describe_kernels
+from lora_engine.ranks import dealt, share
 from lora_engine.report.hub import push_adapter
 from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.report.metrics_log import MetricsLogger
@@ -30,6 +34,7 @@ from lora_engine.report.run_folder import RunFolder, environment
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.report.trackers import start_tracker
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
+from lora_engine.training.agreement import TrainingStep, agreed_steps
 from lora_engine.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -63,7 +68,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
     When the context ends, a checkpoint of the last whole step, the report and the summary are
     written, also after an error.
     """
-    config, data, trainer = setup.config, setup.data, setup.trainer
+    config, data, trainer, ranks = setup.config, setup.data, setup.trainer, setup.ranks
     schedule = Schedule(config, len(data.train_set))
     with (
         run_folder(setup, schedule) as folder,
@@ -72,8 +77,11 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             folder.metrics,
             first_step=0 if setup.checkpoint is None else setup.checkpoint.step,
             total_steps=schedule.total_steps,
-            tracker=start_tracker(config.track, folder.path, config.as_dict()),
+            tracker=start_tracker(
+                config.track if ranks.is_main else "none", folder.path, config.as_dict()
+            ),
             on_lost_output=stop.lose_output,
+            is_writer=folder.is_writer,
         ) as metrics,
         feature_source(setup) as features,
         ExitStack() as spare_files,
@@ -100,6 +108,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             folder.write_json("environment.json", facts)
         except (Exception, Interrupted) as error:
             spare_files.close()
+            run.take_over_if_needed()
             run.save_last_step()
             if isinstance(error, OSError):
                 raise TrainingStopped(
@@ -119,7 +128,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
                 run.write_results()
         run.summary = run.summarize()
         logger.info(f"\n{run.summary}")
-        if config.push_to_hub is not None:
+        if config.push_to_hub is not None and ranks.is_main:
             push_adapter(folder, config.push_to_hub)
         stop.answer_at_once()  # only the cache and the tracker are still to be closed
 
@@ -141,6 +150,7 @@ class Run:
     ) -> None:
         config, data = setup.config, setup.data
         self.setup = setup
+        self.ranks = setup.ranks
         self.trainer = setup.trainer
         self.schedule = schedule
         self.folder = folder
@@ -148,6 +158,7 @@ class Run:
         self.features = features
         self.stop = stop
         self.step = 0
+        self.loader: FeatureLoader | None = None  # of the training images
         self.meter = Meter(metrics, schedule, has_grad_scaler=self.trainer.scaler.is_enabled())
         self.best = best_adapter(setup, folder)
         every_steps, every_s = config.save_interval()
@@ -167,31 +178,62 @@ class Run:
         order = validation_order(data.val_set.captions.lengths, batch_size=config.batch_size)
         self.validation = Validation(
             setup.captioner,
-            self._loader(data.val_set, order),
-            self._loader(data.val_set, captions.order(config.batch_size)),
+            self._loader(data.val_set, dealt(order, self.ranks)),
+            self._loader(data.val_set, dealt(captions.order(config.batch_size), self.ranks)),
             captions=captions,
             skipped=self.skipped,
             metrics=metrics,
+            ranks=self.ranks,
         )
         self._begin_s = setup.begin_s
         self._is_consistent = True
 
     # --- data --------------------------------------------------------------------------------
 
-    def training_loader(self) -> FeatureLoader:
-        """The micro-batches of all steps that are left."""
+    def steps(self) -> Generator[TrainingStep]:
+        """The steps that are left, each once all processes have agreed to take it."""
+        plans, order = tee(islice(self._plans(self.step), self.schedule.total_steps - self.step))
+        self.loader = self._loader(self.setup.data.train_set, (
+            batch
+            for plan in order
+            for batch in (plan.micro_batches[m] for m in share(len(plan.micro_batches), self.ranks))
+            if batch
+        ))
+        with closing(iter(self.loader)) as batches:
+            yield from agreed_steps(
+                plans,
+                batches,
+                first_step=self.step + 1,
+                ranks=self.ranks,
+                stop=self.stop,
+                splitter=self.trainer.splitter,
+                is_save_due=self.checkpoints.is_due,
+            )
+
+    def _plans(self, num_done_steps: int) -> Iterator[StepRows]:
         config, train_set = self.setup.config, self.setup.data.train_set
-        epoch, num_done = self.schedule.position(self.step)
-        order = training_order(
+        epoch, num_done = self.schedule.position(num_done_steps)
+        return training_steps(
             train_set.captions.lengths,
             batch_size=config.batch_size,
             seed=config.seed,
             num_epochs=config.epochs,
+            grad_accum_steps=config.grad_accum_steps,
+            micro_batches=config.micro_batches,
             first_epoch=epoch,
             num_done=num_done,
             block_ends=train_set.block_ends,
         )
-        return self._loader(train_set, order)
+
+    @property
+    def waited_s(self) -> float:
+        """Time that this process has waited for training images, in seconds."""
+        return 0.0 if self.loader is None else self.loader.waited_s
+
+    def paths_of(self, step: TrainingStep) -> list[str]:
+        """The images of a step."""
+        rows = [row for batch in step.rows for row in batch]
+        return self.setup.data.train_set.paths_of(rows)
 
     def _loader(
         self, dataset: CaptionedImages, order: Iterable[list[SampleIndex]]
@@ -257,18 +299,19 @@ class Run:
 
     # --- checkpoints -------------------------------------------------------------------------
 
-    @property
-    def is_save_due(self) -> bool:
-        """Whether it is time for a checkpoint: after a new best adapter, or by --save_every."""
-        return self.best.step == self.step or self.checkpoints.is_due(self.step)
-
-    def save(self) -> None:
+    def save(self, *, together: bool = True) -> None:
         """Write a checkpoint, unless this step has one, the run has not begun, or an `atomic`
-        change failed."""
+        change failed.
+
+        All processes save `together`, except after an error. Raises TrainingStopped if their
+        matrices differ.
+        """
         is_validated = self.step in self.best.losses
         is_saved = self.checkpoints.has(self.step, is_validated=is_validated)
         if is_saved or not self.has_begun or not self._is_consistent:
             return
+        if together:
+            self._compare_processes()
         self.checkpoints.write(
             self.step,
             is_validated=is_validated,
@@ -277,6 +320,36 @@ class Run:
             digests=self.setup.data.digests,
             state=self._state(),
         )
+        self.metrics.forget()
+
+    def _compare_processes(self) -> None:
+        """Check that all have computed the same matrices, and share what they know of images."""
+        if self.ranks.size == 1:
+            return
+        matrices = self.trainer.lora.digest()
+        everyone = self.ranks.gather(matrices)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                self._is_consistent = False
+                raise TrainingStopped(
+                    f"after step {self.step} the LoRA matrices of {self.ranks.name(rank)} are not "
+                    f"those of {self.ranks.name(0)}: is the memory of a machine faulty, or its "
+                    f"processor of another kind? The checkpoints before this step are intact"
+                )
+        for images in (self.setup.data.train_set.images, self.setup.data.val_set.images):
+            # What is not known is 0, so the largest of all is what any of them knows.
+            known = torch.from_numpy(images.digests.view(np.uint8))
+            known.copy_(self.ranks.maximum(known))
+
+    def take_over_if_needed(self) -> None:
+        """Become the process that writes, if the one that was has gone."""
+        if not self.ranks.is_main or self.folder.is_writer:
+            return
+        try:
+            self.folder.take_over()
+            self.metrics.take_over()
+        except (OSError, ValueError) as error:  # another machine, or it is not gone
+            logger.warning(f"no checkpoint of step {self.step}: {error}")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -331,24 +404,16 @@ class Run:
     def _rows_tried(self) -> list[int]:
         """The training rows that were loaded up to this step."""
         epoch, num_done = self.schedule.position(self.step)
-        train_set, config = self.setup.data.train_set, self.setup.config
         if epoch:
-            return list(range(len(train_set)))
-        batches = epoch_batches(
-            train_set.captions.lengths,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epoch=0,
-            block_ends=train_set.block_ends,
-        )
-        return [int(row) for rows in islice(batches, num_done) for row in rows]
+            return list(range(len(self.setup.data.train_set)))
+        return [row for plan in islice(self._plans(0), num_done) for row in plan.rows]
 
     # --- the end -----------------------------------------------------------------------------
 
     def save_last_step(self) -> None:
         """Write a checkpoint after an error, which a second error must not hide."""
         try:
-            self.save()
+            self.save(together=False)
         except TrainingStopped:  # raised again for the same reason
             pass
         except Exception as error:  # a GPU that has failed raises on every call
@@ -356,6 +421,8 @@ class Run:
 
     def write_results(self) -> None:
         """Write what people read and use; a failure neither ends a run nor hides why it ended."""
+        if not self.folder.is_writer:
+            return
         writes: dict[str, Callable[[], object]] = {
             "the loss curve": partial(draw_loss_curve, self.folder.metrics, self.folder.loss_curve),
             "the model card": partial(write_model_card, self.folder),

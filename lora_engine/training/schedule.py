@@ -25,12 +25,8 @@ class Schedule:
     num_rows: int
 
     @property
-    def batches_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / self.config.batch_size)
-
-    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.batches_per_epoch / self.config.grad_accum_steps)
+        return math.ceil(self.num_rows / self.config.rows_per_step)
 
     @property
     def total_steps(self) -> int:
@@ -38,14 +34,8 @@ class Schedule:
         return total if self.config.max_steps is None else min(total, self.config.max_steps)
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epochs, micro-steps of the epoch after them) that are done after `step` steps."""
-        epoch, steps = divmod(step, self.steps_per_epoch)
-        return epoch, steps * self.config.grad_accum_steps
-
-    def num_micro_steps(self, step: int) -> int:
-        """An epoch's last step takes the micro-batches that are left."""
-        _, num_done = self.position(step - 1)
-        return min(self.config.grad_accum_steps, self.batches_per_epoch - num_done)
+        """(epochs, steps of the epoch after them) that are done after `step` steps."""
+        return divmod(step, self.steps_per_epoch)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(

@@ -44,6 +44,7 @@ from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.ranks import OneProcess, Ranks, check_equal
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
@@ -61,6 +62,12 @@ from lora_engine.training.checkpoint import (
 )
 from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
 from lora_engine.training.schedule import Schedule
+from lora_engine.training.shares import (
+    facts_to_compare,
+    num_micro_batches,
+    set_threads,
+    with_micro_batches,
+)
 from lora_engine.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -79,6 +86,7 @@ class RunSetup:
     plan: InjectionPlan
     data: RunData
     trainer: Trainer
+    ranks: Ranks
     begin_s: float
 
     @property
@@ -92,10 +100,11 @@ def prepare(
     *,
     data: Any = None,
     val_data: Any = None,
+    ranks: Ranks = OneProcess(),
 ) -> RunSetup:
-    """Read and check all that a run needs, the cheapest first.
+    """Read and check all that a run needs, the cheapest first; the same in all processes.
 
-    Sets torch's threads, TF32 and seed; writes nothing but the index of a large data set.
+    Sets torch's threads, TF32, device and seed; writes nothing but the index of a large data set.
     """
     begin_s = time.monotonic()
     config.check()
@@ -106,21 +115,29 @@ def prepare(
         if config.read_order == "auto":
             order = checkpoint.settings.get("read_order", "random")
             config = dataclasses.replace(config, read_order=order)
+        if config.micro_batches is None:  # an earlier version's stays None
+            config = dataclasses.replace(
+                config, micro_batches=checkpoint.settings.get("micro_batches")
+            )
         changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
-    check_tracker(config.track)
-    if config.push_to_hub is not None:
-        check_repository(config.push_to_hub)
-    rows = read_rows(
-        config,
-        data=data,
-        val_data=val_data,
-        is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
-    )
+    config = with_micro_batches(config, ranks, is_resumed=checkpoint is not None)
+    if ranks.is_main:
+        check_tracker(config.track)
+        if config.push_to_hub is not None:
+            check_repository(config.push_to_hub)
+    with ranks.machine_first():
+        rows = read_rows(
+            config,
+            data=data,
+            val_data=val_data,
+            is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
+        )
     if config.read_order == "auto":
-        config = with_read_order(config, rows)
-    device = resolve_device(config.device)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+        config = with_read_order(config, rows, ranks)
+    device = resolve_device(config.device, local_rank=ranks.local_rank, local_size=ranks.local_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    set_threads(config.num_threads, ranks)
     dtype = resolve_dtype(config.precision, device)
     disable_tf32()
     if checkpoint is not None:
@@ -134,8 +151,10 @@ def prepare(
         digests = check_same_run(checkpoint, captioner, rows, config)
     torch.manual_seed(config.seed)
     plan = add_lora(captioner, config, checkpoint)
-    check_space_for_run(config, plan)
-    run_data = build_data(rows, captioner, config, digests=digests)
+    if ranks.is_main:
+        check_space_for_run(config, plan)
+    with ranks.machine_first():
+        run_data = build_data(rows, captioner, config, digests=digests)
     model = place_model(
         captioner.model,
         device,
@@ -153,13 +172,18 @@ def prepare(
         label_smoothing=config.label_smoothing,
         seed=config.seed,
         cuda_graphs=config.cuda_graphs,
+        ranks=ranks,
+        num_micro_batches=num_micro_batches(config),
     )
-    return RunSetup(config, checkpoint, captioner, plan, run_data, trainer, begin_s)
+    setup = RunSetup(config, checkpoint, captioner, plan, run_data, trainer, ranks, begin_s)
+    if ranks.size > 1:
+        check_equal(ranks, facts_to_compare(config, checkpoint, trainer, setup.fingerprints))
+    return setup
 
 
-def with_read_order(config: TrainingConfig, rows: Rows) -> TrainingConfig:
+def with_read_order(config: TrainingConfig, rows: Rows, ranks: Ranks) -> TrainingConfig:
     """The settings of a new run, with the read order that suits the storage of its images."""
-    order, reason = choose_read_order(rows.train.images)
+    order, reason = ranks.gather(choose_read_order(rows.train.images))[0]
     if order == "blocks":
         logger.info(f"images are read in blocks: {reason} (--read_order)")
     return dataclasses.replace(config, read_order=order)
@@ -283,7 +307,14 @@ def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
 
 
 def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
-    """The folder of a new run, or of the run to resume."""
+    """The folder of a new run, or of the run to resume; the main process opens it for all."""
+    folder = _opened_folder(setup, schedule) if setup.ranks.is_main else None
+    (path, *_) = setup.ranks.gather(None if folder is None else str(folder.path.resolve()))
+    setup.ranks.remember(path)
+    return folder or RunFolder(Path(path), is_writer=False)
+
+
+def _opened_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
     checkpoint, config = setup.checkpoint, setup.config
     if checkpoint is None or config.output_path is None:
         return RunFolder.create(
@@ -316,6 +347,7 @@ def feature_source(setup: RunSetup) -> FeatureSource:
         cache_dir=cache_folder(config.cache_dir),
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
+        ranks=setup.ranks,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lora_engine.data.batches import CaptionedImages, FeatureBatch, Skipped
+from lora_engine.data.batches import CaptionedImages, Skipped
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.stopping import TrainingStopped
@@ -65,15 +65,13 @@ class SkippedRows:
         failed = [image for image, path in enumerate(dataset.image_paths) if path in self.seen]
         self.failed = self.tried & np.isin(dataset.image_of_row, failed)
 
-    def add(self, batches: Sequence[FeatureBatch]) -> None:
-        """Count the rows of a step and list those that failed.
+    def add(self, batches: Sequence[Sequence[int]], problems: Sequence[Skipped]) -> None:
+        """Count the rows of a step, given by micro-batch, and list those that failed.
 
         Raises TrainingStopped if too many of the rows tried so far, or a whole batch, failed.
         """
-        problems = [problem for batch in batches for problem in batch.skipped]
-        rows = [row for batch in batches for row in batch.rows]
         bad_rows = [problem.row for problem in problems]
-        self.tried[rows + bad_rows] = True
+        self.tried[[row for batch in batches for row in batch] + bad_rows] = True
         self.failed[bad_rows] = True
         self._log(problems)
         num_tried, num_failed = int(self.tried.sum()), int(self.failed.sum())
@@ -81,7 +79,7 @@ class SkippedRows:
             num_tried, self.max_share, is_sample=num_tried < len(self.tried)
         )
         too_many = num_failed > limit and num_tried >= min(len(self.tried), MIN_SAMPLE)
-        if self.last and (too_many or not all(batch.rows for batch in batches)):
+        if self.last and (too_many or not all(batches)):
             raise TrainingStopped(
                 f"{num_failed} of {num_tried} training rows tried have no usable image, more than "
                 f"--max_bad_share {self.max_share:g}; the last is {self.last.image}: "

@@ -12,6 +12,7 @@ from lora_engine.data.batches import FeatureBatch
 from lora_engine.devices import autocast
 from lora_engine.lora.injection import lora_layers
 from lora_engine.models import CaptioningModel
+from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.training.cuda_graphs import CudaGraphs
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.micro_batches import BatchSplitter
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Owns what a step changes: LoRA parameters, AdamW's moments, the loss scale, CUDA graphs.
 
-    A step is `accumulate` over its micro-batches, then `update`. Build the trainer when the model
-    has its adapters and is on `device`; `dtype` is that of matmuls.
+    A step is `accumulate` over its `num_micro_batches`, which `ranks` share out, then `update`.
+    Build the trainer when the model has its adapters and is on `device`; `dtype` is that of
+    matmuls.
     """
 
     def __init__(
@@ -39,8 +41,12 @@ class Trainer:
         label_smoothing: float = 0.0,
         seed: int = 0,
         cuda_graphs: bool = True,
+        ranks: Ranks = OneProcess(),
+        num_micro_batches: int = 1,
     ) -> None:
         self.model = model
+        self.ranks = ranks
+        self.num_micro_batches = num_micro_batches
         self.device = device
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
@@ -59,30 +65,45 @@ class Trainer:
             else:
                 self.graphs = CudaGraphs(self._changed_by_a_step)
 
-    def accumulate(self, batches: Sequence[FeatureBatch], step: int) -> Tensor:
+    def accumulate(
+        self,
+        batches: Sequence[FeatureBatch],
+        step: int,
+        *,
+        num_targets: int | None = None,
+        first: int = 0,
+    ) -> Tensor:
         """Sum a step's gradients over its micro-batches -> the step's loss, (), on the device.
 
-        Every micro-loss is a sum over targets, divided by the number of targets of the whole step,
-        so that the gradients are those of one large batch whatever the captions' lengths. Batches
-        that exceed the GPU's memory are split, which changes only the last bits and dropout masks.
+        `batches` are this process' micro-batches, from number `first` on; the sum is over those of
+        all processes, in order. Every micro-loss is a sum over targets, divided by `num_targets` of
+        the whole step (None: these batches are all of it), so that the gradients are those of one
+        large batch whatever the captions' lengths. Batches that exceed the GPU's memory are split,
+        which changes only the last bits and dropout masks.
         """
+        if num_targets is None:
+            num_targets = sum(batch.num_targets for batch in batches)
+        buffer = self.lora.gradient_and_loss
+        weight = torch.full((), 1 / num_targets, dtype=buffer.dtype, device=self.device)
+        summation = self.ranks.summation(buffer, self.num_micro_batches)
         micro_step = self._recorded(self.micro_step)
-        num_targets = sum(batch.num_targets for batch in batches)
-        accurate = torch.promote_types(self.dtype, torch.float32)
-        weight = torch.full((), 1 / num_targets, dtype=accurate, device=self.device)
-        while True:
-            micro_batches = self.splitter.split(batches)
-            total = torch.zeros((), dtype=accurate, device=self.device)
-            try:
-                for number, batch in enumerate(micro_batches):
-                    seed_generators(self.seed, step, number)
-                    total += micro_step(self.scaler.scale(weight), *batch.tensors(self.device))
-                return total * weight
-            except torch.OutOfMemoryError:
-                if not self.splitter.shrink(micro_batches):
-                    raise
-            # Out here nothing refers to the failed attempt's tensors any more.
-            self._clear_gradients()
+        for number, batch in enumerate(batches, first):
+            is_done = False
+            while not is_done:
+                try:
+                    for part, rows in enumerate(self.splitter.split(batch)):
+                        seed_generators(self.seed, step, number, *([part] if part else []))
+                        tensors = rows.tensors(self.device)
+                        self.lora.loss += micro_step(self.scaler.scale(weight), *tensors)
+                    is_done = True
+                except torch.OutOfMemoryError:
+                    if not self.splitter.shrink(batch):
+                        raise
+                if not is_done:  # out here nothing refers to the failed attempt's tensors any more
+                    self._clear_gradients()
+            summation.add()
+        summation.finish()
+        return self.lora.loss[0] * weight
 
     def micro_step(self, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Forward and backward of one micro-batch -> its summed loss, ()."""
@@ -114,7 +135,7 @@ class Trainer:
             self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        gradient.zero_()
+        self.lora.gradient_and_loss.zero_()
         self.lora.refresh()
         return grad_norm
 
@@ -129,17 +150,18 @@ class Trainer:
 
     def _clear_gradients(self) -> None:
         """Undo what an attempt that ran out of memory has begun."""
-        self.lora.gradient.zero_()
+        self.lora.gradient_and_loss.zero_()
         if self.graphs is not None:
             self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def seed_generators(seed: int, step: int, micro_step: int) -> None:
-    """Make dropout a function of the position, so that a resumed run draws the same masks.
+def seed_generators(seed: int, *position: int) -> None:
+    """Make dropout a function of the position, (step, micro-batch, part of it if it is split), so
+    that a resumed run, and any number of processes, draws the same masks.
 
     (An explicit generator would break gradient checkpointing and full-graph compilation.)
     """
-    position = np.random.SeedSequence([seed, step, micro_step])
-    torch.manual_seed(int(position.generate_state(1, np.uint64)[0]))
+    sequence = np.random.SeedSequence([seed, *position])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

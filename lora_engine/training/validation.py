@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lora_engine.captioning.metrics import Scores
 from lora_engine.data.batches import FeatureBatch, Skipped
@@ -13,6 +14,7 @@ from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import OneProcess, Ranks, collect
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.skipped_rows import SkippedRows
@@ -28,37 +30,45 @@ class ValidationLoss(NamedTuple):
 
 @torch.no_grad()
 def validation_loss(
-    model: CaptioningModel, batches: Iterable[FeatureBatch]
+    model: CaptioningModel, batches: Iterable[FeatureBatch], ranks: Ranks = OneProcess()
 ) -> ValidationLoss:
     """The mean loss over all valid targets, in evaluation mode, without label smoothing.
 
-    Device and compute dtype are those of the batches' features. Raises ValueError if not one row
-    could be loaded.
+    `batches` are this process' share, as `ranks.dealt` gives it; the sum is over those of all
+    processes, in order. Device and compute dtype are those of the batches' features. Raises
+    ValueError if not one row could be loaded.
     """
     was_training = model.training
     model.eval()
-    total: torch.Tensor | float = 0.0
-    num_targets = 0
-    skipped: list[Skipped] = []
+    losses: list[Tensor] = []  # on the device until the end: reading one would wait for it
+    counts: list[tuple[int, list[Skipped]]] = []
     for batch in batches:
-        skipped += batch.skipped
-        if not batch.rows:
-            continue
         device, dtype = batch.features.device, batch.features.dtype
-        with autocast(device, dtype):
-            total = total + caption_loss(model, *batch.tensors(device)).double()
-        num_targets += batch.num_targets
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        if batch.rows:
+            with autocast(device, dtype):
+                loss = caption_loss(model, *batch.tensors(device)).double()
+        losses.append(loss)
+        counts.append((batch.num_targets if batch.rows else 0, batch.skipped))
     model.train(was_training)
+    sums = torch.stack(losses).tolist() if losses else []
+    mine = [(loss, *count) for loss, count in zip(sums, counts)]
+    total, num_targets = 0.0, 0
+    skipped: list[Skipped] = []
+    for batch_loss, batch_targets, problems in collect(mine, ranks):
+        total += batch_loss
+        num_targets += batch_targets
+        skipped += (Skipped(*problem) for problem in problems)
     if not num_targets:
         first = f", first {skipped[0].image}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"no validation image can be read ({len(skipped)} failed{first})")
-    return ValidationLoss(float(total) / num_targets, skipped)
+    return ValidationLoss(total / num_targets, skipped)
 
 
 class Validation:
     """Measures a run's captioner on its validation rows: the loss, and captions with their scores.
 
-    `loader` gives the batches for the loss, `caption_loader` those for `captions`.
+    `loader` gives this process' batches for the loss, `caption_loader` those for `captions`.
     """
 
     def __init__(
@@ -70,7 +80,9 @@ class Validation:
         captions: ValidationCaptions,
         skipped: SkippedRows,
         metrics: MetricsLogger,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.captioner = captioner
         self.loader = loader
         self.caption_loader = caption_loader
@@ -87,7 +99,7 @@ class Validation:
         num_rows = len(self.loader.dataset)
         with closing(iter(self.loader)) as batches:
             loss, skipped = validation_loss(
-                self.captioner.model, self._with_progress(batches, step, num_rows)
+                self.captioner.model, self._with_progress(batches, step, num_rows), self.ranks
             )
         self.skipped.add_validation(skipped, dataset_size=num_rows)
         if step == 0 and not math.isfinite(loss):
@@ -96,7 +108,7 @@ class Validation:
                 f"be trained like this; try --precision fp32"
             )
         with closing(iter(self.caption_loader)) as batches:
-            scores = self.captions.caption(step, batches)
+            scores = self.captions.caption(step, batches, self.ranks)
         return loss, scores
 
     def _with_progress(
@@ -105,5 +117,7 @@ class Validation:
         num_done = 0
         for batch in batches:
             yield batch
-            num_done += len(batch.rows) + len(batch.skipped)
+            # The others are about as far.
+            num_done += self.ranks.size * (len(batch.rows) + len(batch.skipped))
+            num_done = min(num_done, num_rows)
             self.metrics.tick(f"step {step}: validated {num_done} of {num_rows} captions")

@@ -1,6 +1,7 @@
 """Greedy captions of fixed validation images, followed through a run, and their scores."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lora_engine.captioning.caption_tokens import has_words
@@ -10,6 +11,7 @@ from lora_engine.data.batches import FeatureBatch, SampleIndex, in_batches
 from lora_engine.data.rows import Row
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import OneProcess, Ranks, collect
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.summary import Sample
 
@@ -57,25 +59,29 @@ class ValidationCaptions:
         """The batches of rows to caption."""
         return in_batches(self.wanted, batch_size)
 
-    def caption(self, step: int, batches: Iterable[FeatureBatch]) -> Scores | None:
-        """Caption the batches of `order` with the current adapter, as the captions of `step`.
+    def caption(
+        self, step: int, batches: Iterable[FeatureBatch], ranks: Ranks = OneProcess()
+    ) -> Scores | None:
+        """Caption this process' batches of `order` with the current adapter, as those of `step`.
 
-        Returns the scores, if captions are scored.
+        Returns the scores of the captions of all processes, if captions are scored.
         """
         tokenizer = self.captioner.tokenizer
         num_left = tokenizer.max_positions - len(tokenizer.prompt_ids(self.captioner.prompt))
-        captions: dict[int, Caption] = {}
+        mine: list[list[tuple[int, Caption]]] = []  # by batch
         for batch in batches:
-            if not batch.rows:
-                continue
             found = caption_features(
                 self.captioner,
                 batch.features,
                 max_new_tokens=min(MAX_NEW_TOKENS, num_left),
-            )
-            captions |= dict(zip(batch.rows, found))
-        self.captions[step] = captions
-        return self._score(step)
+            ) if batch.rows else []
+            mine.append(list(zip(batch.rows, found)))
+        self.captions[step] = {
+            row: Caption(*caption) for batch in collect(mine, ranks) for row, caption in batch
+        }
+        scores = self._score(step) if ranks.is_main else None
+        values = ranks.gather(None if scores is None else asdict(scores))[0]
+        return None if values is None else Scores(**values)
 
     def _score(self, step: int) -> Scores | None:
         captions = self.captions[step]

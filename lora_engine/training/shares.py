@@ -1,0 +1,110 @@
+"""What each process of a run takes on, and what must be the same in all of them."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_engine
+from lora_engine.config import TrainingConfig
+from lora_engine.devices import dtype_name, num_processors
+from lora_engine.ranks import Ranks
+from lora_engine.training.checkpoint import Checkpoint
+from lora_engine.training.trainer import Trainer
+from lora_engine.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# Settings that may be others on another machine; of the files that they name, the content counts.
+_OF_A_MACHINE = frozenset((
+    "model", "train_data_path", "val_data_path", "image_root", "init_adapter", "output_path",
+    "cache_dir", "device", "num_threads", "num_workers",
+))
+
+
+def with_micro_batches(
+    config: TrainingConfig, ranks: Ranks, *, is_resumed: bool
+) -> TrainingConfig:
+    """The settings with a number of micro-batches that the processes can share out.
+
+    Raises ValueError for a resumed run whose number they cannot share, and for more micro-batches
+    than rows in a step.
+    """
+    number = num_micro_batches(config)
+    if is_resumed:
+        if number % ranks.size:
+            fitting = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+            raise ValueError(
+                f"the run in {config.output_path} has {number} micro-batches a step, which "
+                f"{ranks.size} processes cannot share equally; continue with {fitting}"
+            )
+        return config
+    raised = -(-number // ranks.size) * ranks.size
+    if raised > config.rows_per_step:
+        raise ValueError(
+            f"a step has {config.rows_per_step} captions (--batch_size {config.batch_size} x "
+            f"--grad_accum_steps {config.grad_accum_steps}), too few for {raised} micro-batches"
+            f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise one of them"
+        )
+    if ranks.size > 1 and ranks.is_main:
+        why = "" if raised == number else f", raised from {number} to share them equally"
+        logger.info(
+            f"{ranks.size} processes share a step of {config.rows_per_step} captions in {raised} "
+            f"micro-batches{why} (--micro_batches)"
+        )
+    return dataclasses.replace(config, micro_batches=raised)
+
+
+def num_micro_batches(config: TrainingConfig) -> int:
+    return config.micro_batches or config.grad_accum_steps
+
+
+def set_threads(asked: int | None, ranks: Ranks) -> None:
+    """Set torch's threads for a CPU: `asked`, or with several processes on a machine a share each.
+
+    torchrun sets OMP_NUM_THREADS to 1 where it is not set; that is not taken for a wish.
+    """
+    if asked is None and ranks.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        asked = max(num_processors() // ranks.local_size, 1)
+    if asked is not None:
+        torch.set_num_threads(asked)
+
+
+def facts_to_compare(
+    config: TrainingConfig,
+    checkpoint: Checkpoint | None,
+    trainer: Trainer,
+    fingerprints: Mapping[str, str],
+) -> dict[str, Any]:
+    """What must be the same in all processes of a run, in a form that can be compared."""
+    settings = {
+        f"--{name}": value for name, value in config.as_dict().items()
+        if name not in _OF_A_MACHINE
+    }
+    return {
+        "lora_engine": f"{__version__} ({_code_digest()})",
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "kind of device": trainer.device.type,
+        "compute dtype": dtype_name(trainer.dtype),
+        "threads": torch.get_num_threads(),
+        **settings,
+        **fingerprints,
+        "LoRA matrices": trainer.lora.digest(),
+        "checkpoint in --output_path": None if checkpoint is None else checkpoint.step,
+    }
+
+
+def _code_digest() -> str:
+    """A digest of the package's own files."""
+    folder = Path(lora_engine.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
