@@ -28,8 +28,8 @@ from lora_engine.lora.injection import merge
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks, collect, dealt
 
-# Batches of each process between two exchanges. They take different times, which evens out over
-# several; a process that ends costs no more than these.
+# Batches of each process between two exchanges. More would wait less for the slowest process; fewer
+# would write results earlier.
 _NUM_AT_ONCE = 4
 
 

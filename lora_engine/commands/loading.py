@@ -78,8 +78,8 @@ class CaptioningConfig:
     cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0
     """Maximum size of the cache folder."""
     num_workers: Annotated[int | None, Range(ge=0)] = None
-    """Processes that load images, for each of torchrun's. Default: half of the processors, at most
-    8, with a GPU; otherwise 0."""
+    """Processes that load images, for each process of torchrun. Default with a GPU: half of the
+    processors, shared out, at most 8; otherwise 0."""
     num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
     """Threads on a CPU. Default: PyTorch's choice, usually all processors."""
     worker_timeout: Annotated[float, Range(ge=1)] = 300.0
