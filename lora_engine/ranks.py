@@ -48,6 +48,7 @@ _BEAT_S = 1.0
 _POLL_S = 0.5
 _GPU_POLL_S = 5e-5
 _STORE_S = 10.0  # for one operation of the store
+_ORPHAN_S = 3.0  # without the store, until a process no longer waits for others
 _NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses.wait`
 _MAX_WARNINGS = 100
 
@@ -338,8 +339,10 @@ class ManyProcesses:
         self._num_turns = 0
         self._found: BaseException | None = None  # what `check` has raised
         self._has_store = True
+        self._orphan_s = float("inf")  # the time when the store was found to be gone
         self._lock = threading.Lock()  # guards _status
         self._status = _Status(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
+        self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
         self._launcher_store: Any = _connect(place)
         self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
@@ -456,6 +459,11 @@ class ManyProcesses:
         if now - self._checked_s < _POLL_S / 2:
             return
         self._checked_s = now
+        if self._is_orphan():
+            self._orphan_s = min(self._orphan_s, now)
+            if now - self._orphan_s > _ORPHAN_S:  # they have left: nobody can say so any more
+                self._raise(Interrupted(signal.SIGTERM))
+            return
         before, self._others = self._others, self._read_all()
         lost = {}
         for rank, status in enumerate(self._others):
@@ -478,6 +486,11 @@ class ManyProcesses:
             self._raise(TrainingStopped(
                 "; ".join(f"{self.name(rank)} {what}" for rank, what in lost.items())
             ))
+
+    def _is_orphan(self) -> bool:
+        """Whether the store is gone, because the launcher has been killed."""
+        is_gone = os.getppid() != self._launcher and self._is_near(self._others[0])
+        return is_gone or not self._has_store
 
     def _raise(self, error: BaseException) -> NoReturn:
         self._found = error
@@ -513,8 +526,8 @@ class ManyProcesses:
             self._with_store(lambda store: store.set(f"status/{self.rank}", text))
 
     def _with_store(self, operation: Callable[[Any], Any]) -> Any:
-        """Use the store, unless it is gone with the launcher (SIGTERM tells this process)."""
-        if not self._has_store or os.getppid() != self._launcher:
+        """Use the store, unless it is gone; `_end_with_launcher` then ends this process."""
+        if self._is_orphan():
             return None
         try:
             return operation(self._store)
@@ -531,8 +544,8 @@ class ManyProcesses:
     def _read_all(self) -> list[_Status]:
         keys = [f"status/{rank}" for rank in range(self.size)]
         texts = self._with_store(lambda store: store.multi_get(keys))
-        if texts is None:  # nothing is known of the others: a beat that is always new
-            return [status._replace(beat=-time.monotonic_ns()) for status in self._others]
+        if texts is None:
+            return self._others
         return [_Status(**json.loads(text)) for text in texts]
 
     # --- begin and end ---------------------------------------------------------------------------
@@ -601,7 +614,8 @@ class ManyProcesses:
             pass
         main = self._others[self._main]
         is_gone = self._is_near(main) and not _exists(main.pid)
-        return main.has_left or is_gone or time.monotonic() - self._seen_s[self._main] > HUNG_S
+        begin_s = min(self._seen_s[self._main], self._orphan_s)
+        return main.has_left or is_gone or time.monotonic() - begin_s > 2 * HUNG_S
 
 
 class _Warnings(logging.Handler):

@@ -114,7 +114,11 @@ def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size,
 
 
 @given(
-    sets_of_lengths, st.integers(1, 8), st.integers(1, 4), st.sampled_from([None, 1, 2, 3, 8]), seeds
+    sets_of_lengths,
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from([None, 1, 2, 3, 8]),
+    seeds,
 )
 def test_a_step_has_the_same_rows_for_any_number_of_micro_batches(
     lengths, batch_size, grad_accum_steps, micro_batches, seed
