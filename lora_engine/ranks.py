@@ -407,28 +407,42 @@ class ManyProcesses:
 
         return result
 
-    def started(self, operation: Callable[[], Any]) -> Callable[[], None]:
-        """Start an asynchronous operation of torch.distributed -> a function that waits for it."""
+    def started(
+        self, operation: Callable[[], Any], *, on_gpu: bool = False
+    ) -> Callable[[], None]:
+        """Start an asynchronous operation of torch.distributed -> a function that waits for it.
+
+        A GPU is waited for too, although its stream could do that alone: so the step is whole, or
+        nothing of it is queued, when another process is lost.
+        """
         try:
             work = operation()
         except RuntimeError as error:
             self._explain(error)
-        return lambda: self._wait(work)
+        return lambda: self._wait(work, on_gpu)
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: Any, on_gpu: bool) -> None:
         try:
-            while True:
-                try:
-                    work.wait(timedelta(seconds=_POLL_S))
-                    return
-                except RuntimeError:
-                    if work.is_completed():
-                        raise
+            while not self._is_done(work, on_gpu):
                 self.check()
+            if on_gpu:
+                work.wait()
         except RuntimeError as error:
             if error is self._found:
                 raise
             self._explain(error)
+
+    def _is_done(self, work: Any, on_gpu: bool) -> bool:
+        if on_gpu:  # with a timeout, `wait` would abort what is under way
+            time.sleep(_GPU_POLL_S)
+            return work.is_completed()
+        try:
+            work.wait(timedelta(seconds=_POLL_S))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+        return True
 
     def machine_first(self) -> AbstractContextManager[None]:
         return self._in_turn()
@@ -666,14 +680,17 @@ class _ExchangedSum:
         size, num_each = self.ranks.size, len(self.parts)
         mine = self.parts.view(num_each, size, -1).transpose(0, 1).contiguous()
         received = torch.empty_like(mine)  # (ranks, parts of each, width of a slice)
+        on_gpu = mine.is_cuda
         self.ranks.started(lambda: dist.all_to_all_single(
             received.view(-1), mine.view(-1), async_op=True
-        ))()
+        ), on_gpu=on_gpu)()
         total, *rest = received.view(size * num_each, -1)
         for part in rest:
             total += part
         gathered = torch.empty(size, len(total), dtype=total.dtype, device=total.device)
-        self.ranks.started(lambda: dist.all_gather(list(gathered), total, async_op=True))()
+        self.ranks.started(
+            lambda: dist.all_gather(list(gathered), total, async_op=True), on_gpu=on_gpu
+        )()
         self.buffer.copy_(gathered.view(-1)[: self.buffer.numel()])
 
 
