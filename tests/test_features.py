@@ -729,11 +729,12 @@ def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, ima
 def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images):
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        write_image(Path(images[1]), 21)
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
+        write_image(Path(images[3]), 21)
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])} has changed since"):
             list(batches)
 
 
@@ -741,12 +742,13 @@ def test_an_image_without_features_that_cannot_be_read_stops_loading(captioner, 
     fill_epoch(captioner, tmp_path / "cache", images)
     reason = "its features are no longer in the cache, and it cannot be read: no such file"
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        Path(images[1]).unlink()
+        Path(images[3]).unlink()
         # Keep no reference to the error: DataLoader's workers would live as long as it does.
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])}: {reason}$"):
             list(batches)
 
 

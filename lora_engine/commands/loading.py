@@ -21,6 +21,7 @@ from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,15 @@ class CaptioningConfig:
 
     @contextmanager
     def captions(
-        self, captioners: Sequence[Captioner], images: ImageTable, **settings
+        self,
+        captioners: Sequence[Captioner],
+        images: ImageTable,
+        ranks: Ranks = OneProcess(),
+        **settings,
     ) -> Iterator[Iterator[Captioned]]:
         """Captions of images by captioners that share an encoder, as the flags ask, while open.
 
-        `settings` are further ones of `caption_images`.
+        All processes of `ranks` must open it. `settings` are further ones of `caption_images`.
         """
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.precision, device)
@@ -96,6 +101,7 @@ class CaptioningConfig:
                 cache_dtype=self.cache_dtype,
                 cache_limit_bytes=self.cache_limit_gb * 1e9,
                 used_once=True,
+                ranks=ranks,
             ) as features,
             closing(caption_images(
                 captioners,

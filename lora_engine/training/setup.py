@@ -44,6 +44,7 @@ from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
@@ -304,7 +305,7 @@ def run_folder(setup: RunSetup, schedule: Schedule) -> RunFolder:
     )
 
 
-def feature_source(setup: RunSetup) -> FeatureSource:
+def feature_source(setup: RunSetup, ranks: Ranks = OneProcess()) -> FeatureSource:
     """Open the features of all images of the run, kept as the settings ask."""
     config, data = setup.config, setup.data
     return open_features(
@@ -316,6 +317,7 @@ def feature_source(setup: RunSetup) -> FeatureSource:
         cache_dir=cache_folder(config.cache_dir),
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
+        ranks=ranks,
     )
 
 
