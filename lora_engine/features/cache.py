@@ -53,9 +53,13 @@ class RowsAhead(NamedTuple):
     rows: Tensor
     is_read: list[Future[bool]]
 
-    def intact(self) -> dict[bytes, int]:
-        """Wait for the threads -> the slots of the intact rows."""
-        return {digest: slot for digest, slot in self.slots.items() if self.is_read[slot].result()}
+    def is_intact(self, digest: bytes) -> bool:
+        """Whether a row has been read; waits for its thread."""
+        return digest in self.slots and self.is_read[self.slots[digest]].result()
+
+    def are_exactly(self, digests: list[bytes]) -> bool:
+        """Whether `rows` are those of the digests, in this order, and all intact."""
+        return list(self.slots) == digests and all(map(self.is_intact, digests))
 
 
 class FeatureCache:
@@ -130,7 +134,7 @@ class FeatureCache:
 
         Other processes find them without further calls here.
         """
-        if not self.stores and self.host_memory is None:
+        if not digests or not self.stores and self.host_memory is None:
             return
         copied = None
         if self._uses_gpu:
@@ -171,12 +175,14 @@ class FeatureCache:
     # --- find -------------------------------------------------------------------------------
 
     def read_ahead(self, digests: Iterable[bytes], row_bytes: int) -> RowsAhead | None:
-        """Begin to read rows from the stores, if they are not in memory."""
+        """Begin to read those rows from the stores that are not in memory."""
+        if not self.stores:
+            return None
         wanted = [
             digest for digest in dict.fromkeys(digests)
             if not any(digest in memory.slots for memory in self._memories)
         ]
-        if not wanted or not self.stores:
+        if not wanted:
             return None
         rows = self._empty_rows(len(wanted), row_bytes, torch.device("cpu"))
         is_read = [
@@ -215,15 +221,13 @@ class FeatureCache:
                 found.append((positions, rows.to(self.device, non_blocking=True)))
                 left = [i for i in left if digests[i] not in slots]
         if left:
-            read = {} if ahead is None else ahead.intact()
-            slots_read = [read.get(digests[i]) for i in left]
-            if ahead is not None and slots_read == list(range(len(ahead.rows))):
+            if ahead is not None and ahead.are_exactly([digests[i] for i in left]):
                 rows = ahead.rows  # the usual case
             else:
                 rows = self._empty_rows(len(left), row_bytes, torch.device("cpu"))
-                for row, i, slot in zip(rows, left, slots_read):
-                    if ahead is not None and slot is not None:
-                        row.copy_(ahead.rows[slot])
+                for row, i in zip(rows, left):
+                    if ahead is not None and ahead.is_intact(digests[i]):
+                        row.copy_(ahead.rows[ahead.slots[digests[i]]])
                     elif not self._await(digests[i], row.numpy()):
                         row.copy_(encode_again(i))
             rows = rows.to(self.device, non_blocking=True)

@@ -35,13 +35,16 @@ class MachineFolder:
         self.path = parent / f"{prefix}{name}"
         while True:
             self.path.mkdir(mode=0o700, exist_ok=True)
-            if self.path.lstat().st_uid != os.getuid():
+            try:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:  # another process has just removed it as unused
+                continue
+            if os.fstat(self._descriptor).st_uid != os.getuid():
                 raise PermissionError(f"{self.path} belongs to someone else")
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             if _is_open(self._descriptor, self.path):
                 return
-            os.close(self._descriptor)  # removed in between
+            os.close(self._descriptor)
 
     def close(self) -> None:
         import fcntl

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ from lora_engine.features.placement import (
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.stopping import LoadingStopped
-
-T = TypeVar("T")
 
 _GROUP = 4  # batches whose images are encoded together, so that few encoder batches need padding
 _NUM_AHEAD = {"cpu": 0, "cuda": 1}  # groups whose encoding begins before the current one is used
@@ -140,7 +138,7 @@ class FeatureSource:
         """The batches, with features (B, P, D) on the device instead of pixels.
 
         Kept rows of a group of batches are read while the previous group is trained on. A GPU also
-        encodes then, on a separate stream.
+        encodes then, on a separate stream; a CPU encodes images when their turn comes.
         """
         groups = self._read_groups(iter(batches), images)
         started: deque[_Group] = deque()
@@ -251,14 +249,17 @@ def _digests(images: ImageList, numbers: Iterable[int]) -> list[bytes]:
     return [images.digests[number].tobytes() for number in numbers]
 
 
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each when the next one is there; an error comes after the items before it."""
-    ahead: deque[T] = deque()
+def _one_ahead(groups: Iterator[list[_Reading]]) -> Iterator[list[_Reading]]:
+    """Groups of kept rows each when the next one is there, and others at once.
+
+    An error comes after the groups before it.
+    """
+    ahead: deque[list[_Reading]] = deque()
     failed = None
     try:
-        for item in items:
-            ahead.append(item)
-            if len(ahead) > 1:
+        for group in groups:
+            ahead.append(group)
+            while ahead and (len(ahead) > 1 or any(batch.loaded for batch, _ in ahead[0])):
                 yield ahead.popleft()
     except Exception as error:
         failed = error

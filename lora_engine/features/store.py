@@ -156,6 +156,8 @@ class FeatureStore:
                 features.unlink(missing_ok=True)
                 remove_database(index)
             self._reader = open_database(index, _SCHEMA, version=_VERSION)
+            # Moving the log into the database waits for the disk: the writing thread does it.
+            self._reader.execute("PRAGMA wal_autocheckpoint = 0")
             self._writer = open_database(index, _SCHEMA, version=_VERSION)
             if self.index_folder is None:
                 self._file = os.open(features, os.O_RDWR | os.O_CREAT, 0o666)
@@ -427,6 +429,7 @@ class FeatureStore:
         if self.index_folder is not None and not self._segment:
             self._begin_segment()
         first = self._segment * _SEGMENT
+        num_fitting, what_is_full = self._free_rows()
         with self._writer as index:
             index.execute("BEGIN IMMEDIATE")
             # Rows of a truncated file would come back as zeros when it grows again.
@@ -436,7 +439,6 @@ class FeatureStore:
             )
             query = "SELECT * FROM rows WHERE digest = ?"
             new = [digest for digest in batch if not index.execute(query, (digest,)).fetchone()]
-            num_fitting, what_is_full = self._free_rows()
             fitting = new[: max(0, num_fitting)]
             numbers = self._reserve(index, len(fitting))
         entries = [
