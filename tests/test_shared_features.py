@@ -463,9 +463,10 @@ def test_machines_share_rows_through_segments(tmp_path, monkeypatch):
         assert {path.suffix for path in segments.iterdir()} == {".rows", ".index"}
         assert len(list(segments.iterdir())) == 4 and not list(a.folder.glob("*.sqlite*"))
         assert sum(path.stat().st_size for path in segments.glob("*.rows")) == 25 * ROW_BYTES
+    (a.folder / "features.bin").touch()  # of an earlier version
     with on_machine(tmp_path, "c") as c:  # another launch, on a third machine
         assert found(c, range(30)) == list(range(25)) and c.num_rows == 25
-    assert len(list(segments.iterdir())) == 4
+    assert len(list(segments.iterdir())) == 4 and (a.folder / "features.bin").exists()
 
 
 def test_a_damaged_row_of_a_segment_is_encoded_again_once(tmp_path):
@@ -522,7 +523,7 @@ def test_the_plan_says_what_several_machines_share(
     placed = place("disk", ranks, tmp_path / "cache")
     with FeatureSource(ToyEncoder(), placed.cache) as source:
         if is_network:
-            assert "; the 4 machines share it)" in placed.plan
+            assert "; the 4 machines share the disk: each image" in placed.plan
             assert not list((tmp_path / "cache").rglob("*.sqlite"))
             assert len(list(shared_memory.rglob("identities.sqlite"))) == 1
         else:

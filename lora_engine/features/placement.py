@@ -83,7 +83,7 @@ def place_features(
                 num_kept += num_free + cache.store.num_rows
                 places.append(
                     f"on disk in {cache.store.folder} ({cache.store.num_rows:,} there already"
-                    f"{more}; reading one takes {_milliseconds(read_s)}{_machines(cache)})"
+                    f"{more}; reading one takes {_milliseconds(read_s)})"
                 )
             except FeatureStoreError as error:
                 if mode == "disk":
@@ -109,7 +109,8 @@ def place_features(
         num_kept += num_in_memory
     if mode == "off":
         places.append("no longer than for a batch (--cache off)")
-    kept = "; ".join(filter(None, [f"kept {', '.join(places)}", not_on_disk]))
+    parts = [f"kept {', '.join(places)}", not_on_disk, _machines(cache)]
+    kept = "; ".join(filter(None, parts))
     num_kept += 0 if cache.device_memory is None else len(cache.device_memory.rows)
     return Placement(
         cache,
@@ -231,14 +232,14 @@ def _machine_folder(cache: FeatureCache) -> Path:
 
 
 def _machines(cache: FeatureCache) -> str:
-    """What it costs that several machines do not share a disk, or do."""
+    """What it costs that several machines share no disk, or that they do."""
     num_machines = -(-cache.ranks.size // cache.ranks.local_size)
-    if num_machines == 1 or cache.store is None:
+    if num_machines == 1 or cache.is_off:
         return ""
-    if cache.store.index_folder is not None:
-        return f"; the {num_machines} machines share it"
+    if cache.store is not None and cache.store.index_folder is not None:
+        return f"the {num_machines} machines share the disk: each image is encoded about once"
     return (
-        f"; each of the {num_machines} machines encodes the images that it meets first: up to "
+        f"each of the {num_machines} machines encodes the images that it meets first: up to "
         f"{num_machines} times as many in all, over the first epochs"
     )
 

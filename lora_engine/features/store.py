@@ -151,10 +151,12 @@ class FeatureStore:
             _check_description(self.folder / "about.json", description)
             # Replace both files or neither: an index that does not belong to the rows would give
             # wrong rows. A process that has the old files open continues to use them.
-            is_complete = self.index_folder is not None or features.exists()
-            if not (is_complete and is_current(index, version=_VERSION)):
-                features.unlink(missing_ok=True)
+            if self.index_folder is None and not features.exists():
                 remove_database(index)
+            if not is_current(index, version=_VERSION):
+                remove_database(index)
+                if self.index_folder is None:
+                    features.unlink(missing_ok=True)
             self._reader = open_database(index, _SCHEMA, version=_VERSION)
             # Moving the log into the database waits for the disk: the writing thread does it.
             self._reader.execute("PRAGMA wal_autocheckpoint = 0")
