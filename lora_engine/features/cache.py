@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _NUM_READERS = 4  # threads that read rows ahead of their use
 _POLL_S = 0.005  # for a row that another process computes
 _CHECK_EVERY_S = 1.0  # that the other processes are alive
-_MAX_WAIT_S = 120.0  # for a row, in case its claim could not be removed
+_MAX_WAIT_S = 30.0  # for a row, in case its claim could not be removed or its process is stuck
 
 
 class RowMemory:
