@@ -174,7 +174,7 @@ class FeatureCache:
 
     # --- find -------------------------------------------------------------------------------
 
-    def read_ahead(self, digests: Iterable[bytes], row_bytes: int) -> RowsAhead | None:
+    def read_ahead(self, digests: Iterable[bytes]) -> RowsAhead | None:
         """Begin to read those rows from the stores that are not in memory."""
         if not self.stores:
             return None
@@ -184,7 +184,7 @@ class FeatureCache:
         ]
         if not wanted:
             return None
-        rows = self._empty_rows(len(wanted), row_bytes, torch.device("cpu"))
+        rows = self._empty_rows(len(wanted), self.stores[0].row_bytes, torch.device("cpu"))
         is_read = [
             self._readers.submit(self._read, digest, row.numpy())
             for digest, row in zip(wanted, rows)

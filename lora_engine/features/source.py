@@ -158,9 +158,7 @@ class FeatureSource:
             for batch in group:
                 loaded = {image for image, _, _ in batch.loaded}
                 kept = [image for image in batch.images if image not in loaded]
-                ahead = self.cache.read_ahead(
-                    _digests(images, kept), self.encoder.format.row_bytes
-                )
+                ahead = self.cache.read_ahead(_digests(images, kept))
                 reading.append(_Reading(batch, ahead))
             yield reading
 
