@@ -155,14 +155,14 @@ def _measure(encoder: FeatureEncoder, settings: CacheSettings, ranks: Ranks) -> 
     """
     measured: dict[str, Any] = {}
     if ranks.local_rank == 0:
-        read_s, reason = None, None
+        encode_s, read_s, reason = encoder.measure_s(), None, None
         if settings.mode in ("auto", "disk"):
             try:
                 read_s = encoder.format.row_bytes / read_rate(_folder(settings))
             except FeatureStoreError as error:
                 reason = str(error)
         measured = {
-            "encode_s": encoder.measure_s(),
+            "encode_s": encode_s,
             "read_s": read_s,
             "error": reason,
             "memory_bytes": _shared_memory_bytes(),
