@@ -729,11 +729,12 @@ def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, ima
 def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images):
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        write_image(Path(images[1]), 21)
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
+        write_image(Path(images[3]), 21)
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])} has changed since"):
             list(batches)
 
 
@@ -741,12 +742,13 @@ def test_an_image_without_features_that_cannot_be_read_stops_loading(captioner, 
     fill_epoch(captioner, tmp_path / "cache", images)
     reason = "its features are no longer in the cache, and it cannot be read: no such file"
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        Path(images[1]).unlink()
+        Path(images[3]).unlink()
         # Keep no reference to the error: DataLoader's workers would live as long as it does.
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])}: {reason}$"):
             list(batches)
 
 
@@ -1082,10 +1084,10 @@ def test_an_image_that_changes_stops_a_run_which_resumes_once_it_is_restored(
     """It changes in the first epoch, and is needed again in the second, after step 5."""
     accumulate, path = Trainer.accumulate, data / "7.bmp"
 
-    def change_and_accumulate(trainer, batches, step):
+    def change_and_accumulate(trainer, batches, step, **settings):
         if step == 4:
             write_image(path, 100)
-        return accumulate(trainer, batches, step)
+        return accumulate(trainer, batches, step, **settings)
 
     config = few_steps(
         blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0, cache=cache
@@ -1291,11 +1293,11 @@ def _train(config: TrainingConfig, kill_before: int) -> None:
         stores.append(FeatureStore(*args, **kwargs))
         return stores[0]
 
-    def accumulate_or_die(trainer, batches, step):
+    def accumulate_or_die(trainer, batches, step, **settings):
         if step == kill_before:
             wait_until(lambda: not stores[0]._queue)
             os.kill(os.getpid(), signal.SIGKILL)
-        return accumulate(trainer, batches, step)
+        return accumulate(trainer, batches, step, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
