@@ -211,7 +211,7 @@ def test_only_positions_with_targets_go_through_the_head(captioner, products):
 # --- the loss of a run ----------------------------------------------------------------------
 
 
-NUM_STEPS, LR, MAX_GRAD_NORM = 30, 5e-3, 1.0
+NUM_STEPS, LR, MAX_GRAD_NORM = 50, 5e-3, 1.0
 NUM_STEPS_WITH_DROPOUT = 10
 TARGETS = ["attention", "feed_forward"]
 
