@@ -1,22 +1,16 @@
-"""Kept features equal those that the encoder computes now, whatever happens to files and disks.
-
-    python test_features.py STEP CONFIG_JSON STEP CONFIG_JSON ...
-
-trains with each configuration in a separate process, all at the same time. Before its STEP, unless
-that is 0, a process kills itself as `kill -9` would. Prints the exit statuses.
-"""
+"""Kept features equal those that the encoder computes now, whatever happens to files and disks."""
 
 import errno
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -57,7 +51,6 @@ from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.training import run as run_module
 from lora_engine.training import setup as run_setup
-from lora_engine.training import validation_captions
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
 from lora_engine.training.run_data import captioned_images
@@ -1226,19 +1219,18 @@ def elsewhere(uncached, tmp_path_factory) -> Path:
     """The results of three concurrent processes: two that share a cache, and one that is killed."""
     folder = tmp_path_factory.mktemp("elsewhere")
     config, _ = uncached
-    arguments = []
+    context, children = multiprocessing.get_context("fork"), []
     for name, cache, kill_before in (("one", "ab", 0), ("other", "ab", 0), ("killed", "c", 2)):
         changes = {"output_path": str(folder / name), "cache_dir": str(folder / cache)}
         config = replace(config, cache="disk", **changes)
         if kill_before:  # so that the first group does not contain all images
             config = replace(config, batch_size=1)
-        arguments += [str(kill_before), json.dumps(config.as_dict())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE,
-        timeout=120, check=True,
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, -signal.SIGKILL]
+        children.append(context.Process(target=_train, args=(config, kill_before)))
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0, -signal.SIGKILL]
     return folder
 
 
@@ -1269,23 +1261,8 @@ def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere
     assert done.num_encoded == alone.num_encoded - num_there
 
 
-def _main(*arguments: str) -> None:
-    torch.set_num_threads(1)
-    validation_captions.MAX_NEW_TOKENS = 8  # as in conftest.py
-    configs = [TrainingConfig(**json.loads(text)) for text in arguments[1::2]]
-    load_captioner(configs[0].model)  # slow imports, once for all
-    children = []
-    for kill_before, config in zip(arguments[::2], configs):
-        child = os.fork()
-        if child == 0:
-            _train(config, int(kill_before))
-            os._exit(0)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]))
-
-
 def _train(config: TrainingConfig, kill_before: int) -> None:
+    """Train in a process of its own, which kills itself before a step, unless that is 0."""
     stores: list[FeatureStore] = []
     accumulate = Trainer.accumulate
 
@@ -1303,8 +1280,4 @@ def _train(config: TrainingConfig, kill_before: int) -> None:
         patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         patch.setattr(placement, "FeatureStore", open_and_remember)
         patch.setattr(Trainer, "accumulate", accumulate_or_die)
-        train(replace(config, lora_targets=tuple(config.lora_targets)))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+        train(config)
