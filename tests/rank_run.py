@@ -35,7 +35,7 @@ def send_signal(step: int, who: int | str, number: int) -> None:
 
 
 def main(request: dict) -> int:
-    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 8, 0  # as in conftest.py
+    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0  # as in conftest.py
     ranks.HUNG_S = request.get("hung_s", ranks.HUNG_S)
     ranks.JOIN_S = request.get("join_s", ranks.JOIN_S)
     if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
