@@ -24,14 +24,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractContextManager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
@@ -49,7 +45,7 @@ _POLL_S = 0.5
 _GPU_POLL_S = 5e-5
 _STORE_S = 10.0  # for one operation of the store
 _ORPHAN_S = 3.0  # without the store, until a process no longer waits for others
-_NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses.wait`
+_NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses`
 _MAX_WARNINGS = 100
 
 
@@ -236,6 +232,7 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
             sys.stderr = streams[1].stream
         raise
     ranks.leave()
+    sys.stdout, sys.stderr = (stream.stream for stream in streams)
 
 
 class _Muted:
@@ -271,6 +268,7 @@ class _Place(NamedTuple):
     address: str
     port: int
     num_restarts: int
+    has_agent_store: bool  # of torchrun; otherwise rank 0 has it
 
 
 def _place(environ: Mapping[str, str]) -> _Place | None:
@@ -298,20 +296,23 @@ def _place(environ: Mapping[str, str]) -> _Place | None:
             f"RANK {rank} of WORLD_SIZE {number} with LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "
             f"{local_size} is not possible: start the processes with torchrun, which sets them"
         )
-    num_restarts = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return _Place(
-        rank, number, local_rank, local_size, environ["MASTER_ADDR"], port, num_restarts
+        rank, number, local_rank, local_size, environ["MASTER_ADDR"], port,
+        num_restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
 class _Status(NamedTuple):
     """What a process posts about itself.
 
+    machine: text that only processes which see each other's `pid` share.
     failure: why it has ended; None while it goes on, and after a good end.
     signal: the number of the signal that has ended it, or 0.
     """
 
     host: str
+    machine: str
     pid: int
     launch: str
     beat: int = 0
@@ -320,6 +321,12 @@ class _Status(NamedTuple):
     is_usage_error: bool = False
     has_left: bool = False
     warnings: Sequence[str] = ()
+
+
+def _status(text: bytes) -> _Status:
+    """A posted status; that of another version may have other fields."""
+    values = json.loads(text)
+    return _Status(**{name: values[name] for name in _Status._fields if name in values})
 
 
 class ManyProcesses:
@@ -341,7 +348,7 @@ class ManyProcesses:
         self._has_store = True
         self._orphan_s = float("inf")  # the time when the store was found to be gone
         self._lock = threading.Lock()  # guards _status
-        self._status = _Status(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
+        self._status = _Status(socket.gethostname(), _machine(), os.getpid(), uuid.uuid4().hex)
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
         self._launcher_store: Any = _connect(place)
@@ -518,7 +525,7 @@ class ManyProcesses:
                 stream.is_open = True
 
     def _is_near(self, status: _Status) -> bool:
-        return status.host == self._status.host
+        return status.machine == self._status.machine
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Raises the reason why an operation has failed, once the lost process is known."""
@@ -560,7 +567,7 @@ class ManyProcesses:
         texts = self._with_store(lambda store: store.multi_get(keys))
         if texts is None:
             return self._others
-        return [_Status(**json.loads(text)) for text in texts]
+        return [_status(text) for text in texts]
 
     # --- begin and end ---------------------------------------------------------------------------
 
@@ -575,9 +582,11 @@ class ManyProcesses:
                     f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
                 )
             time.sleep(0.05)
-        return [_Status(**json.loads(text)) for text in self._store.multi_get(keys)]
+        return [_status(text) for text in self._store.multi_get(keys)]
 
     def _start_groups(self, place: _Place) -> None:
+        """Start torch.distributed, with a connection of its own to the store: while it waits there,
+        that connection cannot post a beat."""
         import torch
         import torch.distributed as dist
 
@@ -588,7 +597,10 @@ class ManyProcesses:
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-            store=dist.PrefixStore("groups", self._store),
+            store=_with_prefix(
+                f"lora_engine/{place.num_restarts}/groups",
+                _connect(place._replace(has_agent_store=True), timeout_s=JOIN_S),
+            ),
             rank=self.rank,
             world_size=self.size,
             timeout=_NO_LIMIT,
@@ -657,8 +669,8 @@ class _Warnings(logging.Handler):
 class _ExchangedSum:
     """Each process sums one slice of all parts, and the slices are gathered.
 
-    That is twice the buffer per process on the network, however many processes there are; gathering
-    all parts in each of them would be `size` times the buffer.
+    With one part per process that is about twice the buffer on the network for each, however many
+    they are; to gather all parts everywhere would be `size` times the buffer.
     """
 
     def __init__(self, ranks: ManyProcesses, buffer: Tensor, num_each: int) -> None:
@@ -724,8 +736,17 @@ def _end_with_launcher(launcher: int) -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def _connect(place: _Place) -> Any:
-    """The store of a launch. Raises ValueError if it cannot be reached."""
+def _machine() -> str:
+    """Text that is the same in processes that see each other's process IDs."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # containers have their own
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _connect(place: _Place, timeout_s: float = _STORE_S) -> Any:
+    """A connection to the store of a launch. Raises ValueError if it cannot be reached."""
     import torch.distributed as dist
 
     try:
@@ -735,12 +756,11 @@ def _connect(place: _Place) -> Any:
             f"MASTER_ADDR {place.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
             f"give the name or the address of the machine of rank 0"
         ) from None
-    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
     try:
         store = dist.TCPStore(
             place.address,
             place.port,
-            is_master=place.rank == 0 and not is_hosted,
+            is_master=place.rank == 0 and not place.has_agent_store,
             timeout=timedelta(seconds=JOIN_S),
             wait_for_workers=False,
         )
@@ -749,7 +769,7 @@ def _connect(place: _Place) -> Any:
             f"{socket.gethostname()} cannot reach {place.address}:{place.port}, where rank 0 or "
             f"torchrun should listen (MASTER_ADDR, MASTER_PORT): {one_line(error)}"
         ) from None
-    store.set_timeout(timedelta(seconds=_STORE_S))
+    store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
 
