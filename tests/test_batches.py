@@ -147,8 +147,9 @@ def test_a_step_has_the_same_rows_for_any_number_of_micro_batches(
 
 
 def test_a_step_of_an_earlier_version_is_made_of_whole_batches():
-    lengths = np.random.default_rng(0).integers(4, 30, 100)
+    lengths = np.random.default_rng(0).integers(4, 30, 101)
     batches = list(epoch_batches(lengths, batch_size=4, seed=1, epoch=0))
+    assert len(batches[-1]) == 4  # the batch of one row is not the last
     steps = training_steps(
         lengths, batch_size=4, seed=1, num_epochs=1, grad_accum_steps=3, micro_batches=None
     )

@@ -200,34 +200,27 @@ def training_steps(
     number. With None a step is, as in earlier versions, `grad_accum_steps` batches of
     `batch_size` rows, each of rows of similar length.
     """
+    num_batches = grad_accum_steps if micro_batches is None else 1  # of `epoch_batches`, per step
     for epoch in range(first_epoch, num_epochs):
         batches = epoch_batches(
             lengths,
-            batch_size=batch_size * (1 if micro_batches is None else grad_accum_steps),
+            batch_size=batch_size * grad_accum_steps // num_batches,
             seed=seed,
             epoch=epoch,
             block_ends=block_ends,
         )
-        if micro_batches is None:
-            batches = _joined(batches, grad_accum_steps)
-        position = 0
-        for number, rows in enumerate(batches):
-            if number >= num_done:
-                indices = [
+        position = sum(map(len, islice(batches, num_done * num_batches)))
+        while step := list(islice(batches, num_batches)):
+            parts = []
+            for rows in step:
+                parts.append([
                     SampleIndex(epoch, position + i, row) for i, row in enumerate(rows.tolist())
-                ]
-                if micro_batches is None:
-                    begins = range(0, batch_size * grad_accum_steps, batch_size)
-                    yield StepRows([indices[begin : begin + batch_size] for begin in begins])
-                else:
-                    yield StepRows([indices[m::micro_batches] for m in range(micro_batches)])
-            position += len(rows)
+                ])
+                position += len(rows)
+            if micro_batches is not None:
+                parts = [parts[0][m::micro_batches] for m in range(micro_batches)]
+            yield StepRows(parts + [[]] * (num_batches - len(step)))
         num_done = 0
-
-
-def _joined(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
-    while several := list(islice(batches, number)):
-        yield np.concatenate(several)
 
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
