@@ -1,0 +1,245 @@
+"""A simulation of a run on many GPUs or machines: images/s, efficiency, and what limits it.
+
+    python -m benchmarks.scaling                                     the plans of docs/scaling.md
+    python -m benchmarks.scaling --num_machines 4 --num_processes 8 --disk_bytes_per_s 3e9
+    python -m benchmarks.scaling --validate                          against real runs, on this CPU
+
+Every process loads micro-batches (disk, processors), encodes images whose features are not kept,
+computes its share of a step, waits for all others, and exchanges gradients. The processes of a
+machine share its disk and processors in equal parts. All times are inputs; those of GPUs are
+assumptions from a roofline (`Setup`), because no GPU has run this engine yet.
+"""
+
+import argparse
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import get_type_hints
+
+from benchmarks.events import Loaded, Process, Resource, Signal, World
+from benchmarks.measure import table
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run. Times are in seconds, of one image, caption, micro-batch or step; alone on its core.
+
+    `kept_share` of the images have kept features after the first epoch, `memory_share` of all in
+    memory, the rest on disk. `images_ahead` and `features_ahead` micro-batches are loaded ahead by
+    each process; 0: when they are needed. With `on_cores` the processors compute, too, one per
+    process. `busy_speed` is the speed of a processor when all are busy. `variation` is the relative
+    standard deviation of a process' time for a step.
+    """
+
+    num_machines: int = 1
+    num_processes: int = 1  # on each machine: one per GPU
+    micro_batches: int = 1  # of each process in a step
+    batch_size: int = 32  # captions of a micro-batch
+    captions_per_image: float = 1.0
+
+    disk_bytes_per_s: float = 6e9
+    image_bytes: float = 60e3
+    feature_bytes: float = 886e3
+    kept_share: float = 1.0
+    memory_share: float = 0.0
+
+    num_cores: int = 96
+    num_loaders: int = 12  # processes of each process, which read images
+    images_ahead: int = 24
+    num_readers: int = 4  # threads of each process, which read features
+    features_ahead: int = 4
+    decode_s: float = 1 / 243  # 640 x 480, measured (benchmarks/LOG.md)
+    feature_s: float = 0.15e-3  # to verify and copy features
+    busy_speed: float = 1.0
+
+    on_cores: bool = False
+    encode_s: float = 0.28e-3  # an H100's 989 TFLOP/s in bf16: 111 GFLOP at 40 % of them
+    caption_s: float = 70e-6  # 14 GFLOP at 25 % of them, and 43 MB of attention weights
+    micro_batch_s: float = 2.5e-3  # 1,500 kernels, in a CUDA graph
+    update_s: float = 0.3e-3
+    variation: float = 0.02
+
+    gradient_bytes: float = 4 * (239_616 * 8 + 1)
+    link_bytes_per_s: float = 200e9  # of a process within its machine
+    link_latency_s: float = 20e-6
+    network_bytes_per_s: float = 12.5e9  # of a machine: 100 Gbit/s
+    network_latency_s: float = 50e-6
+
+    @property
+    def size(self) -> int:
+        return self.num_machines * self.num_processes
+
+    @property
+    def exchange_s(self) -> float:
+        """All-to-all of the parts, then all-gather of the sums, at the slower of both links."""
+        if self.size == 1:
+            return 0.0
+        sent = (self.micro_batches + 1) * self.gradient_bytes / self.size  # to each other process
+        near, far = self.num_processes - 1, self.size - self.num_processes
+        link_s = sent * near / self.link_bytes_per_s
+        network_s = sent * far * self.num_processes / self.network_bytes_per_s
+        latency_s = self.network_latency_s if far else self.link_latency_s
+        return max(link_s, network_s) + 2 * latency_s
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`busy`: the share of the time in which each kind of resource worked; 1: it is the limit."""
+
+    images_per_s: float
+    busy: dict[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.busy, key=lambda name: self.busy[name])
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def simulate(setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups: int = 10) -> Outcome:
+    """A first epoch, in which every image is encoded once, or a later one."""
+    world = World()
+    generator = random.Random(0)
+    fresh = 1 / setup.captions_per_image if is_first else 1 - setup.kept_share
+    from_disk = 0.0 if is_first else max(setup.kept_share - setup.memory_share, 0.0)
+    arrived = Signal(world)
+    num_arrived, marks = 0, []
+    network = world.resource(lambda num: 1.0)
+    kinds: dict[str, list[tuple[Resource, float]]] = {"disk": [], "processors": []}
+    if not setup.on_cores:
+        kinds["GPU"] = []
+
+    def cores_speed(num: int) -> float:
+        busy = min(num, setup.num_cores)
+        slower = (1 - setup.busy_speed) * (busy - 1) / max(setup.num_cores - 1, 1)
+        return (1 - slower) * busy / num
+
+    def process(disk: Resource, cores: Resource, compute: Resource) -> Process:
+        nonlocal num_arrived
+
+        def load_images() -> Process:
+            yield disk, setup.batch_size * fresh * setup.image_bytes
+            yield cores, setup.batch_size * fresh * setup.decode_s
+
+        def load_features() -> Process:
+            yield disk, setup.batch_size * from_disk * setup.feature_bytes
+            yield cores, setup.batch_size * from_disk * setup.feature_s
+
+        images = Loaded(world, load_images, setup.num_loaders, setup.images_ahead)
+        features = Loaded(world, load_features, setup.num_readers, setup.features_ahead)
+        while True:
+            for _ in range(setup.micro_batches):
+                if fresh:
+                    yield from images.take()
+                    yield compute, setup.batch_size * fresh * setup.encode_s
+                if from_disk:
+                    yield from features.take()
+            seconds = setup.micro_batch_s + setup.batch_size * setup.caption_s
+            varied = 1 + setup.variation * generator.gauss(0, 1)
+            yield compute, setup.micro_batches * seconds * varied
+            num_arrived += 1
+            if num_arrived % setup.size:
+                yield arrived
+            else:  # the last one
+                marks.append((world.now_s, [r.worked for r in world.resources]))
+                world.is_over = len(marks) > num_warm_ups + num_steps
+                arrived.fire()
+            yield network, setup.exchange_s
+            yield compute, setup.update_s
+
+    for _ in range(setup.num_machines):
+        disk = world.resource(lambda num: setup.disk_bytes_per_s / num)
+        cores = world.resource(cores_speed)
+        kinds["disk"].append((disk, setup.disk_bytes_per_s))
+        kinds["processors"].append((cores, setup.num_cores * setup.busy_speed))
+        for _ in range(setup.num_processes):
+            compute = cores if setup.on_cores else world.resource(lambda num: 1 / num)
+            if not setup.on_cores:
+                kinds["GPU"].append((compute, 1.0))
+            world.ready.append(process(disk, cores, compute))
+    world.run()
+    (begin_s, before), (end_s, after) = marks[num_warm_ups], marks[-1]
+    worked = {r: b - a for r, a, b in zip(world.resources, before, after)}
+    seconds = end_s - begin_s
+    busy = {
+        kind: sum(worked[r] / (speed * seconds) for r, speed in members) / len(members)
+        for kind, members in kinds.items()
+    }
+    busy["exchange"] = setup.exchange_s * num_steps / seconds
+    captions = setup.size * setup.micro_batches * setup.batch_size * num_steps
+    return Outcome(captions / seconds, busy)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+PLANS = {  # features kept: changes of the setup
+    "none": {"kept_share": 0.0},
+    "disk, bf16": {},
+    "disk, int8": {"feature_bytes": 443e3, "feature_s": 0.075e-3},
+    "memory": {"memory_share": 1.0},
+}
+
+
+def plans(setup: Setup) -> str:
+    """Images/s of a first and of later epochs on 1, 8 and 4 x 8 GPUs, as a table."""
+    rows = [["GPUs, features kept", "first epoch", "efficiency", "limit",
+             "later epochs", "efficiency", "limit"]]
+    for num_machines, num_processes in ((1, 1), (1, 8), (4, 8)):
+        for kept, changes in PLANS.items():
+            one = dataclasses.replace(setup, num_machines=1, num_processes=1, **changes)
+            many = dataclasses.replace(
+                one, num_machines=num_machines, num_processes=num_processes
+            )
+            row = [f"{num_machines} x {num_processes}, {kept}"]
+            for is_first in (True, False):
+                row += shown(simulate(many, is_first=is_first), simulate(one, is_first=is_first),
+                             many.size)
+            rows.append(row)
+    return table(rows)
+
+
+def shown(many: Outcome, one: Outcome, size: int) -> list[str]:
+    efficiency = many.images_per_s / (size * one.images_per_s)
+    share = many.busy[many.bottleneck]
+    return [f"{many.images_per_s:,.0f}", f"{efficiency:.2f}", f"{many.bottleneck} {share:.0%}"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(Setup)
+    for field in dataclasses.fields(Setup):
+        if hints[field.name] is not bool:
+            parser.add_argument(
+                f"--{field.name}", type=hints[field.name], help=f"default: {field.default:g}"
+            )
+    parser.add_argument("--validate", action="store_true", help="compare with real runs here")
+    parser.add_argument("--model", default="blip", help="of --validate")
+    parser.add_argument("--quick", action="store_true", help="of --validate: a small model")
+    arguments = parser.parse_args(argv)
+    if arguments.validate:
+        from benchmarks.scaling_runs import validate
+
+        validate(arguments.model, quick=arguments.quick)
+        return
+    given = {
+        field.name: value for field in dataclasses.fields(Setup)
+        if (value := getattr(arguments, field.name, None)) is not None
+    }
+    setup = dataclasses.replace(Setup(), **given)
+    if given.keys() & {"num_machines", "num_processes"}:
+        for is_first in (True, False):
+            one = dataclasses.replace(setup, num_machines=1, num_processes=1)
+            many = simulate(setup, is_first=is_first)
+            cells = shown(many, simulate(one, is_first=is_first), setup.size)
+            busy = ", ".join(f"{name} {share:.0%}" for name, share in many.busy.items())
+            print(f"{'first epoch' if is_first else 'later epochs'}: {cells[0]} images/s, "
+                  f"efficiency {cells[1]}; busy: {busy}")
+    else:
+        print(plans(setup))
+
+
+if __name__ == "__main__":
+    main()
