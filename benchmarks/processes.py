@@ -66,7 +66,7 @@ def write_rows(
 
 
 def train_timed(
-    checkpoint: str, data: str, cache_dir: str, throttle: dict[str, float] | None = None,
+    checkpoint: str, data: str, cache_dir: str, throttle: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train without validations in between -> when each step ended, and what its parts took.

@@ -220,10 +220,11 @@ def as_table(result: dict[str, Any]) -> str:
     ]
     for case in result["encoded"]:
         goal = "1.00" if case["captions_per_image"] == 1 else "<= 1.02"
-        rows.append([
-            f"encoded / images, {case['num_processes']} processes, "
-            f"{case['captions_per_image']} captions each", f"{case['first_epoch']:.2f}", "", "", goal
-        ])
+        what = (
+            f"encoded / images, {case['num_processes']} processes, {case['captions_per_image']} "
+            f"captions each"
+        )
+        rows.append([what, f"{case['first_epoch']:.2f}", "", "", goal])
         rows.append(["    second epoch", f"{case['second_epoch']:.2f}", "", "", "0"])
     return table(rows)
 

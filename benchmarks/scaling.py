@@ -1,23 +1,27 @@
 """A simulation of a run on many GPUs or machines: images/s, efficiency, and what limits it.
 
-    python -m benchmarks.scaling                                     the plans of docs/scaling.md
-    python -m benchmarks.scaling --num_machines 4 --num_processes 8 --disk_bytes_per_s 3e9
-    python -m benchmarks.scaling --validate                          against real runs, on this CPU
+    python -m benchmarks.scaling                       the plans of docs/scaling.md
+    python -m benchmarks.scaling --num_machines 4 --num_processes 8 --batch_size 128
+    python -m benchmarks.scaling --validate            against real runs, on this CPU
 
 Every process loads micro-batches (disk, processors), encodes images whose features are not kept,
 computes its share of a step, waits for all others, and exchanges gradients. The processes of a
-machine share its disk and processors in equal parts. All times are inputs; those of GPUs are
-assumptions from a roofline (`Setup`), because no GPU has run this engine yet.
+machine share its disk and processors in equal parts. All times are inputs (`Setup`); those of GPUs
+are assumptions, because no GPU has run this engine yet.
+
+Efficiency is images/s divided by those of as many single processes, each with a machine of its own.
 """
 
 import argparse
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import Any
 
 from benchmarks.events import Loaded, Process, Resource, Signal, World
 from benchmarks.measure import table
+
+PIECE = 8  # images that a loader reads and decodes together
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,17 @@ class Setup:
 
     @property
     def exchange_s(self) -> float:
-        """All-to-all of the parts, then all-gather of the sums, at the slower of both links."""
+        """All-to-all of the parts, then a ring that gathers the sums, on the slower link."""
         if self.size == 1:
             return 0.0
-        sent = (self.micro_batches + 1) * self.gradient_bytes / self.size  # to each other process
+        slice_bytes = self.gradient_bytes / self.size
+        ring_bytes = (self.size - 1) * slice_bytes
         near, far = self.num_processes - 1, self.size - self.num_processes
-        link_s = sent * near / self.link_bytes_per_s
-        network_s = sent * far * self.num_processes / self.network_bytes_per_s
-        latency_s = self.network_latency_s if far else self.link_latency_s
-        return max(link_s, network_s) + 2 * latency_s
+        link_s = (self.micro_batches * near * slice_bytes + ring_bytes) / self.link_bytes_per_s
+        if not far:
+            return link_s + 2 * self.link_latency_s
+        network_bytes = self.num_processes * self.micro_batches * far * slice_bytes + ring_bytes
+        return max(link_s, network_bytes / self.network_bytes_per_s) + 2 * self.network_latency_s
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,22 @@ class Outcome:
     busy: dict[str, float]
 
     @property
-    def bottleneck(self) -> str:
-        return max(self.busy, key=lambda name: self.busy[name])
+    def limits(self) -> str:
+        """The busiest resource, and others that are nearly as busy."""
+        most = max(self.busy.values())
+        return ", ".join(
+            f"{name} {share:.0%}"
+            for name, share in sorted(self.busy.items(), key=lambda item: -item[1])
+            if share > most / 2
+        )
 
 
 # --- the run --------------------------------------------------------------------------------------
 
 
-def simulate(setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups: int = 10) -> Outcome:
+def simulate(
+    setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups: int = 10
+) -> Outcome:
     """A first epoch, in which every image is encoded once, or a later one."""
     world = World()
     generator = random.Random(0)
@@ -119,8 +133,11 @@ def simulate(setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups:
         nonlocal num_arrived
 
         def load_images() -> Process:
-            yield disk, setup.batch_size * fresh * setup.image_bytes
-            yield cores, setup.batch_size * fresh * setup.decode_s
+            pieces = -(-setup.batch_size // PIECE)
+            num_images = setup.batch_size * fresh / pieces
+            for _ in range(pieces):
+                yield disk, num_images * setup.image_bytes
+                yield cores, num_images * setup.decode_s * generator.uniform(0.5, 1.5)
 
         def load_features() -> Process:
             yield disk, setup.batch_size * from_disk * setup.feature_bytes
@@ -173,7 +190,7 @@ def simulate(setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups:
 
 # --- plans ----------------------------------------------------------------------------------------
 
-PLANS = {  # features kept: changes of the setup
+PLANS: dict[str, dict[str, Any]] = {  # features kept: changes of the setup
     "none": {"kept_share": 0.0},
     "disk, bf16": {},
     "disk, int8": {"feature_bytes": 443e3, "feature_s": 0.075e-3},
@@ -181,40 +198,35 @@ PLANS = {  # features kept: changes of the setup
 }
 
 
-def plans(setup: Setup) -> str:
-    """Images/s of a first and of later epochs on 1, 8 and 4 x 8 GPUs, as a table."""
-    rows = [["GPUs, features kept", "first epoch", "efficiency", "limit",
-             "later epochs", "efficiency", "limit"]]
-    for num_machines, num_processes in ((1, 1), (1, 8), (4, 8)):
-        for kept, changes in PLANS.items():
+def plans(setup: Setup, *, is_one: bool) -> str:
+    """Images/s of a first and of later epochs as a table: for the setup, or for 1 to 32 GPUs."""
+    rows = [["machines x GPUs, features kept", "first epoch", "efficiency", "busiest",
+             "later epochs", "efficiency", "busiest"]]
+    sizes = [(setup.num_machines, setup.num_processes)] if is_one else [(1, 1), (1, 8), (4, 8)]
+    for num_machines, num_processes in sizes:
+        for kept, changes in ({"as given": {}} if is_one else PLANS).items():
             one = dataclasses.replace(setup, num_machines=1, num_processes=1, **changes)
-            many = dataclasses.replace(
-                one, num_machines=num_machines, num_processes=num_processes
-            )
+            many = dataclasses.replace(one, num_machines=num_machines, num_processes=num_processes)
             row = [f"{num_machines} x {num_processes}, {kept}"]
             for is_first in (True, False):
-                row += shown(simulate(many, is_first=is_first), simulate(one, is_first=is_first),
-                             many.size)
+                ones = simulate(one, is_first=is_first)
+                row += shown(simulate(many, is_first=is_first), ones, many.size)
             rows.append(row)
     return table(rows)
 
 
 def shown(many: Outcome, one: Outcome, size: int) -> list[str]:
     efficiency = many.images_per_s / (size * one.images_per_s)
-    share = many.busy[many.bottleneck]
-    return [f"{many.images_per_s:,.0f}", f"{efficiency:.2f}", f"{many.bottleneck} {share:.0%}"]
+    return [f"{many.images_per_s:,.0f}", f"{efficiency:.2f}", many.limits]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    hints = get_type_hints(Setup)
-    for field in dataclasses.fields(Setup):
-        if hints[field.name] is not bool:
-            parser.add_argument(
-                f"--{field.name}", type=hints[field.name], help=f"default: {field.default:g}"
-            )
+    numbers = [field for field in dataclasses.fields(Setup) if field.type is not bool]
+    for field in numbers:
+        parser.add_argument(f"--{field.name}", type=field.type, help=f"default: {field.default:g}")
     parser.add_argument("--validate", action="store_true", help="compare with real runs here")
     parser.add_argument("--model", default="blip", help="of --validate")
     parser.add_argument("--quick", action="store_true", help="of --validate: a small model")
@@ -224,21 +236,9 @@ def main(argv: list[str] | None = None) -> None:
 
         validate(arguments.model, quick=arguments.quick)
         return
-    given = {
-        field.name: value for field in dataclasses.fields(Setup)
-        if (value := getattr(arguments, field.name, None)) is not None
-    }
-    setup = dataclasses.replace(Setup(), **given)
-    if given.keys() & {"num_machines", "num_processes"}:
-        for is_first in (True, False):
-            one = dataclasses.replace(setup, num_machines=1, num_processes=1)
-            many = simulate(setup, is_first=is_first)
-            cells = shown(many, simulate(one, is_first=is_first), setup.size)
-            busy = ", ".join(f"{name} {share:.0%}" for name, share in many.busy.items())
-            print(f"{'first epoch' if is_first else 'later epochs'}: {cells[0]} images/s, "
-                  f"efficiency {cells[1]}; busy: {busy}")
-    else:
-        print(plans(setup))
+    values = {field.name: getattr(arguments, field.name) for field in numbers}
+    given = {name: value for name, value in values.items() if value is not None}
+    print(plans(dataclasses.replace(Setup(), **given), is_one={"num_processes"} <= given.keys()))
 
 
 if __name__ == "__main__":

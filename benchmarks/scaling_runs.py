@@ -9,6 +9,7 @@ reads that sleep. Parts are measured before and after the runs, because a machin
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def validate(model: str, *, quick: bool) -> None:
         after = measured_parts(folder, data, model)
     parts = {key: (value + after[key]) / 2 for key, value in before.items()}
     rows = [["", "processes", "images/s", "simulated", "simulated / real"]]
-    points = []
+    points: list[dict[str, Any]] = []
     for (phase, number), speed in speeds.items():
         setup = setup_of(parts, phase, number, disk_bytes_per_s)
         simulated = simulate(setup, is_first=phase == PHASES[0]).images_per_s
@@ -80,7 +81,7 @@ def validate(model: str, *, quick: bool) -> None:
 def setup_of(parts: dict[str, float], phase: str, number: int, disk_bytes_per_s: float) -> Setup:
     main = "encode_s" if phase == PHASES[0] else "micro_batch_s"
     exchange_s = parts.get(f"exchange_{number}_s", 0.0)
-    setup = Setup(
+    return Setup(
         num_processes=number,
         micro_batches=NUM_MICRO_BATCHES // number,
         batch_size=BATCH_SIZE,
@@ -95,11 +96,12 @@ def setup_of(parts: dict[str, float], phase: str, number: int, disk_bytes_per_s:
         variation=0.0,
         link_latency_s=exchange_s / 2,
         link_bytes_per_s=ENDLESS,
-        **{name: parts[name] for name in (
-            "decode_s", "feature_s", "encode_s", "micro_batch_s", "update_s"
-        )},
+        decode_s=parts["decode_s"],
+        feature_s=parts["feature_s"],
+        encode_s=parts["encode_s"],
+        micro_batch_s=parts["micro_batch_s"],
+        update_s=parts["update_s"],
     )
-    return setup
 
 
 def slow_disk_speed(parts: dict[str, float]) -> float:
@@ -174,6 +176,9 @@ def parts_in_process(checkpoint: str, data: str, model: str) -> dict[str, float]
     def train(batch: FeatureBatch) -> None:
         ours.trainer.accumulate([batch], 1)
 
+    def decode(file: Path) -> None:
+        load_pixels(file.read_bytes(), settings)
+
     def update() -> None:
         ours.trainer.update(torch.zeros(()), lr=1e-4)
 
@@ -189,12 +194,10 @@ def parts_in_process(checkpoint: str, data: str, model: str) -> dict[str, float]
         num_images = encoder.batch_size
         pixels = pixels.expand(num_images, -1, -1, -1).contiguous()
         return {
-            "micro_batch_s": mean_s([lambda batch=batch: train(batch) for batch in batches]),
+            "micro_batch_s": mean_s([partial(train, batch) for batch in batches]),
             "update_s": mean_s([update] * 20),
             "encode_s": mean_s([lambda: encoder.encode(pixels)] * 10) / num_images,
-            "decode_s": mean_s([
-                lambda file=file: load_pixels(file.read_bytes(), settings) for file in files
-            ]),
+            "decode_s": mean_s([partial(decode, file) for file in files]),
             "feature_s": mean_s(reads(encoder.format.row_bytes)),
             "feature_bytes": float(encoder.format.row_bytes),
         }
@@ -206,7 +209,7 @@ def micro_batches(ours: Ours, rows: Rows) -> list[FeatureBatch]:
         rows.lengths, batch_size=BATCH_SIZE, grad_accum_steps=NUM_MICRO_BATCHES,
         micro_batches=NUM_MICRO_BATCHES, seed=42, num_epochs=1,
     ))
-    encoder = ours.model.encoder
+    encoder: Any = ours.model.encoder
     features = torch.randn(BATCH_SIZE, encoder.num_tokens, encoder.width)
     return [
         ours._batch(np.array([index.row for index in batch])).with_features(features)
@@ -228,4 +231,4 @@ def reads(row_bytes: int, *, num_rows: int = 32) -> list[Callable[[], object]]:
     def read(digest: bytes) -> None:
         assert store.read(digest, np.empty(row_bytes, dtype=np.uint8)), folder.name
 
-    return [lambda digest=digest: read(digest) for digest in digests]
+    return [partial(read, digest) for digest in digests]
