@@ -86,6 +86,17 @@ def num_processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def set_threads(asked: int | None, local_size: int) -> None:
+    """Set torch's threads for a CPU: `asked`, or with several processes on a machine a share each.
+
+    torchrun sets OMP_NUM_THREADS to 1 where it is not set; that is not taken for a wish.
+    """
+    if asked is None and local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        asked = max(num_processors() // local_size, 1)
+    if asked is not None:
+        torch.set_num_threads(asked)
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -263,7 +263,7 @@ def _place(environ: Mapping[str, str]) -> _Place | None:
 
     Raises ValueError if the launch is described only in part.
     """
-    size = environ.get("WORLD_SIZE", "1")
+    size = environ.get("WORLD_SIZE") or "1"
     if size == "1":
         return None
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"

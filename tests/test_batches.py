@@ -20,7 +20,7 @@ from lora_engine.data.batches import (
     bucket_length,
     epoch_batches,
     load_batches,
-    training_order,
+    training_steps,
     validation_order,
 )
 from lora_engine.data.captions import IGNORED, TokenizedCaptions
@@ -101,7 +101,8 @@ def test_sorting_within_windows_saves_most_of_the_padding(batch_size, at_most):
 
 @given(sets_of_lengths, batch_sizes, seeds)
 def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size, seed):
-    places = list(training_order(lengths, batch_size=batch_size, seed=seed, num_epochs=2))
+    steps = list(training_steps(lengths, batch_size=batch_size, seed=seed, num_epochs=2))
+    places = [batch for step in steps for batch in step.micro_batches]
     flat = [place for batch in places for place in batch]
     numbers = list(range(len(lengths)))
     assert [place.epoch for place in flat] == [0] * len(lengths) + [1] * len(lengths)
@@ -110,6 +111,58 @@ def test_training_places_number_the_positions_of_each_epoch(lengths, batch_size,
         expected = list(epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch))
         rows = [[p.row for p in batch] for batch in places if batch[0].epoch == epoch]
         assert rows == [batch.tolist() for batch in expected]
+
+
+@given(
+    sets_of_lengths, st.integers(1, 8), st.integers(1, 4), st.sampled_from([None, 1, 2, 3, 8]), seeds
+)
+def test_a_step_has_the_same_rows_for_any_number_of_micro_batches(
+    lengths, batch_size, grad_accum_steps, micro_batches, seed
+):
+    order = dict(batch_size=batch_size, seed=seed, num_epochs=2, grad_accum_steps=grad_accum_steps)
+    steps = list(training_steps(lengths, micro_batches=micro_batches, **order))
+    number = micro_batches or grad_accum_steps
+    assert {len(step.micro_batches) for step in steps} == {number}
+    num_steps = -(-len(lengths) // (batch_size * grad_accum_steps))
+    assert len(steps) == 2 * num_steps
+    for epoch in (steps[:num_steps], steps[num_steps:]):
+        places = [place for step in epoch for batch in step.micro_batches for place in batch]
+        assert sorted(place.row for place in places) == list(range(len(lengths)))
+        assert sorted(place.position for place in places) == list(range(len(lengths)))
+    if micro_batches is not None:
+        whole = training_steps(lengths, micro_batches=1, **order)
+        assert [sorted(step.rows) for step in steps] == [sorted(step.rows) for step in whole]
+        for step in steps:
+            sizes = [len(batch) for batch in step.micro_batches]
+            assert max(sizes) - min(sizes) <= 1
+    rest = list(training_steps(
+        lengths, micro_batches=micro_batches, first_epoch=1, num_done=1, **order
+    ))
+    assert rest == steps[num_steps + 1 :]
+
+
+def test_a_step_of_an_earlier_version_is_made_of_whole_batches():
+    lengths = np.random.default_rng(0).integers(4, 30, 100)
+    batches = list(epoch_batches(lengths, batch_size=4, seed=1, epoch=0))
+    steps = training_steps(
+        lengths, batch_size=4, seed=1, num_epochs=1, grad_accum_steps=3, micro_batches=None
+    )
+    found = [
+        [place.row for place in batch]
+        for step in steps for batch in step.micro_batches if batch
+    ]
+    assert found == [batch.tolist() for batch in batches]
+
+
+def test_micro_batches_are_equally_heavy():
+    """Rows x longest caption, over those of a step: contiguous parts of sorted rows reach 0.6."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(2.4, 0.4, 20_000), 3, 60).astype(int)
+    shares = []
+    for step in training_steps(lengths, batch_size=64, seed=0, num_epochs=1, micro_batches=8):
+        costs = [len(batch) * max(lengths[i.row] for i in batch) for batch in step.micro_batches]
+        shares.append(np.mean(costs) / max(costs))
+    assert np.mean(shares[:-1]) > 0.97
 
 
 @given(sets_of_lengths, batch_sizes)
@@ -234,7 +287,8 @@ def test_nothing_readable_gives_an_empty_batch_after_a_bounded_search(tmp_path):
 
 def loaded(folder, num_workers):
     data = dataset(folder, seed=3)
-    places = training_order(data.captions.lengths, batch_size=3, seed=3, num_epochs=2)
+    steps = training_steps(data.captions.lengths, batch_size=3, seed=3, num_epochs=2)
+    places = [batch for step in steps for batch in step.micro_batches]
     return list(load_batches(data, places, collate=COLLATE, num_workers=num_workers))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from adapters import adapter_folder
 from pictures import json_lines, png_header, read_annotations, settings, write_pictures
 from tars import write_tar
 
@@ -27,8 +28,6 @@ from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
 from lora_engine.features import encoder, placement
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.lora.adapter import save_adapter
-from lora_engine.lora.injection import inject, lora_parameters
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.training.loop import train
 from recipes import blip_cc3m
@@ -47,20 +46,6 @@ def warnings() -> Iterator[list[str]]:
 
 
 # --- python -m lora_engine caption ----------------------------------------------------------
-
-
-def adapter_folder(model: Path, folder: Path, *, prompt="") -> Path:
-    """An adapter whose weights change every caption."""
-    captioner = load_captioner(model)
-    inject(captioner.model, ["attention"], rank=2)
-    torch.manual_seed(1)
-    for matrix in lora_parameters(captioner.model).values():
-        torch.nn.init.normal_(matrix, std=0.3)
-    save_adapter(
-        captioner.model, folder, base_model=str(model),
-        provenance={"base_fingerprint": captioner.fingerprints["base"], "prompt": prompt},
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_engine.data import read_order
-from lora_engine.data.batches import epoch_batches, training_order
+from lora_engine.data.batches import epoch_batches, training_steps
 from lora_engine.data.image_table import ImageTable, Shard
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.read_order import BLOCK_BYTES, block_ends, choose_read_order, read_ahead
@@ -77,8 +77,8 @@ def test_the_rows_of_a_block_are_near_each_other_and_mixed_with_others():
 def test_an_epoch_in_blocks_continues_where_it_was():
     ends = np.arange(10, 1001, 10)
     order = dict(batch_size=8, seed=1, num_epochs=2, block_ends=ends)
-    whole = list(training_order(np.arange(1000) % 7, **order))
-    rest = list(training_order(np.arange(1000) % 7, first_epoch=1, num_done=40, **order))
+    whole = list(training_steps(np.arange(1000) % 7, **order))
+    rest = list(training_steps(np.arange(1000) % 7, first_epoch=1, num_done=40, **order))
     assert rest == whole[125 + 40 :]
 
 

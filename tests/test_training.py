@@ -218,6 +218,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     config = json.loads((folder / "config.json").read_text())
     config["lora_targets"] = tuple(config["lora_targets"])
     assert config.pop("read_order") == "random" and trained.config.read_order == "auto"
+    assert config.pop("micro_batches") == 1 and trained.config.micro_batches is None
     assert loop_module.TrainingConfig(**config) == trained.config
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["compute_dtype"] == "float32"
@@ -437,21 +438,21 @@ def test_dropout_is_a_function_of_seed_step_and_micro_step(captioner_folder):
 def test_every_row_is_trained_on_once_an_epoch_also_by_a_last_short_step(
     blip_folder, data, tmp_path, monkeypatch
 ):
-    """20 rows in batches of 3, two a step: 7 batches, 4 steps, the last of one batch of 2 rows."""
+    """20 rows in batches of 3, two per step: 4 steps, the last one of two batches of one row."""
     steps = []
 
     accumulate = Trainer.accumulate
 
-    def spy(trainer, batches, step):
+    def spy(trainer, batches, step, **settings):
         assert trainer.model.training  # the validation before it has put the model back
         steps.append([list(batch.rows) for batch in batches])
-        return accumulate(trainer, batches, step)
+        return accumulate(trainer, batches, step, **settings)
 
     monkeypatch.setattr(Trainer, "accumulate", spy)
     summary = train(settings(
         blip_folder, data, tmp_path / "run", batch_size=3, grad_accum_steps=2, num_samples=0
     ))
-    assert [len(step) for step in steps] == [2, 2, 2, 1] * 2
+    assert [[len(batch) for batch in step] for step in steps] == [*[[3, 3]] * 3, [1, 1]] * 2
     for epoch in (steps[:4], steps[4:]):
         assert sorted(row for step in epoch for batch in step for row in batch) == list(range(20))
     assert steps[:4] != steps[4:]
@@ -806,14 +807,14 @@ def poison(monkeypatch, steps):
     """Make the training loss of these steps NaN, and not that of others."""
     real = Trainer.accumulate
 
-    def accumulate(trainer, batches, step):
+    def accumulate(trainer, batches, step, **settings):
         if step not in steps:
-            return real(trainer, batches, step)
+            return real(trainer, batches, step, **settings)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 trainer_module, "caption_loss", lambda *a, **k: caption_loss(*a, **k) * math.nan
             )
-            return real(trainer, batches, step)
+            return real(trainer, batches, step, **settings)
 
     monkeypatch.setattr(Trainer, "accumulate", accumulate)
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
-from lora_engine.data.batches import CaptionedImages, Collate, in_batches
+from lora_engine.data.batches import (
+    CaptionedImages,
+    Collate,
+    FeatureBatch,
+    SampleIndex,
+    in_batches,
+)
 from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
@@ -20,6 +26,11 @@ from lora_engine.features.source import FeatureSource
 from lora_engine.lora.adapter import Adapter, load_adapter
 from lora_engine.lora.injection import merge
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import OneProcess, Ranks, collect, dealt
+
+# Batches of each process between two exchanges. More would wait less for the slowest process; fewer
+# would write results earlier.
+_NUM_AT_ONCE = 4
 
 
 class Caption(NamedTuple):
@@ -91,43 +102,68 @@ def caption_images(
     num_workers: int = 0,
     timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
+    ranks: Ranks = OneProcess(),
     **settings,
 ) -> Generator[Captioned]:
     """Caption images, in order; one that cannot be read yields the reason.
 
-    The captioners share the encoder of `features`. `num_workers` and `timeout_s` are described in
-    `workers.load`. `numbers` are the images' numbers for sampling, by default their positions in
-    `images`. `settings` go to `generation.generate`.
+    The processes share out the batches; each yields the results of all. The captioners share the
+    encoder of `features`. `num_workers` and `timeout_s` are described in `workers.load`. `numbers`
+    are the images' numbers for sampling, by default their positions in `images`. `settings` go to
+    `generation.generate`.
     """
     numbers = range(len(images)) if numbers is None else numbers
+    order = in_batches(range(len(images)), batch_size)
     loader = _image_loader(
-        captioners[0], images, features, batch_size, num_workers=num_workers, timeout_s=timeout_s
+        captioners[0],
+        images,
+        features,
+        dealt(order, ranks),
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+        batch_bytes=batch_size * captioners[0].pixels.num_bytes,
     )
+    num_at_once = _NUM_AT_ONCE if ranks.size > 1 else 1
     with closing(iter(loader)) as batches:
-        for batch in batches:
-            results = {
-                bad.row: Captioned(bad.image, reason=bad.reason) for bad in batch.skipped
-            }
-            if batch.rows:
-                captions = zip(*(
-                    caption_features(
-                        captioner,
-                        batch.features,
-                        numbers=[numbers[row] for row in batch.rows],
-                        **settings,
+        for _ in range(0, len(order), ranks.size * num_at_once):
+            mine = [
+                _caption_batch(captioners, batch, numbers, **settings)
+                for batch in islice(batches, num_at_once)
+            ]
+            for results in collect(mine, ranks):
+                for row, captions, reason in results:
+                    yield Captioned(
+                        images[row], tuple(Caption(*caption) for caption in captions), reason
                     )
-                    for captioner in captioners
-                ))
-                for row, of_image in zip(batch.rows, captions):
-                    results[row] = Captioned(images[row], of_image)
-            yield from (results[row] for row in sorted(results))
+
+
+_Result = tuple[int, Sequence[Caption], str | None]  # of a row
+
+
+def _caption_batch(
+    captioners: Sequence[Captioner], batch: FeatureBatch, numbers: Sequence[int], **settings
+) -> list[_Result]:
+    """What `Captioned` says of each row of a batch, in the order of rows."""
+    results: list[_Result] = [(bad.row, (), bad.reason) for bad in batch.skipped]
+    if batch.rows:
+        captions = zip(*(
+            caption_features(
+                captioner,
+                batch.features,
+                numbers=[numbers[row] for row in batch.rows],
+                **settings,
+            )
+            for captioner in captioners
+        ))
+        results += [(row, of_image, None) for row, of_image in zip(batch.rows, captions)]
+    return sorted(results)
 
 
 def _image_loader(
     captioner: Captioner,
     images: ImageTable,
     features: FeatureSource,
-    batch_size: int,
+    order: Sequence[list[SampleIndex]],
     **loading,
 ) -> FeatureLoader:
     """Loads images as training does: each is a row whose caption is empty."""
@@ -142,13 +178,12 @@ def _image_loader(
     )
     return FeatureLoader(
         dataset,
-        in_batches(range(len(images)), batch_size),
+        order,
         features=features,
         collate=Collate(
             image_size=pixels.size,
             prompt_length=len(tokenizer.prompt_ids()),
             pad_id=tokenizer.pad_id,
         ),
-        batch_bytes=batch_size * pixels.num_bytes,
         **loading,
     )

@@ -1,4 +1,7 @@
-"""python -m lora_engine caption: images -> captions, on stdout and in files."""
+"""python -m lora_engine caption: images -> captions, on stdout and in files.
+
+The processes that torchrun starts share out the images; the main one writes.
+"""
 
 import csv
 import dataclasses
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -35,6 +39,7 @@ from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.run_record import read_records
 from lora_engine.terminal import escaped
 
@@ -86,18 +91,29 @@ class CaptionConfig(CaptioningConfig, SourceConfig):
             raise ValueError("no images to caption: give image files or folders of images")
         if self.txt and len(self.adapter) > 1:
             raise ValueError("--txt takes one caption per image, but there are several --adapter")
-        check_writable("--out", self.out)
 
 
 def caption(args: list[str]) -> int:
     """Caption images, one line each on stdout -> exit status."""
-    config = cli.parse(
-        CaptionConfig, args, prog="python -m lora_engine caption",
-        description="Caption images with a trained adapter.",
-    )
+    with open_ranks() as ranks:
+        config = cli.parse(
+            CaptionConfig, args, prog="python -m lora_engine caption",
+            description="Caption images with a trained adapter. torchrun shares the images out "
+                        "over several processes.",
+        )
+        return _caption(config, ranks)
+
+
+def _caption(config: CaptionConfig, ranks: Ranks) -> int:
     config.check()
-    images, bad_rows = _images(config)
-    left = _without_caption(config, images)
+    if ranks.is_main:
+        check_writable("--out", config.out)
+    config.take_share(ranks)
+    paths = _listed(config.images, ranks)
+    with ranks.machine_first():
+        images, bad_rows = _images(config, paths)
+    config.check_same(images, ranks)
+    left = _left(config, images, ranks)
     if len(left) < len(images):
         print(
             f"{len(images) - len(left)} of {len(images)} images already have a caption "
@@ -112,14 +128,15 @@ def caption(args: list[str]) -> int:
     captions = config.captions(
         _captioners(config),
         images.choose(np.array(left)),
+        ranks=ranks,
         min_new_tokens=config.min_new_tokens,
         sampling=sampling,
         numbers=left,
     )
-    skipped = SkippedImages(config.out, bad_rows)
+    skipped = SkippedImages(config.out if ranks.is_main else None, bad_rows)
     # Files are opened after everything has been loaded, so an earlier failure changes none.
     with captions as captioned, ExitStack() as stack:
-        writers = _open_writers(config, stack)
+        writers = _open_writers(config, stack) if ranks.is_main else []
         for result in tqdm(
             captioned, total=len(left), unit="image", disable=not sys.stderr.isatty()
         ):
@@ -132,9 +149,10 @@ def caption(args: list[str]) -> int:
     return UNREADABLE if skipped.lines else 0
 
 
-def _images(config: CaptionConfig) -> tuple[ImageTable, Sequence[BadRow]]:
+def _images(
+    config: CaptionConfig, paths: Sequence[str]
+) -> tuple[ImageTable, Sequence[BadRow]]:
     """The images to caption, files or those of data sources, and rows that cannot be used."""
-    paths = _listed(config.images)
     sources = [path for path in paths if is_source(path)]
     if not sources and config.split is not None:
         raise ValueError(f"--split {config.split} is for data sets, not for {paths[0]}")
@@ -161,11 +179,14 @@ def _images(config: CaptionConfig) -> tuple[ImageTable, Sequence[BadRow]]:
     return pairs.images, pairs.bad
 
 
-def _listed(paths: Sequence[str]) -> list[str]:
-    """The paths, with "-" replaced by the paths on stdin."""
+def _listed(paths: Sequence[str], ranks: Ranks) -> list[str]:
+    """The paths, with "-" replaced by the paths on stdin, which all processes have in common."""
     found: list[str] = []
     for path in paths:
-        found += sys.stdin.read().splitlines() if path == "-" else [path]
+        if path == "-":
+            found += ranks.gather(sys.stdin.read().splitlines() if ranks.is_main else None)[0]
+        else:
+            found.append(path)
     return [path for path in found if path.strip()]
 
 
@@ -182,6 +203,14 @@ def _captioners(config: CaptionConfig) -> list[Captioner]:
 # --- where captions go ----------------------------------------------------------------------
 
 Writer = Callable[[Captioned], None]
+
+
+def _left(config: CaptionConfig, images: ImageTable, ranks: Ranks) -> list[int]:
+    """The numbers of the images to caption, which the main process finds for all."""
+    is_left = torch.zeros(len(images), dtype=torch.uint8)
+    if ranks.is_main:
+        is_left[_without_caption(config, images)] = 1
+    return ranks.maximum(is_left).nonzero()[:, 0].tolist()
 
 
 def _without_caption(config: CaptionConfig, images: ImageTable) -> list[int]:

@@ -1,4 +1,7 @@
-"""python -m lora_engine evaluate: score captions, with and without an adapter."""
+"""python -m lora_engine evaluate: score captions, with and without an adapter.
+
+The processes that torchrun starts share out the images; the main one scores and writes.
+"""
 
 import dataclasses
 import json
@@ -33,11 +36,13 @@ from lora_engine.commands.loading import (
 from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.read_pairs import name_of, paths_of
+from lora_engine.data.rows import BadRow
 from lora_engine.data.subsets import evaluation_split, named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.models.pretrained import Captioner
+from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -66,18 +71,39 @@ class EvaluateConfig(CaptioningConfig, SourceConfig):
 
 def evaluate(args: list[str]) -> int:
     """Score captions against references, with and without an adapter -> exit status."""
-    # The older name of --image_root.
-    args = [re.sub(r"^--image[-_]folder(?==|$)", "--image_root", arg) for arg in args]
-    config = cli.parse(
-        EvaluateConfig, args, prog="python -m lora_engine evaluate",
-        description="Score the captions of a base model, and of an adapter for comparison.",
-    )
+    with open_ranks() as ranks:
+        # The older name of --image_root.
+        args = [re.sub(r"^--image[-_]folder(?==|$)", "--image_root", arg) for arg in args]
+        config = cli.parse(
+            EvaluateConfig, args, prog="python -m lora_engine evaluate",
+            description="Score the captions of a base model, and of an adapter for comparison. "
+                        "torchrun shares the images out over several processes.",
+        )
+        return _evaluate(config, ranks)
+
+
+def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     config.check()
-    check_writable("--out", config.out)
-    check_writable("--coco_out", config.coco_out)
-    if config.meteor_spice:
-        check_java()
-    name = name_of(config.data)
+    if ranks.is_main:
+        check_writable("--out", config.out)
+        check_writable("--coco_out", config.coco_out)
+        if config.meteor_spice:
+            check_java()
+    config.take_share(ranks)
+    with ranks.machine_first():
+        data, images, bad_rows = _read(config)
+    config.check_same(images, ranks)
+    skipped = SkippedImages(config.out if ranks.is_main else None, bad_rows)
+    scored, captions = _caption(config, data, images, _captioners(config), skipped, ranks)
+    if not scored:
+        raise ValueError(f"{name_of(config.data)}: none of the images could be read")
+    if ranks.is_main:
+        _report(config, scored, captions)
+    return UNREADABLE if skipped.lines else 0
+
+
+def _read(config: EvaluateConfig) -> tuple[list[Referenced], ImageTable, Sequence[BadRow]]:
+    """The images to score, as `references_of`."""
     pairs = config.read(
         config.data, index_folder=cache_folder(config.cache_dir), max_bad_share=1.0,
         needs_captions=False,
@@ -86,11 +112,13 @@ def evaluate(args: list[str]) -> int:
         pairs = named_split(pairs, config.split)
     else:
         pairs = evaluation_split(pairs, ["test", "val"])
-    data, images, bad_rows = references_of(pairs, name, _folder_of(config.data))
-    skipped = SkippedImages(config.out, bad_rows)
-    scored, captions = _caption(config, data, images, _captioners(config), skipped)
-    if not scored:
-        raise ValueError(f"{name}: none of the images could be read")
+    return references_of(pairs, name_of(config.data), _folder_of(config.data))
+
+
+def _report(
+    config: EvaluateConfig, scored: Sequence[Referenced], captions: dict[str, list[Caption]]
+) -> None:
+    """Score the captions, print the scores, and write the files that the flags name."""
     texts = [image.references for image in scored]
     references = References(texts)
     results = {
@@ -115,7 +143,6 @@ def evaluate(args: list[str]) -> int:
                 for image, caption in zip(scored, list(captions.values())[-1])
             ]), encoding="utf-8")
         print(printable(f"COCO        {config.coco_out}"))
-    return UNREADABLE if skipped.lines else 0
 
 
 def _folder_of(data: str | tuple[str, ...]) -> str:
@@ -143,11 +170,12 @@ def _caption(
     images: ImageTable,
     captioners: dict[str, Captioner],
     skipped: SkippedImages,
+    ranks: Ranks,
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
     """The images that could be read, and each captioner's captions of them."""
     scored: list[Referenced] = []
     captions: dict[str, list[Caption]] = {name: [] for name in captioners}
-    with config.captions(list(captioners.values()), images) as captioned:
+    with config.captions(list(captioners.values()), images, ranks=ranks) as captioned:
         progress = tqdm(captioned, total=len(data), unit="image", disable=not sys.stderr.isatty())
         for image, result in zip(data, progress):
             if result.reason is not None:

@@ -1,29 +1,49 @@
 """What the captioning commands share: base model, adapters, flags, and lists of skipped images."""
 
+import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+import torch
 
 from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
+from lora_engine.data.packed_strings import encoded
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.data.workers import default_num_workers
-from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype
+from lora_engine.devices import (
+    disable_tf32,
+    dtype_name,
+    resolve_device,
+    resolve_dtype,
+    set_threads,
+)
 from lora_engine.features.source import open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.models.weights import fingerprint
+from lora_engine.ranks import Ranks, check_equal
 from lora_engine.terminal import printable
+from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
+
+# Flags that may be others on another machine; of the files that they name, the content counts.
+_OF_A_MACHINE = frozenset((
+    "model", "adapter", "data", "images", "image_root", "out", "coco_out", "cache_dir", "device",
+    "num_threads", "num_workers",
+))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +78,10 @@ class CaptioningConfig:
     cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0
     """Maximum size of the cache folder."""
     num_workers: Annotated[int | None, Range(ge=0)] = None
-    """Processes that load images. Default: half of the processors, at most 8, with a GPU; otherwise
-    0."""
+    """Processes that load images, for each process of torchrun. Default with a GPU: half of the
+    processors, shared out, at most 8; otherwise 0."""
+    num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
+    """Threads on a CPU. Default: PyTorch's choice, usually all processors."""
     worker_timeout: Annotated[float, Range(ge=1)] = 300.0
     """Seconds to wait for images before the command gives up."""
     force: bool = False
@@ -69,17 +91,55 @@ class CaptioningConfig:
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value out of range."""
         check_ranges(self)
-        resolve_device(self.device)
+
+    def device_of(self, ranks: Ranks) -> torch.device:
+        """The device of this process. Raises ValueError if it does not exist."""
+        return resolve_device(
+            self.device, local_rank=ranks.local_rank, local_size=ranks.local_size
+        )
+
+    def take_share(self, ranks: Ranks) -> None:
+        """Use this process' device, and its share of the machine's threads."""
+        device = self.device_of(ranks)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        set_threads(self.num_threads, ranks.local_size)
+
+    def check_same(self, images: ImageTable, ranks: Ranks) -> None:
+        """Raises ValueError if a process has other settings or images than rank 0."""
+        if ranks.size == 1:
+            return
+        device = self.device_of(ranks)
+        settings = {
+            f"--{name}": value for name, value in asdict(self).items()
+            if name not in _OF_A_MACHINE
+        }
+        check_equal(ranks, {
+            "lora_engine": __version__,
+            "torch": torch.__version__,
+            "kind of device": device.type,
+            "compute dtype": dtype_name(resolve_dtype(self.precision, device)),
+            "threads": torch.get_num_threads(),
+            **settings,
+            "number of images": len(images),
+            "names of images": _digest(images),
+        })
 
     @contextmanager
     def captions(
-        self, captioners: Sequence[Captioner], images: ImageTable, **settings
+        self,
+        captioners: Sequence[Captioner],
+        images: ImageTable,
+        *,
+        ranks: Ranks,
+        **settings,
     ) -> Iterator[Iterator[Captioned]]:
         """Captions of images by captioners that share an encoder, as the flags ask, while open.
 
-        `settings` are further ones of `caption_images`.
+        `settings` are further ones of `caption_images`. Raises ValueError if a process has other
+        weights than rank 0.
         """
-        device = resolve_device(self.device)
+        device = self.device_of(ranks)
         dtype = resolve_dtype(self.precision, device)
         disable_tf32()  # as in training, whose features these may be
         for captioner in captioners:
@@ -96,20 +156,42 @@ class CaptioningConfig:
                 cache_dtype=self.cache_dtype,
                 cache_limit_bytes=self.cache_limit_gb * 1e9,
                 used_once=True,
+                ranks=ranks,
             ) as features,
             closing(caption_images(
                 captioners,
                 images,
                 features=features,
                 batch_size=self.batch_size,
-                num_workers=default_num_workers(device, self.num_workers),
+                num_workers=default_num_workers(device, self.num_workers, ranks.local_size),
                 timeout_s=self.worker_timeout,
                 num_beams=self.num_beams,
                 max_new_tokens=self.max_new_tokens,
+                ranks=ranks,
                 **settings,
             )) as captioned,
         ):
+            if ranks.size > 1:  # nothing is written before all of them are ready
+                check_equal(ranks, _weights(captioners))
             yield captioned
+
+
+def _weights(captioners: Sequence[Captioner]) -> dict[str, Any]:
+    """What identifies the models: digests of the base model and of each decoder, and prompts."""
+    decoders = [fingerprint(captioner.model.decoder) for captioner in captioners]
+    return {
+        **captioners[0].fingerprints,
+        "decoders": decoders,
+        "prompts": [captioner.prompt for captioner in captioners],
+    }
+
+
+def _digest(images: ImageTable) -> str:
+    """A digest of the images' names without their folders."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(encoded(f"{os.path.basename(image)}\n"))
+    return digest.hexdigest()[:12]
 
 
 def load_base(

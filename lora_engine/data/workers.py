@@ -96,13 +96,16 @@ def load(
             _close(batches)
 
 
-def default_num_workers(device: torch.device, asked: int | None) -> int:
-    """The number of loading processes: `asked`, or the default for `device`."""
+def default_num_workers(device: torch.device, asked: int | None, local_size: int = 1) -> int:
+    """The number of loading processes: `asked`, or the default for `device`.
+
+    That is for each of `local_size` processes on this machine.
+    """
     if asked is not None:
         return asked
     if device.type == "cpu":
         return 0  # workers would only compete with the threads that compute
-    return min(8, len(os.sched_getaffinity(0)) // 2)
+    return min(8, len(os.sched_getaffinity(0)) // (2 * local_size))
 
 
 def prefetched_bytes(num_workers: int, batch_bytes: int) -> int:

@@ -245,6 +245,7 @@ class Run:
             captioner=self.setup.captioner,
             config=self.setup.config,
             stop=self.stop,
+            local_size=self.ranks.local_size,
         )
 
     # --- progress ----------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from lora_engine.devices import (
     dtype_name,
     resolve_device,
     resolve_dtype,
+    set_threads,
 )
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.sizing import size_up
@@ -65,7 +66,6 @@ from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
     facts_to_compare,
     num_micro_batches,
-    set_threads,
     with_micro_batches,
 )
 from lora_engine.training.trainer import Trainer
@@ -137,7 +137,7 @@ def prepare(
     device = resolve_device(config.device, local_rank=ranks.local_rank, local_size=ranks.local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    set_threads(config.num_threads, ranks)
+    set_threads(config.num_threads, ranks.local_size)
     dtype = resolve_dtype(config.precision, device)
     disable_tf32()
     if checkpoint is not None:
@@ -359,8 +359,10 @@ def feature_loader(
     captioner: Captioner,
     config: TrainingConfig,
     stop: StopSignal,
+    local_size: int = 1,
 ) -> FeatureLoader:
-    """The batches of a dataset in an order, loaded as the settings ask."""
+    """The batches of a dataset in an order, loaded as the settings ask, by one of `local_size`
+    processes on this machine."""
     tokenizer = captioner.tokenizer
     return FeatureLoader(
         dataset,
@@ -372,7 +374,7 @@ def feature_loader(
             prompt_length=len(tokenizer.prompt_ids(captioner.prompt)),
             pad_id=tokenizer.pad_id,
         ),
-        num_workers=default_num_workers(features.device, config.num_workers),
+        num_workers=default_num_workers(features.device, config.num_workers, local_size),
         timeout_s=config.worker_timeout,
         waiting=stop.waiting,
         batch_bytes=config.batch_size * captioner.pixels.num_bytes,
@@ -433,18 +435,20 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     logger.info(setup.plan.grouped())
     logger.info(f"run folder {folder.path}")
     train_set = setup.data.train_set
+    local_size = setup.ranks.local_size
+    num_workers = default_num_workers(trainer.device, config.num_workers, local_size)
     for line in size_up(
         features,
         setup.captioner,
         train_set.images.table,
         num_captions=len(train_set),
         num_tokens=int(np.median(train_set.captions.lengths)),
-        num_loaders=default_num_workers(trainer.device, config.num_workers),
+        num_loaders=num_workers,
     ):
         logger.info(line)
-    num_workers = default_num_workers(trainer.device, config.num_workers)
     one_loader = prefetched_bytes(
         num_workers, config.batch_size * setup.captioner.pixels.num_bytes
     )
-    if (shortage := shared_memory_shortage(2 * one_loader)) is not None:  # training, validation
+    # Each process loads training and validation rows.
+    if (shortage := shared_memory_shortage(2 * local_size * one_loader)) is not None:
         logger.warning(shortage)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import lora_engine
 from lora_engine.config import TrainingConfig
-from lora_engine.devices import dtype_name, num_processors
+from lora_engine.devices import dtype_name
 from lora_engine.ranks import Ranks
 from lora_engine.training.checkpoint import Checkpoint
 from lora_engine.training.trainer import Trainer
@@ -63,17 +62,6 @@ def with_micro_batches(
 
 def num_micro_batches(config: TrainingConfig) -> int:
     return config.micro_batches or config.grad_accum_steps
-
-
-def set_threads(asked: int | None, ranks: Ranks) -> None:
-    """Set torch's threads for a CPU: `asked`, or with several processes on a machine a share each.
-
-    torchrun sets OMP_NUM_THREADS to 1 where it is not set; that is not taken for a wish.
-    """
-    if asked is None and ranks.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        asked = max(num_processors() // ranks.local_size, 1)
-    if asked is not None:
-        torch.set_num_threads(asked)
 
 
 def facts_to_compare(
