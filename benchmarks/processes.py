@@ -17,11 +17,11 @@ from unittest.mock import patch
 from benchmarks.wall import write_dataset
 from lora_engine.config import TrainingConfig
 from lora_engine.data.image_table import ImageTable
+from lora_engine.devices import set_threads
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.store import FeatureStore
 from lora_engine.ranks import ManyProcesses, open_ranks
 from lora_engine.training.loop import train
-from lora_engine.training.shares import set_threads
 from lora_engine.training.trainer import Trainer
 
 
@@ -201,7 +201,7 @@ def time_exchange(num_values: int, num_parts: int, num_rounds: int) -> list[floa
 
     times_s = []
     with open_ranks() as ranks:
-        set_threads(None, ranks)
+        set_threads(None, ranks.local_size)
         buffer = torch.randn(num_values)
         for _ in range(num_rounds + 3):
             summation = ranks.summation(buffer, num_parts)
