@@ -16,11 +16,13 @@ import argparse
 import dataclasses
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.events import Loaded, Process, Resource, Signal, World
 from benchmarks.measure import table
 
+NUM_WARM_UPS, NUM_STEPS = 10, 40  # simulated
 PIECE = 8  # images that a loader reads and decodes together
 
 
@@ -88,6 +90,13 @@ class Setup:
         return max(link_s, network_bytes / self.network_bytes_per_s) + 2 * self.network_latency_s
 
 
+    def core_speed(self, num_jobs: int) -> float:
+        """The speed of each of some jobs on a machine's processors; 1: that of one alone."""
+        num_busy = min(num_jobs, self.num_cores)
+        slower = (1 - self.busy_speed) * (num_busy - 1) / max(self.num_cores - 1, 1)
+        return (1 - slower) * num_busy / num_jobs
+
+
 @dataclass(frozen=True)
 class Outcome:
     """`busy`: the share of the time in which each kind of resource worked; 1: it is the limit."""
@@ -98,20 +107,30 @@ class Outcome:
     @property
     def limits(self) -> str:
         """The busiest resource, and others that are nearly as busy."""
-        most = max(self.busy.values())
-        return ", ".join(
-            f"{name} {share:.0%}"
-            for name, share in sorted(self.busy.items(), key=lambda item: -item[1])
-            if share > most / 2
-        )
+        found = sorted(self.busy.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {busy:.0%}" for name, busy in found if busy > found[0][1] / 2)
 
 
 # --- the run --------------------------------------------------------------------------------------
 
 
-def simulate(
-    setup: Setup, *, is_first: bool, num_steps: int = 40, num_warm_ups: int = 10
-) -> Outcome:
+def load_images(
+    setup: Setup, share: float, disk: Resource, cores: Resource, generator: random.Random
+) -> Process:
+    """Read and decode the images of this share of a micro-batch."""
+    num_pieces = -(-setup.batch_size // PIECE)
+    num_images = setup.batch_size * share / num_pieces
+    for _ in range(num_pieces):
+        yield disk, num_images * setup.image_bytes
+        yield cores, num_images * setup.decode_s * generator.uniform(0.5, 1.5)
+
+
+def load_features(setup: Setup, share: float, disk: Resource, cores: Resource) -> Process:
+    yield disk, setup.batch_size * share * setup.feature_bytes
+    yield cores, setup.batch_size * share * setup.feature_s
+
+
+def simulate(setup: Setup, *, is_first: bool) -> Outcome:
     """A first epoch, in which every image is encoded once, or a later one."""
     world = World()
     generator = random.Random(0)
@@ -124,27 +143,12 @@ def simulate(
     if not setup.on_cores:
         kinds["GPU"] = []
 
-    def cores_speed(num: int) -> float:
-        busy = min(num, setup.num_cores)
-        slower = (1 - setup.busy_speed) * (busy - 1) / max(setup.num_cores - 1, 1)
-        return (1 - slower) * busy / num
-
     def process(disk: Resource, cores: Resource, compute: Resource) -> Process:
         nonlocal num_arrived
-
-        def load_images() -> Process:
-            pieces = -(-setup.batch_size // PIECE)
-            num_images = setup.batch_size * fresh / pieces
-            for _ in range(pieces):
-                yield disk, num_images * setup.image_bytes
-                yield cores, num_images * setup.decode_s * generator.uniform(0.5, 1.5)
-
-        def load_features() -> Process:
-            yield disk, setup.batch_size * from_disk * setup.feature_bytes
-            yield cores, setup.batch_size * from_disk * setup.feature_s
-
-        images = Loaded(world, load_images, setup.num_loaders, setup.images_ahead)
-        features = Loaded(world, load_features, setup.num_readers, setup.features_ahead)
+        load = partial(load_images, setup, fresh, disk, cores, generator)
+        images = Loaded(world, load, setup.num_loaders, setup.images_ahead)
+        read = partial(load_features, setup, from_disk, disk, cores)
+        features = Loaded(world, read, setup.num_readers, setup.features_ahead)
         while True:
             for _ in range(setup.micro_batches):
                 if fresh:
@@ -160,14 +164,14 @@ def simulate(
                 yield arrived
             else:  # the last one
                 marks.append((world.now_s, [r.worked for r in world.resources]))
-                world.is_over = len(marks) > num_warm_ups + num_steps
+                world.is_over = len(marks) > NUM_WARM_UPS + NUM_STEPS
                 arrived.fire()
             yield network, setup.exchange_s
             yield compute, setup.update_s
 
     for _ in range(setup.num_machines):
         disk = world.resource(lambda num: setup.disk_bytes_per_s / num)
-        cores = world.resource(cores_speed)
+        cores = world.resource(setup.core_speed)
         kinds["disk"].append((disk, setup.disk_bytes_per_s))
         kinds["processors"].append((cores, setup.num_cores * setup.busy_speed))
         for _ in range(setup.num_processes):
@@ -176,15 +180,15 @@ def simulate(
                 kinds["GPU"].append((compute, 1.0))
             world.ready.append(process(disk, cores, compute))
     world.run()
-    (begin_s, before), (end_s, after) = marks[num_warm_ups], marks[-1]
+    (begin_s, before), (end_s, after) = marks[NUM_WARM_UPS], marks[-1]
     worked = {r: b - a for r, a, b in zip(world.resources, before, after)}
     seconds = end_s - begin_s
     busy = {
         kind: sum(worked[r] / (speed * seconds) for r, speed in members) / len(members)
         for kind, members in kinds.items()
     }
-    busy["exchange"] = setup.exchange_s * num_steps / seconds
-    captions = setup.size * setup.micro_batches * setup.batch_size * num_steps
+    busy["exchange"] = setup.exchange_s * NUM_STEPS / seconds
+    captions = setup.size * setup.micro_batches * setup.batch_size * NUM_STEPS
     return Outcome(captions / seconds, busy)
 
 
@@ -207,17 +211,17 @@ def plans(setup: Setup, *, is_one: bool) -> str:
         for kept, changes in ({"as given": {}} if is_one else PLANS).items():
             one = dataclasses.replace(setup, num_machines=1, num_processes=1, **changes)
             many = dataclasses.replace(one, num_machines=num_machines, num_processes=num_processes)
-            row = [f"{num_machines} x {num_processes}, {kept}"]
+            rows.append([f"{num_machines} x {num_processes}, {kept}"])
             for is_first in (True, False):
-                ones = simulate(one, is_first=is_first)
-                row += shown(simulate(many, is_first=is_first), ones, many.size)
-            rows.append(row)
+                rows[-1] += shown(many, one, is_first=is_first)
     return table(rows)
 
 
-def shown(many: Outcome, one: Outcome, size: int) -> list[str]:
-    efficiency = many.images_per_s / (size * one.images_per_s)
-    return [f"{many.images_per_s:,.0f}", f"{efficiency:.2f}", many.limits]
+def shown(many: Setup, one: Setup, *, is_first: bool) -> list[str]:
+    outcome = simulate(many, is_first=is_first)
+    alone = simulate(one, is_first=is_first)
+    efficiency = outcome.images_per_s / (many.size * alone.images_per_s)
+    return [f"{outcome.images_per_s:,.0f}", f"{efficiency:.2f}", outcome.limits]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     values = {field.name: getattr(arguments, field.name) for field in numbers}
     given = {name: value for name, value in values.items() if value is not None}
-    print(plans(dataclasses.replace(Setup(), **given), is_one={"num_processes"} <= given.keys()))
+    print(plans(dataclasses.replace(Setup(), **given), is_one="num_processes" in given))
 
 
 if __name__ == "__main__":
