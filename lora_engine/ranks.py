@@ -14,7 +14,6 @@ lowest rank that is left takes over: it writes the last checkpoint and reports.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -27,11 +26,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractContextManager,
-    ExitStack,
     contextmanager,
     nullcontext,
-    redirect_stderr,
-    redirect_stdout,
     suppress,
 )
 from datetime import timedelta
@@ -47,7 +43,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, which --help does not wait f
 logger = logging.getLogger(__name__)
 
 JOIN_S = 300.0  # until all processes have started
-HUNG_S = 10.0  # without a beat
+HUNG_S = 8.0  # without a beat
 _BEAT_S = 1.0
 _POLL_S = 0.5
 _GPU_POLL_S = 5e-5
@@ -90,7 +86,7 @@ class Ranks(Protocol):
         """A sum over `num_parts` tensors, shared out over the processes as by `share`."""
 
     def machine_first(self) -> AbstractContextManager[None]:
-        """This machine's first process executes the body before its others do."""
+        """This machine's first process executes the context before its others do."""
 
     def check(self) -> None:
         """Raises TrainingStopped or Interrupted if another process has failed or is gone."""
@@ -222,25 +218,43 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     print nothing. Raises ValueError if the processes do not come together.
     """
     place = _place(environ)
+    if "TORCHELASTIC_RUN_ID" in environ:
+        _end_with_launcher(os.getppid())
     if place is None:
         yield OneProcess(int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         return
-    with ExitStack() as silence:
-        if place.rank:
-            null = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(redirect_stdout(null))
-            silence.enter_context(redirect_stderr(null))
-        ranks = ManyProcesses(place, silence)
-        try:
-            yield ranks
-        except BaseException as error:
-            ranks.leave(error)
-            if isinstance(error, _REPORTED):
-                silence.pop_all()  # it stays silent: the main process reports the error
-            raise
-        ranks.leave()
+    streams = _Muted(sys.stdout), _Muted(sys.stderr)
+    if place.rank:
+        sys.stdout, sys.stderr = streams
+    ranks = ManyProcesses(place, streams)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.leave(error)
+        if not isinstance(error, _REPORTED):  # it has a traceback, which only this process knows
+            sys.stderr = streams[1].stream
+        raise
+    ranks.leave()
 
 
+class _Muted:
+    """A stream that drops what is written to it, until it `is_open`."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.is_open = False
+
+    def write(self, text: str) -> int:
+        return self.stream.write(text) if self.is_open else len(text)
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+# What `cli.reported_errors` turns into a message.
 _REPORTED = (
     ValueError, OSError, TrainingStopped, LoadingStopped, Interrupted, SystemExit, KeyboardInterrupt
 )
@@ -314,18 +328,19 @@ class ManyProcesses:
     reads the others' status twice a second.
     """
 
-    def __init__(self, place: _Place, silence: ExitStack) -> None:
+    def __init__(self, place: _Place, streams: Sequence[_Muted]) -> None:
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
         self.num_restarts = place.num_restarts
         self._main = 0
-        self._silence = silence
+        self._streams = streams
+        self._launcher = os.getppid()
         self._num_turns = 0
         self._found: BaseException | None = None  # what `check` has raised
+        self._has_store = True
         self._lock = threading.Lock()  # guards _status
         self._status = _Status(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
         self._end = threading.Event()
-        _end_with_parent()
         self._launcher_store: Any = _connect(place)
         self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
         self._post()
@@ -472,7 +487,8 @@ class ManyProcesses:
         """The lowest rank that is left writes and reports from now on."""
         self._main = min(set(range(self.size)) - lost.keys())
         if self.is_main:
-            self._silence.close()
+            for stream in self._streams:
+                stream.is_open = True
 
     def _is_near(self, status: _Status) -> bool:
         return status.host == self._status.host
@@ -490,11 +506,21 @@ class ManyProcesses:
         self._post(warnings=(*self._status.warnings, text)[-_MAX_WARNINGS:])
 
     def _post(self, **changes: Any) -> None:
-        """Change this process' status; a store that is gone means that the launcher has ended."""
+        """Change this process' status."""
         with self._lock:
             self._status = self._status._replace(**changes)
-            with suppress(RuntimeError):
-                self._store.set(f"status/{self.rank}", json.dumps(self._status._asdict()))
+            text = json.dumps(self._status._asdict())
+            self._with_store(lambda store: store.set(f"status/{self.rank}", text))
+
+    def _with_store(self, operation: Callable[[Any], Any]) -> Any:
+        """Use the store, unless it is gone with the launcher (SIGTERM tells this process)."""
+        if not self._has_store or os.getppid() != self._launcher:
+            return None
+        try:
+            return operation(self._store)
+        except RuntimeError:
+            self._has_store = False  # torch would print a stack trace for each operation
+            return None
 
     def _keep_posting(self) -> None:
         while not self._end.wait(_BEAT_S):
@@ -504,10 +530,10 @@ class ManyProcesses:
 
     def _read_all(self) -> list[_Status]:
         keys = [f"status/{rank}" for rank in range(self.size)]
-        try:
-            return [_Status(**json.loads(text)) for text in self._store.multi_get(keys)]
-        except RuntimeError:  # the launcher has ended; SIGTERM tells the processes
+        texts = self._with_store(lambda store: store.multi_get(keys))
+        if texts is None:  # nothing is known of the others: a beat that is always new
             return [status._replace(beat=-time.monotonic_ns()) for status in self._others]
+        return [_Status(**json.loads(text)) for text in texts]
 
     # --- begin and end ---------------------------------------------------------------------------
 
@@ -551,7 +577,8 @@ class ManyProcesses:
             )
         if self.is_main:
             self._warnings.show(self._read_all())
-            if isinstance(error, SystemExit):  # SIGTERM, also from torchrun when one is gone
+            if isinstance(error, SystemExit) and error.code not in (None, 0, 1, 2):
+                # SIGTERM, which torchrun sends when another process is gone.
                 self._checked_s = 0.0
                 try:
                     self.check()
@@ -587,9 +614,8 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if self.ranks.is_main:
-            self.shown.add(text)
-        else:
+        self.shown.add(text)
+        if not self.ranks.is_main:
             self.ranks.warn(text)
 
     def show(self, statuses: Sequence[_Status]) -> None:
@@ -654,11 +680,17 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _end_with_parent() -> None:
-    """Receive SIGTERM when the launcher ends, however it ends (Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+def _end_with_launcher(launcher: int) -> None:
+    """Send this process SIGTERM when its launcher, the process `launcher`, ends without doing so.
+
+    (Linux can send a signal then, but it sends one for each thread of the launcher.)
+    """
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_BEAT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _connect(place: _Place) -> Any:

@@ -311,6 +311,8 @@ class Run:
         is_saved = self.checkpoints.has(self.step, is_validated=is_validated)
         if is_saved or not self.has_begun or not self._is_consistent:
             return
+        if not together and not self.folder.is_writer:
+            return
         if together:
             self._compare_processes()
         self.checkpoints.write(
@@ -346,11 +348,15 @@ class Run:
         """Become the process that writes, if the one that was has gone."""
         if not self.ranks.is_main or self.folder.is_writer:
             return
-        try:
-            self.folder.take_over()
-            self.metrics.take_over()
-        except (OSError, ValueError) as error:  # another machine, or it is not gone
-            logger.warning(f"no checkpoint of step {self.step}: {error}")
+        for is_last in [False] * 30 + [True]:
+            try:
+                self.folder.take_over()
+                self.metrics.take_over()
+                return
+            except (OSError, ValueError) as error:  # it is ending, or is on another machine
+                if is_last:
+                    logger.warning(f"no checkpoint of step {self.step}: {error}")
+            time.sleep(0.1)
 
     def _state(self) -> dict[str, Any]:
         return {
