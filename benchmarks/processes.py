@@ -160,16 +160,22 @@ def _timed_sum(make: Callable, times_s: list[float]) -> Callable:
 
 @contextmanager
 def slow_disk(
-    *, lock: str = "", image_bytes_per_s: float = 0.0, feature_bytes_per_s: float = 0.0
+    *, queue: str = "", image_bytes_per_s: float = 0.0, feature_bytes_per_s: float = 0.0
 ) -> Iterator[None]:
     """Within the context, reads take as long as from a disk of this speed; 0: as they are.
 
-    The processes that name the same `lock` file share the disk: it does one read at a time.
+    The processes that name the same `queue` file share the disk. It does one read at a time, in the
+    order of their arrival; the file says until when it is occupied.
     """
     def occupy(seconds: float) -> None:
-        with open(lock, "w") as file:
+        with open(queue, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            time.sleep(seconds)
+            file.seek(0)
+            until_s = float(file.read() or 0)
+            end_s = max(until_s, time.monotonic()) + seconds
+            file.truncate(0)
+            file.write(str(end_s).encode())
+        time.sleep(max(end_s - time.monotonic(), 0.0))
 
     def slow_image(read: Callable) -> Callable:
         def slow(self: ImageTable, image: int) -> bytes:

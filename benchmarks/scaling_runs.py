@@ -114,7 +114,7 @@ def slow_disk_speed(parts: dict[str, float]) -> float:
 
 def run(folder: Path, data: Path, phase: str, number: int, disk_bytes_per_s: float) -> float:
     """Images/s of a run, in its steps from the third on."""
-    throttle = {"lock": str(data / "lock"), "feature_bytes_per_s": disk_bytes_per_s}
+    throttle = {"queue": str(data / "queue"), "feature_bytes_per_s": disk_bytes_per_s}
     with tempfile.TemporaryDirectory() as empty:
         is_first = phase == PHASES[0]
         ranks = in_processes(
