@@ -7,14 +7,17 @@ The loss is that of the demo's captioner on validation scenes, in fp32 except fo
 which go through each format. It is measured with the plain captions that the captioner was trained
 on, and with CC3M-like captions after NUM_EPOCHS epochs of LoRA on those. Sizes and speeds are those
 of the full-size encoder: packing its features into rows, unpacking a batch for the decoder, reading
-rows from the disk with an empty page cache, and encoding the images again.
+rows from the disk with an empty page cache, and encoding the images again. The last table is the
+time that a trainer waits for kept rows: they are read ahead while it is busy, for STEP_S per batch.
 """
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, get_args
 
 import numpy as np
@@ -34,20 +37,26 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import Ours
 from benchmarks.rows import Rows
+from lora_engine.data.batches import PixelBatch
+from lora_engine.data.image_table import ImageTable
 from lora_engine.data.pixels import to_pixels
+from lora_engine.data.seen_images import ImageList
 from lora_engine.demo import captioner_folder
 from lora_engine.demo.pretrain import batch_of
 from lora_engine.demo.scenes import Scene, cc3m_caption, draw, plain_caption, scenes
 from lora_engine.devices import autocast
-from lora_engine.features.encoder import encode_pixels
+from lora_engine.features.cache import FeatureCache
+from lora_engine.features.encoder import FeatureEncoder, encode_pixels
 from lora_engine.features.format import CacheDtype, FeatureFormat
-from lora_engine.features.store import read_rate
+from lora_engine.features.source import FeatureSource
+from lora_engine.features.store import FeatureStore, read_rate
 from lora_engine.lora.injection import cast_frozen
-from lora_engine.models.pretrained import load_captioner, load_model
+from lora_engine.models.pretrained import Captioner, load_captioner, load_model
 from lora_engine.training.validation import validation_loss
 
 FORMATS: tuple[CacheDtype, ...] = get_args(CacheDtype)
 NUM_SCENES, NUM_EPOCHS, TRAINING_BATCH, LEARNING_RATE = 512, 8, 32, 1e-3
+NUM_KEPT_BATCHES, STEP_S = 24, 0.1  # about a GPU's time for 64 captions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     losses = measure_losses(
         arguments.model, arguments.device, num_scenes=16 if arguments.quick else NUM_SCENES
     )
-    num_bytes, speeds = measure_speeds(arguments)
+    num_bytes, speeds, waits = measure_speeds(arguments)
     rows = [["", *(f"loss, {captions}, nats" for captions in losses), "kB per image"]]
     for name in FORMATS:
         row: list[str] = [name]
@@ -71,12 +80,17 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([*row, f"{num_bytes[name] / 1e3:.0f}"])
     rates = [["images/s", "median", "min", "max"]]
     rates += [cells(name, figures, ".1f") for name, figures in speeds.items()]
+    waiting = [["ms per image", "median", "min", "max"]]
+    waiting += [cells(name, figures, ".2f") for name, figures in waits.items()]
     plain = losses["plain"]
     faster = speeds["read int8"]["median"] / speeds["encode"]["median"]
     finish(
         "features", arguments,
-        {"loss_nats": losses, "bytes_an_image": num_bytes, "images_per_s": speeds},
-        text=f"{table(rows)}\n\n{table(rates)}",
+        {
+            "loss_nats": losses, "bytes_an_image": num_bytes, "images_per_s": speeds,
+            "waiting_ms": waits,
+        },
+        text=f"{table(rows)}\n\n{table(rates)}\n\n{table(waiting)}",
         headline=(
             f"int8 moves the loss by {plain['int8'] - plain['fp32']:+.1e} nats of "
             f"{plain['fp32']:.4f}, bf16 by {plain['bf16'] - plain['fp32']:+.1e}; reading int8 is "
@@ -119,8 +133,11 @@ def measure_losses(
     return {"plain": plain, "CC3M-like": by_format(cc3m_caption)}
 
 
-def measure_speeds(arguments: Any) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-    """Bytes per image by format, and images/s by operation."""
+Figures = dict[str, dict[str, float]]
+
+
+def measure_speeds(arguments: Any) -> tuple[dict[str, int], Figures, Figures]:
+    """Bytes per image by format, images/s by operation, and ms of waiting per image."""
     device, dtype = arguments.device, arguments.dtype
     with checkpoint(arguments.model, small=arguments.quick) as folder:
         case = make_case(folder, arguments, num_rows=arguments.batch_size)
@@ -152,7 +169,65 @@ def measure_speeds(arguments: Any) -> tuple[dict[str, int], dict[str, dict[str, 
     num_read = figures.pop("bytes read")
     for kind, row_bytes in num_bytes.items():
         figures[f"read {kind}"] = [rate / row_bytes for rate in num_read]
-    return num_bytes, {name: spread(values) for name, values in figures.items()}
+    no_tokenizer: Any = None
+    encoder = FeatureEncoder(
+        Captioner(model, no_tokenizer, case.settings, "", "", Path(), None, {}),
+        device=device, dtype=dtype,
+    )
+    waits = measure_waiting(encoder, arguments)
+    return num_bytes, _spreads(figures), _spreads(waits)
+
+
+def _spreads(figures: dict[str, list[float]]) -> Figures:
+    return {name: spread(values) for name, values in figures.items()}
+
+
+def measure_waiting(encoder: FeatureEncoder, arguments: Any) -> dict[str, list[float]]:
+    """ms per image that a trainer waits for batches of kept rows that the page cache lacks."""
+    num_batches = 2 if arguments.quick else NUM_KEPT_BATCHES
+    size, row_bytes = arguments.batch_size, encoder.format.row_bytes
+    num_rows = num_batches * size
+    images = ImageList(ImageTable.of_files(map(str, range(num_rows))))
+    digests = [(1 + number).to_bytes(16, "big") for number in range(num_rows)]
+    for number, digest in enumerate(digests):
+        images.record(number, None, digest)
+    noise = np.frombuffer(os.urandom(row_bytes), dtype=np.uint8)  # as incompressible as features
+
+    def batches() -> Iterator[PixelBatch]:
+        none, pixels = torch.empty(0), torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        order = np.random.default_rng(0).permutation(num_rows).tolist()
+        for begin in range(0, num_rows, size):
+            rows = order[begin : begin + size]
+            yield PixelBatch(none, none, none, 0, rows, rows, [], pixels, [])
+
+    def wait(step_s: float, _: int) -> float:
+        file = os.open(store.folder / "features.bin", os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+        begin_s, busy_s = time.perf_counter(), 0.0
+        for _batch in source.attach(batches(), images):
+            time.sleep(step_s)
+            busy_s += step_s
+        return 1e3 * (time.perf_counter() - begin_s - busy_s) / num_rows
+
+    with TemporaryDirectory(dir=arguments.cache_dir) as folder:
+        cache = FeatureCache(encoder.device)
+        cache.store = store = FeatureStore(
+            Path(folder), {}, row_bytes=row_bytes, limit_bytes=2 * num_rows * row_bytes
+        )
+        with FeatureSource(encoder, cache) as source:
+            for digest in digests:
+                while not store.offer(digest, noise):
+                    time.sleep(0.01)
+            while store.num_rows < num_rows:
+                time.sleep(0.01)
+            return interleave(
+                {
+                    "kept rows, idle trainer": partial(wait, 0.0),
+                    f"kept rows, {1e3 * STEP_S:.0f} ms per step": partial(wait, STEP_S),
+                },
+                num_rounds=arguments.rounds, show=False,
+            )
 
 
 def _draw(axes: Any, speeds: dict[str, dict[str, float]]) -> None:

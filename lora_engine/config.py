@@ -140,15 +140,16 @@ class TrainingConfig:
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     num_workers: Annotated[int | None, Range(ge=0, le=1024)] = None
     """Worker processes that load images; 0 loads them in the training process. Default: half of the
-    processors, at most 8, when training on a GPU; 0 on a CPU."""
+    processors, at most 8, shared by the training processes of a machine; 0 on a CPU."""
     num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
-    """Threads for training on a CPU. Default: PyTorch's choice, usually all processors."""
+    """Threads of each process for training on a CPU. Default: PyTorch's choice, usually all
+    processors; several processes share them."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
     """Where to keep the encoder's features, so that each image is encoded once. auto: in GPU
     memory; on disk if reading is faster than encoding, for later runs too; the rest in memory."""
     cache_dir: str | None = None
-    """Folder for features on disk; it must be on a local disk. Default:
-    $XDG_CACHE_HOME/lora_engine or ~/.cache/lora_engine; none for a user without a home folder."""
+    """Folder for features on disk, best a local one. Default: $XDG_CACHE_HOME/lora_engine or
+    ~/.cache/lora_engine; none for a user without a home folder."""
     cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Number format of stored features. Default: fp32 with --precision fp32, otherwise bf16."""
     cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0

@@ -1,5 +1,6 @@
 """Device and compute dtype: which are used, and how much memory they have."""
 
+import logging
 import os
 import resource
 import sys
@@ -7,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,8 +94,14 @@ def set_threads(asked: int | None, local_size: int) -> None:
 
     torchrun sets OMP_NUM_THREADS to 1 where it is not set; that is not taken for a wish.
     """
-    if asked is None and local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    given = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked is None and local_size > 1 and given == "1":
         asked = max(num_processors() // local_size, 1)
+        if asked > 1:
+            logger.info(
+                f"OMP_NUM_THREADS=1, torchrun's default, is not used: {local_size} processes share "
+                f"{num_processors()} processors, {asked} threads each (--num_threads)"
+            )
     if asked is not None:
         torch.set_num_threads(asked)
 

@@ -48,6 +48,7 @@ _BEAT_S = 1.0
 _POLL_S = 0.5
 _GPU_POLL_S = 5e-5
 _STORE_S = 10.0  # for one operation of the store
+_ORPHAN_S = 3.0  # without the store, until a process no longer waits for others
 _NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses.wait`
 _MAX_WARNINGS = 100
 
@@ -338,8 +339,10 @@ class ManyProcesses:
         self._num_turns = 0
         self._found: BaseException | None = None  # what `check` has raised
         self._has_store = True
+        self._orphan_s = float("inf")  # the time when the store was found to be gone
         self._lock = threading.Lock()  # guards _status
         self._status = _Status(socket.gethostname(), os.getpid(), uuid.uuid4().hex)
+        self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
         self._launcher_store: Any = _connect(place)
         self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
@@ -404,28 +407,42 @@ class ManyProcesses:
 
         return result
 
-    def started(self, operation: Callable[[], Any]) -> Callable[[], None]:
-        """Start an asynchronous operation of torch.distributed -> a function that waits for it."""
+    def started(
+        self, operation: Callable[[], Any], *, on_gpu: bool = False
+    ) -> Callable[[], None]:
+        """Start an asynchronous operation of torch.distributed -> a function that waits for it.
+
+        A GPU is waited for too, although its stream could do that alone: so the step is whole, or
+        nothing of it is queued, when another process is lost.
+        """
         try:
             work = operation()
         except RuntimeError as error:
             self._explain(error)
-        return lambda: self._wait(work)
+        return lambda: self._wait(work, on_gpu)
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: Any, on_gpu: bool) -> None:
         try:
-            while True:
-                try:
-                    work.wait(timedelta(seconds=_POLL_S))
-                    return
-                except RuntimeError:
-                    if work.is_completed():
-                        raise
+            while not self._is_done(work, on_gpu):
                 self.check()
+            if on_gpu:
+                work.wait()
         except RuntimeError as error:
             if error is self._found:
                 raise
             self._explain(error)
+
+    def _is_done(self, work: Any, on_gpu: bool) -> bool:
+        if on_gpu:  # with a timeout, `wait` would abort what is under way
+            time.sleep(_GPU_POLL_S)
+            return work.is_completed()
+        try:
+            work.wait(timedelta(seconds=_POLL_S))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+        return True
 
     def machine_first(self) -> AbstractContextManager[None]:
         return self._in_turn()
@@ -456,6 +473,11 @@ class ManyProcesses:
         if now - self._checked_s < _POLL_S / 2:
             return
         self._checked_s = now
+        if self._is_orphan():
+            self._orphan_s = min(self._orphan_s, now)
+            if now - self._orphan_s > _ORPHAN_S:  # they have left: nobody can say so any more
+                self._raise(Interrupted(signal.SIGTERM))
+            return
         before, self._others = self._others, self._read_all()
         lost = {}
         for rank, status in enumerate(self._others):
@@ -478,6 +500,11 @@ class ManyProcesses:
             self._raise(TrainingStopped(
                 "; ".join(f"{self.name(rank)} {what}" for rank, what in lost.items())
             ))
+
+    def _is_orphan(self) -> bool:
+        """Whether the store is gone, because the launcher has been killed."""
+        is_gone = os.getppid() != self._launcher and self._is_near(self._others[0])
+        return is_gone or not self._has_store
 
     def _raise(self, error: BaseException) -> NoReturn:
         self._found = error
@@ -513,8 +540,8 @@ class ManyProcesses:
             self._with_store(lambda store: store.set(f"status/{self.rank}", text))
 
     def _with_store(self, operation: Callable[[Any], Any]) -> Any:
-        """Use the store, unless it is gone with the launcher (SIGTERM tells this process)."""
-        if not self._has_store or os.getppid() != self._launcher:
+        """Use the store, unless it is gone; `_end_with_launcher` then ends this process."""
+        if self._is_orphan():
             return None
         try:
             return operation(self._store)
@@ -531,8 +558,8 @@ class ManyProcesses:
     def _read_all(self) -> list[_Status]:
         keys = [f"status/{rank}" for rank in range(self.size)]
         texts = self._with_store(lambda store: store.multi_get(keys))
-        if texts is None:  # nothing is known of the others: a beat that is always new
-            return [status._replace(beat=-time.monotonic_ns()) for status in self._others]
+        if texts is None:
+            return self._others
         return [_Status(**json.loads(text)) for text in texts]
 
     # --- begin and end ---------------------------------------------------------------------------
@@ -601,7 +628,8 @@ class ManyProcesses:
             pass
         main = self._others[self._main]
         is_gone = self._is_near(main) and not _exists(main.pid)
-        return main.has_left or is_gone or time.monotonic() - self._seen_s[self._main] > HUNG_S
+        begin_s = min(self._seen_s[self._main], self._orphan_s)
+        return main.has_left or is_gone or time.monotonic() - begin_s > 2 * HUNG_S
 
 
 class _Warnings(logging.Handler):
@@ -652,14 +680,17 @@ class _ExchangedSum:
         size, num_each = self.ranks.size, len(self.parts)
         mine = self.parts.view(num_each, size, -1).transpose(0, 1).contiguous()
         received = torch.empty_like(mine)  # (ranks, parts of each, width of a slice)
+        on_gpu = mine.is_cuda
         self.ranks.started(lambda: dist.all_to_all_single(
             received.view(-1), mine.view(-1), async_op=True
-        ))()
+        ), on_gpu=on_gpu)()
         total, *rest = received.view(size * num_each, -1)
         for part in rest:
             total += part
         gathered = torch.empty(size, len(total), dtype=total.dtype, device=total.device)
-        self.ranks.started(lambda: dist.all_gather(list(gathered), total, async_op=True))()
+        self.ranks.started(
+            lambda: dist.all_gather(list(gathered), total, async_op=True), on_gpu=on_gpu
+        )()
         self.buffer.copy_(gathered.view(-1)[: self.buffer.numel()])
 
 

@@ -3,6 +3,7 @@
 All tests share the folders: copy one before changing it.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -15,7 +16,10 @@ from command_lines import plain
 from pictures import write_pictures
 
 from lora_engine import cli
+from lora_engine.features import placement, sizing
+from lora_engine.features.store import read_rate
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.stopping import SIGNALS
 from lora_engine.training import run as run_module
 from lora_engine.training import run_data, validation_captions
@@ -30,6 +34,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network, not even 
 @pytest.fixture(scope="session", autouse=True)
 def _features_are_kept_for_these_tests_only(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """A folder that has no other test's folder beside it: images are looked for there, too."""
+    folder = tmp_path / "test"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +90,27 @@ def _signals_arrive():
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_validation_captions():
-    """Captions of random models never end: with 8 tokens in place of 30 a run takes half the time.
+    """Captions of random models never end: with 4 tokens in place of 30 a run takes half the time.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation_captions, "MAX_NEW_TOKENS", 8)
+        patch.setattr(validation_captions, "MAX_NEW_TOKENS", 4)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_measurements():
+    """What a run measures of disk and processor before it begins took a third of a run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "read_rate", functools.partial(read_rate, num_bytes=2**20))
+        patch.setattr(sizing, "_BATCH_SIZES", (2, 3))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """No test cuts the power: what a killed process has written is there without fsync, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -90,6 +119,24 @@ def _few_validation_images():
     """Tests validate on a handful of images, without a warning about it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_data, "FEW_IMAGES", 0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_picture():
+    """Drawing the loss curve takes longer than a short run: a file stands in for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run_module, "draw_loss_curve", lambda metrics, path: path.write_bytes(b"a picture")
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def loss_curve():
+    """For modules that look at the picture that a run draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "draw_loss_curve", draw_loss_curve)
         yield
 
 
@@ -112,7 +159,6 @@ def command(monkeypatch, capsys, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
     def run(main, *args):
         monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])

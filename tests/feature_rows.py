@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_engine.features import store as store_module
-from lora_engine.features.store import FeatureStore
+from lora_engine.features.store import FeatureStore, _Queued
 
 ROW_BYTES = 5000  # not a multiple of a page, so that rows share pages
 
@@ -34,11 +34,11 @@ def row_of(number: int) -> np.ndarray:
 
 
 def open_store(
-    cache_dir: Path, *, encoder: str = "a", limit_bytes: int = 10**9
+    cache_dir: Path, *, encoder: str = "a", limit_bytes: int = 10**9, **settings
 ) -> closing[FeatureStore]:
     """A context that opens a store and closes it at the end."""
     return closing(FeatureStore(
-        cache_dir, {"encoder": encoder}, row_bytes=ROW_BYTES, limit_bytes=limit_bytes
+        cache_dir, {"encoder": encoder}, row_bytes=ROW_BYTES, limit_bytes=limit_bytes, **settings
     ))
 
 
@@ -54,14 +54,20 @@ def write(store: FeatureStore, numbers: Iterable[int]) -> None:
     numbers = list(numbers)
     for number in numbers:
         assert store.offer(digest_of(number), row_of(number))
-    wait_until(lambda: all(store.pending(digest_of(number)) is None for number in numbers))
+    wait_until(lambda: not any(is_queued(store, number) for number in numbers))
+
+
+def is_queued(store: FeatureStore, number: int) -> bool:
+    with store._changed:
+        return digest_of(number) in store._queue
 
 
 def offer_at_once(store: FeatureStore, numbers: Iterable[int]) -> None:
     """Offer rows so that the writer gets all of them together."""
     with store._changed:
-        store._queue.update({digest_of(number): row_of(number) for number in numbers})
-        store._changed.notify()
+        queued = {digest_of(number): _Queued(row_of(number), None) for number in numbers}
+        store._queue.update(queued)
+        store._changed.notify_all()
 
 
 def row_number(store: FeatureStore, number: int) -> int:

@@ -146,7 +146,7 @@ def test_a_short_run_that_diverges_mentions_no_adapter_that_does_not_exist(
 
 
 @pytest.mark.parametrize("environ, words", [
-    ({"WORLD_SIZE": "4"}, ["WORLD_SIZE is '4', but RANK, LOCAL_RANK,", "torchrun --nproc_per_node 4"]),
+    ({"WORLD_SIZE": "4"}, ["WORLD_SIZE is '4', but RANK, LOCAL_RANK,", "--nproc_per_node 4"]),
     ({"WORLD_SIZE": "many"}, ["WORLD_SIZE is 'many'"]),
     ({"WORLD_SIZE": "0", "RANK": "0"}, ["WORLD_SIZE is '0'"]),
     ({"WORLD_SIZE": "2", **TORCHRUN, "LOCAL_RANK": "x"}, ["LOCAL_RANK is 'x'; expected a number"]),

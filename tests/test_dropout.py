@@ -59,7 +59,9 @@ def test_compiled_the_mask_is_the_same():
     torch.manual_seed(2)
     expected = halves(x)
     torch.manual_seed(2)
-    for ours, theirs in zip(torch.compile(halves, fullgraph=True)(x), expected):
+    # Code that "inductor" generates is run with dropout in test_training.py.
+    compiled = torch.compile(halves, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(x), expected):
         torch.testing.assert_close(ours, theirs)
     assert not torch.equal(expected[0] != 0, expected[1] != 0)
 

@@ -16,6 +16,7 @@ from feature_rows import (
     ROW_BYTES,
     digest_of,
     found,
+    is_queued,
     offer_at_once,
     open_store,
     row_number,
@@ -71,36 +72,65 @@ def test_closing_writes_the_queue_for_the_next_store(tmp_path):
 
 def test_a_queued_row_can_be_read(tmp_path, stuck_disk):
     with open_store(tmp_path) as store:
-        row = row_of(1)
-        assert store.offer(digest_of(1), row)
-        assert store.pending(digest_of(1)) is row
-        assert store.pending(digest_of(2)) is None
-        assert found(store, [1]) == []
+        assert store.offer(digest_of(1), row_of(1))
+        assert is_queued(store, 1) and found(store, [1, 2]) == [1] and store.num_rows == 0
         stuck_disk.released.set()
-        wait_until(lambda: store.pending(digest_of(1)) is None)
-        assert found(store, [1]) == [1]
+        wait_until(lambda: not is_queued(store, 1))
+        assert found(store, [1]) == [1] and store.num_rows == 1
 
 
-def test_a_full_queue_drops_rows_and_accepts_them_later(tmp_path, stuck_disk, monkeypatch):
-    monkeypatch.setattr(store_module, "QUEUE_BYTES", 3 * ROW_BYTES)
+def test_a_row_on_its_way_from_the_gpu_is_waited_for(tmp_path):
+    row, events = np.zeros(ROW_BYTES, dtype=np.uint8), []
+
+    def arrive():
+        events.append(threading.current_thread().name)
+        row[:] = row_of(1)
+
     with open_store(tmp_path) as store:
-        assert [store.offer(digest_of(n), row_of(n)) for n in (0, 1, 1, 0, 2)] == [True] * 5
-        assert not store.offer(digest_of(3), row_of(3))
-        assert store.offer(digest_of(2), row_of(2))  # already in the queue
-        stuck_disk.released.set()
-        wait_until(lambda: store.pending(digest_of(2)) is None)
-        write(store, [3])
-        assert found(store, range(5)) == [0, 1, 2, 3]
+        assert store.offer(digest_of(1), row, arrive)
+        wait_until(lambda: not is_queued(store, 1))
+        assert events == ["features"] and found(store, [1]) == [1]
 
 
-def test_a_queue_smaller_than_a_row_accepts_one(tmp_path, stuck_disk, monkeypatch):
-    monkeypatch.setattr(store_module, "QUEUE_BYTES", 1)
+@pytest.mark.parametrize("queue_rows", [3, 0.1])
+def test_a_full_queue_makes_the_producer_wait_and_drops_nothing(
+    tmp_path, stuck_disk, monkeypatch, caplog, queue_rows
+):
+    monkeypatch.setattr(store_module, "QUEUE_BYTES", int(queue_rows * ROW_BYTES))
     monkeypatch.setattr(store_module, "WRITE_BYTES", 1)
-    with open_store(tmp_path) as store:
-        assert store.offer(digest_of(0), row_of(0))
-        assert not store.offer(digest_of(1), row_of(1))
+    monkeypatch.setattr(store_module, "_LONG_WAIT_S", 0.01)
+    caplog.set_level("INFO")
+    num_checks = 0
+
+    def check():
+        nonlocal num_checks
+        num_checks += 1
         stuck_disk.released.set()
-        wait_until(lambda: store.num_rows == 1)
+
+    ranks = SimpleNamespace(local_size=1, local_rank=0, check=check)
+    with open_store(tmp_path, ranks=ranks) as store:
+        monkeypatch.setattr(
+            store._changed, "wait", lambda _, wait=store._changed.wait: wait(0.01)
+        )
+        for number in range(20):
+            assert store.offer(digest_of(number), row_of(number))
+            assert store.offer(digest_of(number), row_of(number))  # already in the queue
+            assert len(store._queue) <= max(queue_rows, 1)
+    assert num_checks > 0
+    assert len(caplog.messages) == 1 and "slower than encoding" in caplog.text
+    with open_store(tmp_path) as store:
+        assert found(store, range(25)) == list(range(20))
+
+
+def test_a_producer_that_waits_goes_on_when_writing_stops(tmp_path, stuck_disk, monkeypatch):
+    monkeypatch.setattr(store_module, "QUEUE_BYTES", 1)
+    with open_store(tmp_path) as store:
+        assert store.offer(digest_of(0), row_of(0)) and stuck_disk.reached.wait(20)
+        stopping = threading.Timer(0.05, store._stop, ["no more"])
+        stopping.start()
+        assert not store.offer(digest_of(1), row_of(1))
+        stopping.join()
+        stuck_disk.released.set()
 
 
 def test_closing_does_not_wait_for_a_stuck_disk(tmp_path, stuck_disk):
@@ -109,7 +139,7 @@ def test_closing_does_not_wait_for_a_stuck_disk(tmp_path, stuck_disk):
         assert stuck_disk.reached.wait(20)
         store.close(timeout_s=0.01)
         assert "writing the last rows took more than 0.01 s" in store.stopped_because
-        assert store._thread.is_alive() and store.pending(digest_of(0)) is None
+        assert store._thread.is_alive() and not is_queued(store, 0)
         stuck_disk.released.set()
     assert not store._thread.is_alive()
 
@@ -138,7 +168,7 @@ def test_a_row_is_found_when_it_is_written_and_not_before(tmp_path, monkeypatch)
     with open_store(tmp_path) as store:
         monkeypatch.setattr(os, "pwrite", look)
         offer_at_once(store, [0, 1, 2])
-        wait_until(lambda: store.pending(digest_of(0)) is None)
+        wait_until(lambda: not is_queued(store, 0))
         assert seen == [[3]]
         assert found(store, range(4)) == [0, 1, 2, 3]
 
@@ -196,7 +226,7 @@ def test_an_unused_row_number_is_used_for_the_next_row(tmp_path, monkeypatch):
     with open_store(tmp_path) as store:
         monkeypatch.setattr(os, "fdatasync", be_overtaken)
         offer_at_once(store, [1, 2])
-        wait_until(lambda: store.pending(digest_of(2)) is None)
+        wait_until(lambda: not is_queued(store, 2))
         assert sorted(row_number(store, n) for n in (1, 2)) == [2, 3]
         write(store, [3])
         write(store, [4])
@@ -313,7 +343,7 @@ def test_the_limit_counts_all_keys(tmp_path):
         assert "has reached its limit of 0.0 GB" in store.stopped_because
         assert not store.offer(digest_of(20), row_of(20))
         assert found(store, range(20)) == [0, 1, 2, 3]
-        assert store.pending(digest_of(9)) is None
+        assert not is_queued(store, 9)
     with open_store(tmp_path, limit_bytes=7 * ROW_BYTES) as store:  # 10 rows are there already
         offer_at_once(store, range(4, 20))
         wait_until(lambda: store.stopped_because is not None)
@@ -416,9 +446,8 @@ def test_rows_of_a_truncated_file_are_not_found_and_can_be_written_again(tmp_pat
 def test_a_row_is_verified_even_if_the_file_is_truncated_during_the_read(tmp_path, monkeypatch):
     with open_store(tmp_path) as store:
         write(store, range(3))
-        rows_in_file = store._rows_in_file()
         os.truncate(store.folder / "features.bin", 2 * ROW_BYTES)
-        monkeypatch.setattr(store, "_rows_in_file", lambda: rows_in_file)
+        monkeypatch.setattr(store, "_is_in_file", lambda number: True)
         content = np.zeros(ROW_BYTES, dtype=np.uint8)
         assert [store.read(digest_of(n), content) for n in range(3)] == [True, True, False]
 

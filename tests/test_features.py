@@ -1,22 +1,16 @@
-"""Kept features equal those that the encoder computes now, whatever happens to files and disks.
-
-    python test_features.py STEP CONFIG_JSON STEP CONFIG_JSON ...
-
-trains with each configuration in a separate process, all at the same time. Before its STEP, unless
-that is 0, a process kills itself as `kill -9` would. Prints the exit statuses.
-"""
+"""Kept features equal those that the encoder computes now, whatever happens to files and disks."""
 
 import errno
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -57,7 +51,6 @@ from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import LoadingStopped, StopSignal
 from lora_engine.training import run as run_module
 from lora_engine.training import setup as run_setup
-from lora_engine.training import validation_captions
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
 from lora_engine.training.run_data import captioned_images
@@ -729,11 +722,12 @@ def test_a_cut_file_that_has_grown_again_gives_no_zeros(captioner, tmp_path, ima
 def test_a_lost_row_of_a_changed_file_stops_loading(captioner, tmp_path, images):
     fill_epoch(captioner, tmp_path / "cache", images)
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        write_image(Path(images[1]), 21)
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])} has changed since"):
+        write_image(Path(images[3]), 21)
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])} has changed since"):
             list(batches)
 
 
@@ -741,12 +735,13 @@ def test_an_image_without_features_that_cannot_be_read_stops_loading(captioner, 
     fill_epoch(captioner, tmp_path / "cache", images)
     reason = "its features are no longer in the cache, and it cannot be read: no such file"
     with open_source(captioner, tmp_path / "cache") as source:
+        source.group_size = 1
         batches = Loader(source, captioner, images, num_workers=2).batches(size=1)
-        next(batches)  # by now the workers have all their requests
+        next(batches)  # by now the workers have all their requests, and rows 0 and 1 are read
         os.truncate(source.cache.store.folder / "features.bin", 0)
-        Path(images[1]).unlink()
+        Path(images[3]).unlink()
         # Keep no reference to the error: DataLoader's workers would live as long as it does.
-        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[1])}: {reason}$"):
+        with pytest.raises(LoadingStopped, match=f"^{re.escape(images[3])}: {reason}$"):
             list(batches)
 
 
@@ -1082,10 +1077,10 @@ def test_an_image_that_changes_stops_a_run_which_resumes_once_it_is_restored(
     """It changes in the first epoch, and is needed again in the second, after step 5."""
     accumulate, path = Trainer.accumulate, data / "7.bmp"
 
-    def change_and_accumulate(trainer, batches, step):
+    def change_and_accumulate(trainer, batches, step, **settings):
         if step == 4:
             write_image(path, 100)
-        return accumulate(trainer, batches, step)
+        return accumulate(trainer, batches, step, **settings)
 
     config = few_steps(
         blip_folder, data, tmp_path / "constant", tmp_path / "cache", num_samples=0, cache=cache
@@ -1224,19 +1219,18 @@ def elsewhere(uncached, tmp_path_factory) -> Path:
     """The results of three concurrent processes: two that share a cache, and one that is killed."""
     folder = tmp_path_factory.mktemp("elsewhere")
     config, _ = uncached
-    arguments = []
+    context, children = multiprocessing.get_context("fork"), []
     for name, cache, kill_before in (("one", "ab", 0), ("other", "ab", 0), ("killed", "c", 2)):
         changes = {"output_path": str(folder / name), "cache_dir": str(folder / cache)}
         config = replace(config, cache="disk", **changes)
         if kill_before:  # so that the first group does not contain all images
             config = replace(config, batch_size=1)
-        arguments += [str(kill_before), json.dumps(config.as_dict())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE,
-        timeout=120, check=True,
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0, -signal.SIGKILL]
+        children.append(context.Process(target=_train, args=(config, kill_before)))
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0, -signal.SIGKILL]
     return folder
 
 
@@ -1267,23 +1261,8 @@ def test_a_killed_run_leaves_features_that_the_next_one_uses(uncached, elsewhere
     assert done.num_encoded == alone.num_encoded - num_there
 
 
-def _main(*arguments: str) -> None:
-    torch.set_num_threads(1)
-    validation_captions.MAX_NEW_TOKENS = 8  # as in conftest.py
-    configs = [TrainingConfig(**json.loads(text)) for text in arguments[1::2]]
-    load_captioner(configs[0].model)  # slow imports, once for all
-    children = []
-    for kill_before, config in zip(arguments[::2], configs):
-        child = os.fork()
-        if child == 0:
-            _train(config, int(kill_before))
-            os._exit(0)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]))
-
-
 def _train(config: TrainingConfig, kill_before: int) -> None:
+    """Train in a process of its own, which kills itself before a step, unless that is 0."""
     stores: list[FeatureStore] = []
     accumulate = Trainer.accumulate
 
@@ -1291,18 +1270,14 @@ def _train(config: TrainingConfig, kill_before: int) -> None:
         stores.append(FeatureStore(*args, **kwargs))
         return stores[0]
 
-    def accumulate_or_die(trainer, batches, step):
+    def accumulate_or_die(trainer, batches, step, **settings):
         if step == kill_before:
             wait_until(lambda: not stores[0]._queue)
             os.kill(os.getpid(), signal.SIGKILL)
-        return accumulate(trainer, batches, step)
+        return accumulate(trainer, batches, step, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
         patch.setattr(placement, "FeatureStore", open_and_remember)
         patch.setattr(Trainer, "accumulate", accumulate_or_die)
-        train(replace(config, lora_targets=tuple(config.lora_targets)))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+        train(config)

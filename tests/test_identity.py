@@ -33,17 +33,11 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted
 from lora_engine.training import checkpoint_writer
-from lora_engine.training import run as run_module
 from lora_engine.training.checkpoint import CheckpointError
 from lora_engine.training.loop import train
 from recipes import blip_cc3m
 
 PARTS = ("base", "configuration", "tokenizer", "preprocessor")
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:
@@ -252,9 +246,7 @@ def short_run(model: Path, data: Path, run: Path) -> TrainingConfig:
 def whole(blip_folder, pictures, tmp_path_factory) -> Path:
     """A run of six steps that nothing has stopped."""
     path = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
-        train(short_run(blip_folder, pictures, path))
+    train(short_run(blip_folder, pictures, path))
     return path
 
 
@@ -262,9 +254,7 @@ def whole(blip_folder, pictures, tmp_path_factory) -> Path:
 def stopped(blip_folder, pictures, tmp_path_factory) -> Path:
     """The same run, stopped after two steps."""
     path = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
-        stop(short_run(blip_folder, pictures, path), at_step=2)
+    stop(short_run(blip_folder, pictures, path), at_step=2)
     return path
 
 

@@ -518,8 +518,10 @@ PHASES = {  # a function that runs in this phase, and from which of its calls on
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("phase, number", [
+    *((phase, signal.SIGTERM) for phase in PHASES),
+    *((phase, signal.SIGINT) for phase in ("a step", "the first validation")),
+])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
     unbroken, blip_folder, data, tmp_path, phase, number
 ):

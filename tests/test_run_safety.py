@@ -37,11 +37,6 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
-
-
 def short_run(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
     """Nine steps, validated after every third."""
     return settings(model, data, run, **{
@@ -53,9 +48,7 @@ def short_run(model: Path, data: Path, run: Path, **changes) -> TrainingConfig:
 def stopped_run(blip_folder, data, tmp_path_factory) -> Path:
     """A run stopped after step 8: its best adapter is that of step 6."""
     path = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
-        stopped_after(short_run(blip_folder, data, path), 8)
+    stopped_after(short_run(blip_folder, data, path), 8)
     assert read_adapter(path / "adapter").provenance["step"] == "6"
     return path
 
@@ -325,7 +318,6 @@ def test_a_run_folder_that_goes_away_stops_the_run_with_a_checkpoint(
     with pytest.raises(TrainingStopped, match="run folder was removed or renamed"):
         train(config)
     monkeypatch.undo()
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     newest = checkpoint_paths(path / "checkpoints")[-1]
     assert read_checkpoint(newest).step == 4
     train(go_on(config))

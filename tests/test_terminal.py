@@ -16,7 +16,6 @@ from lora_engine import __main__ as verbs
 from lora_engine.captioning.captioner import Caption
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, one_line, printable
-from lora_engine.training import run as run_module
 from lora_engine.training.loop import train
 
 HOSTILE = "a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
@@ -105,7 +104,6 @@ def test_a_run_on_hostile_captions_prints_none_of_their_controls(
     rows = json.loads(write_pictures(tmp_path, num_images=4, name="val.json").read_text())
     rows = [row | {"text": f"{HOSTILE}\nadapter {row['text']}"} for row in rows]
     (tmp_path / "val.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     train(settings(
         blip_folder, tmp_path, tmp_path / "run", max_steps=1, eval_captions=num_scored
     ))

@@ -11,7 +11,6 @@ from pictures import json_lines, read_annotations, settings, write_pictures
 from lora_engine.captioning.metrics import References
 from lora_engine.lora.adapter import read_adapter
 from lora_engine.report.run_record import read_run
-from lora_engine.training import run as run_module
 from lora_engine.training import validation as validation_module
 from lora_engine.training.loop import train
 from lora_engine.training.trainer import Trainer
@@ -118,7 +117,6 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
 ):
     with_bad_rows(tmp_path)
     config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=3, save_every="1")
-    monkeypatch.setattr(run_module, "draw_loss_curve", lambda *paths: None)
     summary = train(config)
     out, err = capsys.readouterr()
     listed = [f"{tmp_path / name}.json:7" for name in ("train", "val")]

@@ -71,7 +71,7 @@ class CaptioningConfig:
     encoded before are not encoded again; auto: on disk from 16 images on, where that is faster than
     encoding; off and memory: not beyond this command."""
     cache_dir: str | None = None
-    """Folder for features, on a local disk. Default: $XDG_CACHE_HOME/lora_engine or
+    """Folder for features, best on a local disk. Default: $XDG_CACHE_HOME/lora_engine or
     ~/.cache/lora_engine."""
     cache_dtype: Literal["fp32", "bf16", "int8"] | None = None
     """Number format of kept features. Default: fp32 with --precision fp32, otherwise bf16."""

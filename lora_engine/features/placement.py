@@ -1,15 +1,18 @@
 """Where features are kept: a GPU's memory, the disk, host memory, or nowhere."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from lora_engine.devices import free_memory_bytes
 from lora_engine.features.cache import FeatureCache, RowMemory
 from lora_engine.features.encoder import FeatureEncoder
+from lora_engine.features.machine import SHARED_MEMORY, MachineFolder, is_on_network
 from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
+from lora_engine.ranks import OneProcess, Ranks
 
 CacheMode = Literal["auto", "off", "memory", "disk"]
 
@@ -40,6 +43,8 @@ class CacheSettings:
     on disk, also for later runs, and in host memory what the disk cannot take. Auto uses a disk
     only if it is measured to be faster than the encoder.
     limit_bytes: for everything in `folder`, whoever wrote it.
+
+    Several processes of a machine share what is kept in host memory: it is in /dev/shm then.
     """
 
     mode: CacheMode
@@ -48,25 +53,29 @@ class CacheSettings:
 
 
 def place_features(
-    encoder: FeatureEncoder, num_images: int, settings: CacheSettings
+    encoder: FeatureEncoder,
+    num_images: int,
+    settings: CacheSettings,
+    ranks: Ranks = OneProcess(),
 ) -> Placement:
-    """Open a cache for images that are needed again and again.
+    """Open a cache for images that are needed again and again; all processes must call it.
 
-    Raises ValueError if the mode is "disk" and the folder cannot be used.
+    What is measured varies, so one process of each machine measures for all of them. Raises
+    ValueError if the mode is "disk" and the folder cannot be used.
     """
     mode, row_bytes, num_left = settings.mode, encoder.format.row_bytes, num_images
     num_kept = 0
-    encode_s = encoder.measure_s()
-    cache = FeatureCache(encoder.device)
-    places, not_on_disk = [], ""
+    measured = _measure(encoder, settings, ranks)
+    encode_s, read_s = measured["encode_s"], measured["read_s"]
+    cache = FeatureCache(encoder.device, ranks)
+    places, not_on_disk = [], measured["error"] and f"not on disk: {measured['error']}"
     if mode in ("auto", "memory") and encoder.device.type == "cuda":
         cache.device_memory = _memory(num_left, row_bytes, encoder.device)
         places.append(f"{len(cache.device_memory.rows):,} in the GPU's memory")
-    if mode in ("auto", "disk"):
-        try:
-            read_s = row_bytes / read_rate(_folder(settings))
-            if mode == "disk" or read_s < encode_s:
-                cache.store = _open_store(encoder, settings)
+    if read_s is not None:
+        if mode == "disk" or read_s < encode_s:
+            try:
+                cache.store = _open_store(encoder, settings, cache)
                 # The rows that are there may be of other images, so they do not count.
                 num_free = cache.store.num_free_rows()
                 more = "" if num_free >= num_left else f", space for {num_free:,} more"
@@ -76,26 +85,33 @@ def place_features(
                     f"on disk in {cache.store.folder} ({cache.store.num_rows:,} there already"
                     f"{more}; reading one takes {_milliseconds(read_s)})"
                 )
-            else:
-                not_on_disk = (
-                    f"not on disk in {settings.folder}, where reading one takes "
-                    f"{_milliseconds(read_s)}"
-                )
-        except FeatureStoreError as error:
-            if mode == "disk":
-                raise _disk_error(error) from None
-            not_on_disk = f"not on disk: {error}"
-    if cache.device_memory is not None:
+            except FeatureStoreError as error:
+                if mode == "disk":
+                    raise _disk_error(error) from None
+                not_on_disk = f"not on disk: {error}"
+        else:
+            not_on_disk = (
+                f"not on disk in {settings.folder}, where reading one takes "
+                f"{_milliseconds(read_s)}"
+            )
+    if cache.device_memory is not None and ranks.local_size == 1:
         num_left -= min(num_left, len(cache.device_memory.rows))
     if mode in ("auto", "memory") and num_left > 0:
-        cache.host_memory = _memory(num_left, row_bytes, torch.device("cpu"))
         most = "up to " if cache.store is not None else ""
-        places.append(f"{most}{len(cache.host_memory.rows):,} in memory")
+        if ranks.local_size == 1:
+            cache.host_memory = _memory(num_left, row_bytes, torch.device("cpu"))
+            num_in_memory, shortage = len(cache.host_memory.rows), ""
+        else:
+            num_in_memory, shortage = _share_memory(
+                encoder, num_left, cache, measured["memory_bytes"]
+            )
+        places.append(f"{most}{num_in_memory:,} in memory{shortage}")
+        num_kept += num_in_memory
     if mode == "off":
         places.append("no longer than for a batch (--cache off)")
-    kept = "; ".join(filter(None, [f"kept {', '.join(places)}", not_on_disk]))
-    memories = (cache.device_memory, cache.host_memory)
-    num_kept += sum(len(memory.rows) for memory in memories if memory is not None)
+    parts = [f"kept {', '.join(places)}", not_on_disk, _machines(cache)]
+    kept = "; ".join(filter(None, parts))
+    num_kept += 0 if cache.device_memory is None else len(cache.device_memory.rows)
     return Placement(
         cache,
         f"features of {num_images:,} images, {_size(num_images * row_bytes)} as "
@@ -107,35 +123,124 @@ def place_features(
 
 
 def place_features_used_once(
-    encoder: FeatureEncoder, num_images: int, settings: CacheSettings
+    encoder: FeatureEncoder,
+    num_images: int,
+    settings: CacheSettings,
+    ranks: Ranks = OneProcess(),
 ) -> FeatureCache:
     """Open a cache for images that are needed once: on disk or not at all.
 
-    Auto measures nothing, and keeps nothing, for a few images. Raises ValueError as
-    `place_features`.
+    Auto measures nothing, and keeps nothing, for a few images. All processes must call it. Raises
+    ValueError as `place_features`.
     """
-    cache = FeatureCache(encoder.device)
-    is_worth_measuring = settings.mode == "auto" and num_images >= _FEW_IMAGES
+    cache = FeatureCache(encoder.device, ranks)
+    is_on_disk = settings.mode == "disk"
+    if settings.mode == "auto" and num_images >= _FEW_IMAGES:
+        measured = _measure(encoder, settings, ranks)
+        is_on_disk = measured["read_s"] is not None and measured["read_s"] < measured["encode_s"]
     try:
-        if settings.mode == "disk" or is_worth_measuring and _disk_is_faster(encoder, settings):
-            cache.store = _open_store(encoder, settings)
+        if is_on_disk:
+            cache.store = _open_store(encoder, settings, cache)
     except FeatureStoreError as error:
         if settings.mode == "disk":
             raise _disk_error(error) from None
     return cache
 
 
-def _disk_is_faster(encoder: FeatureEncoder, settings: CacheSettings) -> bool:
-    encode_s = encoder.measure_s()
-    return encoder.format.row_bytes / read_rate(_folder(settings)) < encode_s
+def _measure(encoder: FeatureEncoder, settings: CacheSettings, ranks: Ranks) -> dict[str, Any]:
+    """What this machine's first process measures: seconds per image, and free memory for rows.
+
+    Without a disk to read from, `read_s` is None, and `error` tells why there is none. Raises
+    ValueError if that must not be.
+    """
+    measured: dict[str, Any] = {}
+    if ranks.local_rank == 0:
+        encode_s, read_s, reason = encoder.measure_s(), None, None
+        if settings.mode in ("auto", "disk"):
+            try:
+                read_s = encoder.format.row_bytes / read_rate(_folder(settings))
+            except FeatureStoreError as error:
+                reason = str(error)
+        measured = {
+            "encode_s": encode_s,
+            "read_s": read_s,
+            "error": reason,
+            "memory_bytes": _shared_memory_bytes(),
+        }
+    measured = ranks.from_machine(measured)
+    if settings.mode == "disk" and measured["error"]:
+        raise _disk_error(measured["error"])
+    return measured
 
 
-def _open_store(encoder: FeatureEncoder, settings: CacheSettings) -> FeatureStore:
+def _open_store(
+    encoder: FeatureEncoder, settings: CacheSettings, cache: FeatureCache
+) -> FeatureStore:
+    folder = _folder(settings)
+    index_folder = None
+    if is_on_network(folder):
+        index_folder = _machine_folder(cache) / "indexes"
     return FeatureStore(
-        _folder(settings),
+        folder,
         encoder.describe(),
         row_bytes=encoder.format.row_bytes,
         limit_bytes=int(settings.limit_bytes),
+        ranks=cache.ranks,
+        index_folder=index_folder,
+    )
+
+
+def _share_memory(
+    encoder: FeatureEncoder, num_rows: int, cache: FeatureCache, num_bytes: int
+) -> tuple[int, str]:
+    """Keep rows in memory that the machine's processes share -> space for how many, and advice."""
+    try:
+        cache.shared_memory = FeatureStore(
+            _machine_folder(cache) / "rows",
+            encoder.describe(),
+            row_bytes=encoder.format.row_bytes,
+            limit_bytes=num_bytes,
+            ranks=cache.ranks,
+        )
+        num_fitting = min(num_rows, cache.shared_memory.num_free_rows())
+        reason = f"half of what is free in {SHARED_MEMORY}"
+    except FeatureStoreError as error:
+        num_fitting, reason = 0, str(error)
+    if num_fitting == num_rows:
+        return num_fitting, ""
+    return num_fitting, (
+        f" of {num_rows:,}: {reason} (in a container --ipc=host or a larger --shm-size helps)"
+    )
+
+
+def _shared_memory_bytes() -> int:
+    """Half of what is free in the memory that processes share."""
+    try:
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # not Linux
+        return 0
+    return int(_MEMORY_SHARE * min(free_bytes, free_memory_bytes(torch.device("cpu"))))
+
+
+def _machine_folder(cache: FeatureCache) -> Path:
+    if cache.machine is None:
+        try:
+            cache.machine = MachineFolder(cache.ranks.launch)
+        except OSError as error:
+            raise FeatureStoreError(f"no folder for this machine's processes: {error}") from None
+    return cache.machine.path
+
+
+def _machines(cache: FeatureCache) -> str:
+    """What it costs that several machines share no disk, or that they do."""
+    num_machines = -(-cache.ranks.size // cache.ranks.local_size)
+    if num_machines == 1 or cache.is_off:
+        return ""
+    if cache.store is not None and cache.store.index_folder is not None:
+        return f"the {num_machines} machines share the disk: each image is encoded about once"
+    return (
+        f"each of the {num_machines} machines encodes the images that it meets first: up to "
+        f"{num_machines} times as many in all, over the first epochs"
     )
 
 
@@ -145,7 +250,7 @@ def _folder(settings: CacheSettings) -> Path:
     return settings.folder
 
 
-def _disk_error(error: FeatureStoreError) -> ValueError:
+def _disk_error(error: object) -> ValueError:
     return ValueError(f"--cache disk: {error}")
 
 

@@ -33,7 +33,7 @@ class Sizing:
     load_s: reading and decoding an image file, by one of `num_loaders` processes.
     encode_s: the frozen encoder. train_s: a caption's share of a training step.
     read_s: reading features from the disk; None if they are not kept there.
-    num_kept: images for whose features there is space.
+    num_kept: images for whose features there is space. num_processes: that share the work.
     """
 
     num_images: int
@@ -45,6 +45,7 @@ class Sizing:
     read_s: float | None
     num_kept: int
     num_loaders: int = 1
+    num_processes: int = 1
 
     @property
     def fresh_s(self) -> float:
@@ -55,13 +56,14 @@ class Sizing:
 
     @property
     def first_epoch_s(self) -> float:
-        return self.num_images * self.fresh_s + self.num_captions * self.train_s
+        seconds = self.num_images * self.fresh_s + self.num_captions * self.train_s
+        return seconds / self.num_processes
 
     @property
     def later_epoch_s(self) -> float:
         num_kept = min(self.num_kept, self.num_images)
         again_s = num_kept * (self.read_s or 0.0) + (self.num_images - num_kept) * self.fresh_s
-        return again_s + self.num_captions * self.train_s
+        return (again_s + self.num_captions * self.train_s) / self.num_processes
 
     def lines(self) -> list[str]:
         """Two lines for people: space, and time."""
@@ -99,6 +101,7 @@ def size_up(
     num_captions: int,
     num_tokens: int,
     num_loaders: int,
+    num_processes: int = 1,
 ) -> list[str]:
     """Lines for the log: where features are kept, their size, and the time of an epoch.
 
@@ -122,6 +125,7 @@ def size_up(
         read_s=placement.read_s,
         num_kept=placement.num_kept,
         num_loaders=num_loaders,
+        num_processes=num_processes,
     )
     return [placement.plan, *sizing.lines()]
 

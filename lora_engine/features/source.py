@@ -8,7 +8,8 @@ Axes: B rows, U images without features, H height, W width, P image tokens, D wi
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from lora_engine.data.batches import FeatureBatch, PixelBatch, read_image
 from lora_engine.data.image_identity import Identities
 from lora_engine.data.images import ImageError
 from lora_engine.data.seen_images import ImageList
-from lora_engine.features.cache import FeatureCache
+from lora_engine.features.cache import FeatureCache, RowsAhead
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.format import CacheDtype
 from lora_engine.features.placement import (
@@ -57,20 +58,31 @@ def open_features(
     cache_dtype None is the compute dtype (fp32, otherwise bf16). With `used_once` each image is
     needed once, so nothing is kept in memory, and little or nothing is measured.
 
+    All processes of a run must call it. One of each machine measures, and each image is encoded by
+    one of them.
+
     Raises ValueError if `cache` is "disk" and the folder cannot be used.
     """
     encoder = FeatureEncoder(captioner, device=device, dtype=dtype, cache_dtype=cache_dtype)
     settings = CacheSettings(cache, cache_dir, cache_limit_bytes)
     if used_once:
-        return FeatureSource(encoder, place_features_used_once(encoder, num_images, settings))
-    placement = place_features(encoder, num_images, settings)
+        cache_used_once = place_features_used_once(encoder, num_images, settings, ranks)
+        return FeatureSource(encoder, cache_used_once)
+    placement = place_features(encoder, num_images, settings, ranks)
     return FeatureSource(encoder, placement.cache, placement=placement)
+
+
+class _Reading(NamedTuple):
+    """A batch, and the kept rows of its images that are being read."""
+
+    batch: PixelBatch
+    ahead: RowsAhead | None
 
 
 class _Group(NamedTuple):
     """Batches whose missing images are being encoded: rows (U, row_bytes) in order of digests."""
 
-    batches: list[PixelBatch]
+    batches: list[_Reading]
     digests: dict[bytes, int]
     rows: Tensor
     is_encoded: torch.cuda.Event | None
@@ -94,7 +106,7 @@ class FeatureSource:
         self.placement = placement
         self.group_size = _GROUP if encoder.batch_size > 1 else 1
         self.num_ahead = _NUM_AHEAD[encoder.device.type]
-        self.identities = Identities(None if cache.store is None else cache.store.cache_dir)
+        self.identities = Identities(cache.local_folder)
 
     @property
     def device(self) -> torch.device:
@@ -125,52 +137,70 @@ class FeatureSource:
     def attach(self, batches: Iterable[PixelBatch], images: ImageList) -> Generator[FeatureBatch]:
         """The batches, with features (B, P, D) on the device instead of pixels.
 
-        A GPU encodes on a separate stream while the previous batches are trained on.
+        Kept rows of a group of batches are read while the previous group is trained on. A GPU also
+        encodes then, on a separate stream; a CPU encodes images when their turn comes.
         """
-        batches = iter(batches)
+        groups = self._read_groups(iter(batches), images)
         started: deque[_Group] = deque()
-        while group := list(islice(batches, self.group_size)):
+        for group in groups if self.num_ahead else _one_ahead(groups):
             started.append(self._start(group, images, started))
             if len(started) > self.num_ahead:
                 yield from self._finish(started.popleft(), images)
         for last in started:
             yield from self._finish(last, images)
 
+    def _read_groups(
+        self, batches: Iterator[PixelBatch], images: ImageList
+    ) -> Iterator[list[_Reading]]:
+        """Groups of batches; threads begin to read the rows of images that came without pixels."""
+        while group := list(islice(batches, self.group_size)):
+            reading = []
+            for batch in group:
+                loaded = {image for image, _, _ in batch.loaded}
+                kept = [image for image in batch.images if image not in loaded]
+                ahead = self.cache.read_ahead(_digests(images, kept))
+                reading.append(_Reading(batch, ahead))
+            yield reading
+
     def _start(
-        self, batches: list[PixelBatch], images: ImageList, under_way: Iterable[_Group]
+        self, batches: list[_Reading], images: ImageList, under_way: Iterable[_Group]
     ) -> _Group:
-        """Encode those images of some batches whose features are not kept.
+        """Encode those images of some batches whose features are neither kept nor on their way.
 
         Rows that groups `under_way` are encoding are shared: the cache may be full when they end.
+        This process may have to wait for the others before it gets here again, and they for rows
+        that it has claimed. So those are passed on at once.
         """
-        digests: dict[bytes, int] = {}
-        wanted: list[Tensor] = []
+        new: dict[bytes, tuple[int, int]] = {}  # digest -> number of the batch, position in it
         shared: dict[bytes, Tensor] = {}
+        for number, (batch, _) in enumerate(batches):
+            for position, (image, file, digest) in enumerate(batch.loaded):
+                images.record(image, file, digest)
+                if file is not None and not images.is_kept(image):
+                    self.identities.remember(images.table[image], file, digest)
+                if digest in new or digest in shared:
+                    continue
+                other = next((group for group in under_way if digest in group.digests), None)
+                if other is not None:
+                    shared[digest] = other.rows[other.digests[digest]]
+                elif digest not in self.cache:
+                    new[digest] = number, position
+        mine = self.cache.claim(list(new))
         with torch.cuda.stream(self.encoder.stream):
-            for batch in batches:
-                pixels = batch.pixels.to(self.device, non_blocking=True)
-                chosen = []
-                for position, (image, file, digest) in enumerate(batch.loaded):
-                    images.record(image, file, digest)
-                    if file is not None and not images.is_kept(image):
-                        self.identities.remember(images.table[image], file, digest)
-                    if digest in digests or digest in shared or digest in self.cache:
-                        continue
-                    other = next((group for group in under_way if digest in group.digests), None)
-                    if other is not None:
-                        shared[digest] = other.rows[other.digests[digest]]
-                    else:
-                        digests[digest] = len(digests)
-                        chosen.append(position)
-                wanted.append(pixels[chosen])
-            rows = self.encoder.encode(torch.cat(wanted))
+            wanted = []
+            for number, (batch, _) in enumerate(batches):
+                places = [new[digest] for digest in mine]
+                chosen = [position for owner, position in places if owner == number]
+                wanted.append(batch.pixels.to(self.device, non_blocking=True)[chosen])
+            fresh = rows = self.encoder.encode(torch.cat(wanted))
             if shared:
                 rows = torch.cat([rows, torch.stack(list(shared.values()))])
-                digests |= {digest: len(digests) + i for i, digest in enumerate(shared)}
             event = None
             if self.encoder.stream is not None:
                 event = torch.cuda.Event()
                 event.record()
+            self.cache.keep(mine, fresh)
+        digests = {digest: i for i, digest in enumerate([*mine, *shared])}
         return _Group(batches, digests, rows, event)
 
     def _finish(self, group: _Group, images: ImageList) -> Iterator[FeatureBatch]:
@@ -178,35 +208,27 @@ class FeatureSource:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(group.is_encoded)
             group.rows.record_stream(stream)
-        self.cache.keep(list(group.digests), group.rows)
-        for batch in group.batches:
+        self.cache.keep_on_device(list(group.digests), group.rows)
+        for batch, ahead in group.batches:
             rows = group.rows[:0]
             if batch.rows:
-                rows = self._gather(images, batch.images, group.digests, group.rows)
+                rows = self.cache.gather(
+                    _digests(images, batch.images),
+                    group.digests,
+                    group.rows,
+                    ahead,
+                    encode_again=partial(self._encode_again, images, batch.images),
+                )
             yield batch.with_features(self.encoder.unpack(rows))
 
-    def _gather(
-        self,
-        images: ImageList,
-        wanted: Sequence[int],
-        fresh: dict[bytes, int],
-        fresh_rows: Tensor,
-    ) -> Tensor:
-        """The rows (B, row_bytes) of images, from `fresh_rows` or from the cache."""
-        return self.cache.gather(
-            [images.digests[image].tobytes() for image in wanted],
-            fresh,
-            fresh_rows,
-            encode_again=lambda position: self._encode_again(images, wanted[position]),
-        )
-
-    def _encode_again(self, images: ImageList, image: int) -> Tensor:
+    def _encode_again(self, images: ImageList, wanted: list[int], position: int) -> Tensor:
         """The row (row_bytes,) of an image whose kept row is damaged, or gone.
 
         A row can disappear while it is needed: someone has emptied the cache, or the disk was full
         before the row was written.
         """
-        digest = images.digests[image].tobytes()
+        image = wanted[position]
+        digest, = _digests(images, [image])
         try:
             pixels, file, found = read_image(images.table, image, self.encoder.pixels)
         except ImageError as error:
@@ -217,4 +239,31 @@ class FeatureSource:
         images.record(image, file, found)
         rows = self.encoder.encode(torch.from_numpy(pixels)[None])
         self.cache.keep([digest], rows)
+        self.cache.keep_on_device([digest], rows)
         return rows[0]
+
+
+def _digests(images: ImageList, numbers: Iterable[int]) -> list[bytes]:
+    return [images.digests[number].tobytes() for number in numbers]
+
+
+def _one_ahead(groups: Iterator[list[_Reading]]) -> Iterator[list[_Reading]]:
+    """Groups of kept rows each when the next one is there, and others at once.
+
+    An error comes after the groups before it.
+    """
+    ahead: deque[list[_Reading]] = deque()
+    failed = None
+    try:
+        for group in groups:
+            ahead.append(group)
+            while ahead and (len(ahead) > 1 or any(batch.loaded for batch, _ in ahead[0])):
+                yield ahead.popleft()
+    except Exception as error:
+        failed = error
+    yield from ahead
+    try:
+        if failed is not None:
+            raise failed
+    finally:
+        del failed  # its traceback refers to this frame

@@ -97,7 +97,8 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
         )
         facts |= sizes(setup)
         folder.write_json("environment.json", facts)
-        log_opening(setup, folder, features)
+        if ranks.is_main:
+            log_opening(setup, folder, features)
         run = Run(setup, schedule, folder, metrics=metrics, features=features, stop=stop)
         if setup.checkpoint is not None:
             run.restore(setup.checkpoint)

@@ -444,6 +444,7 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
         num_captions=len(train_set),
         num_tokens=int(np.median(train_set.captions.lengths)),
         num_loaders=num_workers,
+        num_processes=setup.ranks.size,
     ):
         logger.info(line)
     one_loader = prefetched_bytes(

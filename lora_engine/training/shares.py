@@ -35,29 +35,27 @@ def with_micro_batches(
     Raises ValueError for a resumed run whose number they cannot share, and for more micro-batches
     than rows in a step.
     """
-    number = num_micro_batches(config)
-    if is_resumed:
-        if number % ranks.size:
-            fitting = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-            raise ValueError(
-                f"the run in {config.output_path} has {number} micro-batches a step, which "
-                f"{ranks.size} processes cannot share equally; continue with {fitting}"
-            )
-        return config
-    raised = -(-number // ranks.size) * ranks.size
-    if raised > config.rows_per_step:
+    given = num_micro_batches(config)
+    number = given if is_resumed else -(-given // ranks.size) * ranks.size
+    if number % ranks.size:
+        fitting = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+        raise ValueError(
+            f"the run in {config.output_path} has {number} micro-batches per step, which "
+            f"{ranks.size} processes cannot share equally; continue with {fitting}"
+        )
+    if number > config.rows_per_step and not is_resumed:
         raise ValueError(
             f"a step has {config.rows_per_step} captions (--batch_size {config.batch_size} x "
-            f"--grad_accum_steps {config.grad_accum_steps}), too few for {raised} micro-batches"
+            f"--grad_accum_steps {config.grad_accum_steps}), too few for {number} micro-batches"
             f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise one of them"
         )
-    if ranks.size > 1 and ranks.is_main:
-        why = "" if raised == number else f", raised from {number} to share them equally"
+    if ranks.size > 1:
+        why = "" if number == given else f", raised from {given} to share them equally"
         logger.info(
-            f"{ranks.size} processes share a step of {config.rows_per_step} captions in {raised} "
+            f"{ranks.size} processes share a step of {config.rows_per_step} captions in {number} "
             f"micro-batches{why} (--micro_batches)"
         )
-    return dataclasses.replace(config, micro_batches=raised)
+    return config if is_resumed else dataclasses.replace(config, micro_batches=number)
 
 
 def num_micro_batches(config: TrainingConfig) -> int:

@@ -1,0 +1,50 @@
+"""A training run for the tests of torchrun: python -m rank_run JSON
+
+args         of recipes.finetune
+more_args    of single processes, by rank
+signal       sent once, [step, rank or "launcher", number]: after that many steps, by that process
+hung_s       the time without a beat after which a process is lost
+join_s       the time for all processes to start
+"""
+
+import json
+import os
+import sys
+
+from lora_engine import ranks
+from lora_engine.cli import reported_errors
+from lora_engine.training import run_data, validation_captions
+from lora_engine.training.trainer import Trainer
+from recipes import finetune
+
+
+def send_signal(step: int, who: int | str, number: int) -> None:
+    update, steps = Trainer.update, []
+
+    def update_and_send(trainer, loss, **settings):
+        result = update(trainer, loss, **settings)
+        steps.append(loss)
+        if len(steps) == step:
+            os.kill(os.getppid() if who == "launcher" else os.getpid(), number)
+        return result
+
+    if who in ("launcher", int(os.environ["RANK"])) and os.environ["LOCAL_RANK"] == str(
+        0 if who == "launcher" else who
+    ):
+        Trainer.update = update_and_send
+
+
+def main(request: dict) -> int:
+    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0  # as in conftest.py
+    ranks.HUNG_S = request.get("hung_s", ranks.HUNG_S)
+    ranks.JOIN_S = request.get("join_s", ranks.JOIN_S)
+    if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        send_signal(*request["signal"])
+    more_args = request.get("more_args", {}).get(os.environ["RANK"], [])
+    return finetune.main([*request["args"], *more_args])
+
+
+if __name__ == "__main__":
+    with reported_errors() as status:
+        status.code = main(json.loads(sys.argv[1]))
+    sys.exit(status.code)
