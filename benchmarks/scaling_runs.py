@@ -35,7 +35,7 @@ NUM_STEPS = 6  # of an epoch
 NUM_IMAGES = BATCH_SIZE * NUM_MICRO_BATCHES * NUM_STEPS
 NUM_PROCESSES = (1, 2, 4)
 PHASES = ("first epoch", "later epochs", "later epochs, slow disk")
-FEATURES_AHEAD = 0  # micro-batches whose features the engine reads ahead of their use, on a CPU
+FEATURES_AHEAD = 1  # micro-batches whose features the engine reads ahead of their use, on a CPU
 TOLERANCE = 0.1
 ENDLESS = 1e12  # bytes/s
 
