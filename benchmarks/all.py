@@ -1,6 +1,6 @@
 """Run every benchmark for both models, each in its own process, and print a summary.
 
-    python -m benchmarks.all --quick          check that all run: about three minutes on two cores
+    python -m benchmarks.all --quick          check that all run: about five minutes on two cores
     python -m benchmarks.all --device cuda    real figures: nothing else may run on the machine
 
 Exits with 1 if one of them failed; the others still run.
@@ -26,8 +26,9 @@ BENCHMARKS = {  # name: arguments of the command
     "checkpointing": ["checkpointing"],
     "input_path": ["input_path"],
     "data": ["data"],
+    "ranks": ["ranks"],
 }
-ON_CPU = {"input_path", "data"}  # whatever --device is
+ON_CPU = {"input_path", "data", "ranks"}  # whatever --device is
 
 
 def main(argv: list[str] | None = None) -> int:

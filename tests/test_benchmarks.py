@@ -15,7 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 pytest.importorskip("peft")
 
 from benchmarks import all as all_benchmarks  # noqa: E402
-from benchmarks import contenders, data, flops, measure, memory, ours, peers, wall  # noqa: E402
+from benchmarks import (  # noqa: E402
+    contenders,
+    data,
+    flops,
+    measure,
+    memory,
+    ours,
+    peers,
+    ranks,
+    rows,
+    scaling,
+    wall,
+)
 from benchmarks.cross_attention import crossing  # noqa: E402
 from lora_engine.data import image_identity, pair_index  # noqa: E402
 from lora_engine.lora.adapter import read_adapter  # noqa: E402
@@ -133,6 +145,79 @@ def test_the_crossing_lies_on_a_straight_line_between_two_lengths():
     ratios = {8: 0.5, 16: 0.75, 24: 1.25, 32: 2.0}
     assert crossing({length: {"median": ratio} for length, ratio in ratios.items()}) == 20
     assert crossing({8: {"median": 2.0}, 16: {"median": 3.0}}) is None
+
+
+# --- many processes -------------------------------------------------------------------------
+
+
+def simulated(is_first=False, **settings):
+    settings = {"variation": 0.0, "link_latency_s": 0.0, "link_bytes_per_s": 1e18, **settings}
+    return scaling.simulate(scaling.Setup(**settings), is_first=is_first)
+
+
+def test_a_simulated_process_takes_the_time_of_its_parts():
+    parts = {"batch_size": 10, "caption_s": 0.02, "micro_batch_s": 0.1, "update_s": 0.05}
+    kept = simulated(**parts, micro_batches=2, memory_share=1.0)
+    assert kept.images_per_s == pytest.approx(20 / (2 * (0.1 + 0.2) + 0.05))
+    encoded = simulated(
+        **parts, is_first=True, encode_s=0.03, captions_per_image=5, num_loaders=4,
+        decode_s=1e-6, disk_bytes_per_s=1e12,
+    )
+    assert encoded.images_per_s == pytest.approx(10 / (0.1 + 0.2 + 0.05 + 2 * 0.03))
+
+
+def test_two_simulated_processes_are_twice_as_fast_unless_they_share_what_is_slow():
+    on_gpus = {"memory_share": 1.0}
+    one = simulated(**on_gpus).images_per_s
+    assert simulated(**on_gpus, num_processes=2).images_per_s == pytest.approx(2 * one)
+    assert simulated(**on_gpus, num_machines=2, network_bytes_per_s=1e18, network_latency_s=0,
+                     ).images_per_s == pytest.approx(2 * one)
+    on_cores = {"on_cores": True, "memory_share": 1.0, "num_cores": 2}
+    one = simulated(**on_cores).images_per_s
+    assert simulated(**on_cores, num_processes=2).images_per_s == pytest.approx(2 * one)
+    assert simulated(**on_cores, num_processes=4).images_per_s == pytest.approx(2 * one)
+
+    slow_disk = {"disk_bytes_per_s": 1e9, "feature_bytes": 1e6}
+    for num_processes in (1, 2):
+        outcome = simulated(**slow_disk, num_processes=num_processes)
+        assert outcome.images_per_s == pytest.approx(1000, rel=0.02)
+        assert outcome.limits.startswith("disk")
+    assert simulated(**slow_disk, num_machines=2).images_per_s == pytest.approx(2000, rel=0.02)
+
+
+def test_simulated_processes_read_while_they_compute_only_if_they_read_ahead():
+    parts = {"disk_bytes_per_s": 1e9, "feature_bytes": 1e6, "feature_s": 0.0, "batch_size": 10,
+             "micro_batch_s": 0.02, "caption_s": 0.0, "update_s": 0.0}
+    assert simulated(**parts, features_ahead=0).images_per_s == pytest.approx(10 / 0.03)
+    assert simulated(**parts, features_ahead=2).images_per_s == pytest.approx(10 / 0.02)
+
+
+def test_the_exchange_takes_longer_with_more_parts_and_between_machines():
+    def exchange_s(**settings):
+        setup = scaling.Setup(link_latency_s=0, network_latency_s=0, gradient_bytes=8e6, **settings)
+        return setup.exchange_s
+
+    assert exchange_s() == 0
+    assert exchange_s(num_processes=4, link_bytes_per_s=1e9) == pytest.approx(2 * 0.006)
+    assert exchange_s(num_processes=4, link_bytes_per_s=1e9, micro_batches=3) == pytest.approx(
+        4 * 0.006
+    )
+    # Each of 4 processes sends a half of its part to the other machine; the ring passes once.
+    between = exchange_s(num_machines=2, num_processes=4, network_bytes_per_s=1e9)
+    assert between == pytest.approx(4 * 0.004 + 0.007)
+
+
+def test_plans_are_shown(capsys):
+    scaling.main(["--num_processes", "2", "--disk_bytes_per_s", "1e8"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("1 x 2, as given") and line.endswith("disk 100%")
+
+
+def test_micro_batches_are_dealt_evenly():
+    lengths = rows.Rows(10_000, (1, 1), model="blip").lengths
+    balance = ranks.balance(lengths)
+    assert balance["dealt"] > 0.97 and 0.5 < balance["sorted"] < 0.7
+    assert ranks.evenness([[3, 4], [1, 2]]) == 0.75
 
 
 # --- ours -----------------------------------------------------------------------------------

@@ -1,0 +1,234 @@
+"""Does the simulation of scaling.py predict real runs? With 1, 2 and 4 processes on this machine.
+
+Only parts are measured, each by itself: encoding an image, a micro-batch, an update, reading, the
+exchange of gradients. The simulation puts them together, and its images/s are compared with those
+of runs under torchrun: a first epoch, later ones, and later ones from a slow disk, which is made by
+reads that sleep. Parts are measured before and after the runs, because a machine's speed drifts.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.contenders import checkpoint, pixel_settings
+from benchmarks.measure import table, write_result
+from benchmarks.ours import Ours
+from benchmarks.processes import in_processes, time_exchange, write_rows
+from benchmarks.ranks import num_trainable
+from benchmarks.rows import Rows
+from benchmarks.scaling import Setup, simulate
+from lora_engine.data.batches import FeatureBatch, StepRows, training_steps
+from lora_engine.data.pixels import load_pixels
+from lora_engine.devices import num_processors
+from lora_engine.features.encoder import FeatureEncoder
+from lora_engine.features.store import FeatureStore
+from lora_engine.ranks import open_ranks
+
+BATCH_SIZE, NUM_MICRO_BATCHES = 4, 4  # of a step, whatever the number of processes
+NUM_STEPS = 6  # of an epoch
+NUM_IMAGES = BATCH_SIZE * NUM_MICRO_BATCHES * NUM_STEPS
+NUM_PROCESSES = (1, 2, 4)
+PHASES = ("first epoch", "later epochs", "later epochs, slow disk")
+FEATURES_AHEAD = 1  # micro-batches whose features the engine reads ahead of their use, on a CPU
+TOLERANCE = 0.1
+ENDLESS = 1e12  # bytes/s
+
+
+def validate(model: str, *, quick: bool) -> None:
+    with checkpoint(model, small=quick) as folder, tempfile.TemporaryDirectory() as name:
+        data = Path(name)
+        write_rows(data, folder, model=model, num_images=NUM_IMAGES)
+        before = measured_parts(folder, data, model)
+        disk_bytes_per_s = slow_disk_speed(before)
+        speeds = {
+            (phase, number): run(folder, data, phase, number, disk_bytes_per_s)
+            for phase in PHASES for number in NUM_PROCESSES
+        }
+        after = measured_parts(folder, data, model)
+    parts = {key: (value + after[key]) / 2 for key, value in before.items()}
+    rows = [["", "processes", "images/s", "simulated", "simulated / real"]]
+    points: list[dict[str, Any]] = []
+    for (phase, number), speed in speeds.items():
+        setup = setup_of(parts, phase, number, disk_bytes_per_s)
+        simulated = simulate(setup, is_first=phase == PHASES[0]).images_per_s
+        points.append({"phase": phase, "num_processes": number, "images_per_s": speed,
+                       "simulated": simulated})
+        rows.append([
+            phase, str(number), f"{speed:.2f}", f"{simulated:.2f}", f"{simulated / speed:.3f}"
+        ])
+    errors = [abs(point["simulated"] / point["images_per_s"] - 1) for point in points]
+    headline = (
+        f"{sum(error <= TOLERANCE for error in errors)} of {len(errors)} points within "
+        f"{TOLERANCE:.0%}; the largest error is {max(errors):.1%}"
+    )
+    path = write_result(
+        f"scaling-{model}{'-quick' if quick else ''}",
+        {"benchmark": "scaling", "points": points, "parts": parts, "before": before,
+         "after": after, "disk_bytes_per_s": disk_bytes_per_s, "headline": headline},
+        device=torch.device("cpu"),
+    )
+    for key, value in parts.items():
+        print(f"{key:<28} {value:12.6g}   ({before[key]:.6g} before, {after[key]:.6g} after)")
+    print(f"\n{table(rows)}\n\nwritten to {path}\n{headline}")
+
+
+def setup_of(parts: dict[str, float], phase: str, number: int, disk_bytes_per_s: float) -> Setup:
+    main = "encode_s" if phase == PHASES[0] else "micro_batch_s"
+    exchange_s = parts.get(f"exchange_{number}_s", 0.0)
+    return Setup(
+        num_processes=number,
+        micro_batches=NUM_MICRO_BATCHES // number,
+        batch_size=BATCH_SIZE,
+        disk_bytes_per_s=disk_bytes_per_s if phase == PHASES[2] else ENDLESS,
+        feature_bytes=parts["feature_bytes"],
+        num_cores=num_processors(),
+        images_ahead=0,
+        features_ahead=FEATURES_AHEAD,
+        on_cores=True,
+        busy_speed=min(parts[main] / parts[f"busy_{main}"], 1.0),
+        caption_s=0.0,
+        variation=0.0,
+        link_latency_s=exchange_s / 2,
+        link_bytes_per_s=ENDLESS,
+        decode_s=parts["decode_s"],
+        feature_s=parts["feature_s"],
+        encode_s=parts["encode_s"],
+        micro_batch_s=parts["micro_batch_s"],
+        update_s=parts["update_s"],
+    )
+
+
+def slow_disk_speed(parts: dict[str, float]) -> float:
+    """A disk that takes half as long for a caption as one processor."""
+    return parts["feature_bytes"] / (parts["micro_batch_s"] / BATCH_SIZE / 2)
+
+
+# --- real runs ------------------------------------------------------------------------------------
+
+
+def run(folder: Path, data: Path, phase: str, number: int, disk_bytes_per_s: float) -> float:
+    """Images/s of a run, in its steps from the third on."""
+    throttle = {"queue": str(data / "queue"), "feature_bytes_per_s": disk_bytes_per_s}
+    with tempfile.TemporaryDirectory() as empty:
+        is_first = phase == PHASES[0]
+        ranks = in_processes(
+            "benchmarks.processes:train_timed",
+            None if number == 1 else number,
+            checkpoint=str(folder),
+            data=str(data),
+            # The first run of all fills it: that of the first epoch in one process.
+            cache_dir=empty if is_first and number > 1 else str(data / "cache"),
+            throttle=throttle if phase == PHASES[2] else None,
+            epochs=1 if is_first else 2,
+            batch_size=BATCH_SIZE,
+            grad_accum_steps=NUM_MICRO_BATCHES,
+            micro_batches=NUM_MICRO_BATCHES,
+            num_threads=1,
+        )
+    steps_s = np.diff(ranks[0]["ends_s"])[1:]
+    speed = BATCH_SIZE * NUM_MICRO_BATCHES * len(steps_s) / steps_s.sum()
+    print(f"{phase}, {number} processes: {speed:.2f} images/s", flush=True)
+    return speed
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def measured_parts(folder: Path, data: Path, model: str) -> dict[str, float]:
+    """Seconds of each part with one processor in use, and of some, as busy_..., with all of them.
+    """
+    measure = "benchmarks.scaling_runs:parts_in_process"
+    settings = {"checkpoint": str(folder), "data": str(data), "model": model}
+    (parts,) = in_processes(measure, None, **settings)
+    together = in_processes(measure, num_processors(), **settings)
+    for name in ("encode_s", "micro_batch_s"):
+        parts[f"busy_{name}"] = float(np.mean([one[name] for one in together]))
+    num_values = num_trainable(folder) + 1
+    for number in NUM_PROCESSES[1:]:
+        times_s = in_processes(
+            f"{time_exchange.__module__}:time_exchange", number,
+            num_values=num_values, num_parts=NUM_MICRO_BATCHES, num_rounds=20,
+        )
+        parts[f"exchange_{number}_s"] = float(np.median(times_s))
+    return parts
+
+
+def parts_in_process(checkpoint: str, data: str, model: str) -> dict[str, float]:
+    """The parts on one thread; all processes of a launch begin each of them together."""
+    torch.set_num_threads(1)
+    settings = pixel_settings(Path(checkpoint))
+    rows = Rows(NUM_IMAGES, (1, 1), model=model)
+    device = torch.device("cpu")
+    ours = Ours(
+        Path(checkpoint), rows, settings, device=device, dtype=torch.float32, batch_size=BATCH_SIZE
+    )
+    encoder = FeatureEncoder(ours.captioner, device=device, dtype=torch.float32)
+    files = sorted(Path(data).glob("*.jpg"))
+    batches = micro_batches(ours, rows)
+    pixels = torch.randint(0, 256, (1, 3, *settings.size), dtype=torch.uint8)
+
+    def train(batch: FeatureBatch) -> None:
+        ours.trainer.accumulate([batch], 1)
+
+    def decode(file: Path) -> None:
+        load_pixels(file.read_bytes(), settings)
+
+    def update() -> None:
+        ours.trainer.update(torch.zeros(()), lr=1e-4)
+
+    with open_ranks() as ranks:
+        def mean_s(calls: list[Callable[[], object]]) -> float:
+            calls[0]()
+            ranks.gather(None)
+            begin_s = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - begin_s) / len(calls)
+
+        num_images = encoder.batch_size
+        pixels = pixels.expand(num_images, -1, -1, -1).contiguous()
+        return {
+            "micro_batch_s": mean_s([partial(train, batch) for batch in batches]),
+            "update_s": mean_s([update] * 20),
+            "encode_s": mean_s([lambda: encoder.encode(pixels)] * 10) / num_images,
+            "decode_s": mean_s([partial(decode, file) for file in files]),
+            "feature_s": mean_s(reads(encoder.format.row_bytes)),
+            "feature_bytes": float(encoder.format.row_bytes),
+        }
+
+
+def micro_batches(ours: Ours, rows: Rows) -> list[FeatureBatch]:
+    """Those of an epoch of the runs, with random features."""
+    steps: list[StepRows] = list(training_steps(
+        rows.lengths, batch_size=BATCH_SIZE, grad_accum_steps=NUM_MICRO_BATCHES,
+        micro_batches=NUM_MICRO_BATCHES, seed=42, num_epochs=1,
+    ))
+    encoder: Any = ours.model.encoder
+    features = torch.randn(BATCH_SIZE, encoder.num_tokens, encoder.width)
+    return [
+        ours._batch(np.array([index.row for index in batch])).with_features(features)
+        for step in steps for batch in step.micro_batches
+    ]
+
+
+def reads(row_bytes: int, *, num_rows: int = 32) -> list[Callable[[], object]]:
+    """Reads of rows from a store, which are in the page cache."""
+    folder = tempfile.TemporaryDirectory()
+    generator = np.random.default_rng(0)
+    digests = [bytes([number] * 16) for number in range(num_rows)]
+    store = FeatureStore(Path(folder.name), {}, row_bytes=row_bytes, limit_bytes=10**10)
+    for digest in digests:
+        store.offer(digest, generator.integers(0, 256, row_bytes, dtype=np.uint8))
+    store.close()
+    store = FeatureStore(Path(folder.name), {}, row_bytes=row_bytes, limit_bytes=10**10)
+
+    def read(digest: bytes) -> None:
+        assert store.read(digest, np.empty(row_bytes, dtype=np.uint8)), folder.name
+
+    return [partial(read, digest) for digest in digests]
