@@ -267,7 +267,7 @@ class _Place(NamedTuple):
     local_size: int
     address: str
     port: int
-    num_restarts: int
+    num_restarts: int  # that this machine's launcher has counted
     has_agent_store: bool  # of torchrun; otherwise rank 0 has it
 
 
@@ -314,7 +314,7 @@ class _Status(NamedTuple):
     host: str
     machine: str
     pid: int
-    launch: str
+    num_restarts: int
     beat: int = 0
     failure: str | None = None
     signal: int = 0
@@ -339,7 +339,6 @@ class ManyProcesses:
     def __init__(self, place: _Place, streams: Sequence[_Muted]) -> None:
         self.rank, self.size = place.rank, place.size
         self.local_rank, self.local_size = place.local_rank, place.local_size
-        self.num_restarts = place.num_restarts
         self._main = 0
         self._streams = streams
         self._launcher = os.getppid()
@@ -348,16 +347,16 @@ class ManyProcesses:
         self._has_store = True
         self._orphan_s = float("inf")  # the time when the store was found to be gone
         self._lock = threading.Lock()  # guards _status
-        self._status = _Status(socket.gethostname(), _machine(), os.getpid(), uuid.uuid4().hex)
+        self._status = _Status(
+            socket.gethostname(), _machine(), os.getpid(), place.num_restarts
+        )
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
         self._launcher_store: Any = _connect(place)
-        self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
-        self._post()
-        self._others = self._wait_for_all()
+        self.launch = self._meet()
         self._seen_s = [time.monotonic()] * self.size
         self._checked_s = time.monotonic()
-        self.launch = self._others[0].launch
+        self.num_restarts = max(status.num_restarts for status in self._others)
         self._warnings = _Warnings(self)
         logging.getLogger("lora_engine").addHandler(self._warnings)
         threading.Thread(target=self._keep_posting, name="ranks", daemon=True).start()
@@ -457,7 +456,7 @@ class ManyProcesses:
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
         self._num_turns += 1
-        key = f"turn/{self.launch}/{self.rank - self.local_rank}/{self._num_turns}"
+        key = f"turn/{self.rank - self.local_rank}/{self._num_turns}"
         while self.local_rank and not self._store.check([key]):
             time.sleep(0.02)
             self.check()
@@ -480,19 +479,21 @@ class ManyProcesses:
         if now - self._checked_s < _POLL_S / 2:
             return
         self._checked_s = now
-        if self._is_orphan():
+        before, self._others = self._others, self._read_all()
+        is_orphan = self._is_orphan()
+        if is_orphan:
             self._orphan_s = min(self._orphan_s, now)
             if now - self._orphan_s > _ORPHAN_S:  # they have left: nobody can say so any more
                 self._raise(Interrupted(signal.SIGTERM))
-            return
-        before, self._others = self._others, self._read_all()
+            if os.getppid() != self._launcher:
+                return
         lost = {}
         for rank, status in enumerate(self._others):
             if status.has_left and status.failure is None or rank == self.rank:
                 continue
             if status.failure is not None:
                 self._raise(_error_of(self.name(rank), status))
-            if status.beat != before[rank].beat:
+            if status.beat != before[rank].beat or is_orphan:
                 self._seen_s[rank] = now
             elif now - self._seen_s[rank] > HUNG_S:
                 lost[rank] = f"has not responded for {HUNG_S:.0f} s: it hangs, or was stopped"
@@ -571,18 +572,45 @@ class ManyProcesses:
 
     # --- begin and end ---------------------------------------------------------------------------
 
-    def _wait_for_all(self) -> list[_Status]:
-        end_s = time.monotonic() + JOIN_S
-        keys = [f"status/{rank}" for rank in range(self.size)]
-        while not self._store.check(keys):
+    def _meet(self) -> str:
+        """Wait for the other processes of this launch -> its name, chosen by rank 0.
+
+        The store may be that of earlier launches, and launchers may count their restarts
+        differently. So rank 0 answers what it finds of each process, until all have found the
+        answer to what they sent in this launch.
+        """
+        mine, launch = uuid.uuid4().hex, None
+        store, end_s = self._launcher_store, time.monotonic() + JOIN_S
+        store.set(f"lora_engine/hello/{self.rank}", mine)
+        statuses = [f"status/{rank}" for rank in range(self.size)]
+        while launch is None or not self._store.check(statuses):
+            if self.rank == 0:
+                greetings = {
+                    str(rank): store.get(key).decode()
+                    for rank in range(self.size)
+                    if store.check([key := f"lora_engine/hello/{rank}"])
+                }
+                store.set("lora_engine/welcome", json.dumps([mine, greetings]))
+            if launch is None and store.check(["lora_engine/welcome"]):
+                name, greetings = json.loads(store.get("lora_engine/welcome"))
+                if greetings.get(str(self.rank)) == mine:
+                    launch = name
+                    self._store = _with_prefix(f"lora_engine/{launch}", store)
+                    self._post()
             if time.monotonic() > end_s:
-                missing = [rank for rank in range(self.size) if not self._store.check([keys[rank]])]
-                raise ValueError(
-                    f"{self.size - len(missing)} of {self.size} processes have started within "
-                    f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
-                )
+                self._miss(statuses if launch is not None else None)
             time.sleep(0.05)
-        return [_status(text) for text in self._store.multi_get(keys)]
+        self._others = self._read_all()
+        return launch
+
+    def _miss(self, statuses: Sequence[str] | None) -> NoReturn:
+        if statuses is None:
+            raise ValueError(f"rank 0 has not started within {JOIN_S:.0f} s")
+        missing = [rank for rank, key in enumerate(statuses) if not self._store.check([key])]
+        raise ValueError(
+            f"{self.size - len(missing)} of {self.size} processes have started within "
+            f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
+        )
 
     def _start_groups(self, place: _Place) -> None:
         """Start torch.distributed, with a connection of its own to the store: while it waits there,
@@ -598,7 +626,7 @@ class ManyProcesses:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
             store=_with_prefix(
-                f"lora_engine/{place.num_restarts}/groups",
+                f"lora_engine/{self.launch}/groups",
                 _connect(place._replace(has_agent_store=True), timeout_s=JOIN_S),
             ),
             rank=self.rank,

@@ -38,7 +38,7 @@ def main(request: dict) -> int:
     validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0  # as in conftest.py
     ranks.HUNG_S = request.get("hung_s", ranks.HUNG_S)
     ranks.JOIN_S = request.get("join_s", ranks.JOIN_S)
-    if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         send_signal(*request["signal"])
     more_args = request.get("more_args", {}).get(os.environ["RANK"], [])
     return finetune.main([*request["args"], *more_args])

@@ -158,7 +158,9 @@ def _measure(encoder: FeatureEncoder, settings: CacheSettings, ranks: Ranks) -> 
         encode_s, read_s, reason = encoder.measure_s(), None, None
         if settings.mode in ("auto", "disk"):
             try:
-                read_s = encoder.format.row_bytes / read_rate(_folder(settings))
+                # The machine's processes read at the same time.
+                rate = read_rate(_folder(settings)) / ranks.local_size
+                read_s = encoder.format.row_bytes / rate
             except FeatureStoreError as error:
                 reason = str(error)
         measured = {
