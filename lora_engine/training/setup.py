@@ -45,7 +45,7 @@ from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner, load_captioner
-from lora_engine.ranks import OneProcess, Ranks, check_equal
+from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
@@ -64,7 +64,8 @@ from lora_engine.training.checkpoint import (
 from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
-    facts_to_compare,
+    check_same_settings,
+    check_same_start,
     num_micro_batches,
     with_micro_batches,
 )
@@ -120,6 +121,7 @@ def prepare(
                 config, micro_batches=checkpoint.settings.get("micro_batches")
             )
         changes_on_resume(checkpoint.settings, config)  # raises for those that may not change
+    check_same_settings(ranks, config, checkpoint)
     config = with_micro_batches(config, ranks, is_resumed=checkpoint is not None)
     if ranks.is_main:
         check_tracker(config.track)
@@ -176,8 +178,7 @@ def prepare(
         num_micro_batches=num_micro_batches(config),
     )
     setup = RunSetup(config, checkpoint, captioner, plan, run_data, trainer, ranks, begin_s)
-    if ranks.size > 1:
-        check_equal(ranks, facts_to_compare(config, checkpoint, trainer, setup.fingerprints))
+    check_same_start(ranks, trainer, setup.fingerprints)
     return setup
 
 

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import lora_engine
 from lora_engine.config import TrainingConfig
 from lora_engine.devices import dtype_name
-from lora_engine.ranks import Ranks
+from lora_engine.ranks import Ranks, check_equal
 from lora_engine.training.checkpoint import Checkpoint
 from lora_engine.training.trainer import Trainer
 from lora_engine.version import __version__
@@ -62,29 +61,37 @@ def num_micro_batches(config: TrainingConfig) -> int:
     return config.micro_batches or config.grad_accum_steps
 
 
-def facts_to_compare(
-    config: TrainingConfig,
-    checkpoint: Checkpoint | None,
-    trainer: Trainer,
-    fingerprints: Mapping[str, str],
-) -> dict[str, Any]:
-    """What must be the same in all processes of a run, in a form that can be compared."""
-    settings = {
-        f"--{name}": value for name, value in config.as_dict().items()
-        if name not in _OF_A_MACHINE
-    }
-    return {
-        "lora_engine": f"{__version__} ({_code_digest()})",
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "kind of device": trainer.device.type,
-        "compute dtype": dtype_name(trainer.dtype),
-        "threads": torch.get_num_threads(),
-        **settings,
-        **fingerprints,
-        "LoRA matrices": trainer.lora.digest(),
-        "checkpoint in --output_path": None if checkpoint is None else checkpoint.step,
-    }
+def check_same_settings(
+    ranks: Ranks, config: TrainingConfig, checkpoint: Checkpoint | None
+) -> None:
+    """Raises ValueError that names the process whose code, versions or settings differ.
+
+    Until then processes exchange nothing, because with other settings they might exchange other
+    things.
+    """
+    if ranks.size > 1:
+        check_equal(ranks, {
+            "lora_engine": f"{__version__} ({_code_digest()})",
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "checkpoint in --output_path": None if checkpoint is None else checkpoint.step,
+            **{
+                f"--{name}": value for name, value in config.as_dict().items()
+                if name not in _OF_A_MACHINE
+            },
+        })
+
+
+def check_same_start(ranks: Ranks, trainer: Trainer, fingerprints: Mapping[str, str]) -> None:
+    """Raises ValueError that names the process whose device, weights, data or matrices differ."""
+    if ranks.size > 1:
+        check_equal(ranks, {
+            "kind of device": trainer.device.type,
+            "compute dtype": dtype_name(trainer.dtype),
+            "threads": torch.get_num_threads(),
+            **fingerprints,
+            "LoRA matrices": trainer.lora.digest(),
+        })
 
 
 def _code_digest() -> str:
