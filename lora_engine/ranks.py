@@ -653,6 +653,8 @@ class ManyProcesses:
                     logger.warning(str(reason))
         while not self.is_main and not self._main_has_left():
             time.sleep(0.05)
+        if self.is_main and not self._has_store:  # the others must still find this one alive
+            time.sleep(_ORPHAN_S)
         logging.getLogger("lora_engine").removeHandler(self._warnings)
         self._end.set()
         self._post(has_left=True)
