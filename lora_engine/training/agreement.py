@@ -120,8 +120,9 @@ def _agreed(vote: _Vote, ranks: Ranks, splitter: BatchSplitter) -> TrainingStep:
     ballots = [_Ballot(*values) for values in vote.result()]
     if any(ballot.has_failed for ballot in ballots):
         _raise(vote, ballots, ranks)
-    limits = [ballot.max_rows for ballot in ballots if ballot.max_rows]
-    splitter.num_rows = min(limits, default=None)
+    # This process may have learnt a limit after it has sent its vote.
+    limits = [splitter.num_rows or 0, *(ballot.max_rows for ballot in ballots)]
+    splitter.num_rows = min(filter(None, limits), default=None)
     rows = [[index.row for index in batch] for batch in vote.plan.micro_batches if batch]
     skipped: list[Skipped] = []
     if any(ballot.num_skipped for ballot in ballots):
