@@ -92,6 +92,9 @@ class Ranks(Protocol):
     def check(self) -> None:
         """Raises TrainingStopped or Interrupted if another process has failed or is gone."""
 
+    def cause(self, error: BaseException) -> BaseException:
+        """Why this process ends: `error`, unless that is torchrun's answer to a lost process."""
+
     def remember(self, folder: str) -> None:
         """Keep the run's folder for the processes that torchrun starts after a failure."""
 
@@ -181,6 +184,9 @@ class OneProcess:
     def check(self) -> None:
         pass
 
+    def cause(self, error: BaseException) -> BaseException:
+        return error
+
     def remember(self, folder: str) -> None:
         pass
 
@@ -230,12 +236,14 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     ranks = ManyProcesses(place, streams)
     try:
         yield ranks
-    except BaseException as error:
+        ranks.leave()
+    except BaseException as received:
+        error = ranks.cause(received)
         ranks.leave(error)
-        if not isinstance(error, _REPORTED):  # it has a traceback, which only this process knows
+        is_reported = isinstance(error, _REPORTED) or type(error).__name__ == "OutOfMemoryError"
+        if not is_reported:  # it has a traceback, which only this process knows
             sys.stderr = streams[1].stream
-        raise
-    ranks.leave()
+        raise error
 
 
 class _Muted:
@@ -501,6 +509,21 @@ class ManyProcesses:
                 "; ".join(f"{self.name(rank)} {what}" for rank, what in lost.items())
             ))
 
+    def cause(self, error: BaseException) -> BaseException:
+        is_sigterm = (
+            isinstance(error, Interrupted) and error.number == signal.SIGTERM
+            or isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+        )
+        if is_sigterm and error is not self._found:
+            self._checked_s = 0.0
+            try:
+                self.check()
+            except (TrainingStopped, ValueError) as reason:
+                return reason
+            except Interrupted:
+                pass
+        return error
+
     def _is_orphan(self) -> bool:
         """Whether the store is gone, because the launcher has been killed."""
         is_gone = os.getppid() != self._launcher and self._is_near(self._others[0])
@@ -595,28 +618,27 @@ class ManyProcesses:
         )
 
     def leave(self, error: BaseException | None = None) -> None:
-        """End this process' part: rank 0 first, because torchrun ends all when one has failed."""
+        """End this process' part: rank 0 first, because torchrun ends all when one has failed.
+
+        Raises as `check` if rank 0 does not get to its end.
+        """
         if error is not None and error is not self._found:
+            is_exit = isinstance(error, SystemExit)
             self._post(
-                failure=one_line(error),
+                failure=f"it has exited with status {error}" if is_exit else one_line(error),
                 signal=error.number if isinstance(error, Interrupted) else 0,
                 is_usage_error=isinstance(error, (ValueError, OSError)),
             )
         if self.is_main:
             self._warnings.show(self._read_all())
-            if isinstance(error, SystemExit) and error.code not in (None, 0, 1, 2):
-                # SIGTERM, which torchrun sends when another process is gone.
-                self._checked_s = 0.0
-                try:
-                    self.check()
-                except TrainingStopped as reason:
-                    logger.warning(str(reason))
         while not self.is_main and not self._main_has_left():
             time.sleep(0.05)
         logging.getLogger("lora_engine").removeHandler(self._warnings)
         self._end.set()
         self._post(has_left=True)
         if error is None:
+            if self._found is not None:
+                raise self._found
             import torch.distributed as dist
 
             dist.destroy_process_group()

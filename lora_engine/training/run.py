@@ -106,7 +106,8 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             facts["total_s"] = run.seconds
             facts["peak_memory_bytes"] = peak_memory_bytes(trainer.device)
             folder.write_json("environment.json", facts)
-        except (Exception, Interrupted) as error:
+        except (Exception, Interrupted) as received:
+            error = ranks.cause(received)
             spare_files.close()
             run.take_over_if_needed()
             run.save_last_step()
@@ -122,7 +123,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
                     f"the best adapter so far, of step {run.best.step}{is_first}, is in "
                     f"{folder.adapter}"
                 )
-            raise
+            raise error
         finally:
             if run.has_begun and not stop.is_at_once:
                 run.write_results()
