@@ -8,11 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pictures import json_lines, write_pictures
 from torchrun import environ, output_of, torchrun
 
+from lora_engine.data.batches import SampleIndex, StepRows
+from lora_engine.ranks import ManyProcesses
+from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped
+from lora_engine.training.agreement import agreed_steps
+from lora_engine.training.micro_batches import BatchSplitter
+from lora_engine.training.run import Run
 from recipes import finetune
 
 NUM_STEPS = 14  # of two epochs of 50 rows: the seventh and the last have 2 rows
@@ -173,6 +180,7 @@ def test_torchrun_resumes_by_itself(blip_folder, pictures, tmp_path, expected, m
                       r"0.01. All processes need the same"),
     (["--train_data_path", "no_such.json"], r"error: rank 1 \(on .+\): no_such.json"),
     (["--batch_sise", "3"], r"error: rank 1 \(on .+\): there is no flag --batch_sise"),
+    (["--lr", "high"], r"stopped: rank 1 \(on .+\): it has exited with status 2"),
 ])
 def test_a_process_that_differs_is_named(blip_folder, pictures, tmp_path, more_args, words):
     run = tmp_path / "run"
@@ -214,3 +222,75 @@ def test_micro_batches_that_do_not_fit_are_refused(
         ))
     with pytest.raises(ValueError, match=re.escape(words)):
         finetune.main(args_of(blip_folder, pictures, run, *given))
+
+
+def test_a_limit_learnt_during_a_step_is_voted_on_next():
+    """The vote on a step is sent before the step ahead of it, in which memory may run out."""
+    sent = []
+
+    def vote(ballot):
+        sent.append(ballot.max_rows)
+        return lambda: [ballot._replace(max_rows=0), ballot]  # rank 0 has no limit
+
+    splitter = BatchSplitter()
+    steps = agreed_steps(
+        [StepRows([[], [SampleIndex(0, 0, row)]]) for row in range(4)],
+        iter([SimpleNamespace(num_targets=1, skipped=[], rows=[row]) for row in range(4)]),
+        first_step=1,
+        ranks=SimpleNamespace(rank=1, size=2, is_main=False, vote=vote),
+        stop=StopSignal(),
+        splitter=splitter,
+        is_save_due=lambda step: False,
+    )
+    for step in steps:
+        if step.number == 1:
+            splitter.num_rows = 4
+        assert splitter.num_rows == 4
+    assert sent == [0, 0, 4, 4]
+
+
+@pytest.mark.parametrize("end", [Interrupted(signal.SIGTERM), SystemExit(143)])
+def test_torchruns_answer_to_a_lost_process_is_not_the_cause(end):
+    lost = TrainingStopped("rank 0 is gone")
+    ranks = SimpleNamespace(_found=None, check=lambda: raise_(lost))
+    assert ManyProcesses.cause(ranks, end) is lost
+    ranks.check = lambda: None
+    assert ManyProcesses.cause(ranks, end) is end
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("outcome, is_remembered", [
+    ([True, False], True),  # rank 0 has written it
+    ([False, False], False),  # the disk was full
+    (TrainingStopped("rank 0 is gone"), False),
+])
+def test_a_checkpoint_counts_once_the_writer_has_it(outcome, is_remembered):
+    """In a process that does not write: it may have to write it in place of the writer."""
+    remembered = []
+
+    def gather(value):
+        assert value is False
+        return raise_(outcome) if isinstance(outcome, Exception) else outcome
+
+    run = SimpleNamespace(
+        step=3, has_begun=True, _is_consistent=True, _state=dict,
+        best=SimpleNamespace(losses={}),
+        trainer=SimpleNamespace(optimizer=None),
+        setup=SimpleNamespace(data=SimpleNamespace(digests=None)),
+        metrics=SimpleNamespace(forget=lambda: None),
+        ranks=SimpleNamespace(gather=gather),
+        checkpoints=SimpleNamespace(
+            has=lambda step, is_validated: False,
+            write=lambda *args, **settings: False,
+            wrote=lambda step, is_validated: remembered.append(step),
+        ),
+        _compare_processes=lambda: None,
+    )
+    try:
+        Run.save(run)
+    except TrainingStopped:
+        assert isinstance(outcome, TrainingStopped)
+    assert remembered == ([3] if is_remembered else [])

@@ -63,16 +63,15 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         digests: np.ndarray,
         state: Mapping[str, Any],
-    ) -> None:
-        """Write a checkpoint; `digests` V16 (N,) are those of the run's images.
+    ) -> bool:
+        """Write a checkpoint, if this process is the one that does; returns whether it is there.
 
-        If the disk does not take it, or the adapter is not finite, log a warning: the existing
-        checkpoints stay.
+        `digests` V16 (N,) are those of the run's images. If the disk does not take the checkpoint,
+        or the adapter is not finite, log a warning: the existing checkpoints stay.
         """
         self._last_s = time.monotonic()
         if not self.folder.is_writer:
-            self.step, self._is_validated = step, is_validated
-            return
+            return False
         folder = self.folder.checkpoints
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
@@ -91,9 +90,13 @@ class CheckpointWriter:
             )
         except (OSError, AdapterError) as error:
             logger.warning(f"no checkpoint of step {step}: {error}")
-            return
-        self.step, self._is_validated = step, is_validated
+            return False
         remove_old_checkpoints(folder, keep_last=self.keep_last, best_step=best.step)
+        return True
+
+    def wrote(self, step: int, *, is_validated: bool) -> None:
+        """Remember a checkpoint that `write` has written, in whichever process."""
+        self.step, self._is_validated = step, is_validated
 
     def how_to_resume(self) -> str:
         """Where the newest checkpoint is, and what to type to continue from it."""

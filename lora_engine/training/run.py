@@ -316,7 +316,7 @@ class Run:
             return
         if together:
             self._compare_processes()
-        self.checkpoints.write(
+        is_written = self.checkpoints.write(
             self.step,
             is_validated=is_validated,
             best=self.best,
@@ -324,7 +324,11 @@ class Run:
             digests=self.setup.data.digests,
             state=self._state(),
         )
-        self.metrics.forget()
+        if together:  # so that all take the same steps, and one takes over from a lost writer
+            is_written = any(self.ranks.gather(is_written))
+        if is_written:
+            self.checkpoints.wrote(self.step, is_validated=is_validated)
+            self.metrics.forget()
 
     def _compare_processes(self) -> None:
         """Check that all have computed the same matrices, and share what they know of images."""
