@@ -146,11 +146,12 @@ def test_a_step_has_the_same_rows_for_any_number_of_micro_batches(
     assert rest == steps[num_steps + 1 :]
 
 
-def test_a_step_of_an_earlier_version_is_made_of_whole_batches():
-    lengths = np.random.default_rng(0).integers(4, 30, 100)
-    batches = list(epoch_batches(lengths, batch_size=4, seed=1, epoch=0))
+@pytest.mark.parametrize("seed", range(3))  # the batch of two rows is somewhere else in each
+def test_a_step_of_an_earlier_version_is_made_of_whole_batches(seed):
+    lengths = np.random.default_rng(0).integers(4, 30, 98)
+    batches = list(epoch_batches(lengths, batch_size=4, seed=seed, epoch=0))
     steps = training_steps(
-        lengths, batch_size=4, seed=1, num_epochs=1, grad_accum_steps=3, micro_batches=None
+        lengths, batch_size=4, seed=seed, num_epochs=1, grad_accum_steps=3, micro_batches=None
     )
     found = [
         [place.row for place in batch]

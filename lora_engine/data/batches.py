@@ -208,26 +208,25 @@ def training_steps(
             epoch=epoch,
             block_ends=block_ends,
         )
-        if micro_batches is None:
-            batches = _joined(batches, grad_accum_steps)
         position = 0
-        for number, rows in enumerate(batches):
+        per_step = grad_accum_steps if micro_batches is None else 1
+        for number, parts in enumerate(_in_groups(batches, per_step)):
+            rows = np.concatenate(parts).tolist()
             if number >= num_done:
-                indices = [
-                    SampleIndex(epoch, position + i, row) for i, row in enumerate(rows.tolist())
-                ]
+                indices = [SampleIndex(epoch, position + i, row) for i, row in enumerate(rows)]
                 if micro_batches is None:
-                    begins = range(0, batch_size * grad_accum_steps, batch_size)
-                    yield StepRows([indices[begin : begin + batch_size] for begin in begins])
+                    left = iter(indices)  # the shortest batch may be any of them
+                    dealt = [list(islice(left, len(part))) for part in parts]
+                    yield StepRows(dealt + [[]] * (grad_accum_steps - len(parts)))
                 else:
                     yield StepRows([indices[m::micro_batches] for m in range(micro_batches)])
             position += len(rows)
         num_done = 0
 
 
-def _joined(batches: Iterator[np.ndarray], number: int) -> Iterator[np.ndarray]:
-    while several := list(islice(batches, number)):
-        yield np.concatenate(several)
+def _in_groups(batches: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    while group := list(islice(batches, size)):
+        yield group
 
 
 def validation_order(lengths: np.ndarray, *, batch_size: int) -> list[list[SampleIndex]]:
