@@ -31,7 +31,7 @@ from contextlib import (
     suppress,
 )
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
@@ -51,6 +51,7 @@ _STORE_S = 10.0  # for one operation of the store
 _ORPHAN_S = 3.0  # without the store, until a process no longer waits for others
 _NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses.wait`
 _MAX_WARNINGS = 100
+_numbers = count()  # of what this process opens: a script may train more than once
 
 
 class Ranks(Protocol):
@@ -222,7 +223,8 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """The processes that torchrun has started, or one process.
 
     When the context ends in one of them, by an error too, it ends in all. Those other than rank 0
-    print nothing. Raises ValueError if the processes do not come together.
+    print nothing within it, and nothing more after an error. Raises ValueError if the processes do
+    not come together.
     """
     place = _place(environ)
     if "TORCHELASTIC_RUN_ID" in environ:
@@ -244,6 +246,7 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
         if not is_reported:  # it has a traceback, which only this process knows
             sys.stderr = streams[1].stream
         raise error
+    sys.stdout, sys.stderr = (stream.stream for stream in streams)
 
 
 class _Muted:
@@ -353,7 +356,8 @@ class ManyProcesses:
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
         self._launcher_store: Any = _connect(place)
-        self._store = _with_prefix(f"lora_engine/{place.num_restarts}", self._launcher_store)
+        prefix = f"lora_engine/{place.num_restarts}/{next(_numbers)}"
+        self._store = _with_prefix(prefix, self._launcher_store)
         self._post()
         self._others = self._wait_for_all()
         self._seen_s = [time.monotonic()] * self.size
@@ -510,10 +514,9 @@ class ManyProcesses:
             ))
 
     def cause(self, error: BaseException) -> BaseException:
-        is_sigterm = (
-            isinstance(error, Interrupted) and error.number == signal.SIGTERM
-            or isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
-        )
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            error = Interrupted(signal.SIGTERM)  # as which the others are to know it
+        is_sigterm = isinstance(error, Interrupted) and error.number == signal.SIGTERM
         if is_sigterm and error is not self._found:
             self._checked_s = 0.0
             try:

@@ -255,7 +255,8 @@ def test_torchruns_answer_to_a_lost_process_is_not_the_cause(end):
     ranks = SimpleNamespace(_found=None, check=lambda: raise_(lost))
     assert ManyProcesses.cause(ranks, end) is lost
     ranks.check = lambda: None
-    assert ManyProcesses.cause(ranks, end) is end
+    found = ManyProcesses.cause(ranks, end)
+    assert isinstance(found, Interrupted) and found.number == signal.SIGTERM
 
 
 def raise_(error: BaseException) -> None:
@@ -294,3 +295,38 @@ def test_a_checkpoint_counts_once_the_writer_has_it(outcome, is_remembered):
     except TrainingStopped:
         assert isinstance(outcome, TrainingStopped)
     assert remembered == ([3] if is_remembered else [])
+
+
+def test_a_script_may_open_its_processes_twice(tmp_path):
+    """What they told each other the first time counts for nothing the second time."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lora_engine.ranks import open_ranks\n"
+        "launches = []\n"
+        "for number in range(2):\n"
+        "    with open_ranks() as ranks:\n"
+        "        print('only rank 0')\n"
+        "        launches += ranks.gather([ranks.rank, number, ranks.launch])\n"
+        "print(len({launch for _, _, launch in launches}), 'launches', ranks.rank)\n"
+    )
+    launch = torchrun(2, [str(script)])
+    text = output_of(launch)
+    assert launch.returncode == 0, text
+    assert text.count("only rank 0") == 2
+    assert "2 launches 0" in text and "2 launches 1" in text
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = StopSignal()
+    stop.receive(signal.SIGTERM, None)
+    stop.receive(signal.SIGTERM, None)
+    with pytest.raises(Interrupted):
+        stop.check()
+    stop.received_s -= 60
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            stop.receive(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
