@@ -242,8 +242,7 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     except BaseException as received:
         error = ranks.cause(received)
         ranks.leave(error)
-        is_reported = isinstance(error, _REPORTED) or type(error).__name__ == "OutOfMemoryError"
-        if not is_reported:  # it has a traceback, which only this process knows
+        if not _is_reported(error):  # it has a traceback, which only this process knows
             sys.stderr = streams[1].stream
         raise error
     sys.stdout, sys.stderr = (stream.stream for stream in streams)
@@ -270,6 +269,10 @@ class _Muted:
 _REPORTED = (
     ValueError, OSError, TrainingStopped, LoadingStopped, Interrupted, SystemExit, KeyboardInterrupt
 )
+
+
+def _is_reported(error: BaseException) -> bool:
+    return isinstance(error, _REPORTED) or type(error).__name__ == "OutOfMemoryError"
 
 
 class _Place(NamedTuple):
@@ -626,9 +629,8 @@ class ManyProcesses:
         Raises as `check` if rank 0 does not get to its end.
         """
         if error is not None and error is not self._found:
-            is_exit = isinstance(error, SystemExit)
             self._post(
-                failure=f"it has exited with status {error}" if is_exit else one_line(error),
+                failure=_failure_of(error),
                 signal=error.number if isinstance(error, Interrupted) else 0,
                 is_usage_error=isinstance(error, (ValueError, OSError)),
             )
@@ -717,6 +719,13 @@ class _ExchangedSum:
             lambda: dist.all_gather(list(gathered), total, async_op=True), on_gpu=on_gpu
         )()
         self.buffer.copy_(gathered.view(-1)[: self.buffer.numel()])
+
+
+def _failure_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it has exited with status {error}"
+    # A message for people says all; one of a library may be no more than a name.
+    return one_line(error) if _is_reported(error) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _error_of(name: str, status: _Status) -> BaseException:

@@ -15,7 +15,7 @@ from pictures import json_lines, write_pictures
 from torchrun import environ, output_of, torchrun
 
 from lora_engine.data.batches import SampleIndex, StepRows
-from lora_engine.ranks import ManyProcesses
+from lora_engine.ranks import ManyProcesses, _failure_of
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped
 from lora_engine.training.agreement import agreed_steps
 from lora_engine.training.micro_batches import BatchSplitter
@@ -330,3 +330,13 @@ def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
             stop.receive(signal.SIGTERM, None)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("error, text", [
+    (KeyError("x"), "KeyError: 'x'"),
+    (TrainingStopped("the loss was not finite"), "the loss was not finite"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (SystemExit(2), "it has exited with status 2"),
+])
+def test_what_a_process_posts_says_why_it_has_ended(error, text):
+    assert _failure_of(error) == text

@@ -111,12 +111,14 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             spare_files.close()
             run.take_over_if_needed()
             run.save_last_step()
+            # The process that writes knows the newest checkpoint, and says so.
+            advice = run.checkpoints.how_to_resume() if folder.is_writer else ""
             if isinstance(error, OSError):
                 raise TrainingStopped(
-                    f"{error}. What was there before is intact. {run.checkpoints.how_to_resume()}"
+                    f"{error}. What was there before is intact. {advice}".rstrip()
                 ) from error
-            if run.has_begun:
-                error.add_note(run.checkpoints.how_to_resume())
+            if run.has_begun and advice:
+                error.add_note(advice)
             if run.has_begun and isinstance(error, TrainingStopped):
                 is_first = "" if run.best.step else " (before training)"
                 error.add_note(
