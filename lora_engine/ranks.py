@@ -88,6 +88,9 @@ class Ranks(Protocol):
     def check(self) -> None:
         """Raises TrainingStopped or Interrupted if another process has failed or is gone."""
 
+    def cause(self, error: BaseException) -> BaseException:
+        """Why this process ends: `error`, unless that is torchrun's answer to a lost process."""
+
     def remember(self, folder: str) -> None:
         """Keep the run's folder for the processes that torchrun starts after a failure."""
 
@@ -177,6 +180,9 @@ class OneProcess:
     def check(self) -> None:
         pass
 
+    def cause(self, error: BaseException) -> BaseException:
+        return error
+
     def remember(self, folder: str) -> None:
         pass
 
@@ -212,7 +218,8 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """The processes that torchrun has started, or one process.
 
     When the context ends in one of them, by an error too, it ends in all. Those other than rank 0
-    print nothing. Raises ValueError if the processes do not come together.
+    print nothing within it, and nothing more after an error. Raises ValueError if the processes do
+    not come together.
     """
     place = _place(environ)
     if "TORCHELASTIC_RUN_ID" in environ:
@@ -226,12 +233,13 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     ranks = ManyProcesses(place, streams)
     try:
         yield ranks
-    except BaseException as error:
+        ranks.leave()
+    except BaseException as received:
+        error = ranks.cause(received)
         ranks.leave(error)
-        if not isinstance(error, _REPORTED):  # it has a traceback, which only this process knows
+        if not _is_reported(error):  # it has a traceback, which only this process knows
             sys.stderr = streams[1].stream
-        raise
-    ranks.leave()
+        raise error
     sys.stdout, sys.stderr = (stream.stream for stream in streams)
 
 
@@ -256,6 +264,10 @@ class _Muted:
 _REPORTED = (
     ValueError, OSError, TrainingStopped, LoadingStopped, Interrupted, SystemExit, KeyboardInterrupt
 )
+
+
+def _is_reported(error: BaseException) -> bool:
+    return isinstance(error, _REPORTED) or type(error).__name__ == "OutOfMemoryError"
 
 
 class _Place(NamedTuple):
@@ -509,6 +521,20 @@ class ManyProcesses:
                 "; ".join(f"{self.name(rank)} {what}" for rank, what in lost.items())
             ))
 
+    def cause(self, error: BaseException) -> BaseException:
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            error = Interrupted(signal.SIGTERM)  # as which the others are to know it
+        is_sigterm = isinstance(error, Interrupted) and error.number == signal.SIGTERM
+        if is_sigterm and error is not self._found:
+            self._checked_s = 0.0
+            try:
+                self.check()
+            except (TrainingStopped, ValueError) as reason:
+                return reason
+            except Interrupted:
+                pass
+        return error
+
     def _is_orphan(self) -> bool:
         """Whether the store is gone, because the launcher has been killed."""
         is_gone = os.getppid() != self._launcher and self._is_near(self._others[0])
@@ -635,22 +661,18 @@ class ManyProcesses:
         )
 
     def leave(self, error: BaseException | None = None) -> None:
-        """End this process' part: rank 0 first, because torchrun ends all when one has failed."""
+        """End this process' part: rank 0 first, because torchrun ends all when one has failed.
+
+        Raises as `check` if rank 0 does not get to its end.
+        """
         if error is not None and error is not self._found:
             self._post(
-                failure=one_line(error),
+                failure=_failure_of(error),
                 signal=error.number if isinstance(error, Interrupted) else 0,
                 is_usage_error=isinstance(error, (ValueError, OSError)),
             )
         if self.is_main:
             self._warnings.show(self._read_all())
-            if isinstance(error, SystemExit) and error.code not in (None, 0, 1, 2):
-                # SIGTERM, which torchrun sends when another process is gone.
-                self._checked_s = 0.0
-                try:
-                    self.check()
-                except TrainingStopped as reason:
-                    logger.warning(str(reason))
         while not self.is_main and not self._main_has_left():
             time.sleep(0.05)
         if self.is_main and not self._has_store:  # the others must still find this one alive
@@ -659,6 +681,8 @@ class ManyProcesses:
         self._end.set()
         self._post(has_left=True)
         if error is None:
+            if self._found is not None:
+                raise self._found
             import torch.distributed as dist
 
             dist.destroy_process_group()
@@ -736,6 +760,13 @@ class _ExchangedSum:
         self.buffer.copy_(gathered.view(-1)[: self.buffer.numel()])
 
 
+def _failure_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it has exited with status {error}"
+    # A message for people says all; one of a library may be no more than a name.
+    return one_line(error) if _is_reported(error) else f"{type(error).__name__}: {one_line(error)}"
+
+
 def _error_of(name: str, status: _Status) -> BaseException:
     if status.signal:
         return Interrupted(status.signal)
@@ -793,6 +824,7 @@ def _connect(place: _Place, timeout_s: float = _STORE_S) -> Any:
             is_master=place.rank == 0 and not place.has_agent_store,
             timeout=timedelta(seconds=JOIN_S),
             wait_for_workers=False,
+            multi_tenant=True,  # a script may train more than once
         )
     except RuntimeError as error:
         raise ValueError(

@@ -1,13 +1,16 @@
 """Stopping a run early: the exceptions, and signals that wait for a safe point."""
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+ECHO_S = 3.0
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # no Windows HUP
 
 
@@ -39,10 +42,15 @@ class Interrupted(BaseException):
 
 class StopSignal:
     """Remembers the first signal until `check` is called at a point where it is safe to stop; while
-    this process only waits, a signal takes effect at once."""
+    this process only waits, a signal takes effect at once.
+
+    A batch system signals torchrun and its processes, and torchrun passes its own on: what comes
+    within `ECHO_S` is no second signal then.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.received_s = 0.0
         self.is_waiting = False
         self.is_at_once = False  # whether a second signal has come
 
@@ -67,7 +75,7 @@ class StopSignal:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
-            self.number = number
+            self.number, self.received_s = number, time.monotonic()
             with suppress(OSError, RuntimeError):  # no terminal; within another print
                 print(
                     f"\n{signal.Signals(number).name}: stopping after this step, with a "
@@ -77,6 +85,8 @@ class StopSignal:
                 )
             if self.is_waiting:
                 raise Interrupted(number)
+        elif "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.received_s < ECHO_S:
+            pass
         elif signal.Signals(number).name != "SIGHUP":  # which a closed terminal sends twice
             # A third one kills the process.
             signal.signal(number, signal.SIG_DFL)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_run
@@ -13,6 +14,9 @@ from pictures import json_lines, write_pictures
 from torchrun import output_of, torchrun
 
 from lora_engine.cli import STOPPED, USAGE_ERROR, reported_errors
+from lora_engine.ranks import ManyProcesses, _failure_of, open_ranks
+from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped
+from lora_engine.training.run import Run
 from recipes import finetune
 
 NUM_STEPS = 14  # of two epochs of 50 rows: the seventh and the last have 2 rows
@@ -219,6 +223,7 @@ def test_torchrun_resumes_by_itself(blip_folder, pictures, tmp_path, expected, m
                       r"0.01. All processes need the same"),
     (["--train_data_path", "no_such.json"], r"error: rank 1 \(on .+\): no_such.json"),
     (["--batch_sise", "3"], r"error: rank 1 \(on .+\): there is no flag --batch_sise"),
+    (["--lr", "high"], r"stopped: rank 1 \(on .+\): it has exited with status 2"),
 ])
 def test_a_process_that_differs_is_named(blip_folder, pictures, tmp_path, more_args, words):
     run = tmp_path / "run"
@@ -259,3 +264,94 @@ def test_micro_batches_that_do_not_fit_are_refused(
         ))
     with pytest.raises(ValueError, match=re.escape(words)):
         finetune.main(args_of(blip_folder, pictures, run, *given))
+
+
+@pytest.mark.parametrize("end", [Interrupted(signal.SIGTERM), SystemExit(143)])
+def test_torchruns_answer_to_a_lost_process_is_not_the_cause(end):
+    lost = TrainingStopped("rank 0 is gone")
+    ranks = SimpleNamespace(_found=None, check=lambda: raise_(lost))
+    assert ManyProcesses.cause(ranks, end) is lost
+    ranks.check = lambda: None
+    found = ManyProcesses.cause(ranks, end)
+    assert isinstance(found, Interrupted) and found.number == signal.SIGTERM
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("outcome, is_remembered", [
+    ([True, False], True),  # rank 0 has written it
+    ([False, False], False),  # the disk was full
+    (TrainingStopped("rank 0 is gone"), False),
+])
+def test_a_checkpoint_counts_once_the_writer_has_it(outcome, is_remembered):
+    """In a process that does not write: it may have to write it in place of the writer."""
+    remembered = []
+
+    def gather(value):
+        assert value is False
+        return raise_(outcome) if isinstance(outcome, Exception) else outcome
+
+    run = SimpleNamespace(
+        step=3, has_begun=True, _is_consistent=True, _state=dict,
+        best=SimpleNamespace(losses={}),
+        trainer=SimpleNamespace(optimizer=None),
+        setup=SimpleNamespace(data=SimpleNamespace(digests=None)),
+        metrics=SimpleNamespace(forget=lambda: None),
+        ranks=SimpleNamespace(gather=gather),
+        checkpoints=SimpleNamespace(
+            has=lambda step, is_validated: False,
+            write=lambda *args, **settings: False,
+            note=lambda step, is_validated: remembered.append(step),
+        ),
+        _compare_processes=lambda: None,
+    )
+    try:
+        Run.save(run)
+    except TrainingStopped:
+        assert isinstance(outcome, TrainingStopped)
+    assert remembered == ([3] if is_remembered else [])
+
+
+def test_a_script_may_open_its_processes_twice(tmp_path):
+    """What they told each other the first time counts for nothing the second time."""
+    def train_twice() -> None:
+        launches = set()
+        for number in range(2):
+            with open_ranks() as ranks:
+                print("only rank 0")
+                assert ranks.gather([ranks.rank, number]) == [[0, number], [1, number]]
+                launches.add(ranks.launch)
+        print(len(launches), "launches")
+
+    ended = launch(2, train_twice, tmp_path)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert ended[0].output == "only rank 0\nonly rank 0\n2 launches\n"
+    assert ended[1].output == "2 launches\n"
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stop = StopSignal()
+    stop.receive(signal.SIGTERM, None)
+    stop.receive(signal.SIGTERM, None)
+    with pytest.raises(Interrupted):
+        stop.check()
+    stop.received_s -= 60
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            stop.receive(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("error, text", [
+    (KeyError("x"), "KeyError: 'x'"),
+    (TrainingStopped("the loss was not finite"), "the loss was not finite"),
+    (KeyboardInterrupt(), "KeyboardInterrupt"),
+    (SystemExit(2), "it has exited with status 2"),
+])
+def test_what_a_process_posts_says_why_it_has_ended(error, text):
+    assert _failure_of(error) == text

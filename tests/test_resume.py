@@ -135,7 +135,7 @@ def test_a_run_that_an_earlier_version_began_keeps_its_held_out_images(
     blip_folder, data, tmp_path, monkeypatch, given
 ):
     """Its settings lack those of the data, among them val_size; 5 % were held out by default."""
-    new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order",
+    new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order", "micro_batches",
            "val_size"}
     as_dict = TrainingConfig.as_dict
     config = long_run(blip_folder, data, tmp_path / "run", val_data_path=None, **given)
@@ -335,14 +335,14 @@ def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
     read_end, write_end = os.pipe()
 
     def hold():
-        real = run_module.Run.training_loader
+        real = run_module.Run.steps
 
         def wait(*args):
             os.write(write_end, b".")
             time.sleep(60)
             return real(*args)
 
-        run_module.Run.training_loader = wait
+        run_module.Run.steps = wait
         train(go_on(config))
 
     child = os.fork()

@@ -74,7 +74,7 @@ def train(
                 if schedule.validates(step):
                     run.validate()
                     meter.restart()
-                if agreed.is_save_due or run.best.step == step:
+                if run.is_save_due(agreed):
                     run.save()
         run.save()
     return run.summary

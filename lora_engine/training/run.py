@@ -107,23 +107,26 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             facts["total_s"] = run.seconds
             facts["peak_memory_bytes"] = peak_memory_bytes(trainer.device)
             folder.write_json("environment.json", facts)
-        except (Exception, Interrupted) as error:
+        except (Exception, Interrupted) as received:
+            error = ranks.cause(received)
             spare_files.close()
             run.take_over_if_needed()
             run.save_last_step()
+            # The process that writes knows the newest checkpoint, and says so.
+            advice = run.checkpoints.how_to_resume() if folder.is_writer else ""
             if isinstance(error, OSError):
                 raise TrainingStopped(
-                    f"{error}. What was there before is intact. {run.checkpoints.how_to_resume()}"
+                    f"{error}. What was there before is intact. {advice}".rstrip()
                 ) from error
-            if run.has_begun:
-                error.add_note(run.checkpoints.how_to_resume())
+            if run.has_begun and advice:
+                error.add_note(advice)
             if run.has_begun and isinstance(error, TrainingStopped):
                 is_first = "" if run.best.step else " (before training)"
                 error.add_note(
                     f"the best adapter so far, of step {run.best.step}{is_first}, is in "
                     f"{folder.adapter}"
                 )
-            raise
+            raise error
         finally:
             if run.has_begun and not stop.is_at_once:
                 run.write_results()
@@ -300,6 +303,14 @@ class Run:
         ])
 
     # --- checkpoints -------------------------------------------------------------------------
+
+    def is_save_due(self, agreed: TrainingStep) -> bool:
+        """Whether it is time for a checkpoint: after a new best adapter, or by --save_every.
+
+        Several processes have voted on that before the step, because their clocks differ.
+        """
+        is_due = self.checkpoints.is_due(self.step) if self.ranks.size == 1 else agreed.is_save_due
+        return is_due or self.best.step == self.step
 
     def save(self, *, together: bool = True) -> None:
         """Write a checkpoint, unless this step has one, the run has not begun, or an `atomic`
