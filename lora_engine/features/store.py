@@ -266,7 +266,7 @@ class FeatureStore:
         return self._closing or self.stopped_because is not None
 
     def _wait_for_space(self) -> None:
-        """Wait a moment for the disk. Raises RankLost."""
+        """Wait a moment for the disk. Raises as `Ranks.check`."""
         begin_s, was_long = time.monotonic(), self._waited_s >= _LONG_WAIT_S
         self._changed.wait(1.0)
         self._waited_s += time.monotonic() - begin_s
