@@ -28,7 +28,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -169,13 +169,11 @@ class FeatureStore:
     @property
     def num_rows(self) -> int:
         """The number of rows in the store, including those of other processes."""
-        last = self._ask("SELECT coalesce(max(number), 0) FROM segments")
+        (last,) = self._ask("SELECT coalesce(max(number), 0) FROM segments") or (0,)
         query = "SELECT count(*) FROM rows WHERE number >= ? AND number < ?"
-        counts = [
-            self._ask(query, segment * _SEGMENT, segment * _SEGMENT + self._rows_in(segment))
-            for segment in range(last[0] + 1 if last else 0)
-        ]
-        return sum(count[0] for count in counts if count)
+        firsts = range(0, (last + 1) * _SEGMENT, _SEGMENT)
+        ends = (first + self._rows_in(first // _SEGMENT) for first in firsts)
+        return sum((self._ask(query, *span) or (0,))[0] for span in zip(firsts, ends))
 
     def num_free_rows(self) -> int:
         """How many more rows may be written now."""
@@ -454,6 +452,16 @@ class FeatureStore:
             data = b"".join(digest + checksum for _, digest, checksum in entries)
             _write_at(self._entries_file, memoryview(data), (numbers[0] - first) * _ENTRY.size)
             _sync(self._entries_file)
+        self._add_to_index(entries, batch)
+        if len(fitting) < len(new):
+            raise FeatureStoreError(what_is_full)
+
+    def _add_to_index(
+        self, entries: Iterable[tuple[int, bytes, bytes]], batch: Mapping[bytes, np.ndarray]
+    ) -> None:
+        """Add rows that are on the disk to the index, and end this process' claims of the batch."""
+        with self._asking:  # not within the transaction: `claim` takes both in this order
+            claimed = self._claimed.intersection(batch)
         with self._writer as index:
             index.execute("BEGIN IMMEDIATE")
             query = "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
@@ -462,11 +470,9 @@ class FeatureStore:
                 # used, because it has an entry.
                 if index.execute(query, entry).rowcount == 0 and not self._segment:
                     self._unused.append(entry[0])
-            self._end_claims(index, self._claimed.intersection(batch))
+            self._end_claims(index, claimed)
         with self._asking:
-            self._claimed.difference_update(batch)
-        if len(fitting) < len(new):
-            raise FeatureStoreError(what_is_full)
+            self._claimed -= claimed
 
     def _reserve(self, index: sqlite3.Connection, count: int) -> list[int]:
         """Reserve row numbers for this process, within a transaction."""
