@@ -242,7 +242,7 @@ class FeatureCache:
         return out
 
     def _await(self, digest: bytes, out: np.ndarray) -> bool:
-        """Copy a row from a store into `out` (row_bytes,), if it is there or comes soon."""
+        """Copy a row from a store into `out` (row_bytes,), once no process is still encoding it."""
         if self._read(digest, out):
             return True
         if self.ranks.local_size == 1:

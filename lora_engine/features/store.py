@@ -88,8 +88,7 @@ class FeatureStore:
     description: everything that the features depend on, as JSON; its hash is the key.
     limit_bytes: for all keys in `cache_dir` together, not counting what other processes are
     writing at the moment. 1 GiB of the disk, or 2 % of it if that is more, is always left free.
-    ranks: if several processes of a machine train together, each image is encoded by the one that
-    `claim`s it.
+    ranks: among those of one machine, the process that `claim`s an image encodes it.
     index_folder: for a `cache_dir` on a network file system, a folder of this machine that the
     processes of this launch share.
 
@@ -272,7 +271,7 @@ class FeatureStore:
             rate = self._written_bytes / max(self._writing_s, 1e-9)
             logger.info(
                 f"{self.cache_dir}: writing at {rate / 1e6:.0f} MB/s is slower than encoding, so "
-                f"the first epoch goes at the pace of the disk"
+                f"the first epoch runs at the speed of the disk"
             )
         self.ranks.check()
 
@@ -313,10 +312,10 @@ class FeatureStore:
     # --- claims -----------------------------------------------------------------------------
 
     def claim(self, digests: Iterable[bytes]) -> list[bytes]:
-        """Those of the digests that this process is to encode and to offer, at once.
+        """Those of the digests that this process must encode and offer at once.
 
-        The others are in the store by now, or another process of this machine has claimed them: it
-        is encoding them. A claim ends when the row is in the index, or dropped.
+        The others are in the store by now, or another process of this machine is encoding them. A
+        claim ends when the row is in the index, or dropped.
         """
         digests = list(digests)
         if self.ranks.local_size == 1 or not digests:
