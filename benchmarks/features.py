@@ -13,7 +13,7 @@ time that a trainer waits for kept rows: they are read ahead while it is busy, f
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -212,15 +212,8 @@ def measure_waiting(encoder: FeatureEncoder, arguments: Any) -> dict[str, list[f
 
     with TemporaryDirectory(dir=arguments.cache_dir) as folder:
         cache = FeatureCache(encoder.device)
-        cache.store = store = FeatureStore(
-            Path(folder), {}, row_bytes=row_bytes, limit_bytes=2 * num_rows * row_bytes
-        )
+        cache.store = store = filled_store(Path(folder), digests, noise)
         with FeatureSource(encoder, cache) as source:
-            for digest in digests:
-                while not store.offer(digest, noise):
-                    time.sleep(0.01)
-            while store.num_rows < num_rows:
-                time.sleep(0.01)
             return interleave(
                 {
                     "kept rows, idle trainer": partial(wait, 0.0),
@@ -228,6 +221,18 @@ def measure_waiting(encoder: FeatureEncoder, arguments: Any) -> dict[str, list[f
                 },
                 num_rounds=arguments.rounds, show=False,
             )
+
+
+def filled_store(folder: Path, digests: Sequence[bytes], row: np.ndarray) -> FeatureStore:
+    """A store that has the row, uint8 (row_bytes,), for each of the digests."""
+    num_bytes = 2 * len(digests) * len(row)
+    store = FeatureStore(folder, {}, row_bytes=len(row), limit_bytes=num_bytes)
+    for digest in digests:
+        store.offer(digest, row)
+    store.close(timeout_s=600.0)
+    if store.stopped_because:
+        raise OSError(store.stopped_because)
+    return FeatureStore(folder, {}, row_bytes=len(row), limit_bytes=num_bytes)
 
 
 def _draw(axes: Any, speeds: dict[str, dict[str, float]]) -> None:

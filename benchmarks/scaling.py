@@ -89,7 +89,6 @@ class Setup:
         network_bytes = self.num_processes * self.micro_batches * far * slice_bytes + ring_bytes
         return max(link_s, network_bytes / self.network_bytes_per_s) + 2 * self.network_latency_s
 
-
     def core_speed(self, num_jobs: int) -> float:
         """The speed of each of some jobs on a machine's processors; 1: that of one alone."""
         num_busy = min(num_jobs, self.num_cores)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks.contenders import checkpoint, pixel_settings
+from benchmarks.features import filled_store
 from benchmarks.measure import table, write_result
 from benchmarks.ours import Ours
-from benchmarks.processes import in_processes, time_exchange, write_rows
+from benchmarks.processes import in_processes, write_rows
 from benchmarks.ranks import num_trainable
 from benchmarks.rows import Rows
 from benchmarks.scaling import Setup, simulate
@@ -27,7 +28,6 @@ from lora_engine.data.batches import FeatureBatch, StepRows, training_steps
 from lora_engine.data.pixels import load_pixels
 from lora_engine.devices import num_processors
 from lora_engine.features.encoder import FeatureEncoder
-from lora_engine.features.store import FeatureStore
 from lora_engine.ranks import open_ranks
 
 BATCH_SIZE, NUM_MICRO_BATCHES = 4, 4  # of a step, whatever the number of processes
@@ -152,7 +152,7 @@ def measured_parts(folder: Path, data: Path, model: str) -> dict[str, float]:
     num_values = num_trainable(folder) + 1
     for number in NUM_PROCESSES[1:]:
         times_s = in_processes(
-            f"{time_exchange.__module__}:time_exchange", number,
+            "benchmarks.processes:time_exchange", number,
             num_values=num_values, num_parts=NUM_MICRO_BATCHES, num_rounds=20,
         )
         parts[f"exchange_{number}_s"] = float(np.median(times_s))
@@ -182,7 +182,7 @@ def parts_in_process(checkpoint: str, data: str, model: str) -> dict[str, float]
     def update() -> None:
         ours.trainer.update(torch.zeros(()), lr=1e-4)
 
-    with open_ranks() as ranks:
+    with open_ranks() as ranks, tempfile.TemporaryDirectory() as empty:
         def mean_s(calls: list[Callable[[], object]]) -> float:
             calls[0]()
             ranks.gather(None)
@@ -198,7 +198,7 @@ def parts_in_process(checkpoint: str, data: str, model: str) -> dict[str, float]
             "update_s": mean_s([update] * 20),
             "encode_s": mean_s([lambda: encoder.encode(pixels)] * 10) / num_images,
             "decode_s": mean_s([partial(decode, file) for file in files]),
-            "feature_s": mean_s(reads(encoder.format.row_bytes)),
+            "feature_s": mean_s(reads(encoder.format.row_bytes, Path(empty))),
             "feature_bytes": float(encoder.format.row_bytes),
         }
 
@@ -217,18 +217,9 @@ def micro_batches(ours: Ours, rows: Rows) -> list[FeatureBatch]:
     ]
 
 
-def reads(row_bytes: int, *, num_rows: int = 32) -> list[Callable[[], object]]:
-    """Reads of rows from a store, which are in the page cache."""
-    folder = tempfile.TemporaryDirectory()
-    generator = np.random.default_rng(0)
+def reads(row_bytes: int, folder: Path, *, num_rows: int = 32) -> list[Callable[[], object]]:
+    """Reads of rows from a store in an empty folder, which are in the page cache."""
     digests = [bytes([number] * 16) for number in range(num_rows)]
-    store = FeatureStore(Path(folder.name), {}, row_bytes=row_bytes, limit_bytes=10**10)
-    for digest in digests:
-        store.offer(digest, generator.integers(0, 256, row_bytes, dtype=np.uint8))
-    store.close()
-    store = FeatureStore(Path(folder.name), {}, row_bytes=row_bytes, limit_bytes=10**10)
-
-    def read(digest: bytes) -> None:
-        assert store.read(digest, np.empty(row_bytes, dtype=np.uint8)), folder.name
-
-    return [partial(read, digest) for digest in digests]
+    noise = np.random.default_rng(0).integers(0, 256, row_bytes, dtype=np.uint8)
+    store = filled_store(folder, digests, noise)
+    return [partial(store.read, digest, np.empty_like(noise)) for digest in digests]

@@ -29,6 +29,7 @@ from lora_engine.commands.report import ReportConfig
 from lora_engine.commands.validate import ValidateConfig
 from lora_engine.config import TrainingConfig
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.ranks import OneProcess
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as loop_module
 from lora_engine.training import setup as run_setup
@@ -166,6 +167,18 @@ def test_a_launch_that_cannot_be_joined_is_refused(
 def test_a_single_process_trains_whatever_started_it(command, monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     assert printed_config(command, blip_cc3m.main)["epochs"] == blip_cc3m.DEMO.epochs
+
+
+@pytest.mark.parametrize("folder", [None, "runs/mine"])
+def test_after_a_restart_a_run_resumes_if_it_had_a_folder(command, data, monkeypatch, folder):
+    configs: list[TrainingConfig] = []
+    monkeypatch.setattr(loop_module, "train", lambda config, **_: configs.append(config))
+    monkeypatch.setattr(OneProcess, "remembered", lambda self: folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args = ["--train_data_path", str(data / "train.json")]
+    assert command(blip_cc3m.main, *args)[0] == 0
+    (config,) = configs
+    assert (config.output_path, config.resume) == (folder, folder and "newest")
 
 
 # --- flags ----------------------------------------------------------------------------------

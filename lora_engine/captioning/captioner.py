@@ -107,10 +107,10 @@ def caption_images(
 ) -> Generator[Captioned]:
     """Caption images, in order; one that cannot be read yields the reason.
 
-    The processes share out the batches; each yields the results of all. The captioners share the
-    encoder of `features`. `num_workers` and `timeout_s` are described in `workers.load`. `numbers`
-    are the images' numbers for sampling, by default their positions in `images`. `settings` go to
-    `generation.generate`.
+    Batches are split across `ranks`; each process yields the results of all. The captioners share
+    the encoder of `features`. `num_workers` and `timeout_s` are described in `workers.load`.
+    `numbers` are the images' numbers for sampling, by default their positions in `images`.
+    `settings` go to `generation.generate`.
     """
     numbers = range(len(images)) if numbers is None else numbers
     order = in_batches(range(len(images)), batch_size)

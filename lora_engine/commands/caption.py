@@ -1,6 +1,6 @@
 """python -m lora_engine caption: images -> captions, on stdout and in files.
 
-The processes that torchrun starts share out the images; the main one writes.
+Under torchrun the images are split across processes; the main one writes.
 """
 
 import csv
@@ -98,8 +98,8 @@ def caption(args: list[str]) -> int:
     with open_ranks() as ranks:
         config = cli.parse(
             CaptionConfig, args, prog="python -m lora_engine caption",
-            description="Caption images with a trained adapter. torchrun shares the images out "
-                        "over several processes.",
+            description="Caption images with a trained adapter. Start it with torchrun to split "
+                        "the images across processes.",
         )
         return _caption(config, ranks)
 

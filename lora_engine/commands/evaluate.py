@@ -1,6 +1,6 @@
 """python -m lora_engine evaluate: score captions, with and without an adapter.
 
-The processes that torchrun starts share out the images; the main one scores and writes.
+Under torchrun the images are split across processes; the main one scores and writes.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def evaluate(args: list[str]) -> int:
         config = cli.parse(
             EvaluateConfig, args, prog="python -m lora_engine evaluate",
             description="Score the captions of a base model, and of an adapter for comparison. "
-                        "torchrun shares the images out over several processes.",
+                        "Start it with torchrun to split the images across processes.",
         )
         return _evaluate(config, ranks)
 

@@ -39,7 +39,7 @@ from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# Flags that may be others on another machine; of the files that they name, the content counts.
+# These may differ between machines: only the content of the files that they name must be equal.
 _OF_A_MACHINE = frozenset((
     "model", "adapter", "data", "images", "image_root", "out", "coco_out", "cache_dir", "device",
     "num_threads", "num_workers",
@@ -78,10 +78,11 @@ class CaptioningConfig:
     cache_limit_gb: Annotated[float, Range(ge=0)] = 50.0
     """Maximum size of the cache folder."""
     num_workers: Annotated[int | None, Range(ge=0)] = None
-    """Processes that load images, for each process of torchrun. Default with a GPU: half of the
-    processors, shared out, at most 8; otherwise 0."""
+    """Workers of each process that load images. Default with a GPU: half of the processors, divided
+    by the processes of the machine, at most 8; otherwise 0."""
     num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
-    """Threads on a CPU. Default: PyTorch's choice, usually all processors."""
+    """Threads of each process on a CPU. Default: PyTorch's choice, usually all processors, divided
+    by the processes of the machine."""
     worker_timeout: Annotated[float, Range(ge=1)] = 300.0
     """Seconds to wait for images before the command gives up."""
     force: bool = False

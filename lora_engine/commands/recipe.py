@@ -41,13 +41,14 @@ def run_recipe(
             default=settings,
         )
         given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
+        output_path = parsed.output_path
         if ranks.num_restarts:  # by torchrun, after a failure
-            given.setdefault("resume", NEWEST)
-            given.setdefault("output_path", parsed.output_path or ranks.remembered())
+            output_path = output_path or ranks.remembered()
+            if output_path is not None:  # otherwise it failed before it had a folder
+                given = {"resume": NEWEST, "output_path": output_path} | given
         stored = {}
-        if given.get("resume") is not None and given.get("output_path") is not None:
-            folder = Path(given["output_path"])
-            stored = _stored_settings(folder, given, defaults=(settings, demo))
+        if given.get("resume", parsed.resume) is not None and output_path is not None:
+            stored = _stored_settings(Path(output_path), given, defaults=(settings, demo))
         config = dataclasses.replace(settings, **{**stored, **given})
         is_demo = config.train_data_path is None
         if is_demo:

@@ -205,7 +205,7 @@ class FeatureCache:
         `fresh` gives positions in `fresh_rows` (U, row_bytes), which take precedence; `ahead` are
         rows that `read_ahead` reads. A row that another process computes is waited for. Rows that
         are nowhere, or damaged, come from `encode_again(position in digests)` -> (row_bytes,).
-        Raises RankLost.
+        Raises as `Ranks.check`.
         """
         row_bytes = fresh_rows.shape[1]
         sources = [(fresh, fresh_rows), *((memory.slots, memory.rows) for memory in self._memories)]
@@ -242,7 +242,7 @@ class FeatureCache:
         return out
 
     def _await(self, digest: bytes, out: np.ndarray) -> bool:
-        """Copy a row from a store into `out` (row_bytes,), if it is there or comes soon."""
+        """Copy a row from a store into `out` (row_bytes,), once no process is still encoding it."""
         if self._read(digest, out):
             return True
         if self.ranks.local_size == 1:

@@ -1,4 +1,4 @@
-"""What the processes of one machine share: a folder in its memory, and its kinds of disks."""
+"""A folder in memory that the processes of a machine share, and which disks machines share."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.lxcfs"}
 class MachineFolder:
     """A folder for the processes of one launch on this machine, in memory if there is /dev/shm.
 
-    Each of them holds a shared lock on it. The last one to close it removes it; if they are killed,
+    Each process holds a shared lock on it. The last one to close it removes it; if they are killed,
     the next launch does. Raises OSError.
     """
 

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -52,6 +52,18 @@ class CacheSettings:
     limit_bytes: float
 
 
+class _Measured(NamedTuple):
+    """What a machine's first process measures: seconds per image, and free memory for rows.
+
+    read_s: None without a disk to read from; `disk_error` tells why there is none.
+    """
+
+    encode_s: float
+    read_s: float | None
+    disk_error: str
+    shared_memory_bytes: int
+
+
 def place_features(
     encoder: FeatureEncoder,
     num_images: int,
@@ -63,61 +75,44 @@ def place_features(
     What is measured varies, so one process of each machine measures for all of them. Raises
     ValueError if the mode is "disk" and the folder cannot be used.
     """
-    mode, row_bytes, num_left = settings.mode, encoder.format.row_bytes, num_images
-    num_kept = 0
+    mode, row_bytes = settings.mode, encoder.format.row_bytes
     measured = _measure(encoder, settings, ranks)
-    encode_s, read_s = measured["encode_s"], measured["read_s"]
     cache = FeatureCache(encoder.device, ranks)
-    places, not_on_disk = [], measured["error"] and f"not on disk: {measured['error']}"
+    places, not_on_disk = [], ""
+    num_left, num_kept = num_images, 0
     if mode in ("auto", "memory") and encoder.device.type == "cuda":
         cache.device_memory = _memory(num_left, row_bytes, encoder.device)
-        places.append(f"{len(cache.device_memory.rows):,} in the GPU's memory")
-    if read_s is not None:
-        if mode == "disk" or read_s < encode_s:
-            try:
-                cache.store = _open_store(encoder, settings, cache)
-                # The rows that are there may be of other images, so they do not count.
-                num_free = cache.store.num_free_rows()
-                more = "" if num_free >= num_left else f", space for {num_free:,} more"
-                num_left -= min(num_left, num_free)
-                num_kept += num_free + cache.store.num_rows
-                places.append(
-                    f"on disk in {cache.store.folder} ({cache.store.num_rows:,} there already"
-                    f"{more}; reading one takes {_milliseconds(read_s)})"
-                )
-            except FeatureStoreError as error:
-                if mode == "disk":
-                    raise _disk_error(error) from None
-                not_on_disk = f"not on disk: {error}"
-        else:
-            not_on_disk = (
-                f"not on disk in {settings.folder}, where reading one takes "
-                f"{_milliseconds(read_s)}"
-            )
-    if cache.device_memory is not None and ranks.local_size == 1:
+        num_kept += len(cache.device_memory.rows)
+        places.append(f"{num_kept:,} in the GPU's memory")
+    if mode in ("auto", "disk"):
+        not_on_disk = _drawback(settings, measured) or _keep_on_disk(cache, encoder, settings)
+    if cache.store is not None:
+        num_there, num_free = cache.store.num_rows, cache.store.num_free_rows()
+        # The rows that are there may be of other images, so they do not count.
+        more = "" if num_free >= num_left else f", space for {num_free:,} more"
+        num_left -= min(num_left, num_free)
+        num_kept += num_free + num_there
+        places.append(
+            f"on disk in {cache.store.folder} ({num_there:,} there already{more}; reading one "
+            f"takes {_milliseconds(measured.read_s or 0.0)})"
+        )
+    if cache.device_memory is not None and ranks.local_size == 1:  # others may hold the same rows
         num_left -= min(num_left, len(cache.device_memory.rows))
     if mode in ("auto", "memory") and num_left > 0:
         most = "up to " if cache.store is not None else ""
-        if ranks.local_size == 1:
-            cache.host_memory = _memory(num_left, row_bytes, torch.device("cpu"))
-            num_in_memory, shortage = len(cache.host_memory.rows), ""
-        else:
-            num_in_memory, shortage = _share_memory(
-                encoder, num_left, cache, measured["memory_bytes"]
-            )
-        places.append(f"{most}{num_in_memory:,} in memory{shortage}")
+        num_in_memory, shortage = _keep_in_memory(cache, encoder, num_left, measured)
         num_kept += num_in_memory
+        places.append(f"{most}{num_in_memory:,} in memory{shortage}")
     if mode == "off":
         places.append("no longer than for a batch (--cache off)")
     parts = [f"kept {', '.join(places)}", not_on_disk, _machines(cache)]
-    kept = "; ".join(filter(None, parts))
-    num_kept += 0 if cache.device_memory is None else len(cache.device_memory.rows)
     return Placement(
         cache,
         f"features of {num_images:,} images, {_size(num_images * row_bytes)} as "
-        f"{encoder.format.dtype} (encoding one takes {_milliseconds(encode_s)}): {kept}",
-        encode_s,
-        None if cache.store is None else read_s,
+        f"{encoder.format.dtype} (encoding one takes {_milliseconds(measured.encode_s)}): "
+        f"{'; '.join(filter(None, parts))}",
+        measured.encode_s,
+        None if cache.store is None else measured.read_s,
         num_kept,
     )
 
@@ -136,72 +131,74 @@ def place_features_used_once(
     cache = FeatureCache(encoder.device, ranks)
     is_on_disk = settings.mode == "disk"
     if settings.mode == "auto" and num_images >= _FEW_IMAGES:
-        measured = _measure(encoder, settings, ranks)
-        is_on_disk = measured["read_s"] is not None and measured["read_s"] < measured["encode_s"]
-    try:
-        if is_on_disk:
-            cache.store = _open_store(encoder, settings, cache)
-    except FeatureStoreError as error:
-        if settings.mode == "disk":
-            raise _disk_error(error) from None
+        is_on_disk = not _drawback(settings, _measure(encoder, settings, ranks))
+    if is_on_disk:
+        _keep_on_disk(cache, encoder, settings)
     return cache
 
 
-def _measure(encoder: FeatureEncoder, settings: CacheSettings, ranks: Ranks) -> dict[str, Any]:
-    """What this machine's first process measures: seconds per image, and free memory for rows.
-
-    Without a disk to read from, `read_s` is None, and `error` tells why there is none. Raises
-    ValueError if that must not be.
-    """
-    measured: dict[str, Any] = {}
+def _measure(encoder: FeatureEncoder, settings: CacheSettings, ranks: Ranks) -> _Measured:
+    measured = None
     if ranks.local_rank == 0:
-        encode_s, read_s, reason = encoder.measure_s(), None, None
+        encode_s, read_s, error = encoder.measure_s(), None, ""
         if settings.mode in ("auto", "disk"):
             try:
                 # The machine's processes read at the same time.
                 rate = read_rate(_folder(settings)) / ranks.local_size
                 read_s = encoder.format.row_bytes / rate
-            except FeatureStoreError as error:
-                reason = str(error)
-        measured = {
-            "encode_s": encode_s,
-            "read_s": read_s,
-            "error": reason,
-            "memory_bytes": _shared_memory_bytes(),
-        }
-    measured = ranks.from_machine(measured)
-    if settings.mode == "disk" and measured["error"]:
-        raise _disk_error(measured["error"])
-    return measured
+            except FeatureStoreError as reason:
+                error = str(reason)
+        measured = _Measured(encode_s, read_s, error, _shared_memory_bytes())
+    return _Measured(*ranks.from_machine(measured))
 
 
-def _open_store(
-    encoder: FeatureEncoder, settings: CacheSettings, cache: FeatureCache
-) -> FeatureStore:
-    folder = _folder(settings)
-    index_folder = None
-    if is_on_network(folder):
-        index_folder = _machine_folder(cache) / "indexes"
-    return FeatureStore(
-        folder,
-        encoder.describe(),
-        row_bytes=encoder.format.row_bytes,
-        limit_bytes=int(settings.limit_bytes),
-        ranks=cache.ranks,
-        index_folder=index_folder,
+def _drawback(settings: CacheSettings, measured: _Measured) -> str:
+    """Why features are not kept on disk; "" if they are. Raises ValueError if they must be."""
+    if measured.read_s is None:
+        if settings.mode == "disk":
+            raise _disk_error(measured.disk_error)
+        return f"not on disk: {measured.disk_error}"
+    if settings.mode == "disk" or measured.read_s < measured.encode_s:
+        return ""
+    return (
+        f"not on disk in {settings.folder}, where reading one takes "
+        f"{_milliseconds(measured.read_s)}"
     )
 
 
-def _share_memory(
-    encoder: FeatureEncoder, num_rows: int, cache: FeatureCache, num_bytes: int
+def _keep_on_disk(cache: FeatureCache, encoder: FeatureEncoder, settings: CacheSettings) -> str:
+    """Keep rows on disk -> "", or why that fails. Raises ValueError if the mode is "disk"."""
+    try:
+        folder = _folder(settings)
+        cache.store = FeatureStore(
+            folder,
+            encoder.describe(),
+            row_bytes=encoder.format.row_bytes,
+            limit_bytes=int(settings.limit_bytes),
+            ranks=cache.ranks,
+            index_folder=_machine_folder(cache) / "indexes" if is_on_network(folder) else None,
+        )
+        return ""
+    except FeatureStoreError as error:
+        if settings.mode == "disk":
+            raise _disk_error(error) from None
+        return f"not on disk: {error}"
+
+
+def _keep_in_memory(
+    cache: FeatureCache, encoder: FeatureEncoder, num_rows: int, measured: _Measured
 ) -> tuple[int, str]:
-    """Keep rows in memory that the machine's processes share -> space for how many, and advice."""
+    """Keep rows in host memory, which processes share -> space for how many, and advice."""
+    row_bytes = encoder.format.row_bytes
+    if cache.ranks.local_size == 1:
+        cache.host_memory = _memory(num_rows, row_bytes, torch.device("cpu"))
+        return len(cache.host_memory.rows), ""
     try:
         cache.shared_memory = FeatureStore(
             _machine_folder(cache) / "rows",
             encoder.describe(),
-            row_bytes=encoder.format.row_bytes,
-            limit_bytes=num_bytes,
+            row_bytes=row_bytes,
+            limit_bytes=measured.shared_memory_bytes,
             ranks=cache.ranks,
         )
         num_fitting = min(num_rows, cache.shared_memory.num_free_rows())

@@ -28,7 +28,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -88,8 +88,7 @@ class FeatureStore:
     description: everything that the features depend on, as JSON; its hash is the key.
     limit_bytes: for all keys in `cache_dir` together, not counting what other processes are
     writing at the moment. 1 GiB of the disk, or 2 % of it if that is more, is always left free.
-    ranks: if several processes of a machine train together, each image is encoded by the one that
-    `claim`s it.
+    ranks: among those of one machine, the process that `claim`s an image encodes it.
     index_folder: for a `cache_dir` on a network file system, a folder of this machine that the
     processes of this launch share.
 
@@ -169,13 +168,11 @@ class FeatureStore:
     @property
     def num_rows(self) -> int:
         """The number of rows in the store, including those of other processes."""
-        last = self._ask("SELECT coalesce(max(number), 0) FROM segments")
+        (last,) = self._ask("SELECT coalesce(max(number), 0) FROM segments") or (0,)
         query = "SELECT count(*) FROM rows WHERE number >= ? AND number < ?"
-        counts = [
-            self._ask(query, segment * _SEGMENT, segment * _SEGMENT + self._rows_in(segment))
-            for segment in range(last[0] + 1 if last else 0)
-        ]
-        return sum(count[0] for count in counts if count)
+        firsts = range(0, (last + 1) * _SEGMENT, _SEGMENT)
+        ends = (first + self._rows_in(first // _SEGMENT) for first in firsts)
+        return sum((self._ask(query, *span) or (0,))[0] for span in zip(firsts, ends))
 
     def num_free_rows(self) -> int:
         """How many more rows may be written now."""
@@ -266,7 +263,7 @@ class FeatureStore:
         return self._closing or self.stopped_because is not None
 
     def _wait_for_space(self) -> None:
-        """Wait a moment for the disk. Raises RankLost."""
+        """Wait a moment for the disk. Raises as `Ranks.check`."""
         begin_s, was_long = time.monotonic(), self._waited_s >= _LONG_WAIT_S
         self._changed.wait(1.0)
         self._waited_s += time.monotonic() - begin_s
@@ -274,7 +271,7 @@ class FeatureStore:
             rate = self._written_bytes / max(self._writing_s, 1e-9)
             logger.info(
                 f"{self.cache_dir}: writing at {rate / 1e6:.0f} MB/s is slower than encoding, so "
-                f"the first epoch goes at the pace of the disk"
+                f"the first epoch runs at the speed of the disk"
             )
         self.ranks.check()
 
@@ -315,10 +312,10 @@ class FeatureStore:
     # --- claims -----------------------------------------------------------------------------
 
     def claim(self, digests: Iterable[bytes]) -> list[bytes]:
-        """Those of the digests that this process is to encode and to offer, at once.
+        """Those of the digests that this process must encode and offer at once.
 
-        The others are in the store by now, or another process of this machine has claimed them: it
-        is encoding them. A claim ends when the row is in the index, or dropped.
+        The others are in the store by now, or another process of this machine is encoding them. A
+        claim ends when the row is in the index, or dropped.
         """
         digests = list(digests)
         if self.ranks.local_size == 1 or not digests:
@@ -454,6 +451,16 @@ class FeatureStore:
             data = b"".join(digest + checksum for _, digest, checksum in entries)
             _write_at(self._entries_file, memoryview(data), (numbers[0] - first) * _ENTRY.size)
             _sync(self._entries_file)
+        self._add_to_index(entries, batch)
+        if len(fitting) < len(new):
+            raise FeatureStoreError(what_is_full)
+
+    def _add_to_index(
+        self, entries: Iterable[tuple[int, bytes, bytes]], batch: Mapping[bytes, np.ndarray]
+    ) -> None:
+        """Add rows that are on the disk to the index, and end this process' claims of the batch."""
+        with self._asking:  # not within the transaction: `claim` takes both in this order
+            claimed = self._claimed.intersection(batch)
         with self._writer as index:
             index.execute("BEGIN IMMEDIATE")
             query = "INSERT INTO rows VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING"
@@ -462,11 +469,9 @@ class FeatureStore:
                 # used, because it has an entry.
                 if index.execute(query, entry).rowcount == 0 and not self._segment:
                     self._unused.append(entry[0])
-            self._end_claims(index, self._claimed.intersection(batch))
+            self._end_claims(index, claimed)
         with self._asking:
-            self._claimed.difference_update(batch)
-        if len(fitting) < len(new):
-            raise FeatureStoreError(what_is_full)
+            self._claimed -= claimed
 
     def _reserve(self, index: sqlite3.Connection, count: int) -> list[int]:
         """Reserve row numbers for this process, within a transaction."""
