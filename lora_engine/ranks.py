@@ -47,6 +47,7 @@ _STORE_S = 10.0  # for one operation of the store
 _ORPHAN_S = 3.0  # without the store, until a process no longer waits for others
 _NO_LIMIT = timedelta(days=7)  # of torch.distributed's operations: see `ManyProcesses`
 _MAX_WARNINGS = 100
+_PATIENCE = 10  # times HUNG_S before the first step: parsing a large file may hold Python's lock
 
 
 class Ranks(Protocol):
@@ -228,9 +229,9 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
         yield OneProcess(int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         return
     streams = _Muted(sys.stdout), _Muted(sys.stderr)
+    ranks = ManyProcesses(place, streams)
     if place.rank:
         sys.stdout, sys.stderr = streams
-    ranks = ManyProcesses(place, streams)
     try:
         yield ranks
         ranks.leave()
@@ -355,6 +356,7 @@ class ManyProcesses:
         self._streams = streams
         self._launcher = os.getppid()
         self._num_turns = 0
+        self._patience = _PATIENCE
         self._found: BaseException | None = None  # what `check` has raised
         self._has_store = True
         self._orphan_s = float("inf")  # the time when the store was found to be gone
@@ -410,6 +412,7 @@ class ManyProcesses:
         return lambda: [part.tolist() for part in wait()]
 
     def summation(self, buffer: Tensor, num_parts: int) -> Summation:
+        self._patience = 1
         return _ExchangedSum(self, buffer, num_parts // self.size)
 
     def _all_gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
@@ -469,12 +472,12 @@ class ManyProcesses:
     def _in_turn(self) -> Iterator[None]:
         self._num_turns += 1
         key = f"turn/{self.rank - self.local_rank}/{self._num_turns}"
-        while self.local_rank and not self._store.check([key]):
+        while self.local_rank and not self._with_store(lambda store: store.check([key])):
             time.sleep(0.02)
             self.check()
         yield
         if not self.local_rank:
-            self._store.set(key, "done")
+            self._with_store(lambda store: store.set(key, "done"))
 
     def remember(self, folder: str) -> None:
         self._launcher_store.set("lora_engine/run", folder)
@@ -507,8 +510,8 @@ class ManyProcesses:
                 self._raise(_error_of(self.name(rank), status))
             if status.beat != before[rank].beat or is_orphan:
                 self._seen_s[rank] = now
-            elif now - self._seen_s[rank] > HUNG_S:
-                lost[rank] = f"has not responded for {HUNG_S:.0f} s: it hangs, or was stopped"
+            elif now - self._seen_s[rank] > (limit_s := HUNG_S * self._patience):
+                lost[rank] = f"has not responded for {limit_s:.0f} s: it hangs, or was stopped"
                 if self._is_near(status):
                     with suppress(OSError):  # torchrun would wait another 30 s for it
                         os.kill(status.pid, signal.SIGKILL)
@@ -541,8 +544,8 @@ class ManyProcesses:
         return is_gone or not self._has_store
 
     def _raise(self, error: BaseException) -> NoReturn:
-        self._found = error
-        raise error
+        self._found = self._found or error
+        raise self._found
 
     def _take_over(self, lost: Mapping[int, str]) -> None:
         """The lowest rank that is left writes and reports from now on."""
@@ -679,7 +682,8 @@ class ManyProcesses:
             time.sleep(_ORPHAN_S)
         logging.getLogger("lora_engine").removeHandler(self._warnings)
         self._end.set()
-        self._post(has_left=True)
+        if self.is_main:  # for which the others wait; its end may be that of the store
+            self._post(has_left=True)
         if error is None:
             if self._found is not None:
                 raise self._found

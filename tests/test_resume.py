@@ -135,7 +135,7 @@ def test_a_run_that_an_earlier_version_began_keeps_its_held_out_images(
     blip_folder, data, tmp_path, monkeypatch, given
 ):
     """Its settings lack those of the data, among them val_size; 5 % were held out by default."""
-    new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order", "micro_batches",
+    new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order",
            "val_size"}
     as_dict = TrainingConfig.as_dict
     config = long_run(blip_folder, data, tmp_path / "run", val_data_path=None, **given)
@@ -923,7 +923,7 @@ def test_the_images_of_steps_that_are_not_finite_are_named(
 ):
     real = Trainer.accumulate
 
-    def poisoned(trainer, batches, step):
+    def poisoned(trainer, batches, step, **settings):
         loss = real(trainer, batches, step)
         return loss * float("nan") if step > 6 else loss
 
@@ -945,7 +945,7 @@ def test_what_a_stopped_interval_counted_goes_on(blip_folder, data, tmp_path, mo
     """Two steps that are not finite before the stop, and one after it, are three in a row."""
     real = Trainer.accumulate
 
-    def poisoned(trainer, batches, step):
+    def poisoned(trainer, batches, step, **settings):
         loss = real(trainer, batches, step)
         return loss * float("nan") if step in (6, 7, 8) else loss
 

@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_of_the_best_adapter_costs_nothing(
 ):
     good = (run / "adapter" / WEIGHTS).read_bytes()
     damage_best(run, how)
-    monkeypatch.setattr(run_module.Run, "training_loader", refuse)
+    monkeypatch.setattr(run_module.Run, "steps", refuse)
     for content_of_adapter in (good, b"of a discarded future"):
         (run / "adapter" / WEIGHTS).write_bytes(content_of_adapter)
         with pytest.raises(ValueError, match="enough"):
@@ -248,7 +248,7 @@ def test_a_run_of_the_version_before_resumes_and_its_good_adapter_stays(run, bli
     good = (run / "adapter" / WEIGHTS).read_bytes()
     damage_best(run, "one bit")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="enough"):
-        patch.setattr(run_module.Run, "training_loader", refuse)
+        patch.setattr(run_module.Run, "steps", refuse)
         train(go_on(short_run(blip_folder, data, run)))
     assert (run / "adapter" / WEIGHTS).read_bytes() == good
     (run / "adapter" / WEIGHTS).write_bytes(b"")
@@ -308,7 +308,7 @@ def test_a_run_folder_that_goes_away_stops_the_run_with_a_checkpoint(
     path = tmp_path / "run"
     real = Trainer.accumulate
 
-    def act(trainer, batches, step):
+    def act(trainer, batches, step, **settings):
         if step == 4:
             shutil.rmtree(path) if how == "removed" else path.rename(tmp_path / "elsewhere")
         return real(trainer, batches, step)
@@ -386,7 +386,7 @@ def test_what_reaches_outside_is_not_taken_from_a_run_folder(
     }
     (run / "config.json").write_text(json.dumps({**config, **hostile}))
     asked = []
-    monkeypatch.setattr(loop_module, "train", lambda config, family: asked.append(config))
+    monkeypatch.setattr(loop_module, "train", lambda config, **settings: asked.append(config))
     status, _, err = command(blip_cc3m.main, "--output_path", run, "--resume")
     assert status == cli.USAGE_ERROR and not asked
     assert "names another model than this command line" in err and str(blip_folder) in err
@@ -456,7 +456,7 @@ def state_of_run(run, blip_folder, data, monkeypatch):
         kept.append(run)
         raise ValueError("enough")
 
-    monkeypatch.setattr(run_module.Run, "training_loader", keep)
+    monkeypatch.setattr(run_module.Run, "steps", keep)
     with pytest.raises(ValueError, match="enough"):
         train(go_on(short_run(blip_folder, data, run)))
     return kept[0]
@@ -470,7 +470,7 @@ def test_no_content_of_state_json_is_more_than_an_error_in_words(run, state_of_r
 def test_no_content_of_config_json_is_more_than_an_error_in_words(
     run, blip_folder, command, monkeypatch
 ):
-    monkeypatch.setattr(loop_module, "train", lambda config, family: None)
+    monkeypatch.setattr(loop_module, "train", lambda config, **settings: None)
     original = json.loads((run / "config.json").read_text())
     generator = random.Random(1)
     statuses = set()

@@ -21,7 +21,7 @@ class TrainingStep(NamedTuple):
 
     `batches` are this process' micro-batches, from number `first` on. `num_targets`, `rows` (one
     list per micro-batch that is not empty) and `skipped` are those of all processes. `is_save_due`
-    is whether a checkpoint is due after it by the main process' clock.
+    is whether a checkpoint is due after it by rank 0's clock, if there are several processes.
     """
 
     number: int
@@ -98,7 +98,7 @@ def _vote(
         max_rows=splitter.num_rows or 0,
         signal=error.number if isinstance(error, Interrupted) else 0,
         has_failed=error is not None,
-        is_save_due=ranks.is_main and is_save_due(number),
+        is_save_due=ranks.size > 1 and ranks.is_main and is_save_due(number),
     )
     return _Vote(number, plan, mine, error, ranks.vote(ballot))
 

@@ -48,6 +48,8 @@ class CheckpointWriter:
     def is_due(self, step: int) -> bool:
         """Whether it is time for a checkpoint after `step` steps."""
         is_time = time.monotonic() - self._last_s >= self.every_s
+        if is_time:  # several processes ask for the next step before this one's is written
+            self._last_s = time.monotonic()
         return step % self.every_steps == 0 or is_time
 
     def has(self, step: int, *, is_validated: bool) -> bool:
