@@ -101,9 +101,9 @@ class TrainingConfig:
     """A step has batch_size x grad_accum_steps captions; its loss is that of one large batch, for
     captions of different lengths too."""
     micro_batches: Annotated[int | None, Range(ge=1)] = None
-    """Parts of a step that processes share out; their number decides which numbers of processes a
-    run may use, 1 to all of them, with the same result. Default: grad_accum_steps, raised to a
-    multiple of the number of processes."""
+    """Parts of a step that are split across the processes. A run may use any number of processes
+    that divides it, with the same result. Default: grad_accum_steps, raised to a multiple of the
+    number of processes."""
     lora_rank: Annotated[int, Range(ge=1)] = 8
     """Rank of the LoRA matrices."""
     lora_alpha: Annotated[float, Range(gt=0)] = 32.0

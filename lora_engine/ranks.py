@@ -222,15 +222,15 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     print nothing within it, and nothing more after an error. Raises ValueError if the processes do
     not come together.
     """
-    place = _place(environ)
+    env = _environment_of(environ)
     if "TORCHELASTIC_RUN_ID" in environ:
         _end_with_launcher(os.getppid())
-    if place is None:
+    if env is None:
         yield OneProcess(int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         return
     streams = _Muted(sys.stdout), _Muted(sys.stderr)
-    ranks = ManyProcesses(place, streams)
-    if place.rank:
+    ranks = ManyProcesses(env, streams)
+    if env.rank:
         sys.stdout, sys.stderr = streams
     try:
         yield ranks
@@ -271,8 +271,8 @@ def _is_reported(error: BaseException) -> bool:
     return isinstance(error, _REPORTED) or type(error).__name__ == "OutOfMemoryError"
 
 
-class _Place(NamedTuple):
-    """The place of a process in a launch."""
+class _Environment(NamedTuple):
+    """What torchrun tells a process through its environment."""
 
     rank: int
     size: int
@@ -284,8 +284,8 @@ class _Place(NamedTuple):
     has_agent_store: bool  # of torchrun; otherwise rank 0 has it
 
 
-def _place(environ: Mapping[str, str]) -> _Place | None:
-    """The place of this process in a launch of several; None without one.
+def _environment_of(environ: Mapping[str, str]) -> _Environment | None:
+    """The environment of a launch of several processes; None for a single process.
 
     Raises ValueError if the launch is described only in part.
     """
@@ -309,7 +309,7 @@ def _place(environ: Mapping[str, str]) -> _Place | None:
             f"RANK {rank} of WORLD_SIZE {number} with LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "
             f"{local_size} is not possible: start the processes with torchrun, which sets them"
         )
-    return _Place(
+    return _Environment(
         rank, number, local_rank, local_size, environ["MASTER_ADDR"], port,
         num_restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         has_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -349,9 +349,9 @@ class ManyProcesses:
     reads the others' status twice a second.
     """
 
-    def __init__(self, place: _Place, streams: Sequence[_Muted]) -> None:
-        self.rank, self.size = place.rank, place.size
-        self.local_rank, self.local_size = place.local_rank, place.local_size
+    def __init__(self, env: _Environment, streams: Sequence[_Muted]) -> None:
+        self.rank, self.size = env.rank, env.size
+        self.local_rank, self.local_size = env.local_rank, env.local_size
         self._main = 0
         self._streams = streams
         self._launcher = os.getppid()
@@ -362,11 +362,11 @@ class ManyProcesses:
         self._orphan_s = float("inf")  # the time when the store was found to be gone
         self._lock = threading.Lock()  # guards _status
         self._status = _Status(
-            socket.gethostname(), _machine(), os.getpid(), place.num_restarts
+            socket.gethostname(), _machine(), os.getpid(), env.num_restarts
         )
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
-        self._launcher_store: Any = _connect(place)
+        self._launcher_store: Any = _connect(env)
         self.launch = self._meet()
         self._seen_s = [time.monotonic()] * self.size
         self._checked_s = time.monotonic()
@@ -374,7 +374,7 @@ class ManyProcesses:
         self._warnings = _Warnings(self)
         logging.getLogger("lora_engine").addHandler(self._warnings)
         threading.Thread(target=self._keep_posting, name="ranks", daemon=True).start()
-        self._start_groups(place)
+        self._start_groups(env)
 
     @property
     def is_main(self) -> bool:
@@ -641,7 +641,7 @@ class ManyProcesses:
             f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
         )
 
-    def _start_groups(self, place: _Place) -> None:
+    def _start_groups(self, env: _Environment) -> None:
         """Start torch.distributed, with a connection of its own to the store: while it waits there,
         that connection cannot post a beat."""
         import torch
@@ -656,7 +656,7 @@ class ManyProcesses:
             "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
             store=_with_prefix(
                 f"lora_engine/{self.launch}/groups",
-                _connect(place._replace(has_agent_store=True), timeout_s=JOIN_S),
+                _connect(env._replace(has_agent_store=True), timeout_s=JOIN_S),
             ),
             rank=self.rank,
             world_size=self.size,
@@ -810,29 +810,29 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _connect(place: _Place, timeout_s: float = _STORE_S) -> Any:
+def _connect(env: _Environment, timeout_s: float = _STORE_S) -> Any:
     """A connection to the store of a launch. Raises ValueError if it cannot be reached."""
     import torch.distributed as dist
 
     try:
-        socket.getaddrinfo(place.address, place.port)
+        socket.getaddrinfo(env.address, env.port)
     except OSError as error:
         raise ValueError(
-            f"MASTER_ADDR {place.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
+            f"MASTER_ADDR {env.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
             f"give the name or the address of the machine of rank 0"
         ) from None
     try:
         store = dist.TCPStore(
-            place.address,
-            place.port,
-            is_master=place.rank == 0 and not place.has_agent_store,
+            env.address,
+            env.port,
+            is_master=env.rank == 0 and not env.has_agent_store,
             timeout=timedelta(seconds=JOIN_S),
             wait_for_workers=False,
             multi_tenant=True,  # a script may train more than once
         )
     except RuntimeError as error:
         raise ValueError(
-            f"{socket.gethostname()} cannot reach {place.address}:{place.port}, where rank 0 or "
+            f"{socket.gethostname()} cannot reach {env.address}:{env.port}, where rank 0 or "
             f"torchrun should listen (MASTER_ADDR, MASTER_PORT): {one_line(error)}"
         ) from None
     store.set_timeout(timedelta(seconds=timeout_s))

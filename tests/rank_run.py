@@ -7,15 +7,27 @@ hung_s       the time without a beat after which a process is lost
 join_s       the time for all processes to start
 """
 
+import functools
 import json
 import os
 import sys
 
 from lora_engine import ranks
 from lora_engine.cli import reported_errors
-from lora_engine.training import run_data, validation_captions
+from lora_engine.features import placement, sizing
+from lora_engine.features.store import read_rate
+from lora_engine.training import run, run_data, validation_captions
 from lora_engine.training.trainer import Trainer
 from recipes import finetune
+
+
+def short_runs() -> None:
+    """What the fixtures of conftest.py do for every test."""
+    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0
+    placement.read_rate = functools.partial(read_rate, num_bytes=2**20)
+    sizing._BATCH_SIZES = (2, 3)
+    run.draw_loss_curve = lambda metrics, path: path.write_bytes(b"a picture")
+    os.fsync = lambda descriptor: None
 
 
 def send_signal(step: int, who: int | str, number: int) -> None:
@@ -35,7 +47,7 @@ def send_signal(step: int, who: int | str, number: int) -> None:
 
 
 def main(request: dict) -> int:
-    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0  # as in conftest.py
+    short_runs()
     ranks.HUNG_S = request.get("hung_s", ranks.HUNG_S)
     ranks.JOIN_S = request.get("join_s", ranks.JOIN_S)
     if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

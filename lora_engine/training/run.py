@@ -95,7 +95,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
             trainer.dtype,
             describe_kernels(trainer.device, trainer.dtype),
         )
-        facts |= sizes(setup)
+        facts |= sizes(setup) | {"processes": ranks.size}
         folder.write_json("environment.json", facts)
         if ranks.is_main:
             log_opening(setup, folder, features)

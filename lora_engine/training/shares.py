@@ -19,7 +19,7 @@ from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# Settings that may be others on another machine; of the files that they name, the content counts.
+# These may differ between machines: of the files that they name, only the content must be equal.
 _OF_A_MACHINE = frozenset((
     "model", "train_data_path", "val_data_path", "image_root", "init_adapter", "output_path",
     "cache_dir", "device", "num_threads", "num_workers",
