@@ -31,6 +31,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network, not even by mistake
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker waits for another one at the end."""
+    slow = "test_ranks", "test_captioning_ranks", "test_training", "test_loss"
+    items.sort(key=lambda item: item.path.stem not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _features_are_kept_for_these_tests_only(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

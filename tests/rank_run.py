@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import time
 
 from lora_engine import ranks
 from lora_engine.cli import reported_errors
@@ -38,6 +39,8 @@ def send_signal(step: int, who: int | str, number: int) -> None:
         steps.append(loss)
         if len(steps) == step:
             os.kill(os.getppid() if who == "launcher" else os.getpid(), number)
+            if who == "launcher":
+                time.sleep(1.5)  # the rest of the run takes less than its end is noticed in
         return result
 
     if who in ("launcher", int(os.environ["RANK"])) and os.environ["LOCAL_RANK"] == str(

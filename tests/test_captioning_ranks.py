@@ -116,8 +116,9 @@ def test_two_processes_evaluate_as_one_does(command, blip_folder, tmp_path):
 
     first, second = launch(2, evaluate, tmp_path)
     assert first.status == second.status == 1
-    assert out in first.output and told(first.output) == told(err) and not told(second.output)
+    assert out in first.output and not told(second.output)
     assert len(told(err)) == 2
+    assert all(first.output.count(line) == 1 for line in told(err))
     assert contents(tmp_path / "two") == contents(command.work)
     assert contents(command.work).keys() == {"each.jsonl", "coco.json", "skipped.jsonl"}
 

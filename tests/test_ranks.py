@@ -144,19 +144,16 @@ def check_nothing_is_left(run: Path) -> None:
         assert f'"{run}"' not in command or int(folder.name) == os.getpid(), command
 
 
-@pytest.mark.parametrize("number, words", [
-    (signal.SIGKILL, r"stopped: rank 1 \(on .+\) is gone: it was killed"),
-    (signal.SIGSTOP, r"stopped: rank 1 \(on .+\) has not responded for 2 s"),
-])
-def test_a_lost_process_ends_all_with_a_checkpoint_of_the_last_step(
-    blip_folder, pictures, tmp_path, expected, number, words
+def test_a_process_that_hangs_ends_all_with_a_checkpoint_of_the_last_step(
+    blip_folder, pictures, tmp_path, expected
 ):
     run = tmp_path / "run"
     args = args_of(blip_folder, pictures, run)
-    launch = start(2, args, signal=[8, 1, number], hung_s=2)
+    launch = start(2, args, signal=[8, 1, signal.SIGSTOP], hung_s=2)
     text = output_of(launch)
     assert launch.returncode == 1  # torchrun's, for any failure
-    assert len(re.findall(words, text)) == 1, text
+    assert text.count("stopped: rank 1 (on ") == 1, text
+    assert "has not responded for 2 s" in text
     assert re.search("the checkpoint of step [78] is in", text), text
     check_nothing_is_left(run)
     check_resumed(args, run, expected)
