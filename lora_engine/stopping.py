@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
-ECHO_S = 3.0
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # no Windows HUP
+ECHO_S = 3.0  # in which torchrun passes a signal on
 
 
 class TrainingStopped(RuntimeError):
