@@ -84,6 +84,11 @@ def disable_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def num_processors() -> int:
+    """The number of processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def set_threads(asked: int | None, local_size: int) -> None:
     """Set torch's threads for a CPU: `asked`, or with several processes on a machine a share each.
 
@@ -91,12 +96,11 @@ def set_threads(asked: int | None, local_size: int) -> None:
     """
     given = os.environ.get("OMP_NUM_THREADS", "1")
     if asked is None and local_size > 1 and given == "1":
-        num_processors = len(os.sched_getaffinity(0))
-        asked = max(num_processors // local_size, 1)
+        asked = max(num_processors() // local_size, 1)
         if asked > 1:
             logger.info(
                 f"OMP_NUM_THREADS=1, torchrun's default, is not used: {local_size} processes share "
-                f"{num_processors} processors, {asked} threads each (--num_threads)"
+                f"{num_processors()} processors, {asked} threads each (--num_threads)"
             )
     if asked is not None:
         torch.set_num_threads(asked)
