@@ -376,6 +376,7 @@ class ManyProcesses:
         )
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
+        self._is_host = env.rank == 0 and not env.has_agent_store  # of the store
         self._launcher_store: Any = _connect(env)
         self.launch = self._meet()
         self._seen_s = [time.monotonic()] * self.size
@@ -692,14 +693,22 @@ class ManyProcesses:
             time.sleep(_ORPHAN_S)
         logging.getLogger("lora_engine").removeHandler(self._warnings)
         self._end.set()
-        if self.is_main:  # for which the others wait; its end may be that of the store
-            self._post(has_left=True)
+        self._post(has_left=True)  # for that of the main process the others wait
+        end_s = time.monotonic() + 2 * _BEAT_S
+        while self._is_host and time.monotonic() < end_s and not self._all_have_left():
+            time.sleep(0.05)  # the store ends with this process
         if error is None:
             if self._found is not None:
                 raise self._found
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+    def _all_have_left(self) -> bool:
+        return all(
+            status.has_left or self._is_near(status) and not _exists(status.pid)
+            for status in self._read_all()
+        )
 
     def _main_has_left(self) -> bool:
         try:

@@ -16,7 +16,8 @@ from command_lines import plain
 from pictures import write_pictures
 
 from lora_engine import cli
-from lora_engine.features import placement, sizing
+from lora_engine.devices import num_processors
+from lora_engine.features import encoder, placement, sizing
 from lora_engine.features.store import read_rate
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.loss_curve import draw_loss_curve
@@ -29,6 +30,11 @@ from lora_engine.training import run_data, validation_captions
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network, not even by mistake
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: many a test waits for a process to end."""
+    return num_processors() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,10 +102,10 @@ def _signals_arrive():
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_validation_captions():
-    """Captions of random models never end: with 4 tokens in place of 30 a run takes half the time.
+    """Captions of random models never end: with 2 tokens in place of 30 a run takes half the time.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation_captions, "MAX_NEW_TOKENS", 4)
+        patch.setattr(validation_captions, "MAX_NEW_TOKENS", 2)
         yield
 
 
@@ -108,7 +114,8 @@ def _short_measurements():
     """What a run measures of disk and processor before it begins took a third of a run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "read_rate", functools.partial(read_rate, num_bytes=2**20))
-        patch.setattr(sizing, "_BATCH_SIZES", (2, 3))
+        patch.setattr(encoder, "_NUM_TIMED", 1)
+        patch.setattr(sizing, "_BATCH_SIZES", (2,))
         yield
 
 

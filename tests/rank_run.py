@@ -15,7 +15,7 @@ import time
 
 from lora_engine import ranks
 from lora_engine.cli import reported_errors
-from lora_engine.features import placement, sizing
+from lora_engine.features import encoder, placement, sizing
 from lora_engine.features.store import read_rate
 from lora_engine.training import run, run_data, validation_captions
 from lora_engine.training.trainer import Trainer
@@ -24,9 +24,9 @@ from recipes import finetune
 
 def short_runs() -> None:
     """What the fixtures of conftest.py do for every test."""
-    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 4, 0
+    validation_captions.MAX_NEW_TOKENS, run_data.FEW_IMAGES = 2, 0
     placement.read_rate = functools.partial(read_rate, num_bytes=2**20)
-    sizing._BATCH_SIZES = (2, 3)
+    encoder._NUM_TIMED, sizing._BATCH_SIZES = 1, (2,)
     run.draw_loss_curve = lambda metrics, path: path.write_bytes(b"a picture")
     os.fsync = lambda descriptor: None
 

@@ -1013,10 +1013,11 @@ def uncached_vit_gpt2(vit_gpt2_folder, damaged_data, tmp_path_factory) -> tuple:
     return train_uncached(vit_gpt2_folder, damaged_data, tmp_path_factory.mktemp("uncached"))
 
 
-@pytest.mark.parametrize("cache, num_workers", [
-    ("off", 2), ("memory", 0), ("memory", 2), ("auto", 0), ("disk", 0), ("disk", 2),
+@pytest.mark.parametrize("cache, num_workers, reference", [
+    ("off", 2, "uncached"), ("memory", 0, "uncached_vit_gpt2"), ("memory", 2, "uncached"),
+    ("auto", 0, "uncached_vit_gpt2"), ("disk", 0, "uncached"), ("disk", 2, "uncached"),
+    ("disk", 2, "uncached_vit_gpt2"),
 ])
-@pytest.mark.parametrize("reference", ["uncached", "uncached_vit_gpt2"])
 def test_a_run_is_bit_identical_wherever_features_are_kept(
     request, tmp_path, reference, cache, num_workers
 ):

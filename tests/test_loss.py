@@ -329,7 +329,9 @@ def run(captioner: Captioner, num_steps: int = NUM_STEPS) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("form", ["chosen", "absorbed", "projected"])
+@pytest.mark.parametrize("folder, form", [
+    ("blip", "chosen"), ("vit_gpt2", "chosen"), ("blip", "projected"), ("vit_gpt2", "absorbed"),
+], indirect=["folder"])
 def test_the_loss_falls_as_a_plain_loops_does(folder, plain_losses, monkeypatch, form):
     """Measured: at most 1e-6 apart (BLIP), and 4e-6."""
     choose, taken = cross_attention.absorbs, []

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,6 +328,19 @@ def test_a_script_may_open_its_processes_twice(tmp_path):
     assert [status for status, _ in ended] == [0, 0], ended
     assert ended[0].output == "only rank 0\nonly rank 0\n2 launches\n"
     assert ended[1].output == "2 launches\n"
+
+
+def test_an_error_of_all_is_reported_once(tmp_path):
+    """Also where rank 0 holds the store, and another process comes to its end later."""
+    def fail() -> int:
+        with reported_errors() as status, open_ranks() as ranks:
+            ranks.gather(None)
+            time.sleep(ranks.rank)
+            raise ValueError("no such setting")
+        return status.code
+
+    ended = launch(2, fail, tmp_path)
+    assert ended == [(USAGE_ERROR, "error: no such setting\n"), (USAGE_ERROR, "")]
 
 
 def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):

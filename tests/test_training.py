@@ -29,6 +29,7 @@ from lora_engine.data.subsets import hold_out
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import AdapterError, read_adapter
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
+from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
@@ -491,10 +492,11 @@ def test_all_layers_and_caption_lengths_share_a_few_compiled_graphs(
 ):
     """Else torch gives up at its limit of graphs and runs uncompiled, without an error.
 
-    Three are needed for each form of cross-attention: without gradients, and with them for the
+    Three are needed for a form of cross-attention: without gradients, and with them for the
     first layer, whose input needs none, and for the others; and some more where a size happens to
     equal another.
     """
+    monkeypatch.setattr(cross_attention, "absorbs", lambda *_, **__: True)  # tracing takes seconds
     sizes = []
 
     def count(graph, inputs):
@@ -514,7 +516,7 @@ def test_all_layers_and_caption_lengths_share_a_few_compiled_graphs(
     )
     compiled = train(config)
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert 3 <= len(sizes) <= 7 and min(sizes) > 50
+    assert 3 <= len(sizes) <= 4 and min(sizes) > 50
     torch._dynamo.reset()
     eager = train(replace(config, output_path=str(tmp_path / "eager"), compile=False))
     for ours, theirs in zip(losses(compiled.path), losses(eager.path), strict=True):

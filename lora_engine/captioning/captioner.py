@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
@@ -79,7 +80,10 @@ def caption_features(captioner: Captioner, features: Tensor, **settings) -> list
     prompt_ids = tokenizer.prompt_ids(captioner.prompt)
     # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
     # each, up to torch's limit, beyond which the training step would run uncompiled, too.
-    with autocast(features.device, features.dtype), torch.compiler.set_stance("force_eager"):
+    # What compiles takes a second to import; where it was not, no layer is compiled.
+    may_be_compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if may_be_compiled else nullcontext()
+    with autocast(features.device, features.dtype), eager:
         tokens = generate(
             model,
             features,

@@ -20,6 +20,7 @@ from lora_engine.models.pretrained import Captioner
 from lora_engine.models.weights import fingerprint
 
 _LONG_S = 0.1  # a time that is measured once
+_NUM_TIMED = 5  # calls of which the shortest counts
 
 
 @torch.no_grad()
@@ -29,12 +30,12 @@ def encode_pixels(model: CaptioningModel, pixels: Tensor, settings: PixelSetting
 
 
 def shortest_s(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest time that a call takes after a warm-up: of one long call, or of five short ones.
+    """The shortest time that a call takes after a warm-up: of one long call, or several short ones.
 
     On a busy machine, where threads wait for each other, some calls take much longer.
     """
     shortest = float("inf")
-    for number in range(6):  # the first one is the warm-up
+    for number in range(1 + _NUM_TIMED):  # the first one is the warm-up
         begin_s = time.perf_counter()
         call()
         if device.type == "cuda":

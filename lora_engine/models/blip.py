@@ -31,6 +31,7 @@ from lora_engine.models.config_values import (
     whole_number,
 )
 from lora_engine.models.cross_attention import cross_attention, low_rank_features
+from lora_engine.models.embedding import Embedding
 from lora_engine.models.vit import VisionTransformer
 
 
@@ -128,8 +129,8 @@ class Embeddings(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.word_embeddings = nn.Embedding(vocab_size, width)
-        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.word_embeddings = Embedding(vocab_size, width)
+        self.position_embeddings = Embedding(max_positions, width)
         self.LayerNorm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, input_ids: Tensor, past: int) -> Tensor:  # (N, T) -> (N, T, D)

@@ -32,6 +32,7 @@ from lora_engine.models.config_values import (
     whole_number,
 )
 from lora_engine.models.cross_attention import cross_attention, low_rank_features
+from lora_engine.models.embedding import Embedding
 from lora_engine.models.vit import VisionTransformer
 
 
@@ -171,8 +172,8 @@ class GPT2Decoder(nn.Module):
             for index in range(num_layers)
         ]
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab_size, width),
-            "wpe": nn.Embedding(max_positions, width),
+            "wte": Embedding(vocab_size, width),
+            "wpe": Embedding(max_positions, width),
             "h": nn.ModuleList(blocks),
             "ln_f": nn.LayerNorm(width, eps=eps),
         })
