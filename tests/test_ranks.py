@@ -90,28 +90,21 @@ def expected(blip_folder, pictures, tmp_path_factory) -> dict:
     return found
 
 
-def test_four_processes_of_torchrun_give_the_bits_of_one(
-    blip_folder, pictures, tmp_path, expected
+@pytest.mark.parametrize("num_processes, more", [
+    (4, []), (2, ["--cache", "memory"]),
+    (2, ["--cache", "off", "--num_workers", "1", "--read_order", "blocks"]),
+])
+def test_several_processes_give_the_bits_of_one(
+    blip_folder, pictures, tmp_path, expected, num_processes, more
 ):
     """Losses, norms, scores, captions, adapter: dropout, bad images and a last step of 2 rows."""
     run = tmp_path / "run"
-    launch = start(4, args_of(blip_folder, pictures, run))
-    text = output_of(launch)
-    assert launch.returncode == 0, text
+    ended = forked(num_processes, args_of(blip_folder, pictures, run, *more), tmp_path)
+    assert [status for status, _ in ended] == [0] * num_processes, ended
     assert results(run) == expected
-    assert text.count("run folder") == 1  # rank 0 speaks for all
-    assert "4 processes share a step of 8 captions in 4 micro-batches" in text
-
-
-@pytest.mark.parametrize("more", [
-    ["--cache", "memory"], ["--cache", "off", "--num_workers", "1", "--read_order", "blocks"],
-])
-def test_two_processes_give_the_bits_of_one(blip_folder, pictures, tmp_path, expected, more):
-    run = tmp_path / "run"
-    ended = forked(2, args_of(blip_folder, pictures, run, *more), tmp_path)
-    assert [status for status, _ in ended] == [0, 0], ended
-    assert results(run) == expected
-    assert "run folder" in ended[0].output and "run folder" not in ended[1].output
+    text = ended[0].output
+    assert f"{num_processes} processes share a step of 8 captions in 4 micro-batches" in text
+    assert all("run folder" not in output for _, output in ended[1:])  # rank 0 speaks for all
 
 
 def test_another_family_and_accumulation_give_the_same_bits(vit_gpt2_folder, pictures, tmp_path):
@@ -200,7 +193,9 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
     check_resumed(args, run, expected)
 
 
-def test_torchrun_resumes_by_itself(blip_folder, pictures, tmp_path, expected, monkeypatch):
+def test_torchrun_resumes_by_itself_with_the_bits_of_one_process(
+    blip_folder, pictures, tmp_path, expected, monkeypatch
+):
     """With --max-restarts, and a run folder that the command line does not name."""
     monkeypatch.chdir(tmp_path)
     args = args_of(blip_folder, pictures, tmp_path / "unused")
@@ -211,6 +206,7 @@ def test_torchrun_resumes_by_itself(blip_folder, pictures, tmp_path, expected, m
     )
     text = output_of(launch)
     assert launch.returncode == 0, text
+    assert text.count("run folder") == 2  # of two launches
     (run,) = (tmp_path / "runs").iterdir()
     assert "resuming after step" in text
     assert results(run) == expected
