@@ -3,7 +3,8 @@
 Only parts are measured, each by itself: encoding an image, a micro-batch, an update, reading, the
 exchange of gradients. The simulation puts them together, and its images/s are compared with those
 of runs under torchrun: a first epoch, later ones, and later ones from a slow disk, which is made by
-reads that sleep. Parts are measured before and after the runs, because a machine's speed drifts.
+reads that sleep. A machine's speed drifts, so it is measured around the parts and around each run,
+by products of matrices, and the parts' times are scaled by it.
 """
 
 import tempfile
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from lora_engine.devices import num_processors
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.ranks import open_ranks
 
+T = TypeVar("T")
+
 BATCH_SIZE, NUM_MICRO_BATCHES = 4, 4  # of a step, whatever the number of processes
 NUM_STEPS = 6  # of an epoch
 NUM_IMAGES = BATCH_SIZE * NUM_MICRO_BATCHES * NUM_STEPS
@@ -44,23 +47,26 @@ def validate(model: str, *, quick: bool) -> None:
     with checkpoint(model, small=quick) as folder, tempfile.TemporaryDirectory() as name:
         data = Path(name)
         write_rows(data, folder, model=model, num_images=NUM_IMAGES)
-        before = measured_parts(folder, data, model)
-        disk_bytes_per_s = slow_disk_speed(before)
-        speeds = {
-            (phase, number): run(folder, data, phase, number, disk_bytes_per_s)
+        parts, gflop_per_s = around(partial(measured_parts, folder, data, model))
+        disk_bytes_per_s = slow_disk_speed(parts)
+        runs = {
+            (phase, number): around(partial(run, folder, data, phase, number, disk_bytes_per_s))
             for phase in PHASES for number in NUM_PROCESSES
         }
-        after = measured_parts(folder, data, model)
-    parts = {key: (value + after[key]) / 2 for key, value in before.items()}
-    rows = [["", "processes", "images/s", "simulated", "simulated / real"]]
+    rows = [["", "processes", "images/s", "simulated", "simulated / real", "machine"]]
     points: list[dict[str, Any]] = []
-    for (phase, number), speed in speeds.items():
-        setup = setup_of(parts, phase, number, disk_bytes_per_s)
+    for (phase, number), (speed, run_gflop_per_s) in runs.items():
+        machine = run_gflop_per_s / gflop_per_s
+        now = {
+            key: value / machine if key.endswith("_s") else value for key, value in parts.items()
+        }
+        setup = setup_of(now, phase, number, disk_bytes_per_s)
         simulated = simulate(setup, is_first=phase == PHASES[0]).images_per_s
         points.append({"phase": phase, "num_processes": number, "images_per_s": speed,
-                       "simulated": simulated})
+                       "simulated": simulated, "machine": machine})
         rows.append([
-            phase, str(number), f"{speed:.2f}", f"{simulated:.2f}", f"{simulated / speed:.3f}"
+            phase, str(number), f"{speed:.2f}", f"{simulated:.2f}", f"{simulated / speed:.3f}",
+            f"{machine:.3f}",
         ])
     errors = [abs(point["simulated"] / point["images_per_s"] - 1) for point in points]
     headline = (
@@ -69,13 +75,30 @@ def validate(model: str, *, quick: bool) -> None:
     )
     path = write_result(
         f"scaling-{model}{'-quick' if quick else ''}",
-        {"benchmark": "scaling", "points": points, "parts": parts, "before": before,
-         "after": after, "disk_bytes_per_s": disk_bytes_per_s, "headline": headline},
+        {"benchmark": "scaling", "points": points, "parts": parts,
+         "gflop_per_s": gflop_per_s, "disk_bytes_per_s": disk_bytes_per_s, "headline": headline},
         device=torch.device("cpu"),
     )
     for key, value in parts.items():
-        print(f"{key:<28} {value:12.6g}   ({before[key]:.6g} before, {after[key]:.6g} after)")
+        print(f"{key:<28} {value:12.6g}")
     print(f"\n{table(rows)}\n\nwritten to {path}\n{headline}")
+
+
+def around(measure: Callable[[], T]) -> tuple[T, float]:
+    """What `measure` returns, and the machine's GFLOP/s before and after it, as their mean."""
+    before = machine_speed()
+    result = measure()
+    return result, (before + machine_speed()) / 2
+
+
+def machine_speed(seconds: float = 4.0) -> float:
+    """GFLOP/s of products of matrices on all processors."""
+    x = torch.randn(1024, 1024)
+    num_products, begin_s = 0, time.perf_counter()
+    while time.perf_counter() - begin_s < seconds:
+        torch.mm(x, x)
+        num_products += 1
+    return 2e-9 * num_products * 1024**3 / (time.perf_counter() - begin_s)
 
 
 def setup_of(parts: dict[str, float], phase: str, number: int, disk_bytes_per_s: float) -> Setup:
