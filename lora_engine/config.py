@@ -146,7 +146,7 @@ class TrainingConfig:
     processors; several processes share them."""
     encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Number format of the frozen encoder alone. auto: that of --precision; bf16 and int8 (on a
-    CPU) encode images faster and less exactly, and the run says how exactly."""
+    CPU) encode images faster and less exactly; the log gives the error."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
     """Where to keep the encoder's features, so that each image is encoded once. auto: in GPU
     memory; on disk if reading is faster than encoding, for later runs too; the rest in memory."""

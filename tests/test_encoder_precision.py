@@ -134,7 +134,7 @@ def test_a_run_says_how_exact_its_features_are(blip_folder, data, tmp_path, comm
     )
     assert status == 0
     (percent,) = re.findall(
-        r"the encoder computes in int8: the features of 4 images differ from fp32's by (\S+)%",
+        r"the encoder computes in int8: relative error (\S+)% from fp32 \(the features of 4 images",
         plain(out + err),
     )
     assert 0 < float(percent) < 5

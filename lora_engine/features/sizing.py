@@ -144,8 +144,8 @@ def _precision_line(encoder: FeatureEncoder, images: ImageTable) -> str:
     pixels = [torch.from_numpy(image) for image in found]
     error = encoder.relative_error(torch.stack(pixels)) if pixels else math.nan
     return (
-        f"the encoder computes in {encoder.precision}: the features of {len(pixels)} images differ "
-        f"from fp32's by {error:.2%}"
+        f"the encoder computes in {encoder.precision}: relative error {error:.2%} from fp32 (the "
+        f"features of {len(pixels)} images)"
     )
 
 
