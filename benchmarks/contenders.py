@@ -18,6 +18,7 @@ import torch
 from benchmarks.ours import Ours
 from benchmarks.rows import Rows
 from lora_engine.data.pixels import PixelSettings
+from lora_engine.features.precision import EncoderPrecision
 
 # name: builder in peers.py, and its additional arguments
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,10 +48,11 @@ class Case:
     batch_size: int
     lora_dropout: float = 0.0
 
-    def ours(self, *, compile: bool = False) -> Ours:
+    def ours(self, *, compile: bool = False, encoder: EncoderPrecision = "auto") -> Ours:
         return Ours(
             self.folder, self.rows, self.settings, device=self.device, dtype=self.dtype,
             batch_size=self.batch_size, lora_dropout=self.lora_dropout, compile=compile,
+            encoder=encoder,
         )
 
     def peer(self, name: str) -> Callable[[int], float]:

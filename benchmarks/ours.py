@@ -30,6 +30,7 @@ from lora_engine.data.batches import (
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.pixels import PixelSettings
 from lora_engine.data.seen_images import ImageList
+from lora_engine.features.precision import EncoderPrecision
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import Captioner, load_model
@@ -59,6 +60,7 @@ class Ours:
         lr: float = LEARNING_RATE,
         seed: int = 0,
         compile: bool = False,
+        encoder: EncoderPrecision = "auto",
         num_ahead: int = 3,
     ) -> None:
         self.rows = rows
@@ -67,6 +69,7 @@ class Ours:
         self.batch_size = batch_size
         self.lr = lr
         self.seed = seed
+        self.encoder = encoder
         # On a CPU a thread would only take time from the training.
         self.num_ahead = num_ahead if device.type == "cuda" else 0
         model = load_model(folder)
@@ -74,7 +77,9 @@ class Ours:
         inject(
             model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
         )
-        self.model = place_model(model, device, dtype, compile=compile)
+        self.model = place_model(
+            model, device, dtype, compile=compile, encoder_precision=encoder
+        )
         self.trainer = Trainer(
             self.model,
             device=device,
@@ -152,6 +157,7 @@ class Ours:
             cache_dir=Path("nothing is kept on disk"),
             cache_dtype=None,
             cache_limit_bytes=0,
+            encoder_precision=self.encoder,
         )
 
     def _with_pixels(self) -> Callable[[np.ndarray], PixelBatch]:

@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lora_dropout", type=float, default=0.0)
     parser.add_argument("--checkpoint_dropout", type=float, default=0.0, help="that of GPT-2")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument(
+        "--encoder_precision", nargs="*", choices=["fp32", "bf16", "int8"], default=[],
+        help="ours in a first epoch with these encoders, too",
+    )
     parser.add_argument("--images", type=int, default=64, help="in the wall phase")
     parser.add_argument("--epochs", type=int, default=10, help="in the wall phase")
     parser.add_argument("--wall_rounds", type=int, default=1, help="rounds of the wall phase")
@@ -106,6 +110,12 @@ def measure_epochs(
     epochs: dict[str, Callable[[int], float]] = {
         "ours": ours.first_epoch if phase == "first" else ours.later_epoch
     }
+    if phase == "first":
+        epochs |= {
+            f"ours, {precision} encoder": case.ours(encoder=precision).first_epoch
+            for precision in arguments.encoder_precision
+        }
+    ours_named = list(epochs)
     epochs |= {name: case.peer(name) for name in peers}
     size = 512 if arguments.quick else MATRIX_SIZE[arguments.device.type]
     rates = matrix_rates(case, ours.model, size)
@@ -121,6 +131,10 @@ def measure_epochs(
         "checkpoint_dropout": arguments.checkpoint_dropout,
         "captions_per_s": {name: spread(figures[name]) for name in epochs},
         "ours_over": {name: ratios(figures["ours"], figures[name]) for name in peers},
+        "others_over": {
+            f"{name} / {peer}": ratios(figures[name], figures[peer])
+            for name in ours_named[1:] for peer in ["ours", *peers]
+        },
         "machine_gflop_per_s": {name: spread(figures[name]) for name in rates},
         "work": {},
     }
@@ -144,6 +158,7 @@ def _epochs_table(result: dict[str, Any]) -> str:
     rows = [["captions/s", "median", "min", "max"]]
     rows += [cells(name, speeds) for name, speeds in result["captions_per_s"].items()]
     rows += [cells(f"ours / {name}", ratio) for name, ratio in result["ours_over"].items()]
+    rows += [cells(name, ratio) for name, ratio in result["others_over"].items()]
     rows += [
         cells(f"{name}, GFLOP/s", rate, ".0f")
         for name, rate in result["machine_gflop_per_s"].items()

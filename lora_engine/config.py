@@ -144,6 +144,9 @@ class TrainingConfig:
     num_threads: Annotated[int | None, Range(ge=1, le=1024)] = None
     """Threads of each process for training on a CPU. Default: PyTorch's choice, usually all
     processors; several processes share them."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Number format of the frozen encoder alone. auto: that of --precision; bf16 and int8 (on a
+    CPU) encode images faster and less exactly; the log gives the error."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
     """Where to keep the encoder's features, so that each image is encoded once. auto: in GPU
     memory; on disk if reading is faster than encoding, for later runs too; the rest in memory."""
@@ -309,7 +312,8 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     """
     now = config.as_dict()
     now = json.loads(json.dumps(now))  # with lists for tuples, as before
-    before = {"read_order": "random", **before}  # the order of earlier versions
+    # What earlier versions did, where they had no setting for it.
+    before = {"read_order": "random", "encoder_precision": "auto", **before}
     differing = [
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]

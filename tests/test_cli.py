@@ -311,7 +311,7 @@ def test_the_defaults_are_those_of_the_published_runs(command, data, recipe, mod
         "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.1,
         "lora_targets": ["attention", "feed_forward"], "init_adapter": None,
         "weight_decay": 0.01, "warmup_steps": 0, "max_grad_norm": 1.0, "label_smoothing": 0.0,
-        "prompt": "", "max_caption_tokens": 64, "precision": "auto", "compile": False,
+        "prompt": "", "max_caption_tokens": 64, "precision": "auto", "encoder_precision": "auto", "compile": False,
         "cuda_graphs": True, "gradient_checkpointing": False, "device": None, "num_workers": None,
         "num_threads": None, "cache": "auto", "cache_dir": None, "cache_dtype": None,
         "cache_limit_gb": 50.0, "val_fraction": None, "val_size": None, "data_format": "auto",

@@ -26,11 +26,11 @@ from lora_engine.devices import (
     resolve_dtype,
     set_threads,
 )
+from lora_engine.features.precision import cast_weights
 from lora_engine.features.source import open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter
-from lora_engine.lora.injection import cast_frozen
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import fingerprint
 from lora_engine.ranks import Ranks, check_equal
@@ -64,6 +64,9 @@ class CaptioningConfig:
     """Words for the captions to continue. Default: the prompt that the adapter was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
+    encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Number format of the image encoder. auto: that of --precision; bf16 and int8 (on a CPU) are
+    faster and less exact. Give the one of the training run to use the features that it kept."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... Default: CUDA if available."""
     cache: Literal["auto", "off", "memory", "disk"] = "auto"
@@ -144,7 +147,7 @@ class CaptioningConfig:
         dtype = resolve_dtype(self.precision, device)
         disable_tf32()  # as in training, whose features these may be
         for captioner in captioners:
-            cast_frozen(captioner.model, dtype)
+            cast_weights(captioner.model, dtype, self.encoder_precision)
             captioner.model.to(device)
         with (
             open_features(
@@ -156,6 +159,7 @@ class CaptioningConfig:
                 cache_dir=cache_folder(self.cache_dir),
                 cache_dtype=self.cache_dtype,
                 cache_limit_bytes=self.cache_limit_gb * 1e9,
+                encoder_precision=self.encoder_precision,
                 used_once=True,
                 ranks=ranks,
             ) as features,

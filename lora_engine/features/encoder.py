@@ -4,6 +4,7 @@ Axes: U images to encode, B batch, H height, W width, P image tokens, D width.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -15,6 +16,11 @@ from torch import Tensor
 from lora_engine.data.pixels import PIXELS_VERSION, PixelSettings, normalize
 from lora_engine.devices import autocast
 from lora_engine.features.format import CacheDtype, FeatureFormat
+from lora_engine.features.precision import (
+    EncoderPrecision,
+    in_precision,
+    resolve_encoder_precision,
+)
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 from lora_engine.models.weights import fingerprint
@@ -52,8 +58,11 @@ class FeatureEncoder:
     """Encodes images into rows of `format`.
 
     Every batch has `batch_size` images, padded with black ones: with another size the last bits of
-    the features could differ. `cache_dtype` None stores the compute dtype (fp32, otherwise bf16).
+    the features could differ. Features are unpacked to `dtype`; `cache_dtype` None stores them in
+    it, too (fp32, otherwise bf16). `precision` is that of the encoder, "auto" the same as `dtype`.
     On a GPU callers should encode on `stream`, in parallel with training.
+
+    Raises ValueError for a precision that the device does not have.
     """
 
     def __init__(
@@ -63,11 +72,14 @@ class FeatureEncoder:
         device: torch.device,
         dtype: torch.dtype,
         cache_dtype: CacheDtype | None = None,
+        precision: EncoderPrecision = "auto",
     ) -> None:
         self.model = captioner.model
         self.pixels = captioner.pixels
         self.device = device
         self.dtype = dtype
+        self.precision = resolve_encoder_precision(precision, device, dtype)
+        self.converted, self.encoder_dtype = in_precision(self.model, self.precision, dtype)
         self.batch_size = _batch_size(device, captioner.model.encoder.num_tokens)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cache_dtype = cache_dtype
@@ -117,13 +129,24 @@ class FeatureEncoder:
             "encoder_batch_size": self.batch_size,
             "pixels": {**dataclasses.asdict(self.pixels), "version": PIXELS_VERSION},
             "format": dataclasses.asdict(self.format),
-            "compute_dtype": str(self.dtype),
+            "compute_dtype": str(self.encoder_dtype),
             "device": self.device.type,
+            **({"precision": "int8"} if self.precision == "int8" else {}),
         }
 
+    def relative_error(self, pixels: Tensor) -> float:
+        """The distance of the features of uint8 pixels (U, 3, H, W) from fp32's, relative to
+        their norm."""
+        error = norm = 0.0
+        for image in pixels.to(self.device).split(1):
+            exact = encode_pixels(self.model, image, self.pixels).double()
+            error += float((self._features(image).double() - exact).square().sum())
+            norm += float(exact.square().sum())
+        return math.sqrt(error / norm)
+
     def _features(self, pixels: Tensor) -> Tensor:
-        with autocast(self.device, self.dtype):
-            features = encode_pixels(self.model, pixels, self.pixels)
+        with autocast(self.device, self.encoder_dtype):
+            features = encode_pixels(self.converted, pixels, self.pixels)
         self._shape = features.shape[1:]
         return features
 

@@ -3,9 +3,13 @@
 They are made before a run begins, from the time that a few images and one batch take.
 """
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lora_engine.data.image_table import ImageTable
@@ -13,13 +17,14 @@ from lora_engine.data.images import ImageError
 from lora_engine.data.pixels import PixelSettings, load_pixels
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.devices import autocast
-from lora_engine.features.encoder import shortest_s
+from lora_engine.features.encoder import FeatureEncoder, shortest_s
 from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.features.source import FeatureSource
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 
 _NUM_LOADED = 8  # images
+_NUM_COMPARED = 4  # images whose features are compared with fp32's
 _BATCH_SIZES = (2, 32)  # the second one where the first is so fast that overhead dominates
 _LONG_S = 0.1
 _FORWARDS = 3  # a training step takes about as long as three forward passes
@@ -127,7 +132,21 @@ def size_up(
         num_loaders=num_loaders,
         num_processes=num_processes,
     )
-    return [placement.plan, *sizing.lines()]
+    lines = [placement.plan, *sizing.lines()]
+    if encoder.precision != "auto":
+        lines.append(_precision_line(encoder, images))
+    return lines
+
+
+def _precision_line(encoder: FeatureEncoder, images: ImageTable) -> str:
+    """How far features in the encoder's precision are from exact ones, for some images."""
+    found = _some_pixels(images, encoder.pixels, _NUM_COMPARED)
+    pixels = [torch.from_numpy(image) for image in found]
+    error = encoder.relative_error(torch.stack(pixels)) if pixels else math.nan
+    return (
+        f"the encoder computes in {encoder.precision}: relative error {error:.2%} from fp32 (the "
+        f"features of {len(pixels)} images)"
+    )
 
 
 def _with_dtype(features: FeatureFormat, dtype: CacheDtype) -> FeatureFormat:
@@ -136,14 +155,16 @@ def _with_dtype(features: FeatureFormat, dtype: CacheDtype) -> FeatureFormat:
 
 def measure_load_s(images: ImageTable, settings: PixelSettings) -> float:
     """The time that reading and decoding one of the images takes."""
-    begin_s, num_loaded = time.perf_counter(), 0
-    for image in evenly_spaced(len(images), _NUM_LOADED):
-        try:
-            load_pixels(images.read(image), settings)
-            num_loaded += 1
-        except ImageError:
-            pass
+    begin_s = time.perf_counter()
+    num_loaded = sum(1 for _ in _some_pixels(images, settings, _NUM_LOADED))
     return (time.perf_counter() - begin_s) / max(num_loaded, 1)
+
+
+def _some_pixels(images: ImageTable, settings: PixelSettings, number: int) -> Iterator[np.ndarray]:
+    """The uint8 pixels (3, H, W) of some images, without those that cannot be read."""
+    for image in evenly_spaced(len(images), number):
+        with suppress(ImageError):
+            yield load_pixels(images.read(image), settings)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from lora_engine.features.placement import (
     place_features,
     place_features_used_once,
 )
+from lora_engine.features.precision import EncoderPrecision
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.stopping import LoadingStopped
@@ -49,21 +50,26 @@ def open_features(
     cache_dir: Path | None,
     cache_dtype: CacheDtype | None,
     cache_limit_bytes: float,
+    encoder_precision: EncoderPrecision = "auto",
     used_once: bool = False,
     ranks: Ranks = OneProcess(),
 ) -> "FeatureSource":
     """Measure the encoder and the disk, and open the features of `num_images` images.
 
     `cache`, `cache_dir` and `cache_limit_bytes` are described in `placement.CacheSettings`;
-    cache_dtype None is the compute dtype (fp32, otherwise bf16). With `used_once` each image is
-    needed once, so nothing is kept in memory, and little or nothing is measured.
+    cache_dtype None is the compute dtype (fp32, otherwise bf16). `encoder_precision` is described
+    in features/precision.py. With `used_once` each image is needed once, so nothing is kept in
+    memory, and little or nothing is measured.
 
     All processes of a run must call it. One of each machine measures, and each image is encoded by
     one of them.
 
-    Raises ValueError if `cache` is "disk" and the folder cannot be used.
+    Raises ValueError if `cache` is "disk" and the folder cannot be used, and for a precision that
+    the device does not have.
     """
-    encoder = FeatureEncoder(captioner, device=device, dtype=dtype, cache_dtype=cache_dtype)
+    encoder = FeatureEncoder(
+        captioner, device=device, dtype=dtype, cache_dtype=cache_dtype, precision=encoder_precision
+    )
     settings = CacheSettings(cache, cache_dir, cache_limit_bytes)
     if used_once:
         cache_used_once = place_features_used_once(encoder, num_images, settings, ranks)

@@ -35,12 +35,13 @@ from lora_engine.devices import (
     set_threads,
 )
 from lora_engine.features.loader import FeatureLoader
+from lora_engine.features.precision import EncoderPrecision, cast_weights
 from lora_engine.features.sizing import size_up
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import load_adapter, read_adapter
-from lora_engine.lora.injection import InjectionPlan, cast_frozen, inject
+from lora_engine.lora.injection import InjectionPlan, inject
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
@@ -163,6 +164,7 @@ def prepare(
         dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
+        encoder_precision=config.encoder_precision,
     )
     trainer = Trainer(
         model,
@@ -254,9 +256,10 @@ def place_model(
     *,
     gradient_checkpointing: bool = False,
     compile: bool = False,
+    encoder_precision: EncoderPrecision = "auto",
 ) -> CaptioningModel:
     """Prepare the model for training: frozen weights in `dtype`, on its device, in train mode."""
-    cast_frozen(model, dtype)
+    cast_weights(model, dtype, encoder_precision)
     model.to(device)
     model.decoder.gradient_checkpointing = gradient_checkpointing
     model.train()
@@ -348,6 +351,7 @@ def feature_source(setup: RunSetup) -> FeatureSource:
         cache_dir=cache_folder(config.cache_dir),
         cache_dtype=config.cache_dtype,
         cache_limit_bytes=config.cache_limit_gb * 1e9,
+        encoder_precision=config.encoder_precision,
         ranks=setup.ranks,
     )
 
