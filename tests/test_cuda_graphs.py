@@ -1,13 +1,27 @@
-"""CUDA graphs change how a step's kernels are launched, and nothing of what they compute."""
+"""CUDA graphs change how a step's kernels are launched, and nothing of what they compute.
 
+Where there is no GPU, real trainers run on a stand-in (fake_cuda.py), also where recording fails.
+"""
+
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
+from fake_cuda import NOT_PERMITTED, FakeCuda
 from pictures import json_lines, settings, write_pictures
 
+from lora_engine.data.batches import FeatureBatch, bucket_targets, pad_targets
+from lora_engine.lora.injection import inject
+from lora_engine.models.pretrained import load_captioner
+from lora_engine.stopping import TrainingStopped
 from lora_engine.training.cuda_graphs import CudaGraphs
 from lora_engine.training.loop import train
+from lora_engine.training.setup import place_model
+from lora_engine.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+LR = 0.01
 
 needs_cuda = [
     pytest.mark.cuda,
@@ -15,9 +29,257 @@ needs_cuda = [
 ]
 
 
+@pytest.fixture
+def cuda(monkeypatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _all_lines(caplog):
+    caplog.set_level(logging.INFO, logger="lora_engine")
+
+
+def make_trainer(folder, *, graphs: bool, dtype=torch.float32) -> Trainer:
+    torch.manual_seed(0)
+    model = load_captioner(folder).model
+    inject(model, ["attention"], rank=4, alpha=8, dropout=0.1)
+    trainer = Trainer(
+        place_model(model, CPU, dtype), device=CPU, dtype=dtype, lr=LR, num_micro_batches=2
+    )
+    # As on a GPU, where a graph reads the rate of each step.
+    trainer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
+    if graphs:
+        trainer.graphs = CudaGraphs(trainer._changed_by_a_step, device=CPU, dtype=dtype)
+    return trainer
+
+
+def a_batch(model, num_rows: int, num_tokens: int, seed: int) -> FeatureBatch:
+    """Captions of nearly `num_tokens` tokens; the targets are padded as on a GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, 50, (num_rows, num_tokens), generator=generator)
+    targets = torch.randint(3, 50, (num_rows * num_tokens,), generator=generator)
+    positions = (torch.rand(len(targets), generator=generator) < 0.9).nonzero().flatten()
+    encoder = model.encoder
+    features = torch.randn(
+        num_rows, encoder.num_tokens, model.encode(torch.zeros(1, 3, *encoder.image_size)).shape[2],
+        generator=generator,
+    )
+    padded = pad_targets(
+        positions, targets[positions], bucket_targets(len(positions), len(targets))
+    )
+    rows = [*range(num_rows)]
+    return FeatureBatch(input_ids, *padded, len(positions), rows, rows, [], features)
+
+
+SHAPES = [(4, 8), (4, 8), (4, 8), (4, 12), (4, 8), (4, 12), (2, 8), (4, 12), (4, 8)]
+
+
+def run_steps(trainer: Trainer, shapes=SHAPES, first: int = 0) -> list[torch.Tensor]:
+    """Losses, norms, and what the steps leave: matrices, gradient and loss, and moments."""
+    results = []
+    with torch.no_grad():
+        steps = [
+            [a_batch(trainer.model, *shape, seed=10 * step + part) for part in range(2)]
+            for step, shape in enumerate(shapes)
+        ]
+    for step, batches in enumerate(steps, first):
+        loss = trainer.accumulate(batches, step)
+        results += [loss, trainer.update(loss, lr=LR / (1 + step))]
+    return [*results, *(tensor.detach().clone() for tensor in trainer._changed_by_a_step())]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def plain_run(folder, **given) -> list[torch.Tensor]:
+    return run_steps(make_trainer(folder, graphs=False, **given))
+
+
+# --- nothing fails --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_with_graphs_are_those_without_bit_for_bit(captioner_folder, cuda, caplog, dtype):
+    trainer = make_trainer(captioner_folder, graphs=True, dtype=dtype)
+    assert_same(run_steps(trainer), plain_run(captioner_folder, dtype=dtype))
+    assert cuda.num_replays > 20 and not caplog.messages
+    assert cuda.current is cuda.default
+
+
+def test_all_graphs_are_recorded_on_one_stream_and_on_the_trainers_device(blip_folder, cuda):
+    run_steps(make_trainer(blip_folder, graphs=True))
+    assert len(cuda.captures) > 3 and len(cuda.streams) == 1
+    assert {stream for _, stream in cuda.captures} == set(cuda.streams)
+    assert cuda.devices == {CPU}
+
+
+def test_a_larger_shape_discards_the_others_which_then_share_its_pool_and_its_inputs(
+    blip_folder, cuda
+):
+    trainer = make_trainer(blip_folder, graphs=True)
+    run_steps(trainer)
+    micro_steps = [
+        recorded for key, recorded in trainer.graphs._recorded.items() if key[0] == "micro_step"
+    ]
+    assert len(micro_steps) >= 2 and cuda.num_pools == 3  # from the step, from (4, 8), from (4, 12)
+    assert len({pool for pool, _ in cuda.captures[-3:]}) == 1
+    for inputs in zip(*(recorded.inputs for recorded in micro_steps)):
+        assert len({tensor.data_ptr() for tensor in inputs}) == 1
+
+
+def test_an_input_that_outgrows_its_memory_leaves_earlier_graphs_theirs(cuda):
+    graphs = CudaGraphs(lambda: [], device=CPU, dtype=torch.float32)
+
+    def total(x, y):
+        return x.sum() + 2 * y.sum()
+
+    shapes = [(3, 50), (3, 50), (20, 4), (20, 4), (3, 50), (20, 4), (2, 2), (2, 2), (2, 2)]
+    for seed, (x, y) in enumerate(shapes):
+        x, y = torch.arange(float(x)) + seed, torch.arange(float(y)) * seed
+        assert torch.equal(graphs(total, x, y), total(x, y))
+    assert len(graphs._recorded) == 3
+
+
+# --- recording fails ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", ["create", "middle"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_what_cannot_be_recorded_runs_as_it_is_and_a_line_says_so(
+    blip_folder, cuda, caplog, failure, number
+):
+    cuda.failures[number] = failure
+    assert_same(run_steps(make_trainer(blip_folder, graphs=True)), plain_run(blip_folder))
+    (message,) = caplog.messages
+    assert message.startswith("CUDA graphs do not work here (")
+    assert message.endswith("training without them")
+    assert cuda.num_begun == number + 1 and cuda.current is cuda.default
+
+
+@pytest.mark.parametrize("failure", ["begin", "invalid", "end"])
+@pytest.mark.parametrize("number", [0, 1])  # a micro-step, a step
+def test_a_capture_that_cannot_be_begun_or_ended_stops_the_run_in_its_last_state(
+    blip_folder, cuda, failure, number
+):
+    cuda.failures[number] = failure
+    trainer, plain = (make_trainer(blip_folder, graphs=graphs) for graphs in (True, False))
+    with pytest.raises(TrainingStopped, match="--no_cuda_graphs"):
+        run_steps(trainer)
+    assert cuda.current is cuda.default
+    random_state = torch.get_rng_state()
+    # Up to there they are the same: one step, or a micro-step and a step.
+    plain.graphs = _Stopping(after=1 if number == 0 else 3)
+    with pytest.raises(InterruptedError):
+        run_steps(plain)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same(trainer._changed_by_a_step(), plain._changed_by_a_step())
+
+
+class _Stopping:
+    """Calls functions until it is called for the n-th time."""
+
+    def __init__(self, after: int) -> None:
+        self.num_left = after
+
+    def __call__(self, function, *inputs, or_plainly=False):
+        if self.num_left == 0:
+            raise InterruptedError
+        self.num_left -= 1
+        return function(*inputs)
+
+
+@pytest.mark.parametrize("failure", ["memory", "upload"])
+def test_memory_that_runs_out_while_recording_halves_the_micro_batch(
+    captioner_folder, cuda, caplog, failure
+):
+    cuda.failures[0] = failure
+    trainer = make_trainer(captioner_folder, graphs=True)
+    ours = run_steps(trainer)
+    (message,) = caplog.messages
+    assert "continuing with 2" in message and trainer.splitter.num_rows == 2
+    assert cuda.num_replays > 20  # graphs are used again
+    plain = make_trainer(captioner_folder, graphs=False)
+    micro_step, calls = plain.micro_step, []
+
+    def fails_once(*inputs):
+        calls.append(1)
+        if len(calls) == 2:  # when the first shape came for the second time
+            raise torch.OutOfMemoryError
+        return micro_step(*inputs)
+
+    plain.micro_step = fails_once
+    assert_same(ours, run_steps(plain))
+
+
+def test_memory_that_runs_out_when_a_step_is_recorded_leaves_that_one_without_a_graph(
+    blip_folder, cuda, caplog
+):
+    cuda.failures[1] = "memory"
+    trainer = make_trainer(blip_folder, graphs=True)
+    assert_same(run_steps(trainer), plain_run(blip_folder))
+    assert {key[0] for key in trainer.graphs._recorded} == {"micro_step"}
+    assert trainer.splitter.num_rows is None and not caplog.messages
+
+
+def test_graphs_that_are_cleared_are_recorded_again(blip_folder, cuda, caplog):
+    cuda.failures[0] = "middle"
+    trainer = make_trainer(blip_folder, graphs=True)
+    run_steps(trainer, SHAPES[:2])
+    assert cuda.num_begun == 1 and len(caplog.messages) == 1
+    trainer.graphs.clear()
+    run_steps(trainer, SHAPES[:2], first=2)
+    assert cuda.num_begun > 1 and cuda.num_replays > 2 and len(caplog.messages) == 1
+
+
+def test_a_graph_that_computes_something_else_is_found_out_once_and_not_used(
+    captioner_folder, cuda, caplog
+):
+    cuda.loses_writes = True
+    trainer = make_trainer(captioner_folder, graphs=True)
+    assert_same(run_steps(trainer), plain_run(captioner_folder))
+    (message,) = caplog.messages
+    assert message.startswith("a CUDA graph of micro_step does not compute what its function does")
+    assert "python -m lora_engine doctor --device cuda" in message
+    assert cuda.num_replays == 1
+    trainer.graphs.clear()  # memory ran out: that makes a wrong graph no better
+    run_steps(trainer, SHAPES[:2], first=len(SHAPES))
+    assert cuda.num_replays == 1 and len(caplog.messages) == 1
+
+
+def test_a_step_that_overflows_is_no_mismatch(cuda, caplog):
+    total = torch.ones(3)
+    graphs = CudaGraphs(lambda: [total], device=CPU, dtype=torch.float16)
+
+    def add(x):
+        total.add_(x)
+        return total.sum()
+
+    for _ in range(3):
+        graphs(add, torch.tensor([1.0, float("inf"), float("nan")]))
+    assert cuda.num_replays == 3 and not caplog.messages
+
+
+@pytest.mark.parametrize("kind", ["waits for the device", "is an error of its own"])
+def test_an_error_in_a_function_is_the_functions_own(cuda, caplog, kind):
+    graphs = CudaGraphs(lambda: [], device=CPU, dtype=torch.float32)
+
+    def function(x):
+        if kind == "waits for the device":
+            return x * x.max().item()
+        if not x.isfinite().all():
+            raise ValueError("not finite")
+        return x
+
+    for x in (torch.ones(2), torch.full((2,), 3.0)):
+        assert torch.equal(graphs(function, x), function(x))
+    (message,) = caplog.messages
+    assert NOT_PERMITTED in message
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here graphs can be recorded")
 def test_where_nothing_can_be_recorded_functions_run_as_they_are_and_a_line_says_so(caplog):
-    graphs = CudaGraphs(lambda: [])
+    graphs = CudaGraphs(lambda: [], device=torch.device("cuda", 0), dtype=torch.float32)
     calls = []
 
     def double(x):
@@ -29,14 +291,16 @@ def test_where_nothing_can_be_recorded_functions_run_as_they_are_and_a_line_says
     assert calls == [(3,), (3,), (4,), (3,), (4,), (4,)]
     (message,) = caplog.messages
     assert message.startswith("CUDA graphs do not work here (")
-    assert message.endswith("training without them")
+
+
+# --- on a GPU -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", [pytest.param(None, marks=needs_cuda)])
 def test_a_replay_takes_new_inputs_and_recording_leaves_no_trace(run):
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     total = torch.zeros(3, device=device)
-    graphs = CudaGraphs(lambda: [total])
+    graphs = CudaGraphs(lambda: [total], device=device, dtype=torch.float32)
 
     def add(x):
         total.add_(x)
