@@ -5,9 +5,6 @@ has no value before a replay, and a replay reads and writes the same memory as t
 draws random numbers anew. Unlike there, all streams are one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -88,14 +85,8 @@ class FakeCuda:
         self.devices.add(device)
         return self.current
 
-    @contextmanager
-    def stream(self, stream: Stream | None) -> Iterator[None]:
-        before = self.current
-        self.current = stream or before
-        try:
-            yield
-        finally:
-            self.current = before
+    def stream(self, stream: Stream | None) -> "_Current":
+        return _Current(self, stream)
 
     def synchronize(self, device=None) -> None:
         pass  # torch.cuda.graph names no device
@@ -113,6 +104,21 @@ class FakeCuda:
         return self.num_pools
 
 
+class _Current:
+    """A context in which a stream is the current one; without an exit it stays so."""
+
+    def __init__(self, cuda: FakeCuda, stream: Stream | None) -> None:
+        self.cuda = cuda
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.before = self.cuda.current
+        self.cuda.current = self.stream or self.before
+
+    def __exit__(self, *_) -> None:
+        self.cuda.current = self.before
+
+
 class Graph:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
@@ -121,7 +127,7 @@ class Graph:
         if self.failure == "create":
             raise RuntimeError("no graphs on this device")
 
-    def capture_begin(self, *, pool, **_) -> None:
+    def capture_begin(self, pool, **_) -> None:
         if self.failure == "begin":
             raise RuntimeError(NOT_PERMITTED)
         self.cuda.captures.append((pool, self.cuda.current))

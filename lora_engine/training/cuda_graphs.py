@@ -202,14 +202,14 @@ class CudaGraphs:
         if not self._recorded:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(  # other threads, which pin memory, go on meanwhile
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         failed = None
-        # torch.cuda.graph leaves this stream current if a capture cannot be begun or ended.
+        # `capture` leaves this stream current if it cannot begin or end.
         with torch.cuda.stream(self._stream):
             try:
-                # Other threads, which pin memory, go on meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
+                with capture:
                     try:
                         output = function(*static)
                     except Exception as error:  # raised below, where the capture has ended well
