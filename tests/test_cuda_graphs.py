@@ -15,6 +15,7 @@ from lora_engine.data.batches import FeatureBatch, bucket_targets, pad_targets
 from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.stopping import TrainingStopped
+from lora_engine.training import trainer as trainer_module
 from lora_engine.training.cuda_graphs import CudaGraphs
 from lora_engine.training.loop import train
 from lora_engine.training.setup import place_model
@@ -284,6 +285,52 @@ def test_where_nothing_can_be_recorded_functions_run_as_they_are_and_a_line_says
     assert calls == [(3,), (3,), (4,), (3,), (4,), (4,)]
     (message,) = caplog.messages
     assert message.startswith("CUDA graphs do not work here (")
+
+
+# --- whole runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_graphs(monkeypatch) -> None:
+    """On the CPU, too, a run uses graphs, unless it is told not to."""
+    init, build = Trainer.__init__, trainer_module.build_optimizer
+
+    def initialize(trainer, model, *, cuda_graphs=True, **given):
+        init(trainer, model, cuda_graphs=cuda_graphs, **given)
+        if cuda_graphs:
+            trainer.graphs = CudaGraphs(
+                trainer._changed_by_a_step, device=trainer.device, dtype=trainer.dtype
+            )
+
+    def build_optimizer(*args, **given):
+        optimizer = build(*args, **given)
+        (group,) = optimizer.param_groups
+        group["lr"] = torch.tensor(group["lr"])
+        return optimizer
+
+    monkeypatch.setattr(Trainer, "__init__", initialize)
+    monkeypatch.setattr(trainer_module, "build_optimizer", build_optimizer)
+
+
+def test_a_run_that_a_capture_stopped_continues_without_graphs_as_if_nothing_had_been(
+    blip_folder, data, tmp_path, cuda, with_graphs
+):
+    config = settings(blip_folder, data, tmp_path / "plain", num_samples=0, cuda_graphs=False)
+    train(config)
+    cuda.failures = {0: "end"}
+    stopped = replace(config, output_path=str(tmp_path / "run"), cuda_graphs=True)
+    with pytest.raises(TrainingStopped, match="--no_cuda_graphs, and with --resume") as caught:
+        train(stopped)
+    assert "--resume" in "".join(caught.value.__notes__)
+    train(replace(stopped, resume="newest", cuda_graphs=False))
+    run, plain = (tmp_path / name / "adapter" / "adapter_model.safetensors"
+                  for name in ("run", "plain"))
+    assert run.read_bytes() == plain.read_bytes() and cuda.num_begun == 1
+    losses = [
+        [line["loss"] for line in json_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("run", "plain")
+    ]
+    assert losses[0] == losses[1]
 
 
 # --- on a GPU -------------------------------------------------------------------------------
