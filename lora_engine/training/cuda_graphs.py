@@ -51,11 +51,13 @@ class CudaGraphs:
 
     Memory: all graphs are recorded on one stream (torch's blocks of memory belong to streams) in
     one pool, and read their inputs from shared buffers, because a call is over before the next one
-    begins. So a graph takes little that a larger one, recorded before it, does not have: a smaller
-    tensor fits into the block of the larger one, and the rest of the block is split off. Recorded
-    after a smaller one, a larger graph would need all its blocks anew. Therefore a shape that is
-    larger than all before discards the other graphs, which are recorded again when their turn
-    comes; with captions of a few lengths that happens a few times in a run.
+    begins. A graph recorded after a larger one takes little more: its tensors fit into the blocks
+    of the larger one, the rest of which is split off. The other way round that fails for many
+    blocks. So a shape that is larger than all before discards the other graphs, which are recorded
+    again when their turn comes; with captions of a few lengths that happens a few times in a run.
+    (A model of torch's allocator, with the tensors of BLIP's step at batch size 32 in 18 shapes of
+    8 to 28 tokens, takes 1.09 times the memory of the largest shape; in random order, and without
+    discarding, 1.07 to 1.26 times. What the driver keeps of a graph is not counted.)
 
     If recording fails, the reason is logged and functions run without graphs from then on. So do
     they if the first replay of a function does not compute what the function does. Where torch
