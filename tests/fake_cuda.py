@@ -48,7 +48,7 @@ class Event:
 class FakeCuda:
     """Takes the place of torch.cuda's streams, events, graphs and generator in a test.
 
-    `failures[n]` says how capture number n fails: "create", "begin", "middle" (an error that the
+    `failures[n]` is how capture number n fails: "create", "begin", "middle" (an error that the
     capture survives), "invalid" (one that it does not survive), "end", "memory" (in the middle) or
     "upload" (memory, at the end). `loses_writes` makes replays wrong.
     """

@@ -242,7 +242,9 @@ def test_a_graph_that_computes_something_else_is_found_out_once_and_not_used(
     assert cuda.num_replays == 1 and len(caplog.messages) == 1
 
 
-def test_a_step_that_overflows_is_no_mismatch(cuda, caplog):
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_where_a_step_overflows_the_rest_is_compared(cuda, caplog, is_wrong):
+    cuda.loses_writes = is_wrong
     total = torch.ones(3)
     graphs = CudaGraphs(lambda: [total], device=CPU, dtype=torch.float16)
 
@@ -252,7 +254,7 @@ def test_a_step_that_overflows_is_no_mismatch(cuda, caplog):
 
     for _ in range(3):
         graphs(add, torch.tensor([1.0, float("inf"), float("nan")]))
-    assert cuda.num_replays == 3 and not caplog.messages
+    assert cuda.num_replays == (1 if is_wrong else 3) and len(caplog.messages) == is_wrong
 
 
 @pytest.mark.parametrize("kind", ["waits for the device", "is an error of its own"])

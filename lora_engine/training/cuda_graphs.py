@@ -110,7 +110,7 @@ class CudaGraphs:
         self._discard()
         self._buffers.clear()
         self._given_up.clear()
-        self._works = True  # what failed may have been short of memory, too, as cuBLAS says it
+        self._works = True  # cuBLAS, too, fails without memory, but with another error
 
     def _discard(self) -> None:
         """Discard all graphs: their pool is freed with the last one."""
