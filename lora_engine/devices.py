@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,15 @@ def resolve_device(
 ) -> torch.device:
     """The device of that name; for None CUDA if available, else the CPU.
 
-    Of several processes on a machine each has the GPU of its `local_rank`. Raises ValueError for an
-    unknown name, and for a device that does not exist.
+    A GPU has its number: of several processes on a machine each has the GPU of its `local_rank`,
+    one alone torch's current one if the name has none. Raises ValueError for an unknown name, and
+    for a device that does not exist.
     """
     device = _named_device(name)
-    if local_size == 1 or device.type != "cuda":
+    if device.type != "cuda":
         return device
+    if local_size == 1:
+        return torch.device("cuda", _number(device))
     if device.index is not None:
         raise ValueError(
             f"--device {name} is one GPU for {local_size} processes; give --device cuda: each "
@@ -53,6 +57,39 @@ def _named_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU torch's current one, for all that does not name a device, such as streams, events
+    and libraries' workspaces; set it up.
+
+    Attention by cuDNN, torch's first choice, is switched off: it plans anew for each shape, and its
+    results are not reproducible.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attention_kernels(dtype: torch.dtype) -> str:
+    """The kernels for attention that torch chooses from on a GPU, the first that applies."""
+    kinds = {
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled() and dtype != torch.float32,
+        "flash": torch.backends.cuda.flash_sdp_enabled() and dtype != torch.float32,
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+    return ", ".join(kind for kind, is_used in kinds.items() if is_used)
+
+
+def index_on(device: torch.device, numbers: list[int]) -> Tensor:
+    """Numbers as an index tensor on a device; a copy to a GPU does not wait for it."""
+    index = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

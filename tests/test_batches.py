@@ -29,6 +29,7 @@ from lora_engine.data.image_table import ImageTable
 from lora_engine.data.images import open_image
 from lora_engine.data.packed_strings import PackedStrings
 from lora_engine.data.pixels import PixelSettings, to_pixels
+from lora_engine.training.micro_batches import split
 
 PIXELS = PixelSettings(resize=(8, 8), resample=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 COLLATE = Collate(image_size=PIXELS.size, prompt_length=2, pad_id=0)
@@ -379,6 +380,26 @@ def test_a_bucketed_batch_has_the_same_targets_in_one_of_few_shapes():
         assert torch.equal(other.target_positions[: one.num_targets], rows * wide + columns)
         shapes.add((wide, len(other.target_ids)))
     assert len(shapes) < 30
+
+
+def test_halved_batches_have_few_shapes_too():
+    """Memory that runs out halves them: each shape is another CUDA graph."""
+    generator = np.random.default_rng(0)
+    collate = Collate(image_size=(4, 4), prompt_length=1, pad_id=0, longest_bucket=18)
+    shapes = set()
+    for number in range(100):
+        ids = [generator.integers(1, 99, generator.integers(9, 14)) for _ in range(16)]
+        batch = collate([example(i, row) for i, row in enumerate(ids)])
+        parts = split(batch.with_features(torch.zeros(16, 1, 1)), 4)
+        shapes |= {(part.input_ids.shape, part.target_ids.shape) for part in parts}
+        assert [part.num_targets for part in parts] == [
+            int((part.target_ids != IGNORED).sum()) for part in parts
+        ]
+        together = torch.cat([part.target_ids for part in parts])
+        assert torch.equal(
+            together[together != IGNORED], batch.target_ids[: batch.num_targets]
+        )
+    assert len(shapes) <= 4
 
 
 @pytest.mark.parametrize("strings", [[], ["a"], ["", "é", "a/b c", "\ud800", "x" * 1000, ""]])

@@ -22,10 +22,12 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from fake_cuda import Event, FakeCuda
 from feature_rows import wait_until
 from pictures import caption_of, json_lines, settings
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine import cli
 from lora_engine.config import TrainingConfig
@@ -39,7 +41,7 @@ from lora_engine.devices import autocast
 from lora_engine.features import encoder, placement
 from lora_engine.features import source as source_module
 from lora_engine.features import store as store_module
-from lora_engine.features.cache import RowMemory
+from lora_engine.features.cache import FeatureCache, RowMemory
 from lora_engine.features.encoder import FeatureEncoder, encode_pixels
 from lora_engine.features.format import FeatureFormat
 from lora_engine.features.source import FeatureSource, open_features
@@ -802,6 +804,70 @@ def test_the_encoder_gets_batches_of_one_size_only(grouped, captioner, images, m
     Loader(grouped, captioner, images[:7]).epoch()
     features_of(grouped, images[7])
     assert sizes == [5, 5, 5] and grouped.encoder.num_encoded == 8
+
+
+class _NoListAsIndex(TorchDispatchMode):
+    """tensor[list]: on a GPU the index comes from pageable memory, and the copy waits for all."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator is not torch.ops.aten.index.Tensor
+        return operator(*args, **kwargs or {})
+
+
+def test_rows_are_chosen_without_waiting_for_the_device(grouped, captioner, images, monkeypatch):
+    start = source_module.FeatureSource._start
+
+    def watched(*args):
+        with _NoListAsIndex(), monkeypatch.context() as patch:
+            patch.setattr(FeatureCache, "keep", lambda *args: None)  # on the host
+            return start(*args)
+
+    monkeypatch.setattr(source_module.FeatureSource, "_start", watched)
+    Loader(grouped, captioner, images + images[:4] + images).epoch()
+    memory = RowMemory(3, 2, CPU)
+    with _NoListAsIndex():
+        for digests in ([b"a"], [b"a", b"b", b"c"], [b"c", b"d"]):
+            memory.keep(digests, torch.tensor([[ord(digest)] * 2 for digest in digests]).byte())
+    assert memory.rows.tolist() == [[97, 97], [98, 98], [99, 99]]
+
+
+def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
+    captioner, tmp_path, images, monkeypatch
+):
+    """Also that of a row that is gone from the disk."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(Tensor, "record_stream", lambda rows, stream: None)
+    with open_source(captioner, tmp_path / "cache") as source:
+        stream = group(source).encoder.stream = cuda.new_stream(CPU)
+        encode, used = source.encoder.encode, []
+
+        def spy(pixels):
+            used.append(cuda.current)
+            return encode(pixels)
+
+        monkeypatch.setattr(source.encoder, "encode", spy)
+        loader = Loader(source, captioner, images)
+        seen = loader.epoch()
+        again = source._encode_again(loader.load.args[0].images, [3], 0)
+        assert_equal([*source.encoder.unpack(again[None])], [seen[3]])
+    assert used == [stream] * 2 and cuda.current is cuda.default and len(cuda.waits) == 2
+    for waiting, event in cuda.waits:
+        assert waiting is cuda.default and event.stream is stream
+
+
+def test_fresh_rows_have_arrived_when_the_stream_that_copies_them_says_so(monkeypatch):
+    """Not another device's: the disk would get rows that are copied in part."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(Event, "query", lambda event: False)
+    cache = FeatureCache(CPU)
+    cache._uses_gpu = True
+    cache.host_memory = RowMemory(4, 2, CPU)
+    stream = cuda.new_stream(CPU)
+    with torch.cuda.stream(stream):
+        cache.keep([b"a"], torch.zeros(1, 2, dtype=torch.uint8))
+    (copied, _, _), = cache._leaving
+    assert copied.stream is stream and cuda.devices == {CPU}
+    cache.close(0.0)
 
 
 def test_a_file_that_changes_while_groups_are_under_way_stops_loading(grouped, captioner, images):

@@ -1022,9 +1022,12 @@ def test_the_parts_of_a_batch_are_the_batch(blip_folder, data):
     parts = split(whole, 2)
     assert [part.rows for part in parts] == [[0, 1], [2, 3], [4]]
     assert sum(part.num_targets for part in parts) == whole.num_targets
+    assert len({len(part.target_ids) for part in parts}) == 1  # one CUDA graph for all
     for part in parts:
         spread = torch.full_like(part.input_ids, -100).flatten()
-        spread[part.target_positions] = part.target_ids
+        is_target = part.target_ids != -100
+        assert int(is_target.sum()) == part.num_targets
+        spread[part.target_positions[is_target]] = part.target_ids[is_target]
         assert torch.equal(spread.view_as(part.input_ids), targets[part.rows])
         assert torch.equal(part.features, whole.features[part.rows])
     assert split(whole, 5) == [whole] and split(whole, None) == [whole]

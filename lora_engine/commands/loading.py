@@ -25,6 +25,7 @@ from lora_engine.devices import (
     resolve_device,
     resolve_dtype,
     set_threads,
+    use_device,
 )
 from lora_engine.features.precision import cast_weights
 from lora_engine.features.source import open_features
@@ -104,9 +105,7 @@ class CaptioningConfig:
 
     def take_share(self, ranks: Ranks) -> None:
         """Use this process' device, and its share of the machine's threads."""
-        device = self.device_of(ranks)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        use_device(self.device_of(ranks))
         set_threads(self.num_threads, ranks.local_size)
 
     def check_same(self, images: ImageTable, ranks: Ranks) -> None:

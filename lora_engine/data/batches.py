@@ -344,16 +344,14 @@ class Collate:
             num_more -= input_ids.shape[1]
             input_ids = F.pad(input_ids, (0, num_more), value=self.pad_id)
             targets = F.pad(targets, (0, num_more), value=IGNORED)
-        num_positions = targets.numel()
         targets = targets.flatten()
         positions = (targets != IGNORED).nonzero().flatten()
         num_targets = len(positions)
         target_ids = targets[positions]
         if self.longest_bucket is not None:
-            step = max(num_positions // 8, 1)
-            num_more = -(-num_targets // step) * step - num_targets
-            positions = F.pad(positions, (0, num_more))
-            target_ids = F.pad(target_ids, (0, num_more), value=IGNORED)
+            positions, target_ids = pad_targets(
+                positions, target_ids, bucket_targets(num_targets, targets.numel())
+            )
         pixels = [torch.from_numpy(e.pixels) for e in usable if e.pixels is not None]
         empty = torch.empty((0, 3, *self.image_size), dtype=torch.uint8)
         return PixelBatch(
@@ -375,6 +373,18 @@ def bucket_length(num_tokens: int) -> int:
     """The next of 4, 8, ..., 32, 48, 64, 96, 128, ... tokens."""
     step = 4 if num_tokens <= 32 else 16 if num_tokens <= 64 else 32
     return -(-num_tokens // step) * step
+
+
+def bucket_targets(num_targets: int, num_positions: int) -> int:
+    """The next of eight numbers of targets in that many positions."""
+    step = max(num_positions // 8, 1)
+    return -(-num_targets // step) * step
+
+
+def pad_targets(positions: Tensor, ids: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
+    """Positions and ids (M,) -> (num_targets,) each, of which the last ones are IGNORED."""
+    num_more = num_targets - len(ids)
+    return F.pad(positions, (0, num_more)), F.pad(ids, (0, num_more), value=IGNORED)
 
 
 def load_batches(

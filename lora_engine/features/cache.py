@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_engine.devices import index_on
 from lora_engine.features.machine import MachineFolder
 from lora_engine.features.store import FeatureStore
 from lora_engine.ranks import OneProcess, Ranks
@@ -42,7 +43,9 @@ class RowMemory:
         new = {digest: i for i, digest in enumerate(digests) if digest not in self.slots}
         new = dict(islice(new.items(), len(self.rows) - begin))
         if new:
-            self.rows[begin : begin + len(new)] = rows[list(new.values())].to(self.rows.device)
+            if len(new) < len(rows):
+                rows = rows.index_select(0, index_on(rows.device, list(new.values())))
+            self.rows[begin : begin + len(new)] = rows.to(self.rows.device)
             self.slots.update(zip(new, range(begin, begin + len(new))))
 
 
@@ -140,7 +143,8 @@ class FeatureCache:
         if self._uses_gpu:
             rows = rows.to("cpu", non_blocking=True)  # torch chooses pinned memory for this
             copied = torch.cuda.Event(blocking=True)
-            copied.record()
+            # Of this device: without a stream it would be that of torch's current device.
+            copied.record(torch.cuda.current_stream(self.device))
         arrive = None if copied is None else copied.synchronize
         refused = {
             digest: i for i, (digest, row) in enumerate(zip(digests, rows.numpy()))
@@ -215,7 +219,7 @@ class FeatureCache:
             positions = [i for i in left if digests[i] in slots]
             if positions:
                 rows = self._empty_rows(len(positions), row_bytes, kept.device)
-                numbers = self._index([slots[digests[i]] for i in positions], kept.device)
+                numbers = index_on(kept.device, [slots[digests[i]] for i in positions])
                 # Not kept[numbers], which copies byte by byte.
                 torch.index_select(kept, 0, numbers, out=rows)
                 found.append((positions, rows.to(self.device, non_blocking=True)))
@@ -238,7 +242,7 @@ class FeatureCache:
             return found[0][1]
         out = self._empty_rows(len(digests), row_bytes, self.device)
         for positions, rows in found:
-            out.index_copy_(0, self._index(positions, self.device), rows)
+            out.index_copy_(0, index_on(self.device, positions), rows)
         return out
 
     def _await(self, digest: bytes, out: np.ndarray) -> bool:
@@ -267,7 +271,3 @@ class FeatureCache:
         is_pinned = self._uses_gpu and device.type == "cpu"
         shape = count, row_bytes
         return torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=is_pinned)
-
-    def _index(self, numbers: list[int], device: torch.device) -> Tensor:
-        index = torch.tensor(numbers, pin_memory=self._uses_gpu)
-        return index.to(device, non_blocking=True)

@@ -21,6 +21,7 @@ from lora_engine.data.batches import FeatureBatch, PixelBatch, read_image
 from lora_engine.data.image_identity import Identities
 from lora_engine.data.images import ImageError
 from lora_engine.data.seen_images import ImageList
+from lora_engine.devices import index_on
 from lora_engine.features.cache import FeatureCache, RowsAhead
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.format import CacheDtype
@@ -197,23 +198,20 @@ class FeatureSource:
             for number, (batch, _) in enumerate(batches):
                 places = [new[digest] for digest in mine]
                 chosen = [position for owner, position in places if owner == number]
-                wanted.append(batch.pixels.to(self.device, non_blocking=True)[chosen])
+                pixels = batch.pixels.to(self.device, non_blocking=True)
+                if len(chosen) < len(pixels):
+                    pixels = pixels.index_select(0, index_on(self.device, chosen))
+                wanted.append(pixels)
             fresh = rows = self.encoder.encode(torch.cat(wanted))
             if shared:
                 rows = torch.cat([rows, torch.stack(list(shared.values()))])
-            event = None
-            if self.encoder.stream is not None:
-                event = torch.cuda.Event()
-                event.record()
+            is_encoded = self._queued()
             self.cache.keep(mine, fresh)
         digests = {digest: i for i, digest in enumerate([*mine, *shared])}
-        return _Group(batches, digests, rows, event)
+        return _Group(batches, digests, rows, is_encoded)
 
     def _finish(self, group: _Group, images: ImageList) -> Iterator[FeatureBatch]:
-        if group.is_encoded is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(group.is_encoded)
-            group.rows.record_stream(stream)
+        self._await(group.is_encoded, group.rows)
         self.cache.keep_on_device(list(group.digests), group.rows)
         for batch, ahead in group.batches:
             rows = group.rows[:0]
@@ -226,6 +224,17 @@ class FeatureSource:
                     encode_again=partial(self._encode_again, images, batch.images),
                 )
             yield batch.with_features(self.encoder.unpack(rows))
+
+    def _queued(self) -> torch.cuda.Event | None:
+        """An event after what is queued on the encoder's stream so far; None on a CPU."""
+        return None if self.encoder.stream is None else self.encoder.stream.record_event()
+
+    def _await(self, is_encoded: torch.cuda.Event | None, rows: Tensor) -> None:
+        """Let the current stream use rows of the encoder's stream once they are there."""
+        if is_encoded is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(is_encoded)
+            rows.record_stream(stream)
 
     def _encode_again(self, images: ImageList, wanted: list[int], position: int) -> Tensor:
         """The row (row_bytes,) of an image whose kept row is damaged, or gone.
@@ -243,8 +252,11 @@ class FeatureSource:
                 f"read: {error.reason}"
             ) from error
         images.record(image, file, found)
-        rows = self.encoder.encode(torch.from_numpy(pixels)[None])
-        self.cache.keep([digest], rows)
+        with torch.cuda.stream(self.encoder.stream):
+            rows = self.encoder.encode(torch.from_numpy(pixels)[None])
+            is_encoded = self._queued()
+            self.cache.keep([digest], rows)
+        self._await(is_encoded, rows)
         self.cache.keep_on_device([digest], rows)
         return rows[0]
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_engine.devices import attention_kernels
+
 
 def _is_amd() -> bool:
     try:
@@ -65,9 +67,7 @@ def uses_onednn(device: torch.device, dtype: torch.dtype) -> bool:
 def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """The kernels for `dtype` on `device`, as a text for the run's first lines."""
     if device.type == "cuda":
-        is_half = dtype in (torch.float16, torch.bfloat16)
-        flash = is_half and torch.backends.cuda.flash_sdp_enabled()
-        return f"{'flash' if flash else 'memory-efficient'} attention, no TF32"
+        return f"attention by {attention_kernels(dtype)} kernels, no TF32"
     if dtype == torch.float32:
         return f"matmuls by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
     has_bf16 = any(

@@ -2,7 +2,7 @@
 
 import logging
 
-from lora_engine.data.batches import FeatureBatch
+from lora_engine.data.batches import FeatureBatch, bucket_targets, pad_targets
 from lora_engine.data.captions import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -37,26 +37,37 @@ class BatchSplitter:
 
 
 def split(batch: FeatureBatch, num_rows: int | None) -> list[FeatureBatch]:
-    """The batch in parts of at most `num_rows` rows, without those that have no target."""
+    """The batch in parts of at most `num_rows` rows, without those that have no target.
+
+    Targets are padded to the same number in all parts, one of few, as in whole batches: a CUDA
+    graph is of one shape.
+    """
     if num_rows is None or len(batch.rows) <= num_rows:
         return [batch]
     num_tokens = batch.input_ids.shape[1]
     is_target = batch.target_ids != IGNORED
-    parts = []
+    parts, largest = [], 0
     for begin in range(0, len(batch.rows), num_rows):
         rows = slice(begin, begin + num_rows)
         first = begin * num_tokens
         end = first + len(batch.rows[rows]) * num_tokens
         mine = is_target & (batch.target_positions >= first) & (batch.target_positions < end)
-        if mine.any():
+        num_targets = int(mine.sum())
+        if num_targets:
+            largest = max(largest, bucket_targets(num_targets, num_rows * num_tokens))
             parts.append(batch._replace(
                 input_ids=batch.input_ids[rows],
                 target_positions=batch.target_positions[mine] - first,
                 target_ids=batch.target_ids[mine],
-                num_targets=int(mine.sum()),
+                num_targets=num_targets,
                 rows=batch.rows[rows],
                 images=batch.images[rows],
                 skipped=[],
                 features=batch.features[rows],
             ))
-    return parts
+    return [_padded(part, largest) for part in parts]
+
+
+def _padded(part: FeatureBatch, num_targets: int) -> FeatureBatch:
+    positions, ids = pad_targets(part.target_positions, part.target_ids, num_targets)
+    return part._replace(target_positions=positions, target_ids=ids)

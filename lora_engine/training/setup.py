@@ -33,6 +33,7 @@ from lora_engine.devices import (
     resolve_device,
     resolve_dtype,
     set_threads,
+    use_device,
 )
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.precision import EncoderPrecision, cast_weights
@@ -138,8 +139,7 @@ def prepare(
     if config.read_order == "auto":
         config = with_read_order(config, rows, ranks)
     device = resolve_device(config.device, local_rank=ranks.local_rank, local_size=ranks.local_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(device)
     set_threads(config.num_threads, ranks.local_size)
     dtype = resolve_dtype(config.precision, device)
     disable_tf32()

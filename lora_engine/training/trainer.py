@@ -63,7 +63,7 @@ class Trainer:
                     "no CUDA graphs with --gradient_checkpointing, which draws dropout twice"
                 )
             else:
-                self.graphs = CudaGraphs(self._changed_by_a_step)
+                self.graphs = CudaGraphs(self._changed_by_a_step, device=device, dtype=dtype)
 
     def accumulate(
         self,
@@ -86,7 +86,9 @@ class Trainer:
         buffer = self.lora.gradient_and_loss
         weight = torch.full((), 1 / num_targets, dtype=buffer.dtype, device=self.device)
         summation = self.ranks.summation(buffer, self.num_micro_batches)
-        micro_step = self._recorded(self.micro_step)
+        micro_step: Callable[..., Tensor] = self.micro_step
+        if self.graphs is not None:
+            micro_step = partial(self.graphs, self.micro_step)
         for number, batch in enumerate(batches, first):
             is_done = False
             while not is_done:
@@ -121,8 +123,9 @@ class Trainer:
         """
         set_learning_rate(self.optimizer, lr)
         # A GradScaler keeps its state in Python, which a graph would not replay.
-        step = self._step if self.scaler.is_enabled() else self._recorded(self._step)
-        return step(loss)
+        if self.graphs is None or self.scaler.is_enabled():
+            return self._step(loss)
+        return self.graphs(self._step, loss, or_plainly=True)  # a step cannot be split
 
     def _step(self, loss: Tensor) -> Tensor:
         self.scaler.unscale_(self.optimizer)
@@ -134,19 +137,18 @@ class Trainer:
             is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
             self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
+        if not self.scaler.is_enabled():
+            # A graph's memory is freed when nothing refers to it.
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         self.scaler.update()
         self.lora.gradient_and_loss.zero_()
         self.lora.refresh()
         return grad_norm
 
-    def _recorded(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function as a CUDA graph, where graphs are used."""
-        return function if self.graphs is None else partial(self.graphs, function)
-
     def _changed_by_a_step(self) -> list[Tensor]:
         cast = [] if self.lora.cast is None else [self.lora.cast]
         moments = list(self.optimizer.state[self.lora.values].values())
-        return [self.lora.values, self.lora.gradient, *cast, *moments]
+        return [self.lora.values, self.lora.gradient_and_loss, *cast, *moments]
 
     def _clear_gradients(self) -> None:
         """Undo what an attempt that ran out of memory has begun."""
