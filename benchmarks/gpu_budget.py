@@ -277,7 +277,9 @@ def meta_batch(trainer: Trainer, batch_size: int, num_tokens: int) -> FeatureBat
             rows=list(range(batch_size)),
             images=list(range(batch_size)),
             skipped=[],
-            features=torch.empty(batch_size, encoder.num_tokens, encoder.width, dtype=trainer.dtype),
+            features=torch.empty(
+                batch_size, encoder.num_tokens, encoder.width, dtype=trainer.dtype
+            ),
         )
 
 
