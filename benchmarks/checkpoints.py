@@ -78,5 +78,5 @@ def write_checkpoint(
     to GPT-2's attention, embeddings and residuals (0.1 as published); BLIP has none.
     """
     torch.manual_seed(seed)
-    kind = BlipForConditionalGeneration if model == "blip" else VisionEncoderDecoderModel
+    kind: Any = BlipForConditionalGeneration if model == "blip" else VisionEncoderDecoderModel
     kind(configuration(model, small=small, dropout=dropout)).save_pretrained(folder)

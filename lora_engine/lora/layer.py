@@ -313,7 +313,9 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, *dYs):
         X, kept, A, low_rank, *rest = ctx.saved_tensors
         Ws, Bs = rest[: len(dYs)], rest[len(dYs) :]
-        dX, dAs, dBs = None, [None] * len(dYs), [None] * len(dYs)
+        dX: Tensor | None = None
+        dAs: Sequence[Tensor | None] = [None] * len(dYs)
+        dBs: Sequence[Tensor | None] = [None] * len(dYs)
         if ctx.needs_input_grad[0]:
             dX = sum_of_matmuls(dYs, Ws)
         if A is not None:
@@ -334,7 +336,7 @@ class _Projections(torch.autograd.Function):
         return dX, None, None, *(gradient for layer in matrices for gradient in layer)
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
     """Their concatenation; a single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 

@@ -92,8 +92,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         smoothing: float,
-        vocab_size: int,
+        vocab_size: int | None = None,  # rows of the weight that are not padding; None: all
     ) -> Tensor:
+        vocab_size = len(weight) if vocab_size is None else vocab_size
         needs_gradient = ctx.needs_input_grad[0]
         gradients: list[Tensor] = []
         accurate = torch.promote_types(hidden.dtype, torch.float32)
