@@ -11,7 +11,7 @@ values, dropout on the input, matching of targets) are those of huggingface/peft
 either library.
 
 `LinearParts` describes a layer's terms, from which forward passes (`project`), cross-attention
-(`low_rank_inputs`, `LinearParts.scaled_B`) and merging (`LinearParts.update`) compute. A variant
+(`low_rank_inputs`, `FeatureProjection`) and merging (`LinearParts.update`) compute. A variant
 that only changes these terms, as rsLoRA's scaling does, changes `linear_parts` alone. One with
 another forward pass, such as DoRA, also changes `_Projections`, and cross_attention.py must call
 its layers.
@@ -170,11 +170,6 @@ class LinearParts(NamedTuple):
     lora_A: Tensor | None = None  # (R, in)
     lora_B: Tensor | None = None  # (out, R)
     scaling: float = 0.0
-
-    def scaled_B(self) -> Tensor:
-        """scaling * B (out, R)."""
-        assert self.lora_B is not None
-        return self.scaling * self.lora_B
 
     def update(self) -> Tensor:
         """scaling * B A (out, in), which merging adds to W."""
