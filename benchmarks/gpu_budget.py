@@ -121,10 +121,7 @@ class Budget:
         return sum(k.flops for k in self.kernels if not k.is_aligned) / self.flops
 
     def by_kind(self) -> Counter[str]:
-        kinds: Counter[str] = Counter()
-        for kernel in self.kernels:
-            kinds[kernel.name] += kernel.num_launches
-        return kinds
+        return Counter(k.name for k in self.kernels for _ in range(k.num_launches))
 
     def captions_per_s(self, card: Card) -> float:
         return self.batch_size / sum(kernel.seconds(card) for kernel in self.kernels)
@@ -252,10 +249,8 @@ def step_budget(trainer: Trainer, batch_size: int, num_tokens: int) -> Budget:
     """What a step of one micro-batch takes, forward to AdamW."""
     batch = meta_batch(trainer, batch_size, num_tokens)
     budget = Budget(batch_size, sum(x.numel() * x.element_size() for x in batch.tensors(META)))
-    existing = [*trainer.model.parameters(), *trainer.model.buffers(), *batch.tensors(META)]
-    if trainer.lora.cast is not None:
-        existing.append(trainer.lora.cast)
-    mine = {StorageWeakRef(x.untyped_storage()) for x in existing}
+    kept = [trainer.lora.cast, *trainer.model.parameters(), *batch.tensors(META)]
+    mine = {StorageWeakRef(x.untyped_storage()) for x in kept if x is not None}
     saved: dict[StorageWeakRef, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -297,10 +292,10 @@ def graph_memory(budgets: Sequence[Budget]) -> dict[str, int]:
     """Bytes that the graphs of several shapes keep, by what they share."""
     peaks, inputs = ([getattr(b, f"{x}_bytes") for b in budgets] for x in ("peak", "input"))
     return {
-        "largest": max(peak + own for peak, own in zip(peaks, inputs)),
-        "nothing": sum(peaks) + sum(inputs),
-        "activations": max(peaks) + sum(inputs),
-        "activations and inputs": max(peaks) + max(inputs),
+        "of the largest alone": max(map(sum, zip(peaks, inputs))),
+        "sharing nothing": sum(peaks) + sum(inputs),
+        "sharing activations": max(peaks) + sum(inputs),
+        "sharing inputs, too": max(peaks) + max(inputs),
     }
 
 
@@ -342,13 +337,8 @@ def main(argv: list[str] | None = None) -> None:
                     notes.append(f"{model}, B = {batch_size}, T = {length}: {kinds}")
             buckets = caption_buckets(model)
             memory = graph_memory([step_budget(trainer, batch_size, T) for T in buckets])
-            notes.append(
-                f"{model}, B = {batch_size}, graphs of {len(buckets)} lengths: " + ", ".join(
-                    f"{num_bytes / 1e6:,.0f} MB {'alone' if shared == 'largest' else 'sharing'}"
-                    f"{'' if shared == 'largest' else ' ' + shared}"
-                    for shared, num_bytes in memory.items()
-                )
-            )
+            sizes = ", ".join(f"{size / 1e6:,.0f} MB {kind}" for kind, size in memory.items())
+            notes.append(f"{model}, B = {batch_size}, graphs of {len(buckets)} lengths: {sizes}")
     print("captions/s of each card are expected, not measured")
     print(table(rows))
     print("\n".join(notes))

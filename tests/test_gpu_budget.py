@@ -70,8 +70,8 @@ def test_graphs_of_all_lengths_take_little_more_memory_than_the_largest():
     assert lengths == [8, 12, 16, 20, 24, 28, 32]
     budgets = [full_size("blip", 16)] * 6 + [full_size("blip", 32)]
     memory = gpu_budget.graph_memory(budgets)
-    assert memory["activations"] <= 1.2 * memory["largest"]
-    assert memory["nothing"] > 4 * memory["largest"]
+    assert memory["sharing activations"] <= 1.2 * memory["of the largest alone"]
+    assert memory["sharing nothing"] > 4 * memory["of the largest alone"]
 
 
 def test_the_benchmark_prints_a_line_for_each_batch_and_a_note(capsys):
@@ -82,7 +82,7 @@ def test_the_benchmark_prints_a_line_for_each_batch_and_a_note(capsys):
         ["blip", "2", "4"], ["blip", "2", "5"]
     ]
     assert sum("mm, " in line for line in lines) == 2  # kernels by kind
-    assert "sharing activations" in lines[-1]
+    assert "MB sharing activations" in lines[-1]
 
 
 # --- counting -----------------------------------------------------------------------------------
