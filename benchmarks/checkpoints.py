@@ -50,6 +50,25 @@ _SMALL_WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers
                  "num_attention_heads": 4}
 
 
+def configuration(
+    model: str, *, small: bool = False, dropout: float = 0.1
+) -> BlipConfig | VisionEncoderDecoderConfig:
+    """The configuration of `model`, one of MODELS; for `small` and `dropout`, see below."""
+    if model == "blip":
+        text, vision = dict(_BLIP["text_config"]), dict(_BLIP["vision_config"])
+        if small:
+            text |= _SMALL_WIDTHS | {"encoder_hidden_size": 64}
+            vision |= _SMALL_WIDTHS | {"image_size": 64}
+        return BlipConfig(text_config=text, vision_config=vision)
+    parts = {**_VIT_GPT2, "encoder": dict(_VIT_GPT2["encoder"]),
+             "decoder": dict(_VIT_GPT2["decoder"])}
+    parts["decoder"] |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
+    if small:
+        parts["encoder"] |= _SMALL_WIDTHS | {"image_size": 64}
+        parts["decoder"] |= {"n_embd": 64, "n_layer": 2, "n_head": 4}
+    return VisionEncoderDecoderConfig.from_dict(parts)
+
+
 def write_checkpoint(
     model: str, folder: Path, *, small: bool = False, seed: int = 0, dropout: float = 0.1
 ) -> None:
@@ -59,20 +78,5 @@ def write_checkpoint(
     to GPT-2's attention, embeddings and residuals (0.1 as published); BLIP has none.
     """
     torch.manual_seed(seed)
-    if model == "blip":
-        text, vision = dict(_BLIP["text_config"]), dict(_BLIP["vision_config"])
-        if small:
-            text |= _SMALL_WIDTHS | {"encoder_hidden_size": 64}
-            vision |= _SMALL_WIDTHS | {"image_size": 64}
-        config = BlipConfig(text_config=text, vision_config=vision)
-        BlipForConditionalGeneration(config).save_pretrained(folder)
-    else:
-        parts = {**_VIT_GPT2, "encoder": dict(_VIT_GPT2["encoder"]),
-                 "decoder": dict(_VIT_GPT2["decoder"])}
-        parts["decoder"] |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
-        if small:
-            parts["encoder"] |= _SMALL_WIDTHS | {"image_size": 64}
-            parts["decoder"] |= {"n_embd": 64, "n_layer": 2, "n_head": 4}
-        VisionEncoderDecoderModel(
-            VisionEncoderDecoderConfig.from_dict(parts)
-        ).save_pretrained(folder)
+    kind: Any = BlipForConditionalGeneration if model == "blip" else VisionEncoderDecoderModel
+    kind(configuration(model, small=small, dropout=dropout)).save_pretrained(folder)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lora_engine.lora.matmul import is_on_cpu
+
 _NUM_LEVELS = 2**16
 
 
@@ -22,7 +24,18 @@ def dropout_mask(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 def kept_part(x: Tensor, kept: Tensor | None) -> Tensor:
     """x with zeros for dropped elements; a mask of None drops nothing."""
-    return x if kept is None else torch.where(kept, x, 0.0)
+    if kept is None:
+        return x
+    # On a GPU `where` would first fill a tensor with the zero, by a kernel of its own. (A product
+    # keeps NaN and makes infinity NaN, but these make the step's gradients not finite anyway.)
+    return torch.where(kept, x, 0.0) if is_on_cpu(x) else x * kept
+
+
+def add_kept_part(total: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """total += kept_part(x, kept), in place."""
+    if is_on_cpu(x):
+        return total.add_(kept_part(x, kept))
+    return total.addcmul_(x, kept)
 
 
 def _draw(x: Tensor, num_dropped: int) -> Tensor:

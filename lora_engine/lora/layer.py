@@ -11,7 +11,7 @@ values, dropout on the input, matching of targets) are those of huggingface/peft
 either library.
 
 `LinearParts` describes a layer's terms, from which forward passes (`project`), cross-attention
-(`low_rank_inputs`, `LinearParts.scaled_B`) and merging (`LinearParts.update`) compute. A variant
+(`low_rank_inputs`, `FeatureProjection`) and merging (`LinearParts.update`) compute. A variant
 that only changes these terms, as rsLoRA's scaling does, changes `linear_parts` alone. One with
 another forward pass, such as DoRA, also changes `_Projections`, and cross_attention.py must call
 its layers.
@@ -28,8 +28,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_engine.lora.dropout import dropout_mask, kept_part
-from lora_engine.lora.matmul import compute_dtype, feature_matmul, frozen_linear
+from lora_engine.lora.dropout import add_kept_part, dropout_mask, kept_part
+from lora_engine.lora.matmul import (
+    compute_dtype,
+    feature_matmul,
+    frozen_linear,
+    is_on_cpu,
+    scaled_matmul,
+    scaled_weight_gradient,
+    sum_of_matmuls,
+)
 
 
 def lora_scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
@@ -105,9 +113,14 @@ class LoRALinear(nn.Module):
         return _project(x, (self,))[0]
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B in `dtype`; gradients reach the fp32 matrices."""
+        """lora_A and lora_B in `dtype`; gradients reach the fp32 matrices.
+
+        Within `FlatLoRAParameters.cast_gradients` they reach the copies instead.
+        """
         if self.cast_matrices is not None and self.cast_matrices[0].dtype == dtype:
             cast_A, cast_B = self.cast_matrices
+            if cast_A.requires_grad:
+                return cast_A, cast_B
             return _Cast.apply(self.lora_A, cast_A), _Cast.apply(self.lora_B, cast_B)
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
@@ -157,11 +170,6 @@ class LinearParts(NamedTuple):
     lora_A: Tensor | None = None  # (R, in)
     lora_B: Tensor | None = None  # (out, R)
     scaling: float = 0.0
-
-    def scaled_B(self) -> Tensor:
-        """scaling * B (out, R)."""
-        assert self.lora_B is not None
-        return self.scaling * self.lora_B
 
     def update(self) -> Tensor:
         """scaling * B A (out, in), which merging adds to W."""
@@ -241,15 +249,15 @@ def low_rank_inputs(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor | Non
         return [None] * len(layers)
     assert len(set(_dropouts(adapters))) == 1, "one mask, one probability"
     rows = x.flatten(0, -2)
-    A = torch.cat([layer.matrices(x.dtype)[0] for layer in adapters])
+    A = _joined([layer.matrices(x.dtype)[0] for layer in adapters])
     kept, kept_share = _dropout_mask(rows, adapters)
     if kept is not None:
         rows, A = kept_part(rows, kept), A / kept_share
     low_rank = feature_matmul(rows, A).unflatten(0, x.shape[:-1])
     split = low_rank.split([layer.rank for layer in adapters], dim=-1)
-    parts: dict[nn.Module, Tensor] = {
-        layer: part.contiguous() for layer, part in zip(adapters, split)
-    }
+    if is_on_cpu(x):  # a GPU's kernels take parts of rows as they are
+        split = tuple(part.contiguous() for part in split)
+    parts: dict[nn.Module, Tensor] = dict(zip(adapters, split))
     return [parts.get(layer) for layer in layers]
 
 
@@ -286,7 +294,7 @@ class _Projections(torch.autograd.Function):
         Ys = [frozen_linear(X, W, bias) for W, bias in zip(Ws, biases)]
         A = low_rank = None
         if any(ctx.ranks):
-            A = torch.cat([A for A in As if A is not None])
+            A = _joined([A for A in As if A is not None])
             low_rank = frozen_linear(kept_part(X, kept), A)  # (M, sum of R)
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
@@ -300,28 +308,32 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, *dYs):
         X, kept, A, low_rank, *rest = ctx.saved_tensors
         Ws, Bs = rest[: len(dYs)], rest[len(dYs) :]
-        dX, dAs, dBs = None, [None] * len(dYs), [None] * len(dYs)
+        dX: Tensor | None = None
+        dAs: Sequence[Tensor | None] = [None] * len(dYs)
+        dBs: Sequence[Tensor | None] = [None] * len(dYs)
         if ctx.needs_input_grad[0]:
-            products = [frozen_linear(dY, W.T) for dY, W in zip(dYs, Ws)]
-            dX = sum(products[1:], products[0])
+            dX = sum_of_matmuls(dYs, Ws)
         if A is not None:
-            Gs = [
-                frozen_linear(dY, B.T).mul_(s) for dY, B, s in zip(dYs, Bs, ctx.scalings)
-                if B is not None
-            ]
-            G = torch.cat(Gs, dim=1)  # (M, sum of R)
+            adapted = [(dY, B, s) for dY, B, s in zip(dYs, Bs, ctx.scalings) if B is not None]
+            G = _joined([scaled_matmul(dY, B, s) for dY, B, s in adapted], dim=1)  # (M, sum of R)
             dAs = (G.T @ kept_part(X, kept)).split(ctx.ranks)
             parts = low_rank.split(ctx.ranks, dim=1)
-            # As the transpose of (R, M) (M, out): kernels are faster for a result with few rows
-            # than for one with few columns.
-            dBs = [(part.T @ dY).mul_(s).T for dY, part, s in zip(dYs, parts, ctx.scalings)]
+            dBs = [
+                None if B is None else scaled_weight_gradient(dY, part, s)
+                for dY, B, part, s in zip(dYs, Bs, parts, ctx.scalings)
+            ]
             if dX is not None:
-                dX = dX.addmm_(G, A) if kept is None else dX.add_(kept_part(G @ A, kept))
+                dX = dX.addmm_(G, A) if kept is None else add_kept_part(dX, G @ A, kept)
         matrices = [
             (None, None, dA, dB) if rank else (None, None, None, None)
             for dA, dB, rank in zip(dAs, dBs, ctx.ranks)
         ]
         return dX, None, None, *(gradient for layer in matrices for gradient in layer)
+
+
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """Their concatenation; a single tensor is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 class _Cast(torch.autograd.Function):

@@ -11,6 +11,7 @@ Axes: M rows, N columns of the result, K the summed axis, B batch, H heads.
 """
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ _HAS_ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 _USE_ONEDNN = _HAS_ONEDNN and _is_amd()
+_CPU = "cpu"
 _MIN_SIZE = 2**12  # elements of the second operand, below which the call of oneDNN costs too much
 
 
@@ -42,6 +44,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matmul with `x`: autocast's if it is enabled, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether an operation costs what it computes; on a GPU each kernel has a price of its own."""
+    return x.device.type == _CPU
 
 
 def frozen_linear(x: Tensor, frozen: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,12 +115,41 @@ class _FeatureMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         (features,) = ctx.saved_tensors
+        if not is_on_cpu(gradient):
+            return None, gradient.T @ features
         return None, frozen_linear(gradient.T.contiguous(), features.T)
 
 
 def feature_matmul(features: Tensor, matrix: Tensor) -> Tensor:
     """features (M, K), matrix (N, K) -> features matrix^T (M, N); only `matrix` gets a gradient."""
     return _FeatureMatmul.apply(features, matrix)
+
+
+def scaled_matmul(x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """x (M, K), y (K, N) -> scaling * x y (M, N); on a GPU by one kernel."""
+    if is_on_cpu(x):
+        return frozen_linear(x, y.T).mul_(scaling)
+    return x.new_empty(len(x), y.shape[1]).addmm_(x, y, beta=0, alpha=scaling)
+
+
+def scaled_weight_gradient(gradient: Tensor, x: Tensor, scaling: float) -> Tensor:
+    """gradient (M, N), x (M, K) -> scaling * gradient^T x (N, K), of the weight of a x W^T."""
+    if not is_on_cpu(x):
+        return scaled_matmul(gradient.T, x, scaling)
+    # As the transpose of (K, M) (M, N): kernels are faster for a result with few rows than for one
+    # with few columns.
+    return (x.T @ gradient).mul_(scaling).T
+
+
+def sum_of_matmuls(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """The sum of x (M, K) y (K, N) over the pairs -> (M, N); on a GPU by one kernel each."""
+    if is_on_cpu(xs[0]):
+        products = [frozen_linear(x, y.T) for x, y in zip(xs, ys)]
+        return sum(products[1:], products[0])
+    total = xs[0] @ ys[0]
+    for x, y in zip(xs[1:], ys[1:]):
+        total.addmm_(x, y)
+    return total
 
 
 class _BatchedMatmul(torch.autograd.Function):

@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from lora_engine.data.captions import IGNORED
 from lora_engine.lora.layer import is_plain
-from lora_engine.lora.matmul import compute_dtype, frozen_linear
+from lora_engine.lora.matmul import compute_dtype, frozen_linear, is_on_cpu
 from lora_engine.models import CaptioningModel
 
 _MAX_LOGITS = 2**24  # that exist at once: 64 MB in fp32
+_ALIGNMENT = 64  # rows of the head's weight on a GPU
 
 
 def caption_loss(
@@ -45,14 +46,34 @@ def caption_loss(
             label_smoothing=label_smoothing,
             reduction="sum",
         )
-    weight, bias = vocabulary.weight, vocabulary.bias
+    bias = vocabulary.bias
     return _FrozenHeadLoss.apply(
         hidden,
-        weight.to(hidden.dtype),
+        _head_weight(vocabulary, hidden),
         None if bias is None else bias.to(hidden.dtype),
         target_ids,
         label_smoothing,
+        vocabulary.out_features,
     )
+
+
+def _head_weight(vocabulary: nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's weight (V or more, D) as the loss multiplies by it, in the dtype of `hidden`.
+
+    On a GPU rows of zeros are added, once, up to a multiple of 64: tensor cores need matrices whose
+    rows begin at multiples of 16 bytes, and a row of logits is as long as the vocabulary.
+    `vocabulary.weight` becomes a view of the result, so there is no second copy.
+    """
+    weight = vocabulary.weight
+    num_more = -len(weight) % _ALIGNMENT
+    if is_on_cpu(weight) or not num_more or weight.dtype != hidden.dtype:
+        return weight.to(hidden.dtype)
+    padded: Tensor | None = getattr(vocabulary, "padded_weight", None)
+    if padded is None or padded.data_ptr() != weight.data_ptr():  # new, or the model has moved
+        padded = F.pad(weight.detach(), (0, 0, 0, num_more))
+        vocabulary.padded_weight = padded
+        weight.data = padded[: len(weight)]
+    return padded
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -65,9 +86,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        smoothing: float,
+        vocab_size: int | None = None,  # rows of the weight that are not padding; None: all
     ) -> Tensor:
-        vocab_size = len(weight)
+        vocab_size = len(weight) if vocab_size is None else vocab_size
         needs_gradient = ctx.needs_input_grad[0]
         gradients: list[Tensor] = []
         accurate = torch.promote_types(hidden.dtype, torch.float32)
@@ -76,7 +103,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for rows, ids in zip(hidden.split(num_rows), targets.split(num_rows)):
             is_valid = ids != IGNORED
             ids = ids.clamp_min(0)[:, None]
-            logits = frozen_linear(rows, weight).to(accurate)  # (chunk of M, V)
+            padded = frozen_linear(rows, weight).to(accurate)  # (chunk of M, V or more)
+            logits = padded[:, :vocab_size]
             if bias is not None:
                 logits += bias
             at_target = logits.gather(1, ids)
@@ -93,9 +121,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
                     gradient.sub_(smoothing / vocab_size)
                 gradient.scatter_add_(1, ids, torch.full_like(losses, smoothing - 1))
                 gradient.mul_(is_valid[:, None])
-                gradients.append(frozen_linear(gradient.to(hidden.dtype), weight.T))
+                # The padding's logits and gradients are zeros, like its rows of the weight.
+                gradients.append(frozen_linear(padded.to(hidden.dtype), weight.T))
         if needs_gradient:
-            ctx.save_for_backward(torch.cat(gradients))
+            ctx.save_for_backward(
+                gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            )
         return loss
 
     @staticmethod
@@ -103,4 +134,4 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (d_hidden,) = ctx.saved_tensors
         # fp16's loss scale arrives here in fp32: multiply before rounding to the hidden's dtype.
-        return (gradient * d_hidden.to(gradient.dtype)).to(d_hidden.dtype), None, None, None, None
+        return (gradient * d_hidden.to(gradient.dtype)).to(d_hidden.dtype), *[None] * 5

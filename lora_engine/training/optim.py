@@ -1,7 +1,8 @@
 """The LoRA parameters of a model as one flat tensor, and their optimizer."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class FlatLoRAParameters:
         matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
         padded = [-(-matrix.numel() // _ALIGNMENT) * _ALIGNMENT for matrix in matrices]
         first = matrices[0]
+        self._sizes = padded
         self.values = nn.Parameter(first.new_zeros(sum(padded)))
         # One buffer, because processes exchange both at once.
         self.gradient_and_loss = first.new_zeros(sum(padded) + 1)
@@ -49,12 +51,45 @@ class FlatLoRAParameters:
             casts = views(self.cast)
             for layer, cast_A, cast_B in zip(layers, casts[::2], casts[1::2]):
                 layer.cast_matrices = cast_A, cast_B
+            self._cast_views = casts
         self.refresh()
 
     @property
     def gradient(self) -> Tensor:
         assert self.values.grad is not None
         return self.values.grad
+
+    @contextmanager
+    def cast_gradients(self) -> Iterator[None]:
+        """Within, forward and backward take gradients of the copies in the compute dtype.
+
+        At the end they are added to the fp32 gradients, all in one kernel. Outside autograd casts
+        and adds each matrix's gradient by itself. Without copies this does nothing.
+        """
+        if self.cast is None:
+            yield
+            return
+        try:
+            for cast in self._cast_views:
+                cast.requires_grad_(True)
+            yield
+            self.gradient.add_(torch.cat(self._padded_gradients()))
+        finally:
+            for cast in self._cast_views:
+                cast.grad = None
+                cast.requires_grad_(False)
+
+    def _padded_gradients(self) -> list[Tensor]:
+        """Parts of the flat gradient, in order."""
+        parts = []
+        for cast, size in zip(self._cast_views, self._sizes):
+            if cast.grad is None:
+                parts.append(cast.new_zeros(size))
+                continue
+            parts.append(cast.grad.flatten())
+            if size > cast.numel():
+                parts.append(cast.new_zeros(size - cast.numel()))
+        return parts
 
     def digest(self) -> str:
         """The SHA-256 of all matrices."""

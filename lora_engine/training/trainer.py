@@ -109,9 +109,10 @@ class Trainer:
 
     def micro_step(self, weight: Tensor, *tensors: Tensor) -> Tensor:
         """Forward and backward of one micro-batch -> its summed loss, ()."""
-        with autocast(self.device, self.dtype):
-            loss = caption_loss(self.model, *tensors, label_smoothing=self.label_smoothing)
-        loss.backward(weight.to(loss.dtype))
+        with self.lora.cast_gradients():
+            with autocast(self.device, self.dtype):
+                loss = caption_loss(self.model, *tensors, label_smoothing=self.label_smoothing)
+            loss.backward(weight.to(loss.dtype))
         return loss.detach()
 
     def update(self, loss: Tensor, *, lr: float) -> Tensor:
