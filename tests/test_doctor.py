@@ -212,7 +212,7 @@ def test_a_measurement_that_fails_is_a_note_and_the_others_go_on(
     status, out, err = measured()
     assert (status, err) == (0, "")
     assert "note    decoding    RuntimeError: out of order" in out and "ok      reading" in out
-    assert "note    training    RuntimeError: out of order" in out
+    assert "note    training    small BLIP: RuntimeError: out of order" in out
     assert speed_line("small ViT+GPT2").search(out)
     status, out, err = measured("--model", "nowhere/nothing")
     assert status == 0 and "note    speed       PretrainedError: " in out
