@@ -354,7 +354,7 @@ def _speed(config: DoctorConfig) -> Iterator[Finding]:
         seconds = sum(numbers.values()) * (_BUILD_S + _MEASURE_FLOP / rate)
         yield Finding("good", "speed", f"measuring the speed of training takes about {seconds:.0f} "
                       f"s (--no_speed skips it): LoRA of rank 8 on random weights, an image has "
-                      f"one caption of {NUM_TOKENS} tokens")
+                      f"one caption of {NUM_TOKENS} tokens with its start")
         for name, folder in folders.items():
             needed = 6 * numbers[name]  # bytes: weights in fp32, and half as much besides
             free = min(free_memory_bytes(processor), free_memory_bytes(device))

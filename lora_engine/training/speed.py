@@ -32,7 +32,7 @@ from lora_engine.training.setup import place_model
 from lora_engine.training.trainer import Trainer
 
 BATCH_SIZE = 8
-NUM_TOKENS = 12  # of a typical caption of CC3M, with its start
+NUM_TOKENS = 13  # inputs of a typical caption of CC3M, with its start and the padding of a batch
 PHOTOGRAPH = (640, 480)  # width, height
 PIXELS = PixelSettings((384, 384), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # BLIP's size
 # What config.json of the published base captioners says about sizes, where transformers' defaults
