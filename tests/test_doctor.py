@@ -1,21 +1,30 @@
 """doctor: one line per check, advice for each problem, and an exit status that reports them."""
 
+import json
 import re
 import urllib.request
 from urllib.error import HTTPError, URLError
 
+import published
 import pytest
+import torch
 from huggingface_hub import constants
 from PIL import features
 
 from lora_engine import __main__ as verbs
 from lora_engine.commands import doctor as doctor_module
+from lora_engine.models.pretrained import build_from_config
+from lora_engine.training import speed
+from lora_engine.training.speed import TrainingSpeed, random_captioner
+from lora_engine.training.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def examined(command, monkeypatch):
-    """Runs doctor while requests to the Hub raise or return `hub`."""
-    def run(*flags, hub=URLError("no route")):
+    """Runs doctor while requests to the Hub raise or return `hub`; it measures only if asked."""
+    def run(*flags, hub=URLError("no route"), measure="--no_speed"):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
         def answer(request, timeout):
@@ -24,7 +33,7 @@ def examined(command, monkeypatch):
             return hub
 
         monkeypatch.setattr(urllib.request, "urlopen", answer)
-        return command(verbs.run_verb, "doctor", *flags)
+        return command(verbs.run_verb, "doctor", measure, *flags)
 
     run.work = command.work
     return run
@@ -128,3 +137,139 @@ def test_data_that_cannot_be_measured_are_a_problem(examined, blip_folder, flags
     flags = [str(blip_folder) if flag == "MODEL" else flag for flag in flags]
     status, out, err = examined("--offline", *flags)
     assert status == doctor_module.PROBLEMS and "PROBLEM data" in out and words in out
+
+
+# --- measurements ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(examined, monkeypatch):
+    """Runs doctor with its measurements alone, on small matrices."""
+    monkeypatch.setattr(doctor_module, "_CHECKS", ())
+    monkeypatch.setattr(doctor_module, "_MATRIX_SIZE", {"cpu": 64})
+
+    def run(*flags):
+        return examined(*flags, measure="--speed")
+
+    run.work = examined.work
+    return run
+
+
+@pytest.fixture
+def small_sizes(blip_folder, vit_gpt2_folder, monkeypatch):
+    """The base captioners replaced by the tests' own."""
+    monkeypatch.setattr(speed, "BASE_SIZES", {
+        "small BLIP": json.loads((blip_folder / "config.json").read_text()),
+        "small ViT+GPT2": json.loads((vit_gpt2_folder / "config.json").read_text()),
+    })
+
+
+RATE = r"[\d.,e+]+"
+
+
+def speed_line(name):
+    return re.compile(
+        rf"^ok      speed       {re.escape(str(name))}, batch 8: about ({RATE}) images/s in a "
+        rf"first epoch, ({RATE}) in later ones \(features kept\)$", re.MULTILINE
+    )
+
+
+def test_the_speed_of_the_machine_and_of_both_base_captioners_is_told(measured, small_sizes):
+    status, out, err = measured()
+    assert (status, err) == (0, "") and "PROBLEM" not in out and "note" not in out
+    assert re.search(rf"ok      matrices    float32 {RATE}.* GFLOP/s \(64 x 64 x 64\)", out)
+    assert re.search(rf"ok      decoding    {RATE} images/s and core \(JPEG, 640 x 480", out)
+    assert re.search(rf"ok      reading     {RATE} GB/s from the disk of features", out)
+    announced = out.index("measuring the speed of training takes about ")
+    for name in ("small BLIP", "small ViT+GPT2"):
+        found = speed_line(name).search(out)
+        assert announced < found.start()
+        first, later = (float(rate.replace(",", "")) for rate in found.groups())
+        assert 0 < first < later
+    assert list(measured.work.iterdir()) == []
+
+
+def test_the_speed_of_the_given_captioner_is_told(measured, captioner_folder):
+    status, out, err = measured("--model", captioner_folder)
+    assert (status, err) == (0, "")
+    assert speed_line(captioner_folder).search(out) and out.count("batch 8") == 1
+
+
+def test_a_measurement_that_fails_is_a_note_and_the_others_go_on(
+    measured, small_sizes, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of order")
+
+    class OnlyGPT2(TrainingSpeed):
+        def __init__(self, captioner, **settings):
+            if captioner.folder.name == "blip":
+                fail()
+            super().__init__(captioner, **settings)
+
+    monkeypatch.setattr(speed, "decode_s", lambda *args: fail() if not args else 1e-3)
+    monkeypatch.setattr(speed, "TrainingSpeed", OnlyGPT2)
+    status, out, err = measured()
+    assert (status, err) == (0, "")
+    assert "note    decoding    RuntimeError: out of order" in out and "ok      reading" in out
+    assert "note    training    small BLIP: RuntimeError: out of order" in out
+    assert speed_line("small ViT+GPT2").search(out)
+    status, out, err = measured("--model", "nowhere/nothing")
+    assert status == 0 and "note    speed       PretrainedError: " in out
+
+
+def test_a_captioner_that_exceeds_the_free_memory_is_not_measured(
+    measured, small_sizes, monkeypatch
+):
+    from lora_engine import devices
+
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: 10**5)
+    status, out, err = measured()
+    assert (status, err) == (0, "") and "batch 8" not in out
+    for name in ("small BLIP", "small ViT+GPT2"):
+        assert f"note    speed       {name} is not measured: it takes 0.0 GB of memory" in out
+
+
+@pytest.mark.parametrize("name, config", [
+    ("BLIP base", published.BLIP), ("ViT+GPT2 base", published.VIT_GPT2),
+])
+def test_base_sizes_are_the_published_ones(tmp_path, name, config):
+    def described(folder):
+        with torch.device("meta"):
+            model = build_from_config(folder)
+        attention = [
+            (path, part.num_heads, getattr(part, "residual_dropout", None))
+            for path, part in model.named_modules() if hasattr(part, "num_heads")
+        ]
+        shapes = {path: tensor.shape for path, tensor in model.state_dict().items()}
+        return model.encoder.image_size, shapes, attention
+
+    published_folder = tmp_path / "published"
+    published_folder.mkdir()
+    (published_folder / "config.json").write_text(json.dumps(config))
+    assert described(speed.write_sizes(tmp_path)[name]) == described(published_folder)
+
+
+def test_recorded_steps_are_compared_with_plain_ones_from_the_same_start(
+    blip_folder, monkeypatch
+):
+    """Here nothing is recorded: both are the same to the bit, unless one is broken."""
+    measured = TrainingSpeed(random_captioner(blip_folder), device=CPU, dtype=torch.float32)
+    assert measured.recorded_error() == 0
+
+    class Broken(Trainer):
+        """As if a graph never read the new inputs."""
+
+        def accumulate(self, batches, step, **settings):
+            self.first = getattr(self, "first", batches)
+            return super().accumulate(self.first, step, **settings)
+
+    def trainer(*args, cuda_graphs, **settings):
+        return (Broken if cuda_graphs else Trainer)(*args, **settings)
+
+    monkeypatch.setattr(speed, "Trainer", trainer)
+    assert measured.recorded_error() > doctor_module._MAX_RECORDED_ERROR
+
+
+def test_a_photograph_is_as_large_as_one():
+    assert 60_000 < len(speed.photograph()) < 160_000

@@ -7,19 +7,28 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_engine import cli
 from lora_engine.commands.source_flags import SourceConfig
-from lora_engine.terminal import printable
+from lora_engine.terminal import one_line, printable
 from lora_engine.version import __version__
+
+if TYPE_CHECKING:  # torch may not import
+    import torch
 
 PROBLEMS = 1  # exit status: something would stop a run
 _LABEL = {"good": "ok", "note": "note", "bad": "PROBLEM"}
 _MIN_FREE_BYTES = 2 * 10**9
 _MIN_SHARED_BYTES = 10**9
 _HUB_TIMEOUT_S = 5.0
+_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # the square product that reaches the best rate
+_MAX_RECORDED_ERROR = 1e-2  # relative; bf16's kernels do not add in the same order twice
+# Work to build and measure a captioner, for each of its parameters.
+_BUILD_S = 1.5e-8
+_MEASURE_FLOP = 6e3
 
 
 @dataclass(frozen=True)
@@ -35,11 +44,13 @@ class DoctorConfig(SourceConfig):
     data: str | tuple[str, ...] | None = None
     """Training data: estimates the size of its features and the time of an epoch; needs --model."""
     model: str | None = None
-    """Captioner to train on --data: a folder or a Hub name."""
+    """Captioner to train: a folder or a Hub name."""
     cache_limit_gb: float = 50.0
     """Maximum size of the cache folder."""
     offline: bool = False
     """Do not check whether the Hugging Face Hub can be reached."""
+    speed: bool = True
+    """Measure the speed of this machine, and of training --model or the two base captioners."""
 
 
 class Finding(NamedTuple):
@@ -61,9 +72,13 @@ def doctor(args: list[str]) -> int:
         DoctorConfig, args, prog="python -m lora_engine doctor",
         description="Check this machine for training and suggest fixes.",
     )
-    findings = [finding for check in _CHECKS for finding in _run(check, config)]
-    print(printable("\n".join(map(str, findings))))
-    num_bad = sum(finding.state == "bad" for finding in findings)
+    checks = [_run(check, config) for check in _CHECKS]
+    if config.speed:
+        checks += [_run(measure, config, failed="note") for measure in _MEASUREMENTS]
+    num_bad = 0
+    for finding in chain.from_iterable(checks):
+        print(printable(str(finding)), flush=True)
+        num_bad += finding.state == "bad"
     if num_bad:
         print(f"{num_bad} problem{'s' if num_bad > 1 else ''} would stop a run")
     else:
@@ -72,14 +87,15 @@ def doctor(args: list[str]) -> int:
 
 
 def _run(
-    check: Callable[[DoctorConfig], Iterator[Finding]], config: DoctorConfig
+    check: Callable[..., Iterator[Finding]], *args: Any, failed: str = "bad", what: str = ""
 ) -> Iterator[Finding]:
-    """Run a check; if it fails, that is a finding, and the other checks still run."""
+    """Run a check; if it fails, that is a finding (about `what`), and the other checks still run.
+    """
     try:
-        yield from check(config)
+        yield from check(*args)
     except Exception as error:  # whatever may be wrong with a machine
         topic = check.__name__.strip("_")
-        yield Finding("bad", topic, f"{type(error).__name__}: {error}")
+        yield Finding(failed, topic, f"{what}{type(error).__name__}: {one_line(error)}")
 
 
 def _versions(config: DoctorConfig) -> Iterator[Finding]:
@@ -125,6 +141,11 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(device)
         state = "good" if free > 4e9 else "note"
         yield Finding(state, "GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free")
+        backends = [
+            name for name in ("cudnn", "flash", "mem_efficient", "math")
+            if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
+        ]
+        yield Finding("good", "attention", f"enabled in torch: {', '.join(backends)}")
     elif shutil.which("nvidia-smi"):
         yield Finding(
             "note", "GPU", f"there is a driver, but torch {torch.__version__} finds no CUDA device",
@@ -264,4 +285,116 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("good", "data", line)
 
 
+# --- measurements ------------------------------------------------------------------------------
+
+
+def _matrices(config: DoctorConfig) -> Iterator[Finding]:
+    import torch
+
+    from lora_engine.devices import disable_tf32, dtype_name, resolve_device, resolve_dtype
+    from lora_engine.lora.matmul import frozen_linear
+    from lora_engine.training.speed import BATCH_SIZE, NUM_TOKENS, matrix_rate
+
+    device = resolve_device(config.device)
+    disable_tf32()
+    dtypes = [torch.float32]
+    if device.type == "cuda":
+        dtypes.append(resolve_dtype("auto", device))
+    elif torch.backends.cpu.get_cpu_capability() == "AVX512":  # others may take minutes
+        dtypes.append(torch.bfloat16)
+    size, rows, width = _MATRIX_SIZE[device.type], BATCH_SIZE * NUM_TOKENS, 768
+    rates = [
+        f"{dtype_name(dtype)} {matrix_rate(device, dtype, size, size) / 1e9:,.0f}"
+        for dtype in dtypes
+    ]
+    frozen = matrix_rate(
+        device, resolve_dtype("auto", device), rows, width, multiply=frozen_linear
+    )
+    yield Finding(
+        "good", "matrices", f"{', '.join(rates)} GFLOP/s ({size} x {size} x {size}); a step's "
+        f"linear layers {frozen / 1e9:,.0f} ({rows} x {width} x {width})"
+    )
+
+
+def _decoding(config: DoctorConfig) -> Iterator[Finding]:
+    from lora_engine.training.speed import PHOTOGRAPH, PIXELS, decode_s
+
+    (width, height), (new_height, new_width) = PHOTOGRAPH, PIXELS.size
+    yield Finding(
+        "good", "decoding", f"{1 / decode_s():,.0f} images/s and core (JPEG, {width} x {height} to "
+        f"{new_width} x {new_height})"
+    )
+
+
+def _reading(config: DoctorConfig) -> Iterator[Finding]:
+    from lora_engine.features.store import cache_folder, read_rate
+    from lora_engine.files import existing_parent
+
+    folder = cache_folder(config.cache_dir)
+    if folder is not None:
+        rate = read_rate(existing_parent(folder))
+        yield Finding("good", "reading", f"{rate / 1e9:.2g} GB/s from the disk of features")
+
+
+def _speed(config: DoctorConfig) -> Iterator[Finding]:
+    import torch
+
+    from lora_engine.devices import free_memory_bytes, resolve_device
+    from lora_engine.models.model_folder import find_folder
+    from lora_engine.training.speed import NUM_TOKENS, matrix_rate, num_parameters, write_sizes
+
+    device, processor = resolve_device(config.device), torch.device("cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        if config.model is None:
+            folders = write_sizes(Path(temporary))
+        else:
+            folders = {config.model: find_folder(config.model, None)}
+        numbers = {name: num_parameters(folder) for name, folder in folders.items()}
+        rate = matrix_rate(processor, torch.float32, 1024, 1024)
+        seconds = sum(numbers.values()) * (_BUILD_S + _MEASURE_FLOP / rate)
+        yield Finding("good", "speed", f"measuring the speed of training takes about {seconds:.0f} "
+                      f"s (--no_speed skips it): LoRA of rank 8 on random weights, an image has "
+                      f"one caption of {NUM_TOKENS} tokens with its start")
+        for name, folder in folders.items():
+            needed = 6 * numbers[name]  # bytes: weights in fp32, and half as much besides
+            free = min(free_memory_bytes(processor), free_memory_bytes(device))
+            if free < needed:
+                yield Finding("note", "speed", f"{name} is not measured: it takes "
+                              f"{needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+                continue
+            yield from _run(_training, name, folder, device, failed="note", what=f"{name}: ")
+
+
+def _training(name: str, folder: Path, device: "torch.device") -> Iterator[Finding]:
+    """The speed of one captioner; on a GPU also whether recorded steps are right."""
+    import torch
+
+    from lora_engine.devices import disable_tf32, resolve_dtype
+    from lora_engine.training.speed import BATCH_SIZE, TrainingSpeed, random_captioner
+
+    disable_tf32()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs record there
+    speed = TrainingSpeed(
+        random_captioner(folder), device=device, dtype=resolve_dtype("auto", device)
+    )
+    first, later = speed.images_per_s
+    yield Finding(
+        "good", "speed", f"{name}, batch {BATCH_SIZE}: about {_number(first)} images/s in a first "
+        f"epoch, {_number(later)} in later ones (features kept)"
+    )
+    if device.type == "cuda":
+        error = speed.recorded_error()
+        if error <= _MAX_RECORDED_ERROR:
+            yield Finding("good", "CUDA graphs", "recorded and plain steps agree")
+        else:
+            yield Finding("note", "CUDA graphs", f"recorded steps differ from plain ones by "
+                          f"{error:.1e}", "train with --no_cuda_graphs")
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.2g}" if rate < 9.5 else f"{rate:,.0f}"
+
+
 _CHECKS = (_versions, _device, _memory, _disks, _images, _hub, _data)
+_MEASUREMENTS = (_matrices, _decoding, _reading, _speed)
