@@ -305,8 +305,9 @@ def _environment_of(environ: Mapping[str, str]) -> _Environment | None:
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     missing = [name for name in names if not environ.get(name)]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise ValueError(
-            f"WORLD_SIZE is {size!r}, but {', '.join(missing)} is not set: start the processes "
+            f"WORLD_SIZE is {size!r}, but {', '.join(missing)} {verb} not set: start the processes "
             f"with torchrun --nproc_per_node {size} -m ..., or unset WORLD_SIZE to use one process"
         )
     numbers = {name: environ[name] for name in names if name != "MASTER_ADDR"}
@@ -649,7 +650,7 @@ class ManyProcesses:
         missing = [rank for rank, key in enumerate(statuses) if not self._store.check([key])]
         raise ValueError(
             f"{self.size - len(missing)} of {self.size} processes have started within "
-            f"{JOIN_S:.0f} s; missing are ranks {', '.join(map(str, missing))}"
+            f"{JOIN_S:.0f} s; missing: rank {', rank '.join(map(str, missing))}"
         )
 
     def _start_groups(self, env: _Environment) -> None:
@@ -840,22 +841,42 @@ def _connect(env: _Environment, timeout_s: float = _STORE_S) -> Any:
             f"MASTER_ADDR {env.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
             f"give the name or the address of the machine of rank 0"
         ) from None
+    is_master = env.rank == 0 and not env.has_agent_store
+    if not is_master:
+        _wait_for(env.address, env.port)
     try:
         store = dist.TCPStore(
             env.address,
             env.port,
-            is_master=env.rank == 0 and not env.has_agent_store,
+            is_master=is_master,
             timeout=timedelta(seconds=JOIN_S),
             wait_for_workers=False,
             multi_tenant=True,  # a script may train more than once
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"{socket.gethostname()} cannot reach {env.address}:{env.port}, where rank 0 or "
-            f"torchrun should listen (MASTER_ADDR, MASTER_PORT): {one_line(error)}"
-        ) from None
+        raise _unreachable(env.address, env.port, error) from None
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
+
+
+def _wait_for(address: str, port: int) -> None:
+    """Wait until someone listens there. (torch retries for longer, and prints a stack trace.)"""
+    end_s = time.monotonic() + JOIN_S
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end_s:
+                raise _unreachable(address, port, error) from None
+            time.sleep(0.1)
+
+
+def _unreachable(address: str, port: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"{socket.gethostname()} cannot reach {address}:{port}, where rank 0 or torchrun should "
+        f"listen (MASTER_ADDR, MASTER_PORT): {one_line(error)}"
+    )
 
 
 def _with_prefix(prefix: str, store: Any) -> Any:

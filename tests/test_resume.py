@@ -354,8 +354,9 @@ def test_two_processes_do_not_train_in_one_folder(blip_folder, data, tmp_path):
             os._exit(0)
     try:
         assert os.read(read_end, 1) == b"."
-        with pytest.raises(ValueError, match="another process is training"):
-            train(go_on(config))
+        for again in (go_on(config), config):  # the second is not told to delete the folder
+            with pytest.raises(ValueError, match="another process is training"):
+                train(again)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -146,6 +146,8 @@ class RunFolder:
             raise ValueError(f"--output_path {path} is a link to a folder that does not exist")
         if path.exists() and not path.is_dir():
             raise ValueError(f"--output_path {path} is a file; name a new folder")
+        if not is_locked:
+            cls.check_unlocked(path)
         is_empty = not path.is_dir() or _names(path) <= ({".lock"} if is_locked else set())
         if not is_empty and not (resume and _has_no_step(path)):
             what = "a run" if (path / "metrics.jsonl").exists() else "files"
@@ -158,6 +160,14 @@ class RunFolder:
                 f"{hint}choose another folder, or delete it to start again"
                 f"{advice if init.is_dir() else ''}"
             )
+
+    @staticmethod
+    def check_unlocked(path: Path) -> None:
+        """Raises ValueError if another process is training in the folder."""
+        lock = _Lock(path / ".lock")
+        if lock.path.is_file():
+            lock.take()
+            lock.drop()
 
     @classmethod
     def create(
@@ -403,10 +413,17 @@ class _Lock:
         except OSError:  # a file system without locks
             pass
 
+    def drop(self) -> None:
+        """Let others take it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
     def release(self) -> None:
+        """Remove it."""
         if self._file is not None:
             self.path.unlink(missing_ok=True)
-            os.close(self._file)
+            self.drop()
 
 
 def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def prepare(
     if checkpoint is None:
         RunFolder.check_free(config.output_path, resume=config.resume is not None)
     else:
+        assert config.output_path is not None  # it has a checkpoint
+        RunFolder.check_unlocked(Path(config.output_path))
         if config.read_order == "auto":
             order = checkpoint.settings.get("read_order", "random")
             config = dataclasses.replace(config, read_order=order)

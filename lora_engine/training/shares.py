@@ -40,13 +40,14 @@ def with_micro_batches(
         fitting = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
         raise ValueError(
             f"the run in {config.output_path} has {number} micro-batches per step, which "
-            f"{ranks.size} processes cannot share equally; continue with {fitting}"
+            f"{ranks.size} processes cannot share equally; continue with {fitting} processes"
         )
     if number > config.rows_per_step and not is_resumed:
         raise ValueError(
             f"a step has {config.rows_per_step} captions (--batch_size {config.batch_size} x "
             f"--grad_accum_steps {config.grad_accum_steps}), too few for {number} micro-batches"
-            f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise one of them"
+            f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise --batch_size or "
+            f"--grad_accum_steps{', or start fewer processes' if ranks.size > 1 else ''}"
         )
     if ranks.size > 1:
         why = "" if number == given else f", raised from {given} to share them equally"
