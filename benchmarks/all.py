@@ -27,8 +27,10 @@ BENCHMARKS = {  # name: arguments of the command
     "input_path": ["input_path"],
     "data": ["data"],
     "ranks": ["ranks"],
+    "gpu_budget": ["gpu_budget"],
 }
-ON_CPU = {"input_path", "data", "ranks"}  # whatever --device is
+ON_CPU = {"input_path", "data", "ranks", "gpu_budget"}  # whatever --device is
+COUNTED = {"gpu_budget"}  # once
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             command += [*BENCHMARKS[name][1:], "--model", model]
             if arguments.device and name not in ON_CPU:
                 command += ["--device", arguments.device]
-            if arguments.rounds:
+            if arguments.rounds and name not in COUNTED:
                 command += ["--rounds", str(arguments.rounds)]
             if arguments.quick:
                 command.append("--quick")

@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--model", nargs="+", dest="models", choices=MODELS, default=MODELS)
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--kinds", action="store_true", help="list the kernels by kind")

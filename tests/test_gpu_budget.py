@@ -75,7 +75,7 @@ def test_graphs_of_all_lengths_take_little_more_memory_than_the_largest():
 
 
 def test_the_benchmark_prints_a_line_for_each_batch_and_a_note(capsys):
-    gpu_budget.main(["--quick", "--models", "blip", "--batch_sizes", "2", "--lengths", "4", "5",
+    gpu_budget.main(["--quick", "--model", "blip", "--batch_sizes", "2", "--lengths", "4", "5",
                      "--kinds"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("blip  ")] == [
