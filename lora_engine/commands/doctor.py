@@ -367,14 +367,11 @@ def _speed(config: DoctorConfig) -> Iterator[Finding]:
 
 def _training(name: str, folder: Path, device: "torch.device") -> Iterator[Finding]:
     """The speed of one captioner; on a GPU also whether recorded steps are right."""
-    import torch
-
-    from lora_engine.devices import disable_tf32, resolve_dtype
+    from lora_engine.devices import disable_tf32, resolve_dtype, use_device
     from lora_engine.training.speed import BATCH_SIZE, TrainingSpeed, random_captioner
 
     disable_tf32()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs record there
+    use_device(device)
     speed = TrainingSpeed(
         random_captioner(folder), device=device, dtype=resolve_dtype("auto", device)
     )
