@@ -165,7 +165,7 @@ class RunFolder:
     def check_unlocked(path: Path) -> None:
         """Raises ValueError if another process is training in the folder."""
         lock = _Lock(path / ".lock")
-        if lock.path.is_file():
+        if lock.path.is_file() and not lock.path.is_symlink():  # a link is refused later
             lock.take()
             lock.drop()
 
