@@ -121,6 +121,12 @@ def disable_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def processor_supports(dtype: str) -> bool:
+    """Whether the processor has instructions for matrix products in bf16 or int8."""
+    names = {"bf16": ("avx512_bf16", "amx_tile"), "int8": ("vnni",)}[dtype]
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
+
+
 def num_processors() -> int:
     """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0))

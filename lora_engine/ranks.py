@@ -246,12 +246,20 @@ def open_ranks(environ: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
         yield ranks
         ranks.leave()
     except BaseException as received:
+        _ignore_sigterm_of_torchrun()
         error = ranks.cause(received)
         ranks.leave(error)
         if not _is_reported(error):  # it has a traceback, which only this process knows
             sys.stderr = streams[1].stream
         raise error
     sys.stdout, sys.stderr = (stream.stream for stream in streams)
+
+
+def _ignore_sigterm_of_torchrun() -> None:
+    """Report a failure to the end: torchrun signals all processes as soon as it sees one end."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Muted:
@@ -292,6 +300,11 @@ class _Environment(NamedTuple):
     port: int
     num_restarts: int  # that this machine's launcher has counted
     has_agent_store: bool  # of torchrun; otherwise rank 0 has it
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the store is this process'."""
+        return self.rank == 0 and not self.has_agent_store
 
 
 def _environment_of(environ: Mapping[str, str]) -> _Environment | None:
@@ -377,7 +390,7 @@ class ManyProcesses:
         )
         self._others = [self._status] * self.size  # until all have posted theirs
         self._end = threading.Event()
-        self._is_host = env.rank == 0 and not env.has_agent_store  # of the store
+        self._is_host = env.is_host
         self._launcher_store: Any = _connect(env)
         self.launch = self._meet()
         self._seen_s = [time.monotonic()] * self.size
@@ -694,7 +707,7 @@ class ManyProcesses:
             time.sleep(_ORPHAN_S)
         logging.getLogger("lora_engine").removeHandler(self._warnings)
         self._end.set()
-        self._post(has_left=True)  # for that of the main process the others wait
+        self._post(has_left=True)  # the others wait for that of the main process
         end_s = time.monotonic() + 2 * _BEAT_S
         while self._is_host and time.monotonic() < end_s and not self._all_have_left():
             time.sleep(0.05)  # the store ends with this process
@@ -841,14 +854,13 @@ def _connect(env: _Environment, timeout_s: float = _STORE_S) -> Any:
             f"MASTER_ADDR {env.address!r} cannot be resolved on {socket.gethostname()}: {error}; "
             f"give the name or the address of the machine of rank 0"
         ) from None
-    is_master = env.rank == 0 and not env.has_agent_store
-    if not is_master:
+    if not env.is_host:
         _wait_for(env.address, env.port)
     try:
         store = dist.TCPStore(
             env.address,
             env.port,
-            is_master=is_master,
+            is_master=env.is_host,
             timeout=timedelta(seconds=JOIN_S),
             wait_for_workers=False,
             multi_tenant=True,  # a script may train more than once

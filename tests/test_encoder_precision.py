@@ -12,7 +12,6 @@ from pictures import json_lines, settings
 from torch import nn
 
 from lora_engine.config import TrainingConfig, changes_on_resume
-from lora_engine.features import precision as precision_module
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import (
     Int8Linear,
@@ -94,6 +93,14 @@ def test_frozen_weights_of_another_precision_are_not_rounded(captioner):
     assert captioner.model.vocabulary.weight.dtype == torch.bfloat16
 
 
+def test_the_precision_of_the_training_is_no_other_one(captioner):
+    """With --precision bf16 --encoder_precision bf16 weights are cast once, as without the flag."""
+    cast_weights(captioner.model, torch.bfloat16, "bf16")
+    assert captioner.model.encoder.layers[0].fc1.weight.dtype == torch.bfloat16
+    encoder = FeatureEncoder(captioner, device=CPU, dtype=torch.bfloat16, precision="bf16")
+    assert encoder.converted is captioner.model
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_features_of_a_precision_have_a_key_of_their_own(captioner, precision):
     keys = [encoder_in(captioner, name).describe() for name in ("auto", precision)]
@@ -156,7 +163,7 @@ def test_int8_is_for_cpus():
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_a_processor_without_the_instructions_is_said(precision, monkeypatch, caplog):
-    monkeypatch.setattr(precision_module, "has_bf16", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    for name in ("avx512_bf16", "amx_tile", "vnni"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
     assert resolve_encoder_precision(precision, CPU, FP32) == precision
     assert f"no instructions for {precision}" in caplog.text

@@ -343,6 +343,26 @@ def test_an_error_of_all_is_reported_once(tmp_path):
     assert ended == [(USAGE_ERROR, "error: no such setting\n"), (USAGE_ERROR, "")]
 
 
+def test_torchruns_signal_does_not_cut_the_report_of_a_failure(tmp_path):
+    """It comes as soon as one process has ended, while others still tell why."""
+    def fail() -> int:
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
+        leave = ManyProcesses.leave
+
+        def leave_signalled(ranks, error=None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            leave(ranks, error)
+
+        ManyProcesses.leave = leave_signalled
+        with reported_errors() as status, open_ranks() as ranks:
+            ranks.gather(None)
+            raise ValueError("no such setting")
+        return status.code
+
+    ended = launch(2, fail, tmp_path)
+    assert ended == [(USAGE_ERROR, "error: no such setting\n"), (USAGE_ERROR, "")]
+
+
 def test_a_signal_that_torchrun_passes_on_is_no_second_one(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     stop = StopSignal()

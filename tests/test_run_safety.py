@@ -1,5 +1,6 @@
 """What no run folder may cost a user: files that are theirs, the good adapter, the record."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forking import in_child
 from pictures import json_lines, settings, write_pictures
 from test_resume import go_on, stopped_after, trajectory
 
@@ -17,7 +19,7 @@ from lora_engine.config import TrainingConfig
 from lora_engine.files import clear_leftovers
 from lora_engine.lora.adapter import read_adapter, save_adapter
 from lora_engine.report.page import write_report
-from lora_engine.report.run_folder import checkpoint_paths
+from lora_engine.report.run_folder import RunFolder, checkpoint_paths
 from lora_engine.stopping import TrainingStopped
 from lora_engine.training import loop as loop_module
 from lora_engine.training import run as run_module
@@ -524,3 +526,18 @@ def test_a_pipe_in_a_checkpoint_does_not_hang(run):
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_checkpoint(newest)
+
+
+def test_a_held_folder_is_known_and_looking_at_it_disturbs_nobody(tmp_path):
+    """The processes of a launch look at the same time."""
+    (tmp_path / ".lock").touch()
+
+    def look_while(kind: int) -> str:
+        file = os.open(tmp_path / ".lock", os.O_RDWR)
+        fcntl.lockf(file, kind)
+        ended = in_child(lambda: RunFolder.check_unlocked(tmp_path), tmp_path / "log")
+        os.close(file)
+        return ended.output
+
+    assert "another process is training" in look_while(fcntl.LOCK_EX)
+    assert look_while(fcntl.LOCK_SH) == ""

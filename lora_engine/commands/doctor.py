@@ -126,7 +126,13 @@ def _versions(config: DoctorConfig) -> Iterator[Finding]:
 def _device(config: DoctorConfig) -> Iterator[Finding]:
     import torch
 
-    from lora_engine.devices import describe, dtype_name, resolve_device, resolve_dtype
+    from lora_engine.devices import (
+        describe,
+        dtype_name,
+        resolve_device,
+        resolve_dtype,
+        use_device,
+    )
     from lora_engine.lora.matmul import describe_kernels
 
     try:
@@ -134,6 +140,7 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("bad", "device", str(error))
         return
+    use_device(device)
     dtype = resolve_dtype("auto", device)
     kernels = describe_kernels(device, dtype)
     yield Finding("good", "device", f"{describe(device)}, {dtype_name(dtype)}: {kernels}")
@@ -141,11 +148,6 @@ def _device(config: DoctorConfig) -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(device)
         state = "good" if free > 4e9 else "note"
         yield Finding(state, "GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free")
-        backends = [
-            name for name in ("cudnn", "flash", "mem_efficient", "math")
-            if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
-        ]
-        yield Finding("good", "attention", f"enabled in torch: {', '.join(backends)}")
     elif shutil.which("nvidia-smi"):
         yield Finding(
             "note", "GPU", f"there is a driver, but torch {torch.__version__} finds no CUDA device",

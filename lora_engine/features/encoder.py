@@ -4,7 +4,6 @@ Axes: U images to encode, B batch, H height, W width, P image tokens, D width.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -137,12 +136,12 @@ class FeatureEncoder:
     def relative_error(self, pixels: Tensor) -> float:
         """The distance of the features of uint8 pixels (U, 3, H, W) from fp32's, relative to
         their norm."""
-        error = norm = 0.0
+        error = norm = torch.zeros((), dtype=torch.float64, device=self.device)
         for image in pixels.to(self.device).split(1):
             exact = encode_pixels(self.model, image, self.pixels).double()
-            error += float((self._features(image).double() - exact).square().sum())
-            norm += float(exact.square().sum())
-        return math.sqrt(error / norm)
+            error = error + (self._features(image) - exact).square().sum()
+            norm = norm + exact.square().sum()
+        return float((error / norm).sqrt())
 
     def _features(self, pixels: Tensor) -> Tensor:
         with autocast(self.device, self.encoder_dtype):

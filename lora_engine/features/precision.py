@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lora_engine.devices import PRECISIONS
+from lora_engine.devices import PRECISIONS, processor_supports
 from lora_engine.lora.injection import cast_frozen
 from lora_engine.models import CaptioningModel
 
@@ -30,19 +30,18 @@ def resolve_encoder_precision(
 
     Raises ValueError for int8 on a GPU. Warns where a processor computes in it slowly.
     """
-    if PRECISIONS.get(precision) == dtype:
+    if not _is_own(precision, dtype):
         return "auto"
     if precision == "int8" and device.type != "cpu":
         raise ValueError(
             f"--encoder_precision int8 is for CPUs, and the device is {device}; give bf16"
         )
-    if device.type == "cpu":
-        has_instructions = {"bf16": has_bf16(), "int8": torch.cpu._is_vnni_supported()}
-        if not has_instructions.get(precision, True):
-            logger.warning(
-                f"--encoder_precision {precision}: this processor has no instructions for "
-                f"{precision}, so the encoder is hardly faster than in fp32, or slower"
-            )
+    is_reduced = precision in ("bf16", "int8")
+    if device.type == "cpu" and is_reduced and not processor_supports(precision):
+        logger.warning(
+            f"--encoder_precision {precision}: this processor has no instructions for "
+            f"{precision}, so the encoder is hardly faster than in fp32, or slower"
+        )
     return precision
 
 
@@ -50,7 +49,12 @@ def cast_weights(
     model: CaptioningModel, dtype: torch.dtype, precision: EncoderPrecision
 ) -> None:
     """Convert frozen weights to `dtype`, once; those of an encoder of another precision stay."""
-    cast_frozen(model if precision == "auto" else model.decoder, dtype)
+    cast_frozen(model.decoder if _is_own(precision, dtype) else model, dtype)
+
+
+def _is_own(precision: EncoderPrecision, dtype: torch.dtype) -> bool:
+    """Whether the encoder's precision is another than the decoder's `dtype`."""
+    return precision != "auto" and PRECISIONS.get(precision) != dtype
 
 
 def in_precision(
@@ -104,8 +108,3 @@ def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (M, N) as int8, and their scales (M, 1)."""
     scale = rows.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30).div_(127)
     return (rows / scale).round_().to(torch.int8), scale
-
-
-def has_bf16() -> bool:
-    """Whether the processor multiplies matrices of bf16 by instructions of its own."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -133,7 +133,7 @@ def size_up(
         num_processes=num_processes,
     )
     lines = [placement.plan, *sizing.lines()]
-    if encoder.precision != "auto":
+    if encoder.precision in ("bf16", "int8"):
         lines.append(_precision_line(encoder, images))
     return lines
 

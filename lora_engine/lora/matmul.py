@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_engine.devices import attention_kernels
+from lora_engine.devices import attention_kernels, processor_supports
 
 
 def _is_amd() -> bool:
@@ -77,10 +77,7 @@ def describe_kernels(device: torch.device, dtype: torch.dtype) -> str:
         return f"attention by {attention_kernels(dtype)} kernels, no TF32"
     if dtype == torch.float32:
         return f"matmuls by {'oneDNN' if uses_onednn(device, dtype) else 'torch'}"
-    has_bf16 = any(
-        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
-    )
-    if dtype == torch.bfloat16 and has_bf16:
+    if dtype == torch.bfloat16 and processor_supports("bf16"):
         return "matmuls by the processor's bf16 instructions"
     return "this processor may only emulate this format: fp32 may be faster"
 

@@ -164,10 +164,7 @@ class RunFolder:
     @staticmethod
     def check_unlocked(path: Path) -> None:
         """Raises ValueError if another process is training in the folder."""
-        lock = _Lock(path / ".lock")
-        if lock.path.is_file() and not lock.path.is_symlink():  # a link is refused later
-            lock.take()
-            lock.drop()
+        _Lock(path / ".lock").check()
 
     @classmethod
     def create(
@@ -407,23 +404,36 @@ class _Lock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise ValueError(
-                f"another process is training in {self.path.parent}; wait for it, or stop it"
-            ) from None
+            raise self._held() from None
         except OSError:  # a file system without locks
             pass
 
-    def drop(self) -> None:
-        """Let others take it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def check(self) -> None:
+        """Raises ValueError if another process holds it; several may check at once."""
+        try:
+            import fcntl
+
+            file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+        except (ImportError, OSError):  # as `take`; or there is none, or no right to read it
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held() from None
+        except OSError:  # a file system without locks
+            pass
+        finally:
+            os.close(file)
 
     def release(self) -> None:
-        """Remove it."""
         if self._file is not None:
             self.path.unlink(missing_ok=True)
-            self.drop()
+            os.close(self._file)
+
+    def _held(self) -> ValueError:
+        return ValueError(
+            f"another process is training in {self.path.parent}; wait for it, or stop it"
+        )
 
 
 def environment(device: str, dtype: torch.dtype, kernels: str) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def with_micro_batches(
         raise ValueError(
             f"a step has {config.rows_per_step} captions (--batch_size {config.batch_size} x "
             f"--grad_accum_steps {config.grad_accum_steps}), too few for {number} micro-batches"
-            f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise --batch_size or "
-            f"--grad_accum_steps{', or start fewer processes' if ranks.size > 1 else ''}"
+            f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise one of them, or "
+            f"lower {'the number of processes' if ranks.size > 1 else '--micro_batches'}"
         )
     if ranks.size > 1:
         why = "" if number == given else f", raised from {given} to share them equally"
