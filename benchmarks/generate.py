@@ -2,12 +2,13 @@
 
     python -m benchmarks.generate --model blip
     python -m benchmarks.generate --model vit_gpt2 --device cuda --merge
-    python -m benchmarks.generate --as_shipped
+    python -m benchmarks.generate --as_shipped --encoder_precision bf16 int8
 
 Both sides caption pixels in memory, including the encoder, with the same adapter of rank 8 on all
 decoder linears, unmerged unless --merge; ours also captions kept features. BLIP's encoder in
 transformers gets SDPA patched in, as an expert would do. With --as_shipped both sides are what a
 user gets: transformers and PEFT as they are, and our adapter merged, as `lora_engine caption` does.
+With --encoder_precision ours also runs with these encoders, whose captions may differ.
 
 With random weights a caption hardly ever ends, so each has MAX_NEW_TOKENS new tokens. The number of
 captions that are equal on both sides, token by token, is printed: all of them in fp32; in bf16 some
@@ -17,8 +18,9 @@ benchmark, compares how captions depend on images.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +42,11 @@ from benchmarks.measure import (
 from lora_engine.captioning.generation import generate
 from lora_engine.data.pixels import normalize
 from lora_engine.devices import autocast
-from lora_engine.features.encoder import encode_pixels
+from lora_engine.features.encoder import FeatureEncoder
+from lora_engine.features.precision import EncoderPrecision
 from lora_engine.lora.adapter import load_adapter
 from lora_engine.lora.injection import cast_frozen, merge
-from lora_engine.models.pretrained import load_model
+from lora_engine.models.pretrained import Captioner, load_model
 
 MAX_NEW_TOKENS = 20
 IDS = {"blip": (30522, 102, 0), "vit_gpt2": (50256, 50256, 50256)}  # start, end, pad
@@ -60,16 +63,22 @@ def main(argv: list[str] | None = None) -> None:
         "--as_shipped", action="store_true",
         help="both as users get them: no SDPA patched in, ours merged",
     )
+    parser.add_argument(
+        "--encoder_precision", nargs="*", choices=["fp32", "bf16", "int8"], default=[],
+        help="ours with these encoders, too",
+    )
     arguments = read_flags(parser, argv)
     if arguments.quick:
         arguments.images = 4
     with checkpoint(arguments.model, small=arguments.quick) as folder:
         case = make_case(folder, arguments, num_rows=arguments.images)
         theirs = hugging_face(case, merged=arguments.merge, sdpa=not arguments.as_shipped)
-        from_pixels, from_features = ours(
-            case, merged=arguments.merge or arguments.as_shipped
+        captioners = ours(
+            case,
+            merged=arguments.merge or arguments.as_shipped,
+            encoder_precisions=arguments.encoder_precision,
         )
-    captioners = {"ours": from_pixels, "ours, features": from_features, "Hugging Face": theirs}
+    captioners["Hugging Face"] = theirs
 
     searches: dict[str, Any] = {}
     rows = [["captions/s", "median", "min", "max"]]
@@ -83,23 +92,32 @@ def main(argv: list[str] | None = None) -> None:
             },
             num_rounds=arguments.rounds,
         )
-        pairs = zip(outcomes["ours"], outcomes["Hugging Face"], strict=True)
+        peer = "Hugging Face"
         result: dict[str, Any] = {
             "captions_per_s": {name: spread(speeds) for name, speeds in figures.items()},
-            "ours_over_hugging_face": ratios(figures["ours"], figures["Hugging Face"]),
-            "num_the_same": sum(ours == theirs for ours, theirs in pairs),
-            "num_distinct": len({tuple(row) for row in outcomes["ours"]}),
+            "over_hugging_face": {
+                name: ratios(speeds, figures[peer])
+                for name, speeds in figures.items() if name != peer
+            },
+            "num_the_same": {
+                name: sum(map(list.__eq__, outcomes[name], outcomes[peer])) for name in outcomes
+            },
+            "num_distinct": {
+                name: len(set(map(tuple, captions))) for name, captions in outcomes.items()
+            },
         }
         searches[search] = result
         rows += [
             cells(f"{search}, {name}", speeds)
             for name, speeds in result["captions_per_s"].items()
         ]
-        same = (
-            f"{result['num_the_same']} of {arguments.images} captions the same, "
-            f"{result['num_distinct']} distinct"
-        )
-        rows.append(cells(f"  ours / Hugging Face ({same})", result["ours_over_hugging_face"]))
+        rows += [
+            cells(
+                f"  {name} / {peer} ({result['num_the_same'][name]} of {arguments.images} "
+                f"captions the same, {result['num_distinct'][name]} distinct)", ratio,
+            )
+            for name, ratio in result["over_hugging_face"].items()
+        ]
     speeds = {
         f"{search}, {name}": figures
         for search, result in searches.items() for name, figures in result["captions_per_s"].items()
@@ -112,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         },
         text=table(rows),
         headline="Hugging Face's speed: " + ", ".join(
-            f"{search} {result['ours_over_hugging_face']['median']:.2f} x "
-            f"({result['num_the_same']} of {arguments.images} captions the same)"
+            f"{search} {result['over_hugging_face']['ours']['median']:.2f} x "
+            f"({result['num_the_same']['ours']} of {arguments.images} captions the same)"
             for search, result in searches.items()
         ),
         draw=lambda axes: plots.bars(axes, speeds, "captions/s"),
@@ -150,20 +168,26 @@ def hugging_face(case: Case, *, merged: bool, sdpa: bool) -> Caption:
     return caption
 
 
-def ours(case: Case, *, merged: bool) -> tuple[Caption, Caption]:
-    """This engine with that adapter: from pixels, and from features."""
+def ours(
+    case: Case, *, merged: bool, encoder_precisions: Sequence[EncoderPrecision]
+) -> dict[str, Caption]:
+    """This engine with that adapter: from pixels, with other encoders, too, and from features."""
     model = load_model(case.folder)
     load_adapter(model, case.folder / "adapter")
     if merged:
         merge(model)
-    cast_frozen(model, case.dtype)
+    no_tokenizer: Any = None
+    captioner = Captioner(model, no_tokenizer, case.settings, "", "", Path(), None, {})
+    encoder_of = partial(FeatureEncoder, captioner, device=case.device, dtype=case.dtype)
     model.to(case.device)
-    pixels = torch.from_numpy(case.rows.pixels).to(case.device)
+    encoders = {  # of the weights before they are cast
+        f"ours, {precision} encoder": encoder_of(precision=precision)
+        for precision in encoder_precisions
+    }
+    cast_frozen(model, case.dtype)
+    encoders = {"ours": encoder_of(), **encoders}
+    pixels = torch.from_numpy(case.rows.pixels)
     start_id, end_id, pad_id = IDS[case.model]
-
-    def encode(images: slice) -> Tensor:
-        with autocast(case.device, case.dtype):
-            return encode_pixels(model, pixels[images], case.settings).to(case.dtype)
 
     def caption(features: Tensor, num_beams: int) -> Tensor:
         with autocast(case.device, case.dtype):
@@ -172,11 +196,17 @@ def ours(case: Case, *, merged: bool) -> tuple[Caption, Caption]:
                 num_beams=num_beams, max_new_tokens=MAX_NEW_TOKENS,
             )
 
-    features = torch.cat([encode(images) for images in _batches(case)])
-    return (
-        lambda images, num_beams: caption(encode(images), num_beams),
-        lambda images, num_beams: caption(features[images], num_beams),
-    )
+    def encode(encoder: FeatureEncoder, images: slice) -> Tensor:
+        return encoder.unpack(encoder.encode(pixels[images]))
+
+    def from_pixels(encoder: FeatureEncoder) -> Caption:
+        return lambda images, num_beams: caption(encode(encoder, images), num_beams)
+
+    features = torch.cat([encode(encoders["ours"], images) for images in _batches(case)])
+    return {
+        **{name: from_pixels(encoder) for name, encoder in encoders.items()},
+        "ours, features": lambda images, num_beams: caption(features[images], num_beams),
+    }
 
 
 def _captions_per_s(

@@ -121,9 +121,10 @@ def disable_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def processor_supports(dtype: str) -> bool:
-    """Whether the processor has instructions for matrix products in bf16 or int8."""
-    names = {"bf16": ("avx512_bf16", "amx_tile"), "int8": ("vnni",)}[dtype]
+def processor_supports(feature: str) -> bool:
+    """Whether the processor has instructions for matrix products in bf16 or int8; for "amx",
+    whether they multiply whole tiles, as Intel's AMX does in both."""
+    names = {"bf16": ("avx512_bf16", "amx_tile"), "int8": ("vnni",), "amx": ("amx_tile",)}[feature]
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
 
 

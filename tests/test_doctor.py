@@ -13,6 +13,7 @@ from PIL import features
 
 from lora_engine import __main__ as verbs
 from lora_engine.commands import doctor as doctor_module
+from lora_engine.features.format import FeatureFormat
 from lora_engine.models.pretrained import build_from_config
 from lora_engine.training import speed
 from lora_engine.training.speed import TrainingSpeed, random_captioner
@@ -273,3 +274,17 @@ def test_recorded_steps_are_compared_with_plain_ones_from_the_same_start(
 
 def test_a_photograph_is_as_large_as_one():
     assert 60_000 < len(speed.photograph()) < 160_000
+
+
+def test_no_step_is_measured_on_denormal_numbers(tmp_path):
+    """With which a processor computes several times as slowly as in a real run."""
+    sizes = speed.BASE_SIZES["BLIP base"]
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {
+        part: sizes[part] | {"num_hidden_layers": 1} for part in ("text_config", "vision_config")
+    }))
+    model = random_captioner(tmp_path).model.eval()
+    batch = speed.random_batch(model, FeatureFormat(577, 768, "fp32"), seed=0)
+    with torch.no_grad():
+        hidden = model.decode(batch.input_ids, batch.features)
+        probabilities = model.head(hidden).softmax(-1)
+    assert probabilities.min() > torch.finfo(torch.float32).smallest_normal

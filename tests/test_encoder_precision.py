@@ -167,3 +167,11 @@ def test_a_processor_without_the_instructions_is_said(precision, monkeypatch, ca
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
     assert resolve_encoder_precision(precision, CPU, FP32) == precision
     assert f"no instructions for {precision}" in caplog.text
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_int8_where_bf16_is_faster_is_said(has_amx, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert resolve_encoder_precision("int8", CPU, FP32) == "int8"
+    assert ("with which bf16 is faster" in caplog.text) == has_amx

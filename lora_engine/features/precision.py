@@ -42,6 +42,11 @@ def resolve_encoder_precision(
             f"--encoder_precision {precision}: this processor has no instructions for "
             f"{precision}, so the encoder is hardly faster than in fp32, or slower"
         )
+    elif device.type == "cpu" and precision == "int8" and processor_supports("amx"):
+        logger.warning(
+            "--encoder_precision int8: this processor has AMX, with which bf16 is faster and "
+            "closer to fp32 (benchmarks/LOG.md)"
+        )
     return precision
 
 
