@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_cuda import NOT_PERMITTED, FakeCuda
+from fake_cuda import NOT_PERMITTED, FakeCuda, record_steps
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine.data.batches import FeatureBatch, bucket_targets, pad_targets
@@ -50,7 +50,7 @@ def make_trainer(folder, *, graphs: bool, dtype=torch.float32) -> Trainer:
     # As on a GPU, where a graph reads the rate of each step.
     trainer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
     if graphs:
-        trainer.graphs = CudaGraphs(trainer._changed_by_a_step, device=CPU, dtype=dtype)
+        record_steps(trainer)
     return trainer
 
 
@@ -301,9 +301,7 @@ def with_graphs(monkeypatch) -> None:
     def initialize(trainer, model, *, cuda_graphs=True, **given):
         init(trainer, model, cuda_graphs=cuda_graphs, **given)
         if cuda_graphs:
-            trainer.graphs = CudaGraphs(
-                trainer._changed_by_a_step, device=trainer.device, dtype=trainer.dtype
-            )
+            record_steps(trainer)
 
     def build_optimizer(*args, **given):
         optimizer = build(*args, **given)
