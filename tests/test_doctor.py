@@ -274,7 +274,7 @@ def test_recorded_steps_are_compared_with_plain_ones_from_the_same_start(
 
 @pytest.mark.parametrize("broken, line", [
     ("nothing", "ok      CUDA graphs recorded and plain steps agree"),
-    ("replays", "note    CUDA graphs a CUDA graph of micro_step does not compute what its function "),
+    ("replays", "note    CUDA graphs a CUDA graph of micro_step does not compute what its"),
     ("recording", "note    CUDA graphs CUDA graphs do not work here (no graphs on this device)"),
 ])
 def test_graphs_that_training_switches_off_are_told(

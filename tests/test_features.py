@@ -810,7 +810,7 @@ class _NoListAsIndex(TorchDispatchMode):
     """tensor[list]: on a GPU the index comes from pageable memory, and the copy waits for all."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        assert operator is not torch.ops.aten.index.Tensor
+        assert operator not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
         return operator(*args, **kwargs or {})
 
 
@@ -822,7 +822,14 @@ def test_rows_are_chosen_without_waiting_for_the_device(grouped, captioner, imag
             patch.setattr(FeatureCache, "keep", lambda *args: None)  # on the host
             return start(*args)
 
+    gather = FeatureCache.gather
+
+    def watched_gather(*args, **given):
+        with _NoListAsIndex():
+            return gather(*args, **given)
+
     monkeypatch.setattr(source_module.FeatureSource, "_start", watched)
+    monkeypatch.setattr(FeatureCache, "gather", watched_gather)
     Loader(grouped, captioner, images + images[:4] + images).epoch()
     memory = RowMemory(3, 2, CPU)
     with _NoListAsIndex():
@@ -834,9 +841,10 @@ def test_rows_are_chosen_without_waiting_for_the_device(grouped, captioner, imag
 def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
     captioner, tmp_path, images, monkeypatch
 ):
-    """Also that of a row that is gone from the disk."""
+    """So are copies to the host; also those of a row that is gone from the disk."""
     cuda = FakeCuda(monkeypatch)
-    monkeypatch.setattr(Tensor, "record_stream", lambda rows, stream: None)
+    copied, recorded = [], []
+    monkeypatch.setattr(Tensor, "record_stream", lambda rows, stream: recorded.append(stream))
     with open_source(captioner, tmp_path / "cache") as source:
         stream = group(source).encoder.stream = cuda.new_stream(CPU)
         encode, used = source.encoder.encode, []
@@ -845,12 +853,20 @@ def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
             used.append(cuda.current)
             return encode(pixels)
 
+        keep = source.cache.keep
+
+        def spy_on_copy(*args):
+            copied.append(cuda.current)
+            keep(*args)
+
         monkeypatch.setattr(source.encoder, "encode", spy)
+        monkeypatch.setattr(source.cache, "keep", spy_on_copy)
         loader = Loader(source, captioner, images)
         seen = loader.epoch()
         again = source._encode_again(loader.load.args[0].images, [3], 0)
         assert_equal([*source.encoder.unpack(again[None])], [seen[3]])
-    assert used == [stream] * 2 and cuda.current is cuda.default and len(cuda.waits) == 2
+    assert used == copied == [stream] * 2 and recorded == [cuda.default] * 2
+    assert cuda.current is cuda.default and len(cuda.waits) == 2
     for waiting, event in cuda.waits:
         assert waiting is cuda.default and event.stream is stream
 
