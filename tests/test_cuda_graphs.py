@@ -242,6 +242,23 @@ def test_a_graph_that_computes_something_else_is_found_out_once_and_not_used(
     assert cuda.num_replays == 1 and len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_what_a_function_returns_is_compared_and_what_it_changes(cuda, caplog, wrong):
+    cuda.loses_writes = True
+    total = torch.ones(3)
+    graphs = CudaGraphs(lambda: [total], device=CPU, dtype=torch.float32)
+
+    def function(x):
+        if wrong == "output":
+            return torch.zeros_like(x).add_(x).sum()
+        total.add_(x)
+        return x.sum()
+
+    for _ in range(3):
+        graphs(function, torch.ones(3))
+    assert cuda.num_replays == 1 and len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_where_a_step_overflows_the_rest_is_compared(cuda, caplog, is_wrong):
     cuda.loses_writes = is_wrong

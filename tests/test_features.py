@@ -822,20 +822,20 @@ def test_rows_are_chosen_without_waiting_for_the_device(grouped, captioner, imag
             patch.setattr(FeatureCache, "keep", lambda *args: None)  # on the host
             return start(*args)
 
-    gather = FeatureCache.gather
-
-    def watched_gather(*args, **given):
-        with _NoListAsIndex():
-            return gather(*args, **given)
-
     monkeypatch.setattr(source_module.FeatureSource, "_start", watched)
-    monkeypatch.setattr(FeatureCache, "gather", watched_gather)
     Loader(grouped, captioner, images + images[:4] + images).epoch()
     memory = RowMemory(3, 2, CPU)
     with _NoListAsIndex():
         for digests in ([b"a"], [b"a", b"b", b"c"], [b"c", b"d"]):
             memory.keep(digests, torch.tensor([[ord(digest)] * 2 for digest in digests]).byte())
     assert memory.rows.tolist() == [[97, 97], [98, 98], [99, 99]]
+    cache = FeatureCache(CPU)
+    cache.host_memory = memory
+    fresh = torch.full((1, 2), 120, dtype=torch.uint8)
+    with _NoListAsIndex():
+        rows = cache.gather([b"b", b"x", b"a"], {b"x": 0}, fresh, encode_again=lambda _: fresh[0])
+    assert rows.tolist() == [[98, 98], [120, 120], [97, 97]]
+    cache.close(0.0)
 
 
 def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
