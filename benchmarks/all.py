@@ -3,6 +3,7 @@
     python -m benchmarks.all --quick          check that all run: about five minutes on two cores
     python -m benchmarks.all --device cuda    real figures: nothing else may run on the machine
 
+On a GPU whose figures gpu_budget.py knows, first and later epochs are compared with its roofline.
 Exits with 1 if one of them failed; the others still run.
 """
 

@@ -7,7 +7,7 @@ Both forms are timed as `lora_engine.models.cross_attention.attend` runs them, w
 adapters on keys and values: forward to the context, and backward to the gradients of the query and
 the adapters. The crossing is the length at which both take the same time, interpolated linearly
 between measured lengths. It is printed with the length up to which the engine uses the absorbed
-form.
+form (0 on a GPU, where it always projects). On a GPU, --cuda_graph times what recorded steps cost.
 """
 
 from collections.abc import Callable
@@ -86,13 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         measured = crossing({
             length: times["ratio"] for length, times in result["passes"][passes].items()
         })
-        rule = next(
-            length for length in count(1)
-            if not engine.absorbs(
-                (length, image[1]), image, sizes["num_heads"],
-                with_backward=with_backward,
-            )
-        ) - 1
+        rule = longest_absorbed(
+            image, sizes["num_heads"], with_backward=with_backward, device=arguments.device
+        )
         result.setdefault("crossing", {})[passes] = {"measured": measured, "rule": rule}
         where = "outside the measured lengths" if measured is None else f"{measured:.0f}"
         crossings.append(f"{passes} {where} (rule: {rule})")
@@ -151,6 +147,19 @@ def crossing(ratios_by_length: dict[int, Spread]) -> float | None:
         if ratio < 1 <= next_ratio:
             return length + (next_length - length) * (1 - ratio) / (next_ratio - ratio)
     return None
+
+
+def longest_absorbed(
+    image: tuple[int, int], num_heads: int, *, with_backward: bool, device: torch.device
+) -> int:
+    """The length up to which the engine absorbs; 0 on a GPU, where it always projects."""
+    return next(
+        length for length in count(1)
+        if not engine.absorbs(
+            (length, image[1]), image, num_heads,
+            with_backward=with_backward, on_cpu=device.type == "cpu",
+        )
+    ) - 1
 
 
 def _time_ms(call: Callable[[], object], form: str, arguments: Any, _: int) -> float:

@@ -19,8 +19,9 @@ launches a kernel is counted:
 
 The expected speed is a roofline: each kernel takes the longest of its FLOPs at 60 % of the
 published dense rate, its bytes at 80 % of the published bandwidth, and 2 us (a launch in a CUDA
-graph; unaligned products at a quarter of the rate). Nothing overlaps. Loading of data and encoding
-of images are not included, and no card has confirmed the figures.
+graph; unaligned products at a quarter of the rate). Nothing overlaps. Loading of data is not
+included, and no card has confirmed the figures. On one of these cards benchmarks/throughput.py
+prints the expected speed beside the measured one, in first epochs with the encoder's work.
 
 CUDA graphs keep memory for each shape. With a common pool the largest shape's peak serves all;
 each shape adds its inputs, unless these are shared, too. The last lines add up both for captions
@@ -30,6 +31,7 @@ Axes: B captions (each with its own image), T tokens, P image tokens.
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -38,6 +40,7 @@ from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,10 +50,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import MODELS, table
-from lora_engine.data.batches import FeatureBatch, bucket_length
+from lora_engine.data.batches import FeatureBatch, bucket_length, epoch_batches
+from lora_engine.data.pixels import normalize
+from lora_engine.features.encoder import encoder_batch_size
 from lora_engine.lora.injection import inject
 from lora_engine.models.families import FAMILIES
 from lora_engine.training.setup import place_model
+from lora_engine.training.speed import PIXELS
 from lora_engine.training.trainer import Trainer
 
 RANK, ALPHA, DROPOUT = 8, 32, 0.1
@@ -64,18 +70,22 @@ _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonze
 
 
 class Card(NamedTuple):
-    """Published figures: dense TFLOP/s of tensor cores in bf16 (fp16: T4), and GB/s of memory."""
+    """Published figures: dense TFLOP/s of tensor cores in bf16 (fp16: T4), and GB/s of memory.
+
+    `pattern` finds the card in torch's name of a device.
+    """
 
     tflops: float
     bandwidth_gb_s: float
+    pattern: str = ""
 
 
 CARDS = {
-    "H100 SXM": Card(989, 3350),
-    "H200": Card(989, 4800),
-    "A100 80GB": Card(312, 2039),
-    "RTX 4090": Card(165, 1008),
-    "T4": Card(65, 320),
+    "H100 SXM": Card(989, 3350, r"\bH100 80GB HBM3$"),
+    "H200": Card(989, 4800, r"\bH200$"),
+    "A100 80GB": Card(312, 2039, r"\bA100-SXM4-80GB$"),
+    "RTX 4090": Card(165, 1008, r"\bRTX 4090$"),
+    "T4": Card(65, 320, r"\bT4$"),
 }
 _RATE_SHARE, _UNALIGNED_SHARE, _BANDWIDTH_SHARE, _LAUNCH_S = 0.6, 0.25, 0.8, 2e-6
 
@@ -123,8 +133,11 @@ class Budget:
     def by_kind(self) -> Counter[str]:
         return Counter(k.name for k in self.kernels for _ in range(k.num_launches))
 
+    def seconds(self, card: Card) -> float:
+        return sum(kernel.seconds(card) for kernel in self.kernels)
+
     def captions_per_s(self, card: Card) -> float:
-        return self.batch_size / sum(kernel.seconds(card) for kernel in self.kernels)
+        return self.batch_size / self.seconds(card)
 
 
 class _Counting(TorchDispatchMode):
@@ -230,15 +243,22 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Iterator[None]:
 
 
 @cache
-def meta_trainer(model: str, dtype: torch.dtype = torch.bfloat16, small: bool = False) -> Trainer:
+def meta_trainer(
+    model: str,
+    dtype: torch.dtype = torch.bfloat16,
+    small: bool = False,
+    *,
+    lora_dropout: float = DROPOUT,
+    checkpoint_dropout: float = DROPOUT,
+) -> Trainer:
     """The trainer of a captioner without values, with the published recipe's adapters."""
     from benchmarks.checkpoints import configuration
 
-    config = configuration(model, small=small)
+    config = configuration(model, small=small, dropout=checkpoint_dropout)
     with META:
         captioner = FAMILIES[config.model_type].from_config(config)
         inject(
-            captioner, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=DROPOUT
+            captioner, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
         )
         captioner = place_model(captioner, META, dtype)
         with _as_on_a_gpu(dtype):
@@ -268,6 +288,46 @@ def step_budget(trainer: Trainer, batch_size: int, num_tokens: int) -> Budget:
             trainer.update(loss, lr=1e-5)
     budget.saved_bytes = sum(saved.values())
     return budget
+
+
+def encoder_budget(trainer: Trainer, batch_size: int) -> Budget:
+    """What encoding a batch of images takes, from their pixels on."""
+    budget = Budget(batch_size, 0)
+    size = trainer.model.encoder.image_size
+    pixels = torch.empty(batch_size, 3, *size, dtype=torch.uint8, device=META)
+    with _as_on_a_gpu(trainer.dtype), torch.no_grad(), _Counting(budget):
+        trainer.model.encode(normalize(pixels, PIXELS).to(trainer.dtype))
+    return budget
+
+
+def card_of(device: torch.device, dtype: torch.dtype) -> Card | None:
+    """The figures of a GPU; None if they are not known, and for fp32, which uses no tensor cores.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((card for card in CARDS.values() if re.search(card.pattern, name)), None)
+
+
+def expected_captions_per_s(
+    trainer: Trainer, card: Card, lengths: np.ndarray, *, batch_size: int, num_images: int = 0
+) -> float:
+    """The speed to expect of an epoch over captions of `lengths` (N,) tokens, start and end
+    included, in which `num_images` images are encoded.
+
+    Its batches are those of an epoch, padded as for a GPU.
+    """
+    shapes: Counter[tuple[int, int]] = Counter()
+    for rows in epoch_batches(lengths, batch_size=batch_size, seed=0, epoch=0):
+        shapes[len(rows), bucket_length(int(lengths[rows].max()) - 1)] += 1
+    seconds = sum(
+        number * step_budget(trainer, *shape).seconds(card) for shape, number in shapes.items()
+    )
+    if num_images:
+        together = encoder_batch_size(torch.device("cuda"), trainer.model.encoder.num_tokens)
+        num_batches = -(-num_images // together)
+        seconds += num_batches * encoder_budget(trainer, together).seconds(card)
+    return len(lengths) / seconds
 
 
 def meta_batch(trainer: Trainer, batch_size: int, num_tokens: int) -> FeatureBatch:

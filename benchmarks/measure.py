@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.plots import Draw, save_plot
-from lora_engine.devices import describe, resolve_device, resolve_dtype
+from lora_engine.devices import describe, resolve_device, resolve_dtype, use_device
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("blip", "vit_gpt2")
@@ -52,12 +52,16 @@ def flags(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def read_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags, with `device` and `dtype` as torch objects."""
+    """Parse the flags, with `device` and `dtype` as torch objects.
+
+    A GPU is set up as for training, for the peers, too: without attention by cuDNN.
+    """
     arguments = parser.parse_args(argv)
     try:
         arguments.device = resolve_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
+    use_device(arguments.device)
     arguments.dtype = resolve_dtype(arguments.precision, arguments.device)
     arguments.precision = PRECISIONS[arguments.dtype]
     arguments.batch_size = arguments.batch_size or _BATCH_SIZE[arguments.device.type]

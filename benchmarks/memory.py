@@ -32,7 +32,7 @@ from benchmarks.measure import (
     start_peak,
     table,
 )
-from lora_engine.devices import resolve_dtype
+from lora_engine.devices import resolve_dtype, use_device
 
 BATCH_SIZE = 8
 NUM_STEPS = 4
@@ -108,6 +108,7 @@ def train_an_epoch(
 ) -> tuple[int, int]:
     """Bytes in use before a contender's second epoch, and the peak during it."""
     place = torch.device(device)
+    use_device(place)
     case = make_case(
         Path(folder),
         argparse.Namespace(

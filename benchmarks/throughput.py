@@ -14,7 +14,8 @@ Every phase is measured separately and writes its own files:
   takes minutes, so by default there is one round and no warm-up.
 
 The first two also measure the machine's matrix products in the same rounds, and the share of their
-rate that ours reaches (flops.py). All sides train LoRA of rank 8 on all decoder linears of the same
+rate that ours reaches (flops.py). On a GPU whose figures gpu_budget.py knows, its roofline stands
+beside ours. All sides train LoRA of rank 8 on all decoder linears of the same
 full-size checkpoint with random weights, on the same rows; peers.py describes the peers, ours.py
 our side. B0 takes 2 rows per step.
 """
@@ -32,6 +33,7 @@ import torch
 from benchmarks import plots
 from benchmarks.contenders import PEERS, Case, checkpoint, make_case
 from benchmarks.flops import decoder_flops, encoder_flops
+from benchmarks.gpu_budget import card_of, expected_captions_per_s, meta_trainer
 from benchmarks.measure import (
     cells,
     finish,
@@ -138,6 +140,22 @@ def measure_epochs(
         "machine_gflop_per_s": {name: spread(figures[name]) for name in rates},
         "work": {},
     }
+    if (card := card_of(arguments.device, arguments.dtype)) is not None:
+        expected = expected_captions_per_s(
+            meta_trainer(
+                arguments.model, arguments.dtype, arguments.quick,
+                lora_dropout=arguments.lora_dropout,
+                checkpoint_dropout=arguments.checkpoint_dropout,
+            ),
+            card,
+            case.rows.lengths,
+            batch_size=arguments.batch_size,
+            num_images=len(case.rows.pixels) if phase == "first" else 0,
+        )
+        result["roofline"] = {
+            "captions_per_s": expected,
+            "ours_over": ratios(figures["ours"], [expected] * arguments.rounds),
+        }
     for part, flops in flops_of_a_caption(case, ours.model, phase).items():
         reached = [speed * flops / 1e9 for speed in figures["ours"]]
         result["work"][part] = {
@@ -159,6 +177,9 @@ def _epochs_table(result: dict[str, Any]) -> str:
     rows += [cells(name, speeds) for name, speeds in result["captions_per_s"].items()]
     rows += [cells(f"ours / {name}", ratio) for name, ratio in result["ours_over"].items()]
     rows += [cells(name, ratio) for name, ratio in result["others_over"].items()]
+    if roofline := result.get("roofline"):
+        rows.append(["roofline of the card", f"{roofline['captions_per_s']:.2f}", "", ""])
+        rows.append(cells("ours / roofline", roofline["ours_over"]))
     rows += [
         cells(f"{name}, GFLOP/s", rate, ".0f")
         for name, rate in result["machine_gflop_per_s"].items()
@@ -252,6 +273,8 @@ def measure_wall(
 
 def _headline(phase: str, figure: str, result: dict[str, Any]) -> str:
     times = [f"{ratio['median']:.2f} x {name}" for name, ratio in result["ours_over"].items()]
+    if roofline := result.get("roofline"):
+        times.append(f"{roofline['ours_over']['median']:.2f} x the roofline")
     return f"{phase}: {figure}; speed " + (", ".join(times) or "of ours alone")
 
 

@@ -9,7 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_engine.training.cuda_graphs import CudaGraphs
+from lora_engine.training.trainer import Trainer
+
 NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
+
+
+def record_steps(trainer: Trainer) -> Trainer:
+    """Let a trainer on the CPU use graphs."""
+    trainer.graphs = CudaGraphs(
+        trainer._changed_by_a_step, device=trainer.device, dtype=trainer.dtype
+    )
+    return trainer
 
 
 class Stream:

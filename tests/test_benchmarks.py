@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     contenders,
     data,
     flops,
+    gpu_budget,
     measure,
     memory,
     ours,
@@ -26,9 +27,10 @@ from benchmarks import (  # noqa: E402
     ranks,
     rows,
     scaling,
+    throughput,
     wall,
 )
-from benchmarks.cross_attention import crossing  # noqa: E402
+from benchmarks.cross_attention import crossing, longest_absorbed  # noqa: E402
 from lora_engine.data import image_identity, pair_index  # noqa: E402
 from lora_engine.lora.adapter import read_adapter  # noqa: E402
 from lora_engine.lora.injection import inject, lora_parameters
@@ -71,6 +73,8 @@ def test_it_runs(run, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     for module in (memory, wall):
         monkeypatch.setattr(module, "in_fresh_process", call_here)
+    # As if this were a card whose roofline is known.
+    monkeypatch.setattr(throughput, "card_of", lambda device, dtype: gpu_budget.CARDS["T4"])
     name = run.split(",")[0]
     main = importlib.import_module(f"benchmarks.{name}").main
     flags, num_results = RUNS[run]
@@ -87,6 +91,9 @@ def test_it_runs(run, model, tmp_path, monkeypatch, capsys):
         assert {"commit", "machine", "torch", "transformers", "peft", "device"} <= result.keys()
         assert all(map(math.isfinite, numbers_in(result)))
         assert result["headline"] in printed
+        if name == "throughput" and "wall" not in run:
+            assert result["roofline"]["captions_per_s"] > 0
+            assert result["headline"].endswith(" x the roofline")
         if name == "generate":  # which compares tokens
             same = [search["num_the_same"]["ours"] for search in result["searches"].values()]
             assert same == [result["num_images"]] * 2
@@ -145,6 +152,14 @@ def test_the_crossing_lies_on_a_straight_line_between_two_lengths():
     ratios = {8: 0.5, 16: 0.75, 24: 1.25, 32: 2.0}
     assert crossing({length: {"median": ratio} for length, ratio in ratios.items()}) == 20
     assert crossing({8: {"median": 2.0}, 16: {"median": 3.0}}) is None
+
+
+def test_the_rule_is_that_of_the_device():
+    rules = [
+        longest_absorbed((577, 768), 12, with_backward=True, device=torch.device(device))
+        for device in ("cpu", "cuda")
+    ]
+    assert rules[0] > 20 and rules[1] == 0
 
 
 # --- many processes -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_cuda import NOT_PERMITTED, FakeCuda
+from fake_cuda import NOT_PERMITTED, FakeCuda, record_steps
 from pictures import json_lines, settings, write_pictures
 
 from lora_engine.data.batches import FeatureBatch, bucket_targets, pad_targets
@@ -50,7 +50,7 @@ def make_trainer(folder, *, graphs: bool, dtype=torch.float32) -> Trainer:
     # As on a GPU, where a graph reads the rate of each step.
     trainer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
     if graphs:
-        trainer.graphs = CudaGraphs(trainer._changed_by_a_step, device=CPU, dtype=dtype)
+        record_steps(trainer)
     return trainer
 
 
@@ -242,6 +242,23 @@ def test_a_graph_that_computes_something_else_is_found_out_once_and_not_used(
     assert cuda.num_replays == 1 and len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_what_a_function_returns_is_compared_and_what_it_changes(cuda, caplog, wrong):
+    cuda.loses_writes = True
+    total = torch.ones(3)
+    graphs = CudaGraphs(lambda: [total], device=CPU, dtype=torch.float32)
+
+    def function(x):
+        if wrong == "output":
+            return torch.zeros_like(x).add_(x).sum()
+        total.add_(x)
+        return x.sum()
+
+    for _ in range(3):
+        graphs(function, torch.ones(3))
+    assert cuda.num_replays == 1 and len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_where_a_step_overflows_the_rest_is_compared(cuda, caplog, is_wrong):
     cuda.loses_writes = is_wrong
@@ -301,9 +318,7 @@ def with_graphs(monkeypatch) -> None:
     def initialize(trainer, model, *, cuda_graphs=True, **given):
         init(trainer, model, cuda_graphs=cuda_graphs, **given)
         if cuda_graphs:
-            trainer.graphs = CudaGraphs(
-                trainer._changed_by_a_step, device=trainer.device, dtype=trainer.dtype
-            )
+            record_steps(trainer)
 
     def build_optimizer(*args, **given):
         optimizer = build(*args, **given)

@@ -1,10 +1,12 @@
 """The device of a process: it has a number, is torch's current one, and is set up the same way."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from pictures import settings
 
-from lora_engine.devices import resolve_device, use_device
+from lora_engine.devices import index_on, resolve_device, use_device
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.training import setup as run_setup
 from lora_engine.training.setup import prepare
@@ -51,6 +53,14 @@ def test_attention_by_cudnn_is_switched_off_and_the_log_says_what_is_used(two_gp
         assert "by memory-efficient, math kernels" in describe_kernels(gpu, torch.float32)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_an_index_comes_from_pinned_memory_and_nothing_waits_for_it(monkeypatch):
+    tensor, gpu = Mock(), torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "tensor", tensor)
+    index_on(gpu, [2, 0])
+    tensor.assert_called_once_with([2, 0], dtype=torch.long, pin_memory=True)
+    tensor.return_value.to.assert_called_once_with(gpu, non_blocking=True)
 
 
 def test_a_run_sets_its_device_up(blip_folder, data, tmp_path, monkeypatch):

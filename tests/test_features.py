@@ -810,7 +810,7 @@ class _NoListAsIndex(TorchDispatchMode):
     """tensor[list]: on a GPU the index comes from pageable memory, and the copy waits for all."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        assert operator is not torch.ops.aten.index.Tensor
+        assert operator not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
         return operator(*args, **kwargs or {})
 
 
@@ -829,14 +829,22 @@ def test_rows_are_chosen_without_waiting_for_the_device(grouped, captioner, imag
         for digests in ([b"a"], [b"a", b"b", b"c"], [b"c", b"d"]):
             memory.keep(digests, torch.tensor([[ord(digest)] * 2 for digest in digests]).byte())
     assert memory.rows.tolist() == [[97, 97], [98, 98], [99, 99]]
+    cache = FeatureCache(CPU)
+    cache.host_memory = memory
+    fresh = torch.full((1, 2), 120, dtype=torch.uint8)
+    with _NoListAsIndex():
+        rows = cache.gather([b"b", b"x", b"a"], {b"x": 0}, fresh, encode_again=lambda _: fresh[0])
+    assert rows.tolist() == [[98, 98], [120, 120], [97, 97]]
+    cache.close(0.0)
 
 
 def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
     captioner, tmp_path, images, monkeypatch
 ):
-    """Also that of a row that is gone from the disk."""
+    """So are copies to the host; also those of a row that is gone from the disk."""
     cuda = FakeCuda(monkeypatch)
-    monkeypatch.setattr(Tensor, "record_stream", lambda rows, stream: None)
+    copied, recorded = [], []
+    monkeypatch.setattr(Tensor, "record_stream", lambda rows, stream: recorded.append(stream))
     with open_source(captioner, tmp_path / "cache") as source:
         stream = group(source).encoder.stream = cuda.new_stream(CPU)
         encode, used = source.encoder.encode, []
@@ -845,12 +853,20 @@ def test_all_encoding_is_on_the_encoders_stream_and_waited_for(
             used.append(cuda.current)
             return encode(pixels)
 
+        keep = source.cache.keep
+
+        def spy_on_copy(*args):
+            copied.append(cuda.current)
+            keep(*args)
+
         monkeypatch.setattr(source.encoder, "encode", spy)
+        monkeypatch.setattr(source.cache, "keep", spy_on_copy)
         loader = Loader(source, captioner, images)
         seen = loader.epoch()
         again = source._encode_again(loader.load.args[0].images, [3], 0)
         assert_equal([*source.encoder.unpack(again[None])], [seen[3]])
-    assert used == [stream] * 2 and cuda.current is cuda.default and len(cuda.waits) == 2
+    assert used == copied == [stream] * 2 and recorded == [cuda.default] * 2
+    assert cuda.current is cuda.default and len(cuda.waits) == 2
     for waiting, event in cuda.waits:
         assert waiting is cuda.default and event.stream is stream
 

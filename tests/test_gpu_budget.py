@@ -3,18 +3,29 @@
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import gpu_budget
-from benchmarks.gpu_budget import Budget, Kernel, is_aligned, meta_trainer, step_budget
+from benchmarks.gpu_budget import (
+    CARDS,
+    Budget,
+    Kernel,
+    card_of,
+    expected_captions_per_s,
+    is_aligned,
+    meta_trainer,
+    step_budget,
+)
+from benchmarks.measure import MODELS
 from lora_engine.data.captions import IGNORED
 from lora_engine.lora import matmul
 from lora_engine.lora.dropout import add_kept_part, kept_part
 from lora_engine.lora.injection import cast_frozen, inject, lora_parameters
 from lora_engine.lora.layer import LoRALinear, project
-from lora_engine.models.cross_attention import FeatureProjection, absorbs, attend
+from lora_engine.models.cross_attention import FeatureProjection, absorbed, absorbs, attend
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.optim import FlatLoRAParameters
@@ -64,11 +75,12 @@ def test_a_step_keeps_within_its_budget(model, num_kernels, num_gigabytes):
     assert kinds["cat"] < 40 and kinds["add_"] < 10 and kinds["mul_"] < 10
 
 
-def test_graphs_of_all_lengths_take_little_more_memory_than_the_largest():
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_of_all_lengths_take_little_more_memory_than_the_largest(model):
     """Although each keeps its inputs."""
-    lengths = gpu_budget.caption_buckets("blip")
+    lengths = gpu_budget.caption_buckets(model)
     assert lengths == [8, 12, 16, 20, 24, 28, 32]
-    budgets = [full_size("blip", 16)] * 6 + [full_size("blip", 32)]
+    budgets = [full_size(model, 16)] * 6 + [full_size(model, 32)]
     memory = gpu_budget.graph_memory(budgets)
     assert memory["sharing activations"] <= 1.2 * memory["of the largest alone"]
     assert memory["sharing nothing"] > 4 * memory["of the largest alone"]
@@ -136,6 +148,32 @@ def test_a_kernel_takes_the_longest_of_launch_bytes_and_flops():
     assert Kernel("a", 1, 0, 10**12, False).seconds(card) == pytest.approx(4 / 60)
 
 
+@pytest.mark.parametrize("name, card", [
+    ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H200"), ("Tesla T4", "T4"),
+    ("NVIDIA A100-SXM4-80GB", "A100 80GB"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GeForce RTX 4090 D", None),
+])
+def test_a_card_is_known_by_its_name(name, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda", 0)
+    assert card_of(gpu, torch.bfloat16) == CARDS.get(card)
+    assert card_of(gpu, torch.float32) is None
+    assert card_of(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_the_speed_to_expect_of_an_epoch_is_that_of_its_batches():
+    """Padded; the last one is shorter. A first epoch adds the images, in the encoder's batches."""
+    trainer, card = meta_trainer("blip", small=True), CARDS["T4"]
+    lengths = np.array([9, 8, 17, 14, 17])
+    seconds = [step_budget(trainer, *shape).seconds(card) for shape in ((2, 8), (2, 16), (1, 16))]
+    expected = expected_captions_per_s(trainer, card, lengths, batch_size=2)
+    assert expected == pytest.approx(5 / sum(seconds))
+    encoding = gpu_budget.encoder_budget(trainer, 64)
+    assert encoding.num_kernels > 20 and encoding.unaligned_share == 0
+    with_images = expected_captions_per_s(trainer, card, lengths, batch_size=2, num_images=65)
+    assert with_images == pytest.approx(5 / (sum(seconds) + 2 * encoding.seconds(card)))
+
+
 # --- few kernels --------------------------------------------------------------------------------
 
 
@@ -167,6 +205,16 @@ def test_cross_attention_projects_on_a_gpu():
     shapes = (4, 768), (577, 768), 12
     assert absorbs(*shapes, with_backward=True)
     assert not absorbs(*shapes, with_backward=True, on_cpu=False)
+
+
+def test_the_softmax_of_the_absorbed_form_is_one_kernel():
+    """Of bf16 scores; with a result in fp32 they would be cast first, and the result cast back."""
+    weights = torch.empty(2, 16, 16, device=META, dtype=torch.bfloat16)
+    key, value = (FeatureProjection(weight, None) for weight in weights)
+    query = torch.empty(2, 3, 16, device=META, dtype=torch.bfloat16)
+    with gpu_budget._as_on_a_gpu(torch.bfloat16):
+        found = kinds(lambda: absorbed(query, query, key, value, 2, 0.0))
+    assert found.keys() == {"bmm", "clone", "_softmax"} and found["_softmax"] == 1
 
 
 def test_keys_and_values_are_two_kernels_each():

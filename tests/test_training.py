@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pictures import json_lines, png_header, read_annotations, settings, write_pictures
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine.captioning.captioner import caption_features
 from lora_engine.captioning.metrics import Scores
@@ -43,6 +44,7 @@ from lora_engine.training import validation as validation_module
 from lora_engine.training import validation_captions
 from lora_engine.training.loop import train
 from lora_engine.training.loss import caption_loss
+from lora_engine.training.meter import Meter
 from lora_engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -728,6 +730,46 @@ def test_a_line_of_metrics_is_the_mean_of_its_steps(blip_folder, data, tmp_path)
     assert line["step"] == 5 and len(steps) == 5
     assert line["loss"] == pytest.approx(sum(s["loss"] for s in steps) / 5, rel=1e-6)
     assert line["grad_norm"] == steps[-1]["grad_norm"]
+
+
+class _Waits(TorchDispatchMode):
+    """Notes in `events` when the host reads a number from a tensor."""
+
+    def __init__(self, events: list) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            self.events.append("wait")
+        return operator(*args, **kwargs or {})
+
+
+def test_nothing_waits_for_the_device_between_two_log_lines(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    """A GPU would have nothing to do meanwhile."""
+    events: list = []
+    add, to_list = Meter.add, Tensor.tolist
+
+    def noted_add(meter, step, *args):
+        events.append(step)
+        add(meter, step, *args)
+
+    def noted_to_list(tensor):
+        events.append("wait")
+        return to_list(tensor)
+
+    monkeypatch.setattr(Meter, "add", noted_add)
+    monkeypatch.setattr(Meter, "is_overdue", False)
+    monkeypatch.setattr(Tensor, "tolist", noted_to_list)
+    config = settings(
+        blip_folder, data, tmp_path / "run", num_samples=0, log_every=5, cache="memory"
+    )
+    with _Waits(events):
+        train(config)
+    waits = [events.index(step + 1) - events.index(step) - 1 for step in range(1, 10)]
+    assert [step for step, number in enumerate(waits, 1) if number] == [5]  # epoch, log line
 
 
 def test_the_first_interval_does_not_count_the_validation_before_it(

@@ -79,7 +79,7 @@ class FeatureEncoder:
         self.dtype = dtype
         self.precision = resolve_encoder_precision(precision, device, dtype)
         self.converted, self.encoder_dtype = in_precision(self.model, self.precision, dtype)
-        self.batch_size = _batch_size(device, captioner.model.encoder.num_tokens)
+        self.batch_size = encoder_batch_size(device, captioner.model.encoder.num_tokens)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cache_dtype = cache_dtype
         self.num_encoded = 0
@@ -154,7 +154,7 @@ class FeatureEncoder:
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
 
-def _batch_size(device: torch.device, num_tokens: int) -> int:
+def encoder_batch_size(device: torch.device, num_tokens: int) -> int:
     """Images per encoder batch.
 
     A CPU reaches its full rate with about 500 image tokens: one image of BLIP, two of ViT+GPT2

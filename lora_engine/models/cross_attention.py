@@ -217,9 +217,10 @@ def absorbed(
     if key.low_rank is not None:
         low_rank = torch.einsum("mhk,hkr->mhr", query, key.scaled_B().unflatten(0, heads))
         scores = scores + batched_matmul(by_image(low_rank), key.low_rank)
-    # In fp32 whatever the compute dtype. (A fused kernel would not have rounded the scores either.)
-    probs = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    probs = F.dropout(probs.to(scores.dtype), dropout)
+    # Kernels sum in fp32 whatever the dtype. With that of the scores they are one kernel instead of
+    # three; without it autocast would choose fp32.
+    probs = torch.softmax(scores, dim=-1, dtype=scores.dtype)
+    probs = F.dropout(probs, dropout)
 
     context = by_head(batched_matmul(probs, features.transpose(1, 2)))  # (B T, H, E)
     context = per_head_matmul(context, W_v.transpose(1, 2))  # (B T, H, K)

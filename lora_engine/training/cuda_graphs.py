@@ -60,7 +60,8 @@ class CudaGraphs:
     discarding, 1.07 to 1.26 times. What the driver keeps of a graph is not counted.)
 
     If recording fails, the reason is logged and functions run without graphs from then on. So do
-    they if the first replay of a function does not compute what the function does. Where torch
+    they if the first replay of a function does not compute what the function does. `problem` is the
+    reason, None while graphs are used. Where torch
     could not begin or end a capture, its allocator still takes the stream to be captured, and
     nothing after that can be relied on: that raises TrainingStopped. In any case what a function
     changes is as before the call, and the random state, too.
@@ -84,8 +85,8 @@ class CudaGraphs:
         self._seen: set[tuple] = set()
         self._given_up: set[tuple] = set()
         self._checked: set[str] = set()  # functions whose first replay was right
-        self._works = True
         self._is_exact = True
+        self.problem: str | None = None
 
     def __call__(
         self, function: Callable[..., Tensor], *inputs: Tensor, or_plainly: bool = False
@@ -110,7 +111,8 @@ class CudaGraphs:
         self._discard()
         self._buffers.clear()
         self._given_up.clear()
-        self._works = True  # cuBLAS, too, fails without memory, but with another error
+        if self._is_exact:
+            self.problem = None  # cuBLAS, too, fails without memory, but with another error
 
     def _discard(self) -> None:
         """Discard all graphs: their pool is freed with the last one."""
@@ -130,7 +132,7 @@ class CudaGraphs:
         # shape that occurs once is not worth the memory.
         is_first = key not in self._seen
         self._seen.add(key)
-        is_off = not self._works or not self._is_exact or key in self._given_up
+        is_off = self.problem is not None or key in self._given_up
         if is_first or is_off or len(self._recorded) >= _MAX_GRAPHS:
             return False
         size = sum(tensor.numel() for tensor in inputs)
@@ -148,15 +150,14 @@ class CudaGraphs:
         except _Mismatch as error:
             self._is_exact = False
             self._discard()
+            self.problem = f"a CUDA graph {error}"
             logger.warning(
-                f"a CUDA graph {error}: training without graphs; please report this with the "
-                f"output of `python -m lora_engine doctor --device cuda`"
+                f"{self.problem}: training without graphs; please report this with the output of "
+                f"`python -m lora_engine doctor --device cuda`"
             )
         except Exception as error:  # torch's many reasons why something cannot be recorded
-            self._works = False
-            logger.warning(
-                f"CUDA graphs do not work here ({one_line(error)}): training without them"
-            )
+            self.problem = f"CUDA graphs do not work here ({one_line(error)})"
+            logger.warning(f"{self.problem}: training without them")
         return key in self._recorded
 
     def _run_and_record(
