@@ -100,8 +100,8 @@ def num_parameters(folder: Path) -> int:
 def random_captioner(folder: Path) -> Captioner:
     """The captioner that a folder's config.json describes, with random weights, without the rest.
 
-    Embeddings get the deviation of published ones. With torch's, 1, most probabilities of words would
-    be denormal numbers, with which a processor computes several times as slowly.
+    Embeddings get the deviation of published ones. With torch's, 1, most probabilities of words
+    would be denormal numbers, with which a processor computes several times as slowly.
     """
     model = build_from_config(folder)
     for module in model.modules():
