@@ -133,7 +133,7 @@ def randomize(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if any(part in name.lower() for part in ("norm", ".ln_", "layrnorm", "lambda")):
+            if any(part in name.lower() for part in ("norm", ".ln_", "lambda")):
                 parameter.copy_(float(not name.endswith("bias")) + 0.05 * noise)
             elif parameter.dim() < 2:
                 parameter.copy_(0.02 * noise)

@@ -477,7 +477,7 @@ def test_the_preprocessor_is_read_as_transformers_reads_it(blip):
     """Every kind and spelling, with class defaults for missing settings."""
     rng = random.Random(0)
     compared = set()
-    for number in range(110):
+    for number in range(120):
         given = random_preprocessor(rng)
         (blip / "processor_config.json").unlink(missing_ok=True)
         (blip / "preprocessor_config.json").write_text(json.dumps(given))
