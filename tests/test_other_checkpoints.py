@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
-from PIL import Image
 from pictures import json_lines, settings
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_engine.captioning.generation import generate
@@ -160,7 +160,7 @@ def test_a_captioner_of_another_encoder_trains_and_merges(data, tmp_path):
     ("beit", {"image_size": [64, 32]}, r"image size \[64, 32\]; expected the height to equal"),
     ("dinov2", {"image_size": [112, 56]}, r"image size \[112, 56\]; expected the height to equal"),
     ("dinov2", {"mlp_ratio": 10**6}, r"mlp_ratio is 1000000; expected a number above 0, up to 64"),
-    ("clip", {"image_size": 32}, r"makes images of \(64, 64\), but the encoder .* takes \(32, 32\)"),
+    ("clip", {"image_size": 32}, r"images of \(64, 64\), but the encoder .* takes \(32, 32\)"),
     ("clip", {"model_type": "convnext"}, "expected 'vit' or 'deit' or 'beit' or 'clip_vision_mod"),
 ])
 def test_what_is_not_supported_is_said(tmp_path, kind, changes, words):
@@ -207,6 +207,24 @@ def test_names_of_wrapped_modules_are_accepted(captioner_folder, copy, before, w
     )
     fingerprints = load_captioner(captioner_folder).fingerprints
     assert load_captioner(copy).fingerprints == fingerprints
+
+
+def test_older_names_and_buffers_of_encoders_are_accepted(tmp_path):
+    """CLIP's encoder used to be one level deeper, and BEiT stored its indices."""
+    for kind, prefix, buffer in (
+        ("clip", "encoder.vision_model.", "embeddings.position_ids"),
+        ("beit", "encoder.",
+         "encoder.layer.0.attention.attention.relative_position_bias.relative_position_index"),
+    ):
+        folder = write(kind, tmp_path / kind)
+        expected = load_captioner(folder).fingerprints
+        tensors = {
+            name.replace("encoder.", prefix, 1) if name.startswith("encoder.") else name: tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        tensors[prefix + buffer] = torch.arange(9)
+        save_file(tensors, folder / "model.safetensors")
+        assert load_captioner(folder).fingerprints == expected
 
 
 def test_a_name_with_and_without_a_wrapper_is_refused(copy):

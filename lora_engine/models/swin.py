@@ -81,7 +81,7 @@ class WindowedLayer(nn.Module):
             return x
         x = rearrange(x, "b (y x) d -> b y x d", y=self.grid[0])
         x = F.pad(x, (0, 0, 0, self.grid[1] % 2, 0, self.grid[0] % 2))
-        x = rearrange(x, "b (y two) (x deux) d -> b (y x) (deux two d)", two=2, deux=2)
+        x = rearrange(x, "b (y i) (x j) d -> b (y x) (j i d)", i=2, j=2)
         return project(self.merge_norm(x), self.merge)[0]
 
     def _attention(self, x: Tensor) -> Tensor:  # (B, P, D) -> (B, P, D)
@@ -111,9 +111,7 @@ class WindowedLayer(nn.Module):
             for edge in (rows, columns)
         )
         regions = 3 * y[:, None] + x
-        regions = rearrange(
-            regions, "(y l) (x m) -> (y x) (l m)", l=self.window, m=self.window
-        )
+        regions = rearrange(regions, "(y l) (x m) -> (y x) (l m)", l=self.window, m=self.window)
         return regions[:, None] != regions[:, :, None]
 
 
