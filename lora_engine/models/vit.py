@@ -127,9 +127,10 @@ class EncoderLayer(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels (B, 3, height, width) -> features (B, P, D), the last layer, normed by `final_norm`.
 
-    P is the number of patches + `num_class_tokens`. `positions` says how the tokens' positions are
-    embedded: for one image size ("fixed"), for any size, by interpolation ("bicubic" and
-    "antialiased"), or not at all ("none"). With `relative_positions`, each layer has biases, too.
+    P is the number of patches + `num_class_tokens`. Tokens' positions are embedded for
+    one image size (`positions` is "fixed"), for any size by interpolation ("bicubic" and
+    "antialiased"), or not at all ("none"). With `has_position_bias`, each layer also has biases
+    by relative position.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class VisionTransformer(nn.Module):
         qkv_bias: bool = True,
         num_class_tokens: int = 1,
         positions: Literal["fixed", "bicubic", "antialiased", "none"] = "fixed",
-        relative_positions: bool = False,
+        has_position_bias: bool = False,
         patch_bias: bool = True,
         pre_norm: bool = False,
         final_norm: bool = True,
@@ -157,7 +158,7 @@ class VisionTransformer(nn.Module):
         self.width = width
         self.num_class_tokens = num_class_tokens
         self.positions = positions
-        self.relative_positions = relative_positions
+        self.has_position_bias = has_position_bias
         self.patch_embedding = nn.Conv2d(
             3, width, kernel_size=patch_size, stride=patch_size, bias=patch_bias
         )
@@ -168,7 +169,7 @@ class VisionTransformer(nn.Module):
         )
         self.pre_norm = nn.LayerNorm(width, eps=eps) if pre_norm else None
         rows, columns = (2 * edge - 1 for edge in self.grid)  # distances of two patches
-        num_biases = rows * columns + 3 if relative_positions else 0
+        num_biases = rows * columns + 3 if has_position_bias else 0
         self.layers = nn.ModuleList(
             EncoderLayer(
                 width, num_heads, mlp_width, eps=eps, act=act, qkv_bias=qkv_bias,
@@ -218,7 +219,7 @@ class VisionTransformer(nn.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         positions = None
-        if self.relative_positions:
+        if self.has_position_bias:
             positions = _with_class_token(self.grid, device=x.device)
         for layer in self.layers:
             x = layer(x, positions)
@@ -267,28 +268,28 @@ def from_config(config: Any, **differences: Any) -> VisionTransformer:
     return VisionTransformer(**settings | differences)
 
 
-def differences(config: Any) -> dict[str, Any]:
-    """What a kind of encoder has that a ViT-like configuration does not say: see `from_config`.
+def variant(config: Any) -> dict[str, Any]:
+    """How a kind of encoder differs from what `from_config` assumes, as its further arguments.
 
-    Raises ValueError for what transformers does not compute consistently.
+    Raises ValueError for a value that is out of range.
     """
     kind = config.model_type
     if kind == "clip_vision_model":  # the decoder gets the last layer as it is
         return {"pre_norm": True, "final_norm": False, "patch_bias": False}
     if kind == "beit":
-        return _beit_differences(config)
+        return _beit_variant(config)
     if kind in ("dinov2", "dinov2_with_registers"):
-        return _dinov2_differences(config)
+        return _dinov2_variant(config)
     return {"qkv_bias": config.qkv_bias, "num_class_tokens": 2 if kind == "deit" else 1}
 
 
-def _beit_differences(config: Any) -> dict[str, Any]:
+def _beit_variant(config: Any) -> dict[str, Any]:
     is_relative = config.use_relative_position_bias or config.use_shared_relative_position_bias
     if is_relative:
         _check_square(config)
     return {
         "positions": "fixed" if config.use_absolute_position_embeddings else "none",
-        "relative_positions": is_relative,
+        "has_position_bias": is_relative,
         "layer_scale": config.layer_scale_init_value > 0,
         "final_norm": not config.use_mean_pooling,
     }
@@ -304,7 +305,7 @@ def _check_square(config: Any) -> None:
         )
 
 
-def _dinov2_differences(config: Any) -> dict[str, Any]:
+def _dinov2_variant(config: Any) -> dict[str, Any]:
     _check_square(config)
     mlp_width = int(config.hidden_size * ratio(config, "mlp_ratio"))
     settings: dict[str, Any] = {

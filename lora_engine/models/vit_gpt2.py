@@ -286,7 +286,7 @@ def from_config(config: Any) -> ViTGPT2Captioner:
     )
     if encoder.model_type == "swin":
         return ViTGPT2Captioner(swin.from_config(encoder), gpt2)
-    return ViTGPT2Captioner(vit.from_config(encoder, **vit.differences(encoder)), gpt2)
+    return ViTGPT2Captioner(vit.from_config(encoder, **vit.variant(encoder)), gpt2)
 
 
 def fit_images(model: CaptioningModel, image_size: tuple[int, int]) -> None:
