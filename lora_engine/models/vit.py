@@ -127,10 +127,9 @@ class EncoderLayer(nn.Module):
 class VisionTransformer(nn.Module):
     """Pixels (B, 3, height, width) -> features (B, P, D), the last layer, normed by `final_norm`.
 
-    P is the number of patches + `num_class_tokens`. Tokens' positions are embedded for
-    one image size (`positions` is "fixed"), for any size by interpolation ("bicubic" and
-    "antialiased"), or not at all ("none"). With `has_position_bias`, each layer also has biases
-    by relative position.
+    P is the number of patches + `num_class_tokens`. Positions are embedded for one image size
+    (`positions` is "fixed"), for any size by interpolation ("bicubic" and "antialiased"), or not at
+    all ("none"). With `has_position_bias`, each layer also has biases by relative position.
     """
 
     def __init__(
