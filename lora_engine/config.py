@@ -114,7 +114,8 @@ class TrainingConfig:
     """Linear layers to adapt: the groups attention and feed_forward, module names matched as in
     PEFT, or re:REGEX matched against whole module paths."""
     init_adapter: str | None = None
-    """Start from this adapter folder; its rank, alpha and targets replace those given here."""
+    """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha and
+    targets replace those given here."""
     weight_decay: Annotated[float, Range(ge=0)] = 0.01
     """AdamW's weight decay on the LoRA matrices."""
     warmup_steps: Annotated[int, Range(ge=0)] = 0

@@ -41,6 +41,7 @@ from lora_engine.data.subsets import evaluation_split, named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.terminal import printable
@@ -60,7 +61,8 @@ class EvaluateConfig(CaptioningConfig, SourceConfig):
     split: str | None = None
     """Split to score. Default: test or val, if there are splits."""
     adapter: str | None = None
-    """Adapter folder, such as RUN/adapter; its base model is scored for comparison."""
+    """Adapter: a run folder, an adapter folder, or owner/name on the Hub; its base model is scored
+    for comparison."""
     out: str | None = None
     """Write one JSON line per image, with its captions and their scores, to this file."""
     coco_out: str | None = None
@@ -153,7 +155,7 @@ def _folder_of(data: str | tuple[str, ...]) -> str:
 
 def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
     """The base and, if there is one, the adapter on it, both with the same prompt."""
-    adapters = [] if config.adapter is None else [read_adapter(config.adapter)]
+    adapters = [] if config.adapter is None else [read_adapter(find_adapter(config.adapter))]
     base = load_base(config.model, config.revision, adapters)
     prompt = config.prompt
     if prompt is None:

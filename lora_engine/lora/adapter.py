@@ -20,6 +20,14 @@ from torch import Tensor, nn
 
 from lora_engine import files
 from lora_engine.files import UnusableFileError, read_limited
+from lora_engine.lora.adapter_folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_FILE,
+    AdapterError,
+    find_adapter,
+)
 from lora_engine.lora.injection import (
     InjectionPlan,
     by_pattern,
@@ -32,12 +40,6 @@ from lora_engine.lora.injection import (
 from lora_engine.lora.layer import LoRALinear, update_bound
 from lora_engine.lora.patterns import first_matches
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = 8 * 2**30
 
 MAX_RANK = 2**20
 MAX_FP32 = torch.finfo(torch.float32).max
@@ -87,10 +89,6 @@ def is_same(before: str, now: str) -> bool:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return before == now
     return all(one[name] == other[name] for name in one.keys() & other.keys())
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or does not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ def load_adapter(
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
-    Ranks and scaling come from the adapter's configuration. For further training, `dropout`
+    `adapter` may be what `find_adapter` accepts. Ranks and scaling come from the adapter's configuration. For further training, `dropout`
     replaces the adapter's own.
 
     Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
@@ -242,7 +240,7 @@ def load_adapter(
     not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter)
+        adapter = read_adapter(find_adapter(adapter))
     config = adapter.config
     paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
     try:
