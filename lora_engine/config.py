@@ -327,7 +327,8 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     if refused:
         raise ValueError(
             f"cannot resume the run in {config.output_path} with another {', '.join(refused)}; "
-            f"give the same, or start a new run in another --output_path"
+            f"give the same, or start a new run from its adapter: another --output_path, "
+            f"--init_adapter {config.output_path} and no --resume"
         )
     return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
 

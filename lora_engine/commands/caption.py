@@ -286,8 +286,15 @@ def _write_csv(result: Captioned, names: Sequence[str], file: TextIO) -> None:
 
 
 def _write_beside(result: Captioned) -> None:
-    with replaced_file(Path(result.image).with_suffix(".txt")) as new:
-        new.write_text(result.captions[0].text + "\n", encoding="utf-8")
+    path = Path(result.image).with_suffix(".txt")
+    try:
+        with replaced_file(path) as new:
+            new.write_text(result.captions[0].text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"--txt: the caption of {result.image} cannot be written into {path.parent}: "
+            f"{error.strerror}; --out writes all captions to one file elsewhere"
+        ) from None
 
 
 def _check_no_name_twice(images: Sequence[Path]) -> None:

@@ -50,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE = 1  # exit status: some images or captions are not scored
 BASE, ADAPTER = "base", "adapter"
+NO_CIDER_D = (
+    "CIDEr-D is 0 by definition here: it weighs words by how few of the images have them, and all "
+    "images have the same references"
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def _report(
         for name, column in captions.items()
     }
     print(printable(_table(config, results)))
+    if not references.weighs_words:
+        print(f"\n{NO_CIDER_D}")
     if config.meteor_spice:
         _print_java_scores(captions, texts)
     if config.out is not None:
@@ -195,7 +201,7 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
     search = "greedy" if config.num_beams == 1 else f"{config.num_beams} beams"
     columns = {
         name: {
-            score: f"{getattr(scores.corpus, score):.3f} [{low:.3f}, {high:.3f}]"
+            score: f"{getattr(scores.corpus, score):z.3f} [{low:z.3f}, {high:z.3f}]"
             for score, (low, high) in bootstrap_intervals(scores).items()
         }
         for name, scores in results.items()
@@ -204,7 +210,8 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
         after = results[ADAPTER].corpus
         differences = bootstrap_intervals(results[ADAPTER], baseline=results[BASE])
         columns["difference"] = {
-            score: f"{getattr(after, score) - getattr(first, score):+.3f} [{low:+.3f}, {high:+.3f}]"
+            score: f"{getattr(after, score) - getattr(first, score):+z.3f} "
+                   f"[{low:+z.3f}, {high:+z.3f}]"
             for score, (low, high) in differences.items()
         }
     rows = [["", *columns]]
@@ -238,7 +245,7 @@ def _print_java_scores(
         except ValueError as error:
             logger.warning(str(error))
         else:
-            parts = (f"{name} {value:.3f}" for name, value in values.items())
+            parts = (f"{name} {value:z.3f}" for name, value in values.items())
             print(f"{score.upper()}: {', '.join(parts)}")
 
 

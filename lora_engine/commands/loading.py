@@ -31,7 +31,7 @@ from lora_engine.features.precision import cast_weights
 from lora_engine.features.source import open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
-from lora_engine.lora.adapter import Adapter
+from lora_engine.lora.adapter import Adapter, naming_base
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import fingerprint
 from lora_engine.ranks import Ranks, check_equal
@@ -253,7 +253,8 @@ def load_onto(
     captioner: Captioner, adapter: Adapter, *, prompt: str | None, force: bool
 ) -> Captioner:
     """The captioner with an adapter, after `check_base`. Raises as that and `with_adapter` do."""
-    adapted = with_adapter(captioner, adapter, prompt=prompt)
+    with naming_base(adapter, captioner.name):
+        adapted = with_adapter(captioner, adapter, prompt=prompt)
     check_base(captioner, adapter, force=force)
     return adapted
 

@@ -9,7 +9,8 @@ cover and only warns about missing ones; here both are errors.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
@@ -123,7 +124,8 @@ class Adapter:
             return None
         words = " and ".join(OTHER_BASE[part] for part in different)
         note = " (a copy in another number format counts as such)" if "base" in different else ""
-        return f"{self.folder} was trained on a base model with {words} than {name} has{note}"
+        base = f" ({self.base_model})" if self.base_model and self.base_model != name else ""
+        return f"{self.folder} was trained on a base model{base} with {words} than {name} has{note}"
 
     @property
     def base_on_hub(self) -> str | None:
@@ -232,8 +234,8 @@ def load_adapter(
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
-    `adapter` may be what `find_adapter` accepts. Ranks and scaling come from the adapter's configuration. For further training, `dropout`
-    replaces the adapter's own.
+    `adapter` is one that was read, or what `find_adapter` accepts. Ranks and scaling come from its
+    configuration. For further training, `dropout` replaces the adapter's own.
 
     Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
     if a matrix does not have the shape given by model and configuration, or if the matrices are
@@ -265,6 +267,22 @@ def load_adapter(
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(adapter.matrices[name])
     return plan
+
+
+@contextmanager
+def naming_base(adapter: Adapter, name: str) -> Iterator[None]:
+    """Within the context an AdapterError of `load_adapter` names the base model that the adapter
+    was trained on, instead of the matrices that do not fit, if the model `name` is another."""
+    try:
+        yield
+    except AdapterError:
+        wanted = adapter.base_model
+        if wanted is None or wanted in (name, str(Path(name).resolve())):
+            raise
+        raise AdapterError(
+            f"{adapter.folder} was trained on {wanted} and does not fit {name}; give its own base "
+            f"model with --model"
+        ) from None
 
 
 def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:

@@ -41,7 +41,7 @@ from lora_engine.features.sizing import size_up
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
-from lora_engine.lora.adapter import load_adapter, read_adapter
+from lora_engine.lora.adapter import load_adapter, naming_base, read_adapter
 from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.lora.injection import InjectionPlan, inject
 from lora_engine.lora.matmul import describe_kernels
@@ -243,7 +243,8 @@ def add_lora(
             f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
             f"this run has {config.prompt!r}; give the same one"
         )
-    plan = load_adapter(model, adapter, dropout=config.lora_dropout)
+    with naming_base(adapter, captioner.name):
+        plan = load_adapter(model, adapter, dropout=config.lora_dropout)
     complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
     if complaint is not None:
         raise ValueError(
