@@ -131,9 +131,10 @@ def given_fields(settings: type, args: Sequence[str]) -> list[str]:
     import tyro
 
     hints = get_type_hints(settings, include_extras=True)
-    fields = {
-        f"--{field.name}": field for field in dataclasses.fields(settings)
-        if tyro.conf.Positional not in getattr(hints[field.name], "__metadata__", ())
+    fields = {f"--{field.name}": field for field in dataclasses.fields(settings)}
+    positional = {
+        flag for flag, field in fields.items()
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
     }
     fields |= {
         f"--no_{field.name}": field for field in [*fields.values()] if field.type is bool
@@ -144,8 +145,11 @@ def given_fields(settings: type, args: Sequence[str]) -> list[str]:
         if not re.match(r"--[a-zA-Z]", flag) or flag == "--help":
             continue
         spelling = flag.replace("-", "_").replace("__", "--", 1)
+        if spelling in positional:
+            raise ValueError(f"there is no flag {flag}; give its values without one")
         if spelling not in fields:
-            raise ValueError(f"there is no flag {flag}; {_advice_on_flag(spelling, fields)}")
+            known = fields.keys() - positional
+            raise ValueError(f"there is no flag {flag}; {_advice_on_flag(spelling, known)}")
         given.append(fields[spelling].name)
     return given
 

@@ -1,5 +1,6 @@
 """Command lines that users of other tools type: each works, or says in one line what to type."""
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from lora_engine import __main__ as verbs
 from lora_engine import cli, other_names
 from lora_engine.commands.caption import CaptionConfig
 from lora_engine.commands.evaluate import EvaluateConfig
-from lora_engine.config import TrainingConfig
+from lora_engine.config import TrainingConfig, changes_on_resume
 from lora_engine.lora.adapter_folder import AdapterError, find_adapter
 from lora_engine.version import __version__
 
@@ -63,6 +64,7 @@ TYPED = [
     ("demo --train_data_path t.json", "use the verb train"),
     ("demo llava", "there is no demo 'llava'; known: blip, vit_gpt2"),
     ("caption --image x.jpg", "given without a flag: caption photo.jpg"),
+    ("caption --images x.jpg", "there is no flag --images; give its values without one"),
     ("caption x.jpg --output captions.json", "it is --out here"),
     ("caption x.jpg --lora runs/mine", "it is --adapter here"),
     ("caption x.jpg --checkpoint runs/mine", "it is --adapter here"),
@@ -199,6 +201,13 @@ def test_the_commands_that_are_named_are_those_of_this_shell(tmp_path, monkeypat
     assert cli.this_program() == "bin/lora-engine"
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
     assert cli.this_program() == "lora-engine"
+
+
+def test_a_resumed_run_with_another_rate_is_pointed_to_a_new_run_from_its_adapter():
+    before = TrainingConfig(model="m", output_path="runs/a", lr=1e-4)
+    words = "another --lr 0.001 .* another --output_path, --init_adapter runs/a and no --resume"
+    with pytest.raises(ValueError, match=words):
+        changes_on_resume(before.as_dict(), dataclasses.replace(before, lr=1e-3))
 
 
 def test_a_caption_that_cannot_be_written_names_image_and_folder(
