@@ -140,8 +140,10 @@ def given_fields(settings: type, args: Sequence[str]) -> list[str]:
         f"--no_{field.name}": field for field in [*fields.values()] if field.type is bool
     }
     given = []
-    for arg in args:
-        flag = arg.split("=")[0]
+    for arg, following in zip(args, [*args[1:], ""]):
+        flag, equals, _ = arg.partition("=")
+        if re.fullmatch(r"-[a-zA-Z]\w+", flag):  # one hyphen
+            flag = f"-{flag}"
         if not re.match(r"--[a-zA-Z]", flag) or flag == "--help":
             continue
         spelling = flag.replace("-", "_").replace("__", "--", 1)
@@ -150,7 +152,12 @@ def given_fields(settings: type, args: Sequence[str]) -> list[str]:
         if spelling not in fields:
             known = fields.keys() - positional
             raise ValueError(f"there is no flag {flag}; {_advice_on_flag(spelling, known)}")
-        given.append(fields[spelling].name)
+        if not arg.startswith("--"):
+            raise ValueError(f"{arg} needs two hyphens: {flag}")
+        name = fields[spelling].name
+        if fields[spelling].type is bool and (equals or following.lower() in ("true", "false")):
+            raise ValueError(f"{flag} takes no value: give --{name} or --no_{name}")
+        given.append(name)
     return given
 
 
