@@ -62,7 +62,7 @@ TYPED = [
     ("train --load_in_4bit", "--encoder_precision int8"),
     ("train --epochs 0.5", "--max_steps ends a run within an epoch"),
     ("train --epochs=.5", "--epochs is .5"),
-    ("train --train_data_path https://example.org/t.json", "https://example.org/t.json is a link"),
+    ("train --train_data_path https://example.org/t.json", "https://example.org/t.json is a web address"),
     ("train --val_data_path v.json", "--val_data_path needs a --train_data_path"),
     ("demo --train_data_path t.json", "use the verb train"),
     ("demo llava", "there is no demo 'llava'; known: blip, vit_gpt2"),
@@ -73,7 +73,7 @@ TYPED = [
     ("caption x.jpg --checkpoint runs/mine", "it is --adapter here"),
     ("caption x.jpg --beam-size 3", "it is --num_beams here"),
     ("caption x.jpg --max_length 20", "it is --max_new_tokens here"),
-    ("caption https://example.org/x.jpg --model m", "Download the file first"),
+    ("caption https://example.org/x.jpg --model m", "download the file first"),
     ("caption x.jpg --model m --device mps", "--device mps (Apple's GPU) is not supported"),
     ("evaluate --references r.json", "it is --data here"),
     ("merge --adapter no_such --output_dir merged", "it is --out here"),
@@ -174,6 +174,15 @@ def test_a_run_folder_stands_for_its_adapter(tmp_path, hub, monkeypatch):
         find_adapter(run)
     with pytest.raises(AdapterError, match="give it with --model"):
         find_adapter(hub / "models--owner--captioner" / "snapshots" / ("1" * 40))
+
+
+def test_a_run_folder_given_as_the_model_is_a_hint_to_give_it_as_the_adapter(refused, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "x.png").touch()
+    refused(
+        verbs.run_verb, "caption", "--model", tmp_path, tmp_path / "x.png",
+        words=[f"--model {tmp_path} is the folder of a run; give it with --adapter"],
+    )
 
 
 def test_an_adapter_that_is_too_large_is_not_downloaded(monkeypatch):

@@ -9,8 +9,8 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .heic .heif".split()
 )
 ABOUT_LINKS = (
-    "nothing is downloaded here. Download the file first (curl -LO ...); for a list of links there "
-    "is lora-engine download"
+    "download the file first (curl -LO ...), and give its path; lora-engine download downloads a "
+    "list of links"
 )
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image, in the order of precedence
 
@@ -26,7 +26,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     link = next(filter(is_link, map(str, paths)), None)
     if link is not None:
-        raise ValueError(f"{link} is a link: {ABOUT_LINKS}")
+        raise ValueError(f"{link} is a web address: {ABOUT_LINKS}")
     for path in map(Path, paths):
         if not os.path.exists(path):
             matches = sorted(glob.glob(str(path), recursive=True))

@@ -219,7 +219,7 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
         name = f"{match[1]}.{match[2]}"
         if name in matrices:
             raise AdapterError(f"{path} holds {name} twice, with _orig_mod in its key and without")
-        matrices[name] = tensor
+        matrices[name] = tensor.clone()  # Windows removes no file that is still mapped
     for name in matrices:
         _check_pair(path, name, matrices)
     _check_values(path, matrices, config)

@@ -35,7 +35,7 @@ def expand(path: str) -> Matches:
         if _exists(literal):
             return Matches([literal], [])
     if is_link(path):
-        raise AnnotationError(f"{path} is a link: {ABOUT_LINKS}")
+        raise AnnotationError(f"{path} is a web address: {ABOUT_LINKS}")
     pattern = os.path.expanduser(path)
     names = list(islice(expand_braces(pattern), MAX_NAMES + 1))
     if len(names) > MAX_NAMES:
