@@ -62,7 +62,7 @@ TYPED = [
     ("train --load_in_4bit", "--encoder_precision int8"),
     ("train --epochs 0.5", "--max_steps ends a run within an epoch"),
     ("train --epochs=.5", "--epochs is .5"),
-    ("train --train_data_path https://example.org/t.json", "https://example.org/t.json is a web address"),
+    ("train --train_data_path https://example.org/t.json", "t.json is a web address: download"),
     ("train --val_data_path v.json", "--val_data_path needs a --train_data_path"),
     ("demo --train_data_path t.json", "use the verb train"),
     ("demo llava", "there is no demo 'llava'; known: blip, vit_gpt2"),
