@@ -9,12 +9,17 @@ import difflib
 import io
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
+from lora_engine.other_names import FLAGS, REASONS, ours_for, reason_for
 from lora_engine.stopping import SIGNALS, Interrupted, LoadingStopped, TrainingStopped
 from lora_engine.terminal import ConsoleHandler, logging_to, one_line, printable
 
@@ -121,21 +126,71 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
 def given_fields(settings: type, args: Sequence[str]) -> list[str]:
     """The fields of a dataclass that a command line sets.
 
-    Raises ValueError for a flag that does not exist, with close matches.
+    Raises ValueError for a flag that does not exist, with ours for other tools' or close matches.
     """
+    import tyro
+
+    hints = get_type_hints(settings, include_extras=True)
     fields = {f"--{field.name}": field for field in dataclasses.fields(settings)}
+    positional = {
+        flag for flag, field in fields.items()
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
+    }
     fields |= {
         f"--no_{field.name}": field for field in [*fields.values()] if field.type is bool
     }
     given = []
-    for arg in args:
-        flag = arg.split("=")[0]
+    for arg, following in zip(args, [*args[1:], ""]):
+        flag, equals, _ = arg.partition("=")
+        if re.fullmatch(r"-[a-zA-Z]\w+", flag):  # one hyphen
+            flag = f"-{flag}"
         if not re.match(r"--[a-zA-Z]", flag) or flag == "--help":
             continue
         spelling = flag.replace("-", "_").replace("__", "--", 1)
+        if spelling in positional:
+            raise ValueError(f"there is no flag {flag}; give its values without one")
         if spelling not in fields:
-            near = difflib.get_close_matches(spelling, fields, n=3, cutoff=0.7)
-            advice = f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
-            raise ValueError(f"there is no flag {flag}; {advice}")
-        given.append(fields[spelling].name)
+            known = fields.keys() - positional
+            raise ValueError(f"there is no flag {flag}; {_advice_on_flag(spelling, known)}")
+        if not arg.startswith("--"):
+            raise ValueError(f"{arg} needs two hyphens: {flag}")
+        name = fields[spelling].name
+        if fields[spelling].type is bool and (equals or following.lower() in ("true", "false")):
+            raise ValueError(f"{flag} takes no value: give --{name} or --no_{name}")
+        given.append(name)
     return given
+
+
+def _advice_on_flag(flag: str, known: Collection[str]) -> str:
+    name = flag.removeprefix("--")
+    ours, reason = ours_for(name, FLAGS, known), reason_for(name, REASONS)
+    if ours is not None:
+        return f"it is {ours} here"
+    if reason is not None:
+        return reason
+    near = difflib.get_close_matches(flag, known, n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(near)}?" if near else "--help lists all flags"
+
+
+# --- command lines that people may copy ---------------------------------------------------------
+
+
+def this_program() -> str:
+    """How to start `lora_engine` as this program was started: by the command that pip installs, or
+    by this Python, whose path is relative if it is inside of the working folder."""
+    script = Path(sys.argv[0])
+    if script.stem == "lora-engine":  # argv has its path, also where the shell found it
+        found = shutil.which("lora-engine")
+        is_on_path = found is not None and script.exists() and os.path.samefile(found, script)
+        return "lora-engine" if is_on_path else quoted(_as_seen_here(script))
+    return f"{quoted(_as_seen_here(Path(sys.executable)))} -m lora_engine"
+
+
+def _as_seen_here(path: Path) -> str:
+    """A path, relative to the working folder if it is inside."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def quoted(*words: str) -> str:
+    """Words of a command line as this system's shell reads them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

@@ -114,7 +114,8 @@ class TrainingConfig:
     """Linear layers to adapt: the groups attention and feed_forward, module names matched as in
     PEFT, or re:REGEX matched against whole module paths."""
     init_adapter: str | None = None
-    """Start from this adapter folder; its rank, alpha and targets replace those given here."""
+    """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha and
+    targets replace those given here."""
     weight_decay: Annotated[float, Range(ge=0)] = 0.01
     """AdamW's weight decay on the LoRA matrices."""
     warmup_steps: Annotated[int, Range(ge=0)] = 0
@@ -326,7 +327,8 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     if refused:
         raise ValueError(
             f"cannot resume the run in {config.output_path} with another {', '.join(refused)}; "
-            f"give the same, or start a new run in another --output_path"
+            f"give the same, or start a new run from its adapter: another --output_path, "
+            f"--init_adapter {config.output_path} and no --resume"
         )
     return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
 

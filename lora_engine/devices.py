@@ -1,8 +1,8 @@
 """Device and compute dtype: which are used, and how much memory they have."""
 
+import ctypes
 import logging
 import os
-import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -51,12 +51,31 @@ def _named_device(name: str | None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is not supported; expected cpu, cuda or cuda:N")
+        what = _OTHER_DEVICES.get(name.split(":")[0].lower(), "is unknown")
+        raise ValueError(f"--device {name} {what}; {_existing_devices()}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device")
+        raise ValueError(
+            f"--device {name}: torch {torch.__version__} finds no CUDA device; "
+            f"{_existing_devices()}"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+_OTHER_DEVICES = {
+    "mps": "(Apple's GPU) is not supported",
+    "xpu": "(Intel's GPU) is not supported",
+    "xla": "(a TPU) is not supported",
+    "tpu": "is not supported",
+    "gpu": "is cuda here",
+    "rocm": "is cuda here",
+}
+
+
+def _existing_devices() -> str:
+    numbers = range(torch.cuda.device_count())
+    return f"this machine has {', '.join(['cpu', *(f'cuda:{number}' for number in numbers)])}"
 
 
 def _number(device: torch.device) -> int:
@@ -130,7 +149,9 @@ def processor_supports(feature: str) -> bool:
 
 def num_processors() -> int:
     """The number of processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows
 
 
 def set_threads(asked: int | None, local_size: int) -> None:
@@ -157,10 +178,14 @@ def describe(device: torch.device) -> str:
     return f"{device} ({num_threads} thread{'s' if num_threads > 1 else ''})"
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of tensors on a GPU, of this process on the CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: of tensors on a GPU, of this process on the CPU; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -169,7 +194,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Free memory of a GPU, or the memory that this process may still use on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    free = [_unused_memory_bytes()]
     try:  # MemAvailable includes the page cache, which Linux frees on demand
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
@@ -179,3 +204,16 @@ def free_memory_bytes(device: torch.device) -> int:
     except (OSError, ValueError):  # not Linux, no such group, or no limit ("max")
         pass
     return max(min(free), 0)
+
+
+def _unused_memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:  # macOS knows only what there is; a half is a careful guess
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except AttributeError:  # Windows
+        # MEMORYSTATUSEX: two 32-bit numbers, of which the first is its size, then seven of 64 bits,
+        # of which the second is the physical memory that is available.
+        status = (ctypes.c_uint64 * 8)(64)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)  # type: ignore[attr-defined]
+        return status[2]

@@ -111,7 +111,8 @@ def unused_name(path: Path) -> Path:
 
 def open_to_append(path: Path) -> FileIO:
     """Open a file for unbuffered appending, without following symbolic links. Raises OSError."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return open(  # type: ignore[return-value]
         path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)
     )
@@ -168,7 +169,10 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = not hasattr(os, "O_DIRECTORY")
+    if is_windows and path.is_dir():  # it cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

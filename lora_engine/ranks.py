@@ -539,7 +539,7 @@ class ManyProcesses:
                 lost[rank] = f"has not responded for {limit_s:.0f} s: it hangs, or was stopped"
                 if self._is_near(status):
                     with suppress(OSError):  # torchrun would wait another 30 s for it
-                        os.kill(status.pid, signal.SIGKILL)
+                        os.kill(status.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
             if self._is_near(status) and not _exists(status.pid):
                 lost[rank] = "is gone: it was killed, perhaps because memory ran out"
         if lost:
@@ -812,6 +812,8 @@ def _error_of(name: str, status: _Status) -> BaseException:
 
 
 def _exists(pid: int) -> bool:
+    if not hasattr(signal, "SIGKILL"):  # Windows, where os.kill ends a process whatever the signal
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

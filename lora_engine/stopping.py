@@ -97,7 +97,8 @@ class StopSignal:
         """Stop after a failed write, as after a signal: the reader (SIGPIPE) or the terminal
         (SIGHUP) is gone."""
         if self.number is None:
-            self.number = signal.SIGPIPE if isinstance(error, BrokenPipeError) else signal.SIGHUP
+            name = "SIGPIPE" if isinstance(error, BrokenPipeError) else "SIGHUP"
+            self.number = getattr(signal, name, signal.SIGTERM)  # Windows has neither
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 r"""Fine-tune any supported captioner on your own pairs: the recipe to copy.
 
-    python -m recipes.finetune --train_data_path train.json --output_path runs/mine
+    python -m lora_engine train --train_data_path train.json --output_path runs/mine
     python -m recipes.finetune --train_data_path train.json --output_path runs/mine \
         --model nlpconnect/vit-gpt2-image-captioning
+
+Both start this recipe; the first is also installed as lora-engine train.
 
 - Start: learning rate, schedule, weight decay and dropout are those of LoRA on GPT-2 (Hu et al.,
   2021, https://arxiv.org/abs/2106.09685, appendix D): 2e-4, 5 epochs, linear warm-up and decay. The

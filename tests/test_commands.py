@@ -176,7 +176,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_captioned(
 
 
 @pytest.mark.parametrize("args, words", [
-    (["captoin"], ["there is no verb 'captoin'", "caption"]),
+    (["captoin"], ["there is no verb 'captoin'; did you mean caption?"]),
     (["caption", "--adaptor", "x", "y.png"], ["no flag --adaptor; did you mean --adapter?"]),
     (["caption", "--num_beams", "0", "y.png"], ["--num_beams is 0", "1 or more"]),
     (["caption", "--batch_size", "-1", "y.png"], ["--batch_size is -1"]),
@@ -192,7 +192,7 @@ def test_a_bad_caption_command_is_an_error(refused, args, words):
 
 @pytest.mark.parametrize("args, words", [
     ([], ["give --adapter, --model"]),
-    (["--adapter", "absent"], ["absent has no adapter_config.json", "RUN/adapter"]),
+    (["--adapter", "absent"], ["no adapter at absent", "RUN/adapter"]),
     (["--model", "./absent"], ["no model folder at './absent'"]),
     (["--model", "BLIP", "--out", "no/such/x.jsonl"], ["--out no/such/x.jsonl", "no folder"]),
     (["--model", "BLIP", "--out", "."], ["--out . is not a regular file"]),
@@ -211,7 +211,7 @@ def test_an_adapter_of_the_other_family_is_refused(
     refused(
         verbs.run_verb, "caption", "--adapter", blip_adapter, "--model", vit_gpt2_folder,
         read_annotations(data / "train.json")[0].image,
-        words=[f"the adapter in {blip_adapter} does not fit this model", "ViTGPT2Captioner"],
+        words=[f"{blip_adapter} was trained on ", f" and does not fit {vit_gpt2_folder}; give"],
     )
 
 
@@ -477,7 +477,7 @@ def test_data_sets_are_not_captioned_beside_files_or_together_with_files(
     (["--temperature", "1", "--num_beams", "2"], ["give one of them"]),
     (["--min_new_tokens", "40"], ["--min_new_tokens is 40", "(30)"]),
     (["--num_workers", "-1"], ["--num_workers is -1"]),
-    (["--device", "tpu"], ["--device 'tpu'"]),
+    (["--device", "tpu"], ["--device tpu is not supported"]),
     (["--txt", "--adapter", "a", "--adapter", "b"], ["several --adapter"]),
 ])
 def test_settings_that_do_not_go_together_are_an_error(refused, args, words):
@@ -647,7 +647,7 @@ def test_a_java_program_that_fails_costs_a_warning(
     (["--data", "VAL", "--data_format", "tra"], ["no format tra; did you mean tar"]),
     (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
-    (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
+    (["--data", "VAL", "--adapter", "absent"], ["no adapter at absent"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
 ])
 def test_a_bad_evaluate_command_is_an_error(refused, data, blip_folder, args, words):
@@ -698,8 +698,8 @@ def test_another_base_is_refused_and_can_be_forced(
     checkpoints.write_blip(tmp_path / "other", seed=5)
     given = ["merge", "--adapter", blip_adapter, "--model", tmp_path / "other", "--out", "merged"]
     refused(verbs.run_verb, *given, words=[
-        f"error: {blip_adapter} was trained on a base model with other weights than "
-        f"{tmp_path / 'other'} has", "--force",
+        f"error: {blip_adapter} was trained on a base model ({blip_folder}) with other weights "
+        f"than {tmp_path / 'other'} has", "--force",
     ])
     status, out, err = command(verbs.run_verb, *given, "--force")
     assert status == 0 and "4 of 4 images" in out
@@ -710,7 +710,7 @@ def test_another_base_is_refused_and_can_be_forced(
 @pytest.mark.parametrize("args, words", [
     ([], ["--adapter", "--out"]),
     (["--adapter", "ADAPTER"], ["--out"]),
-    (["--adapter", "absent", "--out", "merged"], ["absent has no adapter_config.json"]),
+    (["--adapter", "absent", "--out", "merged"], ["no adapter at absent"]),
     (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "create it first"]),
     (["--adapter", "ADAPTER", "--out", "ADAPTER", "--model", "./absent"],
      ["already holds files"]),  # told before anything is loaded
@@ -720,9 +720,9 @@ def test_another_base_is_refused_and_can_be_forced(
     (["--adapter", "ADAPTER", "--out", "merged", "--images", "ADAPTER/adapter_config.json"],
      ["adapter_config.json: not an image"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--model", "VIT_GPT2", "--force"],
-     ["does not fit this model", "ViTGPT2Captioner"]),
+     ["was trained on", "does not fit"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--model", "NARROW", "--force"],
-     ["does not fit this model", "lora_A is (2, 64), expected (2, 32)"]),
+     ["was trained on", "does not fit"]),
     (["--adapter", "ADAPTER", "--out", "merged", "--forse"], ["did you mean --force"]),
 ])
 def test_a_bad_merge_command_is_an_error(

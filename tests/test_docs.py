@@ -25,7 +25,9 @@ MAX_README_WORDS = 1300
 OURS = "recipes|lora_engine|benchmarks"
 
 # Flags of other programs, and old spellings.
-OTHER_FLAGS = {"ipc", "shm_size", "licence", "image_folder", "max_restarts"}
+OTHER_FLAGS = {
+    "ipc", "shm_size", "licence", "image_folder", "max_restarts", "version", "learning_rate",
+}
 
 NOT_ENGLISH = {  # expression: what it looks like in a text
     "one file a recipe": r"\bone (plain )?(Python )?(file|line) an? \w",

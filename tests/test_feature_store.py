@@ -352,8 +352,8 @@ def test_the_limit_counts_all_keys(tmp_path):
 
 @pytest.mark.parametrize("disk_gib, free_gib", [(10, 1), (500, 10)])
 def test_some_of_the_disk_is_left_free(tmp_path, monkeypatch, disk_gib, free_gib):
-    disk = SimpleNamespace(f_frsize=4096, f_blocks=disk_gib * 2**18, f_bavail=free_gib * 2**18 + 4)
-    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    disk = SimpleNamespace(total=disk_gib * 2**30, free=free_gib * 2**30 + 4 * 4096)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk)
     with open_store(tmp_path) as store:  # 3 rows fit in 4 blocks
         offer_at_once(store, range(5))
         wait_until(lambda: store.stopped_because is not None)

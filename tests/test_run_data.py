@@ -91,6 +91,14 @@ def test_few_validation_images_are_a_warning(folder, caplog, monkeypatch, num_im
     assert caplog.messages == [warning] * is_warning
 
 
+def test_one_validation_image_cannot_select_an_adapter_by_cider_d(folder, caplog, monkeypatch):
+    monkeypatch.setattr(run_data, "FEW_IMAGES", 20)
+    images_of(folder, train_data_path=str(folder / "train.json"), best_by="cider_d")
+    few, useless = caplog.messages
+    assert few.startswith("only 1 validation image: ")
+    assert "CIDEr-D is 0 by definition for one image" in useless and "--best_by loss" in useless
+
+
 def test_images_on_both_sides_are_a_warning(folder, caplog):
     rows = json.loads((folder / "train.json").read_text())
     (folder / "val.json").write_text(json.dumps([*rows[1:3], rows[1]]))

@@ -329,11 +329,8 @@ def test_the_plan_says_how_many_images_fit_into_shared_memory(
     if free_bytes is None:
         shared_memory.rmdir()
     else:
-        disk = SimpleNamespace(f_frsize=1, f_blocks=2**20, f_bavail=free_bytes)
-        monkeypatch.setattr("os.statvfs", lambda path: disk)
-        monkeypatch.setattr(
-            placement.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_bytes)
-        )
+        disk = SimpleNamespace(total=2**20, free=free_bytes)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: disk)
     placed = place("memory", ranks, tmp_path)
     num_fitting = 5 if free_bytes else 0
     assert f"kept {num_fitting} in memory of 48: " in placed.plan

@@ -120,6 +120,13 @@ class References:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def weighs_words(self) -> bool:
+        """Whether some words occur for some images only. Otherwise no word tells images apart, its
+        weight is log 1 = 0, and so is every CIDEr-D: for one image, or the same references for all.
+        """
+        return any(self._idf.values())
+
     def score(
         self, captions: Sequence[str], *, ended: Sequence[bool] | None = None
     ) -> CaptionScores:

@@ -38,6 +38,7 @@ from lora_engine.data.subsets import named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.run_record import read_records
@@ -56,8 +57,8 @@ class CaptionConfig(CaptioningConfig, SourceConfig):
     split: str | None = None
     """Split of a data set to caption. Default: all."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Adapter folder, such as RUN/adapter; without one, the base model captions. Repeat the flag to
-    compare several adapters."""
+    """Adapter: a run folder, an adapter folder, or owner/name on the Hub; without one, the base
+    model captions. Repeat the flag to compare several adapters."""
     out: str | None = None
     """Also write the captions to this file: {"image", "caption"} JSON lines, or CSV if its name
     ends in .csv. Skips images that it already contains."""
@@ -191,7 +192,7 @@ def _listed(paths: Sequence[str], ranks: Ranks) -> list[str]:
 
 
 def _captioners(config: CaptionConfig) -> list[Captioner]:
-    adapters = [read_adapter(folder) for folder in config.adapter]
+    adapters = [read_adapter(find_adapter(name)) for name in config.adapter]
     base = load_base(config.model, config.revision, adapters)
     if not adapters:
         return [dataclasses.replace(base, prompt=config.prompt or "")]
@@ -285,8 +286,15 @@ def _write_csv(result: Captioned, names: Sequence[str], file: TextIO) -> None:
 
 
 def _write_beside(result: Captioned) -> None:
-    with replaced_file(Path(result.image).with_suffix(".txt")) as new:
-        new.write_text(result.captions[0].text + "\n", encoding="utf-8")
+    path = Path(result.image).with_suffix(".txt")
+    try:
+        with replaced_file(path) as new:
+            new.write_text(result.captions[0].text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"--txt: the caption of {result.image} cannot be written into {path.parent}: "
+            f"{error.strerror}; --out writes all captions to one file elsewhere"
+        ) from None
 
 
 def _check_no_name_twice(images: Sequence[Path]) -> None:

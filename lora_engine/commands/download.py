@@ -28,6 +28,7 @@ from lora_engine.data.download.record import (
     pending_shards,
     with_failed_links,
 )
+from lora_engine.devices import num_processors
 from lora_engine.files import check_space
 from lora_engine.stopping import LoadingStopped
 from lora_engine.terminal import printable
@@ -134,7 +135,7 @@ def _finish_pass(config: DownloadConfig, out: Path, record: Record, command: lis
     command = command + img2dataset.arguments(
         links_file(out, 0).parent.resolve(), out.resolve(), record.output,
         has_captions=record.has_captions, timeout=config.timeout_s, retries=config.retries,
-        processes_count=config.num_workers or len(os.sched_getaffinity(0)),
+        processes_count=config.num_workers or num_processors(),
         thread_count=config.num_threads,
     )
     log = out / STATE_FOLDER / "img2dataset.log"

@@ -41,6 +41,7 @@ from lora_engine.data.subsets import evaluation_split, named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.terminal import printable
@@ -49,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE = 1  # exit status: some images or captions are not scored
 BASE, ADAPTER = "base", "adapter"
+NO_CIDER_D = (
+    "CIDEr-D is 0 by definition here: it weighs words by how few of the images have them, and all "
+    "images have the same references"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class EvaluateConfig(CaptioningConfig, SourceConfig):
     split: str | None = None
     """Split to score. Default: test or val, if there are splits."""
     adapter: str | None = None
-    """Adapter folder, such as RUN/adapter; its base model is scored for comparison."""
+    """Adapter: a run folder, an adapter folder, or owner/name on the Hub; its base model is scored
+    for comparison."""
     out: str | None = None
     """Write one JSON line per image, with its captions and their scores, to this file."""
     coco_out: str | None = None
@@ -128,6 +134,8 @@ def _report(
         for name, column in captions.items()
     }
     print(printable(_table(config, results)))
+    if not references.weighs_words:
+        print(f"\n{NO_CIDER_D}")
     if config.meteor_spice:
         _print_java_scores(captions, texts)
     if config.out is not None:
@@ -153,7 +161,7 @@ def _folder_of(data: str | tuple[str, ...]) -> str:
 
 def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
     """The base and, if there is one, the adapter on it, both with the same prompt."""
-    adapters = [] if config.adapter is None else [read_adapter(config.adapter)]
+    adapters = [] if config.adapter is None else [read_adapter(find_adapter(config.adapter))]
     base = load_base(config.model, config.revision, adapters)
     prompt = config.prompt
     if prompt is None:
@@ -193,7 +201,7 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
     search = "greedy" if config.num_beams == 1 else f"{config.num_beams} beams"
     columns = {
         name: {
-            score: f"{getattr(scores.corpus, score):.3f} [{low:.3f}, {high:.3f}]"
+            score: f"{getattr(scores.corpus, score):z.3f} [{low:z.3f}, {high:z.3f}]"
             for score, (low, high) in bootstrap_intervals(scores).items()
         }
         for name, scores in results.items()
@@ -202,7 +210,8 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
         after = results[ADAPTER].corpus
         differences = bootstrap_intervals(results[ADAPTER], baseline=results[BASE])
         columns["difference"] = {
-            score: f"{getattr(after, score) - getattr(first, score):+.3f} [{low:+.3f}, {high:+.3f}]"
+            score: f"{getattr(after, score) - getattr(first, score):+z.3f} "
+                   f"[{low:+z.3f}, {high:+z.3f}]"
             for score, (low, high) in differences.items()
         }
     rows = [["", *columns]]
@@ -236,7 +245,7 @@ def _print_java_scores(
         except ValueError as error:
             logger.warning(str(error))
         else:
-            parts = (f"{name} {value:.3f}" for name, value in values.items())
+            parts = (f"{name} {value:z.3f}" for name, value in values.items())
             print(f"{score.upper()}: {', '.join(parts)}")
 
 

@@ -31,7 +31,8 @@ from lora_engine.features.precision import cast_weights
 from lora_engine.features.source import open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
-from lora_engine.lora.adapter import Adapter
+from lora_engine.lora.adapter import Adapter, naming_base
+from lora_engine.lora.adapter_folder import CONFIG_FILE
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import fingerprint
 from lora_engine.ranks import Ranks, check_equal
@@ -227,6 +228,9 @@ def load_base(
             "no model to load: give --adapter, --model, or both (an adapter that does not name its "
             "base model needs --model)"
         )
+    if Path(model, "metrics.jsonl").exists() or Path(model, CONFIG_FILE).exists():
+        what = "of a run" if Path(model, "metrics.jsonl").exists() else "of an adapter"
+        raise ValueError(f"--model {model} is the folder {what}; give it with --adapter")
     captioner = load_captioner(model, revision=revision)
     for adapter in adapters:
         base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
@@ -253,7 +257,8 @@ def load_onto(
     captioner: Captioner, adapter: Adapter, *, prompt: str | None, force: bool
 ) -> Captioner:
     """The captioner with an adapter, after `check_base`. Raises as that and `with_adapter` do."""
-    adapted = with_adapter(captioner, adapter, prompt=prompt)
+    with naming_base(adapter, captioner.name):
+        adapted = with_adapter(captioner, adapter, prompt=prompt)
     check_base(captioner, adapter, force=force)
     return adapted
 

@@ -11,7 +11,8 @@ from lora_engine.captioning.merging import check_out, export_merged
 from lora_engine.commands.loading import check_base, load_base
 from lora_engine.data.image_files import find_images
 from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
-from lora_engine.lora.adapter import load_adapter, read_adapter
+from lora_engine.lora.adapter import load_adapter, naming_base, read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.lora.injection import lora_layers
 from lora_engine.terminal import printable
 
@@ -23,7 +24,7 @@ class MergeConfig:
     """Flags of `merge`."""
 
     adapter: str
-    """Adapter folder, such as RUN/adapter."""
+    """Adapter: a run folder, an adapter folder, or owner/name on the Hub."""
     out: str
     """Folder for the merged model; it must be new or empty."""
     model: str | None = None
@@ -45,9 +46,10 @@ def merge(args: list[str]) -> int:
     )
     check_out(Path(config.out))
     images = find_images(config.images)
-    adapter = read_adapter(config.adapter)
+    adapter = read_adapter(find_adapter(config.adapter))
     captioner = load_base(config.model, config.revision, [adapter])
-    load_adapter(captioner.model, adapter)
+    with naming_base(adapter, captioner.name):
+        load_adapter(captioner.model, adapter)
     check_base(captioner, adapter, force=config.force)
     parity = export_merged(
         captioner,

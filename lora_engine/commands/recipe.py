@@ -4,12 +4,12 @@ import dataclasses
 import json
 import logging
 import re
-import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_engine.cli import given_fields, parse
+from lora_engine.cli import given_fields, parse, quoted
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.files import read_limited
 from lora_engine.ranks import open_ranks
@@ -36,9 +36,10 @@ def run_recipe(
     """
     with open_ranks() as ranks:
         args = _normalized(args)
+        verb = sys.argv[1] if sys.argv[1:2] in (["train"], ["demo"]) else None
+        prog = f"python -m recipes.{name}" if verb is None else f"python -m lora_engine {verb}"
         parsed = parse(
-            TrainingConfig, args, prog=f"python -m recipes.{name}", description=description,
-            default=settings,
+            TrainingConfig, args, prog=prog, description=description, default=settings
         )
         given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
         output_path = parsed.output_path
@@ -73,8 +74,17 @@ def run_recipe(
 
 
 def _normalized(args: Sequence[str]) -> list[str]:
-    """The command line with --license for its older spelling and a value for a bare --resume."""
+    """The command line with --license for its older spelling and a value for a bare --resume.
+
+    Raises ValueError for a part of an epoch.
+    """
     args = [re.sub(r"^--licence(?==|$)", "--license", arg) for arg in args]
+    part = re.search(r"(?:^|\n)--epochs[=\n](\d*\.\d+)(?:\n|$)", "\n".join(args))
+    if part is not None:
+        raise ValueError(
+            f"--epochs is {part[1]}; it must be a whole number: --max_steps ends a run within an "
+            f"epoch (a step is --batch_size captions)"
+        )
     return [
         f"--resume={NEWEST}" if arg == "--resume" and following.startswith("--") else arg
         for arg, following in zip(args, [*args[1:], "--"])
@@ -107,9 +117,9 @@ def _stored_settings(
         if name not in given
         and stored[name] not in [getattr(settings, name) for settings in defaults]
     }
-    flags = shlex.join(
+    flags = quoted(*(
         part for name, value in ignored.items() for part in (f"--{name}", str(value))
-    )
+    ))
     if "model" in ignored or "revision" in ignored:
         raise ValueError(
             f"{path} names another model than this command line, and a run folder is not trusted "

@@ -1,7 +1,6 @@
 """python -m lora_engine validate: check every row and image of a data set before training."""
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from lora_engine.data.read_pairs import name_of, paths_of
 from lora_engine.data.rows import BadRow
 from lora_engine.data.subsets import named_split
 from lora_engine.data.workers import load
+from lora_engine.devices import num_processors
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import load_tokenizer
 from lora_engine.terminal import printable
@@ -194,7 +194,7 @@ def _examine_val_data(findings: Findings, config: ValidateConfig) -> None:
 
 def _read_images(images: ImageTable, num_workers: int | None) -> Iterator[ImageFacts]:
     """The facts of each image, in order. Raises LoadingStopped if a worker process dies."""
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), max(len(images) // _CHUNK, 1))
+    num_workers = min(num_workers or num_processors(), max(len(images) // _CHUNK, 1))
     chunks = load(
         _ImageFiles(images),
         batch_size=_CHUNK,

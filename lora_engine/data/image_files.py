@@ -8,6 +8,10 @@ from pathlib import Path
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .heic .heif".split()
 )
+ABOUT_LINKS = (
+    "download the file first (curl -LO ...), and give its path; lora-engine download downloads a "
+    "list of links"
+)
 CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image, in the order of precedence
 
 
@@ -20,6 +24,9 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     images.
     """
     found: list[Path] = []
+    link = next(filter(is_link, map(str, paths)), None)
+    if link is not None:
+        raise ValueError(f"{link} is a web address: {ABOUT_LINKS}")
     for path in map(Path, paths):
         if not os.path.exists(path):
             matches = sorted(glob.glob(str(path), recursive=True))
@@ -49,6 +56,10 @@ def _images_below(folder: Path) -> Iterator[Path]:
         for name in files:
             if is_image(name):
                 yield Path(parent, name)
+
+
+def is_link(path: str) -> bool:
+    return path.lower().startswith(("http://", "https://"))
 
 
 def is_image(name: str) -> bool:

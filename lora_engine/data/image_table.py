@@ -78,16 +78,12 @@ class Shard:
         # Opened for each image, as image files are: hundreds of shards may exceed the limit of open
         # files, and this takes microseconds where decoding takes milliseconds.
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
+            with open(self.path, "rb", buffering=0) as file:
+                self._check(os.fstat(file.fileno()), path)
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
             raise ImageError(path, f"the shard cannot be read: {error.strerror}") from None
-        try:
-            self._check(os.fstat(descriptor), path)
-            data = os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise ImageError(path, f"the shard cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
         if len(data) < size:
             raise ImageError(path, f"the shard ends after {len(data):,} of its {size:,} bytes")
         return data

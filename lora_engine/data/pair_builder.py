@@ -23,6 +23,7 @@ from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, Sourc
 from lora_engine.data.sources.file_formats import reader
 from lora_engine.data.sources.parts import Part, describe, with_image_root
 from lora_engine.data.workers import load
+from lora_engine.devices import num_processors
 
 
 @dataclass
@@ -160,7 +161,7 @@ def read_parts(
         container = dataset.container(0)
         builder.add_part(parts[0], dataset.chunks(0), container)
     else:
-        num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts) // 4)
+        num_workers = min(num_workers or num_processors(), len(parts) // 4)
         found = load(
             dataset,
             batch_size=None,

@@ -17,10 +17,14 @@ _BUSY_TIMEOUT_S = 5.0
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold a lock while opening or replacing files of this folder.
 
-    The lock ends with the process that holds it, even if it is killed. Raises OSError.
+    The lock ends with the process that holds it, even if it is killed. Windows has no such lock:
+    there, processes must not begin at the same time. Raises OSError.
     """
-    import fcntl  # Windows lacks it, but can import the rest of the package
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,6 +1,5 @@
 """Tokenize the captions of a data set, with several processes if there are many."""
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from lora_engine.data.captions import (
 )
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.workers import load
+from lora_engine.devices import num_processors
 
 _ROWS_AT_ONCE = 50_000  # by one process
 
@@ -50,7 +50,7 @@ def _chunks(
     if len(parts) < 2:
         yield from tokenizer.encode_chunks(pairs.captions(), **settings)
         return
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(parts))
+    num_workers = min(num_workers or num_processors(), len(parts))
     for chunks in load(parts, batch_size=None, collate_fn=list, num_workers=num_workers):
         yield from chunks
 

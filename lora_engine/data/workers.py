@@ -4,7 +4,6 @@ import atexit
 import errno
 import gc
 import multiprocessing
-import os
 import shutil
 import signal
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lora_engine.devices import num_processors
 from lora_engine.stopping import LoadingStopped, ignore_signals
 from lora_engine.terminal import one_line
 
@@ -105,7 +105,7 @@ def default_num_workers(device: torch.device, asked: int | None, local_size: int
         return asked
     if device.type == "cpu":
         return 0  # workers would only compete with the threads that compute
-    return min(8, len(os.sched_getaffinity(0)) // (2 * local_size))
+    return min(8, num_processors() // (2 * local_size))
 
 
 def prefetched_bytes(num_workers: int, batch_bytes: int) -> int:
@@ -135,14 +135,16 @@ _MORE_SHARED = (
 def _start(loader: DataLoader) -> tuple[Any, set[BaseProcess]]:
     """The loader's iterator, and its worker processes."""
     others = set(multiprocessing.active_children())
-    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    has_signal = hasattr(signal, "SIGCHLD")  # not on Windows
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL if has_signal else None
     try:
         batches = iter(loader)
     except BaseException:
         _kill(set(multiprocessing.active_children()) - others)
         raise
     workers = set(multiprocessing.active_children()) - others
-    if workers and threading.current_thread() is threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if workers and has_signal and is_main:
         # DataLoader has just installed a handler that raises as soon as a worker dies, even in the
         # middle of a training step. It also notices a dead worker when a batch is requested.
         signal.signal(signal.SIGCHLD, before)
@@ -210,7 +212,8 @@ def _explain(
         raise LoadingStopped(
             "too many open files: raise the limit (ulimit -n 4096), or use fewer --num_workers"
         ) from error
-    if "shared memory" in reason or any(w.exitcode == -signal.SIGBUS for w in workers):
+    bus_error = -getattr(signal, "SIGBUS", 0)  # not on Windows
+    if "shared memory" in reason or any(w.exitcode and w.exitcode == bus_error for w in workers):
         raise LoadingStopped(
             f"shared memory has run out: {shortage or f'/dev/shm was full. {_MORE_SHARED}'}"
         ) from error

@@ -25,8 +25,10 @@ class MachineFolder:
     """
 
     def __init__(self, launch: str) -> None:
-        import fcntl  # Windows lacks it, but can import the rest of the package
-
+        try:
+            import fcntl
+        except ImportError:
+            raise OSError("Windows has no memory that several processes share") from None
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         prefix = f"lora_engine-{os.getuid()}-"
         for stale in parent.glob(f"{prefix}*"):

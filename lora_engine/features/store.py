@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sqlite3
 import struct
@@ -136,8 +137,7 @@ class FeatureStore:
         self._thread.start()
 
     def _open(self, description: dict[str, Any]) -> None:
-        if not hasattr(os, "preadv"):
-            raise OSError("this operating system has no preadv and pwrite")
+        _check_system()
         features = self.folder / "features.bin"
         if self.index_folder is None:
             index, locked = self.folder / "index.sqlite", self.cache_dir
@@ -488,13 +488,13 @@ class FeatureStore:
         """How many more rows may be written, and which limit is reached then."""
         files = [*self.cache_dir.glob("*/features.bin"), *self.cache_dir.glob("*/segments/*.rows")]
         kept_bytes = sum(path.stat().st_size for path in files if path.exists())
-        disk = os.statvfs(self.cache_dir)
-        left_bytes = max(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50)
+        disk = shutil.disk_usage(self.cache_dir)
+        left_bytes = max(MIN_FREE_BYTES, disk.total // 50)
         full_cache = f"{self.cache_dir} has reached its limit of {self.limit_bytes / 1e9:.1f} GB"
         full_disk = f"the disk has no more than {left_bytes / 1e9:.1f} GB left"
         return min(
             ((self.limit_bytes - kept_bytes) // self.row_bytes, full_cache),
-            ((disk.f_bavail * disk.f_frsize - left_bytes) // self.row_bytes, full_disk),
+            ((disk.free - left_bytes) // self.row_bytes, full_disk),
         )
 
     def _begin_segment(self) -> None:
@@ -536,6 +536,11 @@ class FeatureStore:
                 index.execute(query, (end, segment))
 
 
+def _check_system() -> None:
+    if not hasattr(os, "preadv"):
+        raise OSError("this operating system has no preadv and pwrite")
+
+
 def _write_at(file: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(file, data, offset)
@@ -565,6 +570,7 @@ def read_rate(cache_dir: Path, *, num_bytes: int = 32 * 2**20) -> float:
     """
     buffer = bytearray(2**20)
     try:
+        _check_system()
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir) as file:
             file.write(os.urandom(num_bytes))  # noise, which no file system can compress

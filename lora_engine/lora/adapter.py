@@ -9,7 +9,8 @@ cover and only warns about missing ones; here both are errors.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
@@ -20,6 +21,14 @@ from torch import Tensor, nn
 
 from lora_engine import files
 from lora_engine.files import UnusableFileError, read_limited
+from lora_engine.lora.adapter_folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_FILE,
+    AdapterError,
+    find_adapter,
+)
 from lora_engine.lora.injection import (
     InjectionPlan,
     by_pattern,
@@ -32,12 +41,6 @@ from lora_engine.lora.injection import (
 from lora_engine.lora.layer import LoRALinear, update_bound
 from lora_engine.lora.patterns import first_matches
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = 8 * 2**30
 
 MAX_RANK = 2**20
 MAX_FP32 = torch.finfo(torch.float32).max
@@ -89,10 +92,6 @@ def is_same(before: str, now: str) -> bool:
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
-class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or does not fit the model."""
-
-
 @dataclass(frozen=True)
 class Adapter:
     """An adapter folder, read and checked, on the CPU.
@@ -125,7 +124,8 @@ class Adapter:
             return None
         words = " and ".join(OTHER_BASE[part] for part in different)
         note = " (a copy in another number format counts as such)" if "base" in different else ""
-        return f"{self.folder} was trained on a base model with {words} than {name} has{note}"
+        base = f" ({self.base_model})" if self.base_model and self.base_model != name else ""
+        return f"{self.folder} was trained on a base model{base} with {words} than {name} has{note}"
 
     @property
     def base_on_hub(self) -> str | None:
@@ -219,7 +219,7 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
         name = f"{match[1]}.{match[2]}"
         if name in matrices:
             raise AdapterError(f"{path} holds {name} twice, with _orig_mod in its key and without")
-        matrices[name] = tensor
+        matrices[name] = tensor.clone()  # Windows removes no file that is still mapped
     for name in matrices:
         _check_pair(path, name, matrices)
     _check_values(path, matrices, config)
@@ -234,15 +234,15 @@ def load_adapter(
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
-    Ranks and scaling come from the adapter's configuration. For further training, `dropout`
-    replaces the adapter's own.
+    `adapter` is one that was read, or what `find_adapter` accepts. Ranks and scaling come from its
+    configuration. For further training, `dropout` replaces the adapter's own.
 
     Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
     if a matrix does not have the shape given by model and configuration, or if the matrices are
     not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter)
+        adapter = read_adapter(find_adapter(adapter))
     config = adapter.config
     paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
     try:
@@ -267,6 +267,22 @@ def load_adapter(
         for name, parameter in lora_parameters(model).items():
             parameter.copy_(adapter.matrices[name])
     return plan
+
+
+@contextmanager
+def naming_base(adapter: Adapter, name: str) -> Iterator[None]:
+    """Within the context an AdapterError of `load_adapter` names the base model that the adapter
+    was trained on, instead of the matrices that do not fit, if the model `name` is another."""
+    try:
+        yield
+    except AdapterError:
+        wanted = adapter.base_model
+        if wanted is None or wanted in (name, str(Path(name).resolve())):
+            raise
+        raise AdapterError(
+            f"{adapter.folder} was trained on {wanted} and does not fit {name}; give its own base "
+            f"model with --model"
+        ) from None
 
 
 def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:

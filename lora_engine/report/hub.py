@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shlex
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
+from lora_engine.cli import quoted
 from lora_engine.files import replaced_folder
 from lora_engine.lora.adapter import CONFIG_FILE, read_adapter
 from lora_engine.report.run_folder import RunFolder
@@ -57,7 +57,7 @@ def push_adapter(folder: RunFolder, name: str) -> None:
     except Exception as error:  # of the network, the Hub or the disk
         logger.warning(
             f"not pushed to the Hub: {one_line(error)}; to try again: "
-            f"hf upload {name} {shlex.quote(str(path))}"
+            f"hf upload {name} {quoted(str(path))}"
         )
 
 

@@ -2,11 +2,11 @@
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_engine.captioning.metrics import Scores
+from lora_engine.cli import quoted, this_program
 from lora_engine.report.metrics_log import duration
 from lora_engine.terminal import escaped
 
@@ -67,8 +67,8 @@ class TrainingSummary:
             f"loss curve  {self.path / 'loss_curve.png'}",
             f"report      {self.path / 'report.html'}",
             f"took        {duration(self.seconds)}",
-            f"to caption  {_interpreter()} -m lora_engine caption "
-            f"--adapter {self.path / 'adapter'} IMAGE_OR_FOLDER ...",
+            f"to caption  {this_program()} caption --adapter {quoted(str(self.path / 'adapter'))} "
+            f"IMAGE_OR_FOLDER ...",
         ])
 
     def _verdict(self) -> str:
@@ -98,9 +98,3 @@ class TrainingSummary:
             scores = self.scores[self.best_step]
             lines[-1] += f" ({scores.num_images} images, {scores.num_references} references)"
         return "\n".join(lines)
-
-
-def _interpreter() -> str:
-    """The path of this Python, relative to the working folder if it is inside."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -151,6 +151,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         moments, _ = read_tensors(
             path / OPTIMIZER_FILE, refuse=_refuse_moment, max_bytes=size
         )
+        # Windows removes no file that is still mapped.
+        moments = {name: moment.clone() for name, moment in moments.items()}
         best_files = None
         if BEST_FILE in manifest or state["validations"]["best_step"] == checkpoint_step(path):
             weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE

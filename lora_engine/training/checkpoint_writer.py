@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_engine.cli import quoted
 from lora_engine.data.seen_images import DIGESTS_FILE, write_digests
 from lora_engine.files import check_space
 from lora_engine.lora.adapter import AdapterError
@@ -106,5 +107,6 @@ class CheckpointWriter:
             return f"there is no checkpoint in {self.folder.checkpoints} yet"
         return (
             f"the checkpoint of step {self.step} is in {self.folder.checkpoints}; rerun the "
-            f"command with --output_path {self.folder.path} --resume to continue from there"
+            f"command with --output_path {quoted(str(self.folder.path))} --resume to continue from "
+            f"there"
         )

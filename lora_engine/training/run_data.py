@@ -116,9 +116,15 @@ def read_rows(
     for source, part in ((data, train), (val_data or data, val)):
         _check_images_exist(name_of(source), part, config.max_bad_share)
     if len(val.images) < FEW_IMAGES:
+        plural = "" if len(val.images) == 1 else "s"
         logger.warning(
-            f"only {len(val.images)} validation images: their loss and scores say little "
+            f"only {len(val.images)} validation image{plural}: their loss and scores say little "
             f"(--val_size)"
+        )
+    if len(val.images) == 1 and config.best_by == "cider_d":
+        logger.warning(
+            "CIDEr-D is 0 by definition for one image, so it cannot select the best adapter: use "
+            "--best_by loss, or more validation images"
         )
     _warn_of_overlap(train, val)
     if config.eval_captions:

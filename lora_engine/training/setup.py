@@ -41,7 +41,8 @@ from lora_engine.features.sizing import size_up
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
-from lora_engine.lora.adapter import load_adapter, read_adapter
+from lora_engine.lora.adapter import load_adapter, naming_base, read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.lora.injection import InjectionPlan, inject
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
@@ -236,13 +237,14 @@ def add_lora(
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
         )
-    adapter = read_adapter(config.init_adapter)
+    adapter = read_adapter(find_adapter(config.init_adapter))
     if "prompt" in adapter.provenance and adapter.prompt != config.prompt:
         raise ValueError(
             f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
             f"this run has {config.prompt!r}; give the same one"
         )
-    plan = load_adapter(model, adapter, dropout=config.lora_dropout)
+    with naming_base(adapter, captioner.name):
+        plan = load_adapter(model, adapter, dropout=config.lora_dropout)
     complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
     if complaint is not None:
         raise ValueError(

@@ -55,6 +55,12 @@ class ValidationCaptions:
         self.captions: dict[int, dict[int, Caption]] = {}  # by step, by row
         self.scores: dict[int, CaptionScores] = {}  # by step
 
+    @property
+    def remark(self) -> str:
+        """What to add to the CIDEr-D of these images."""
+        is_zero = self.references is not None and not self.references[1].weighs_words
+        return " (0 by definition: all images have the same references)" if is_zero else ""
+
     def order(self, batch_size: int) -> list[list[SampleIndex]]:
         """The batches of rows to caption."""
         return in_batches(self.wanted, batch_size)

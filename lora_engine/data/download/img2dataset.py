@@ -47,6 +47,10 @@ class Output:
 
 def find_command() -> list[str]:
     """The command that runs img2dataset on this machine. Raises ValueError if there is none."""
+    if not hasattr(os, "killpg"):
+        raise ValueError(
+            "download runs on Linux and macOS; on Windows use it in WSL, or run img2dataset itself"
+        )
     # Packages installed beside this one are found without an activated environment, too.
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])
     is_suitable = sys.version_info[:2] <= NEWEST_PYTHON

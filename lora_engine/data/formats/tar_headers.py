@@ -64,7 +64,7 @@ class Archive:
     def __init__(self, path: str) -> None:
         """Raises AnnotationError for what is not a readable, regular file."""
         self.path = path
-        self._file = open_file(path)
+        self._file = open_file(path).detach()  # no buffer besides the window
         self.size = os.fstat(self._file.fileno()).st_size
         self._window, self._start = b"", 0
 
@@ -80,7 +80,8 @@ class Archive:
         if begin < 0 or begin + size > len(self._window):
             try:
                 # Not memory-mapped: if the file is cut meanwhile, that would kill the process.
-                self._window = os.pread(self._file.fileno(), max(size, WINDOW), offset)
+                self._file.seek(offset)
+                self._window = self._file.read(max(size, WINDOW))
             except OSError as error:
                 raise AnnotationError(
                     f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}"

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from lora_engine.data.image_files import ABOUT_LINKS, is_link
 from lora_engine.data.rows import AnnotationError, BadRow
 
 MAX_NAMES = 1_000_000  # of one pattern; more is a slip of the pen: {0..99999999}
@@ -33,6 +34,8 @@ def expand(path: str) -> Matches:
     for literal in (path, os.path.expanduser(path)):
         if _exists(literal):
             return Matches([literal], [])
+    if is_link(path):
+        raise AnnotationError(f"{path} is a web address: {ABOUT_LINKS}")
     pattern = os.path.expanduser(path)
     names = list(islice(expand_braces(pattern), MAX_NAMES + 1))
     if len(names) > MAX_NAMES:

@@ -1,0 +1,132 @@
+"""What flags and verbs of other trainers and captioning tools are called here."""
+
+from collections.abc import Collection
+
+# Our flag (and value), and others' names for it. Where the first word is no flag of a command, the
+# next line with that name counts.
+FLAGS = {
+    "--lr": "learning_rate base_lr peak_lr lr_rate",
+    "--epochs": "num_train_epochs num_epochs n_epochs max_epochs epoch",
+    "--max_steps": "max_train_steps num_train_steps num_steps max_iters total_steps",
+    "--batch_size": "per_device_train_batch_size train_batch_size per_device_eval_batch_size "
+                    "eval_batch_size per_gpu_train_batch_size micro_batch_size bs batch",
+    "--grad_accum_steps": "gradient_accumulation_steps accumulate_grad_batches grad_accum "
+                          "accumulation_steps",
+    "--output_path": "output_dir out_dir output save_dir run_dir logging_dir run_name out",
+    "--out": "output output_file output_path output_dir save_path result_file",
+    "--model": "model_name_or_path pretrained_model_name_or_path base_model model_name model_id "
+               "model_path base pretrained",
+    "--revision": "model_revision",
+    "--train_data_path": "train_file train_data train_data_dir data data_path data_dir "
+                         "dataset dataset_name dataset_path train_path train_dataset annotations "
+                         "images image input",
+    "--val_data_path": "validation_file val_data validation_data eval_file eval_data_path "
+                       "eval_dataset validation_dir val_path test_file",
+    "--data": "test_file validation_file dataset dataset_name references refs annotations gt "
+              "images image input",
+    "--image_field": "image_column image_column_name",
+    "--caption_field": "caption_column text_column caption_column_name",
+    "--image_root": "image_dir images_dir image_folder img_dir",
+    "--val_fraction": "validation_split_percentage val_split test_size validation_split",
+    "--lora_rank": "lora_r r rank lora_dim network_dim",
+    "--lora_alpha": "alpha network_alpha",
+    "--lora_dropout": "dropout",
+    "--lora_targets": "target_modules lora_target_modules lora_target targets",
+    "--init_adapter": "adapter adapter_name_or_path lora_weights peft_model checkpoint lora",
+    "--adapter": "lora lora_path lora_weights peft_model peft_model_id adapter_path checkpoint "
+                 "ckpt adapter_name_or_path weights run checkpoint_path",
+    "--warmup_steps": "warmup_ratio lr_warmup_steps num_warmup_steps warmup",
+    "--max_grad_norm": "max_norm grad_clip gradient_clip_val clip_grad_norm",
+    "--label_smoothing": "label_smoothing_factor",
+    "--max_caption_tokens": "max_seq_length max_length max_target_length max_seq_len cutoff_len "
+                            "block_size",
+    "--precision bf16": "bf16 bfloat16",
+    "--precision fp16": "fp16 half amp",
+    "--precision": "mixed_precision torch_dtype dtype",
+    "--compile": "torch_compile",
+    "--num_workers": "dataloader_num_workers workers num_proc preprocessing_num_workers",
+    "--save_every": "save_steps checkpointing_steps save_strategy save_freq",
+    "--keep_last": "save_total_limit checkpoints_total_limit",
+    "--log_every": "logging_steps log_interval log_steps",
+    "--eval_every": "eval_steps eval_strategy evaluation_strategy eval_interval validation_steps "
+                    "val_check_interval",
+    "--best_by": "metric_for_best_model monitor",
+    "--patience": "early_stopping_patience early_stopping",
+    "--track": "report_to with_tracking wandb tensorboard tracker",
+    "--push_to_hub": "hub_model_id hub_repo_id",
+    "--resume": "resume_from_checkpoint checkpoint ckpt resume_from ckpt_path",
+    "--split": "dataset_split",
+    "--num_beams": "beam_size beams num_beam beam beam_width",
+    "--max_new_tokens": "max_length max_len max_tokens max_target_length",
+    "--temperature 1": "do_sample sample sampling",
+    "--prompt": "instruction text prefix",
+    "--images": "image img input inputs",
+    "--overwrite": "force_overwrite",
+}
+
+# Why there is no such flag.
+REASONS = {
+    "captions images that are given without a flag: caption photo.jpg folder/":
+        "image images img input inputs image_path image_dir input_dir image_file file i",
+    "the learning rate rises over --warmup_steps and falls linearly": "lr_scheduler_type "
+        "lr_scheduler scheduler lr_decay min_lr lr_schedule",
+    "the optimizer is AdamW with PyTorch's betas": "optim optimizer adam_beta1 adam_beta2 "
+        "adam_epsilon use_8bit_adam beta1 beta2 momentum",
+    "a run never overwrites another: give a new --output_path": "overwrite_output_dir "
+        "overwrite",
+    "torchrun --nproc_per_node N -m lora_engine ... starts several processes": "local_rank "
+        "deepspeed fsdp ddp_backend num_processes num_gpus gpus devices accelerator strategy "
+        "nproc_per_node multi_gpu world_size ddp_find_unused_parameters",
+    "every run trains and validates": "do_train do_eval do_predict evaluate predict_with_generate",
+    "every run trains LoRA; the encoder is frozen": "use_peft use_lora peft lora_enable "
+        "freeze_encoder freeze_vision_model freeze_vision use_dora peft_type",
+    "all bias, embedding and norm weights stay frozen": "bias lora_bias modules_to_save",
+    "adapter/ is always that of the best validation (--best_by)": "load_best_model_at_end "
+        "save_best_only save_only_model save_safetensors",
+    "fp32 is computed in full precision": "tf32",
+    "weights are not quantized; --encoder_precision int8 computes the encoder faster on a CPU":
+        "load_in_8bit load_in_4bit quantization quantize bits qlora use_qlora",
+    "code from model folders is never run": "trust_remote_code",
+    "`hf auth login` stores a token": "token hub_token use_auth_token hf_token",
+    "images are resized as the checkpoint's preprocessor says": "image_size resolution img_size "
+        "crop_size input_size center_crop random_flip",
+    "the tokenizer is that of the checkpoint": "tokenizer_name tokenizer",
+    "use a smaller data file to train on fewer rows": "max_train_samples max_eval_samples "
+        "max_samples limit num_train_samples",
+    "settings are flags; --print_config prints all of them": "config config_file config_name "
+        "cfg yaml",
+    "all settings are in config.json of the run folder": "save_config logging_strategy "
+        "logging_first_step log_level remove_unused_columns disable_tqdm",
+}
+
+VERBS = {
+    "train": "finetune fine-tune fine_tune fit training lora run sft resume",
+    "demo": "example quickstart try tutorial",
+    "caption": "generate predict infer inference describe captions captioning sample",
+    "evaluate": "eval test score metrics benchmark evaluation",
+    "merge": "export merge_and_unload save convert fuse merge-lora export-model",
+    "report": "compare plot show results history",
+    "download": "fetch get img2dataset prepare",
+    "validate": "check lint verify inspect",
+    "doctor": "env info diagnose system version",
+    "app": "serve web gradio ui webui chat",
+}
+VERB_REASONS = {
+    "caption reads paths from stdin (caption - ...)": "serve web gradio ui webui chat api",
+    "train --push_to_hub owner/name uploads the adapter, as `hf upload` does": "push upload",
+    "`hf auth login` stores a token": "login auth",
+    "without arguments all verbs are listed": "help list",
+}
+
+
+def ours_for(name: str, table: dict[str, str], known: Collection[str]) -> str | None:
+    """Our name for another tool's, if it is `known`: a flag with its value, or a verb."""
+    for ours, others in table.items():
+        if name in others.split() and ours.split()[0] in known:
+            return ours
+    return None
+
+
+def reason_for(name: str, table: dict[str, str]) -> str | None:
+    """What to do instead, where there is nothing of that kind here."""
+    return next((reason for reason, others in table.items() if name in others.split()), None)
