@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
@@ -20,12 +21,14 @@ from lora_engine.data.batches import (
     SampleIndex,
     in_batches,
 )
+from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
 from lora_engine.lora.adapter import Adapter, load_adapter
 from lora_engine.lora.injection import merge
+from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks, collect, dealt
 
@@ -57,10 +60,7 @@ def with_adapter(
     It continues the adapter's prompt unless another one is given. Raises AdapterError if the
     adapter does not fit.
     """
-    model = captioner.model
-    shared: dict[int, Any] = {id(model.encoder): model.encoder}
-    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared)
+    model = sharing_weights(captioner.model)
     load_adapter(model, adapter)
     merge(model)
     return dataclasses.replace(
@@ -68,33 +68,84 @@ def with_adapter(
     )
 
 
-@torch.no_grad()
+def sharing_weights(model: CaptioningModel) -> CaptioningModel:
+    """A copy of a model to inject adapters into: encoder and weights are those of `model`."""
+    shared: dict[int, Any] = {id(model.encoder): model.encoder}
+    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def caption_features(captioner: Captioner, features: Tensor, **settings) -> list[Caption]:
     """Caption images by their features (B, P, D); the captions do not include the prompt.
 
     `settings` go to `generation.generate`: beams, lengths, sampling.
     """
-    model, tokenizer = captioner.model, captioner.tokenizer
-    was_training = model.training
-    model.eval()
+    tokenizer = captioner.tokenizer
+    return [
+        Caption(tokenizer.decode(row), tokenizer.end_id in row)
+        for row in caption_ids(captioner, features, **settings)
+    ]
+
+
+def caption_ids(captioner: Captioner, features: Tensor, **settings) -> list[list[int]]:
+    """The tokens of the captions of `caption_features`, padded to the longest."""
+    tokenizer = captioner.tokenizer
     prompt_ids = tokenizer.prompt_ids(captioner.prompt)
-    # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
-    # each, up to torch's limit, beyond which the training step would run uncompiled, too.
-    # What compiles takes a second to import; where it was not, no layer is compiled.
-    may_be_compiled = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if may_be_compiled else nullcontext()
-    with autocast(features.device, features.dtype), eager:
+    with _inference(captioner.model, features):
         tokens = generate(
-            model,
+            captioner.model,
             features,
             prompt_ids=prompt_ids,
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
             **settings,
         )
-    model.train(was_training)
-    new_tokens = tokens[:, len(prompt_ids) :].tolist()
-    return [Caption(tokenizer.decode(row), tokenizer.end_id in row) for row in new_tokens]
+    return tokens[:, len(prompt_ids) :].tolist()
+
+
+def mean_log_probabilities(
+    captioner: Captioner, features: Tensor, captions: Sequence[Sequence[int]]
+) -> list[float]:
+    """How probable the model finds captions, in nats per token: minus the loss of each.
+
+    `captions` are `caption_ids` for features (B, P, D). The end token counts, the prompt does not.
+    However the tokens were chosen, the probabilities are the model's own, at temperature 1.
+    """
+    tokenizer, end = captioner.tokenizer, captioner.tokenizer.end_id
+    prompt_ids = tokenizer.prompt_ids(captioner.prompt)
+    rows = [
+        np.array([*prompt_ids, *ids[: ids.index(end) + 1 if end in ids else None]])
+        for ids in captions
+    ]
+    input_ids, targets = collate_captions(
+        rows, prompt_length=len(prompt_ids), pad_id=tokenizer.pad_id
+    )
+    targets = targets.to(features.device)
+    model = captioner.model
+    with _inference(model, features):
+        logits = model.head(model.decode(input_ids.to(features.device), features)).float()
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+        )  # (B, T)
+    return (-losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)).tolist()
+
+
+@contextmanager
+def _inference(model: CaptioningModel, features: Tensor) -> Iterator[None]:
+    """Within the context a model, which may be in training, computes without dropout or gradients,
+    in the dtype of `features`."""
+    # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
+    # each, up to torch's limit, beyond which the training step would run uncompiled, too.
+    # What compiles takes a second to import; where it was not, no layer is compiled.
+    may_be_compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if may_be_compiled else nullcontext()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(features.device, features.dtype), eager:
+            yield
+    finally:
+        model.train(was_training)
 
 
 def caption_images(

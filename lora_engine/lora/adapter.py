@@ -20,6 +20,14 @@ from torch import Tensor, nn
 
 from lora_engine import files
 from lora_engine.files import UnusableFileError, read_limited
+from lora_engine.lora.adapter_folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_FILE,
+    AdapterError,
+    find_adapter,
+)
 from lora_engine.lora.injection import (
     InjectionPlan,
     by_pattern,
@@ -32,12 +40,6 @@ from lora_engine.lora.injection import (
 from lora_engine.lora.layer import LoRALinear, update_bound
 from lora_engine.lora.patterns import first_matches
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = 8 * 2**30
 
 MAX_RANK = 2**20
 MAX_FP32 = torch.finfo(torch.float32).max
@@ -89,10 +91,6 @@ def is_same(before: str, now: str) -> bool:
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
-class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or does not fit the model."""
-
-
 @dataclass(frozen=True)
 class Adapter:
     """An adapter folder, read and checked, on the CPU.
@@ -134,13 +132,27 @@ class Adapter:
         return None if is_folder else self.base_model
 
 
-def save_adapter(model: nn.Module, folder: str | Path, **settings: Any) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    hugging_face_class: str | None = None,
+    revision: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> None:
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
-    `settings` are those of `adapter_files`. An existing adapter is replaced only when the new one
+    The settings are those of `adapter_files`. An existing adapter is replaced only when the new one
     is complete; other files in `folder` are kept.
     """
-    write_adapter(folder, adapter_files(model, **settings))
+    write_adapter(folder, adapter_files(
+        model,
+        base_model=base_model,
+        hugging_face_class=hugging_face_class,
+        revision=revision,
+        provenance=provenance,
+    ))
 
 
 def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
@@ -153,20 +165,22 @@ def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
 def adapter_files(
     model: nn.Module,
     *,
-    base_model: str | None,
+    base_model: str | None = None,
     hugging_face_class: str | None = None,
     revision: str | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """The contents of the files of a PEFT adapter folder, by file name.
 
-    `base_model` is the folder or Hub name of the base model, `hugging_face_class` its class in
-    transformers. Raises AdapterError for a model without LoRA layers, and for values that are not
-    finite.
+    `base_model` is the folder or Hub name of the base model, by default the attribute
+    `name_or_path` of `model`, if it has one (PEFT's rule, too); `hugging_face_class` is its class
+    in transformers. Raises AdapterError for a model without LoRA layers, and for values that are
+    not finite.
     """
     layers = dict(lora_layers(model))
     if not layers:
         raise AdapterError("this model has no LoRA layers to save; call inject() first")
+    base_model = getattr(model, "name_or_path", None) if base_model is None else base_model
     config = _peft_config(layers, base_model, hugging_face_class, revision)
     # PEFT decides by the module, and warns if the file disagrees.
     config["fan_in_fan_out"] = getattr(model, "fan_in_fan_out", False)
@@ -234,15 +248,16 @@ def load_adapter(
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
-    Ranks and scaling come from the adapter's configuration. For further training, `dropout`
-    replaces the adapter's own.
+    `adapter` is a folder or a name, as for `find_adapter`, or one that has been read. Ranks and
+    scaling come from the adapter's configuration. For further training, `dropout` replaces the
+    adapter's own.
 
     Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
     if a matrix does not have the shape given by model and configuration, or if the matrices are
     not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter)
+        adapter = read_adapter(find_adapter(adapter))
     config = adapter.config
     paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
     try:
