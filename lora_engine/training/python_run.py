@@ -2,17 +2,18 @@
 
 import base64
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from lora_engine.captioning.image_captioner import ImageCaptioner, load_captioner
 from lora_engine.config import NEWEST, TrainingConfig, unfit_setting
+from lora_engine.data.python_rows import shown_type
 from lora_engine.data.read_pairs import paths_of
 from lora_engine.ranks import Ranks
 from lora_engine.report.gallery import thumbnail
@@ -119,17 +120,17 @@ def _with_settings(config: TrainingConfig, given: Mapping[str, Any]) -> Training
     Raises ValueError for a value of the wrong type.
     """
     settings = vars(config) | {name: value for name, value in given.items() if value is not None}
+    if isinstance(settings["lora_targets"], str):
+        settings["lora_targets"] = [settings["lora_targets"]]
     for name, value in settings.items():
-        if name == "lora_targets" and isinstance(value, str):
-            settings[name] = (value,)
-        elif isinstance(value, (list, tuple)):
-            settings[name] = tuple(map(_plain, value))
-        else:
-            settings[name] = _plain(value)
-    complaint = unfit_setting(json.loads(json.dumps(settings, default=repr)))
+        plain = list(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)
+        if not isinstance(plain, (str, int, float, list, NoneType)):
+            raise ValueError(f"train(): {name} is {shown_type(value)}, which is no setting")
+        settings[name] = plain
+    complaint = unfit_setting(settings)
     if complaint is not None:
-        raise ValueError(f"train(): {complaint.removeprefix('.')}, of the wrong type")
-    return TrainingConfig(**settings)
+        raise ValueError(f"train(): {complaint.removeprefix('.')}, a value of the wrong type")
+    return TrainingConfig.from_dict(settings)
 
 
 def _plain(value: Any) -> Any:
