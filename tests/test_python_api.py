@@ -362,3 +362,28 @@ def test_wrong_arguments_are_answered_in_one_line(arguments, tmp_path, wrong, wo
     assert not (tmp_path / "run").exists()
     with pytest.raises(TypeError, match="dataset"):
         lora_engine.train(dataset=[])
+
+
+def test_images_in_memory_are_not_taken_for_each_other(trained, arguments, rows, tmp_path, capsys):
+    lora_engine.train(**arguments | {"validation": rows[:4], "max_steps": 1},
+                      output_path=tmp_path / "run")
+    assert "also training images" not in capsys.readouterr().err
+
+
+# --- the notebook ---------------------------------------------------------------------------
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert any("NUM_SCENES = 1000" in cell for cell in cells)
+    names: dict = {}
+    for number, cell in enumerate(cells):
+        small = cell.replace("NUM_SCENES = 1000", "NUM_SCENES = 40")
+        exec(compile(small, f"cell {number}", "exec"), names)
+    run = names["run"]
+    losses = list(names["losses"].values())
+    assert losses[-1] < losses[0] and losses[-1] == run.history[-1]["loss"]
+    assert capsys.readouterr().out.count(str(run.summary)) == 2  # at the end, and `show`
+    assert names["again"].caption(names["images"]) == run.captioner.caption(names["images"])
