@@ -4,6 +4,7 @@ Importing this package is fast: each name below imports its module on first use,
 imported with the first model.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,9 @@ __all__ = [
 
 def __getattr__(name: str):
     if name not in _MODULES:
-        raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'lora_engine' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
     return getattr(import_module(f"lora_engine.{_MODULES[name]}"), name)
 
 

@@ -67,6 +67,9 @@ def test_captions_are_those_of_the_command(family, request, tmp_path, pictures, 
         pictures, num_beams=2, max_new_tokens=7, min_new_tokens=3, batch_size=2
     )
     assert as_printed(found) == expected
+    asked = ["--adapter", folder, "--encoder_precision", "int8"]
+    in_int8 = lora_engine.load_captioner(model, adapter=folder, encoder_precision="int8")
+    assert as_printed(in_int8.caption(pictures)) == of_command(capsys, *asked, *pictures)
     sampled = of_command(capsys, "--adapter", folder, *pictures, "--temperature", 2, "--seed", 3)
     assert as_printed(captioner.caption(pictures, temperature=2.0, seed=3)) == sampled
     base = of_command(capsys, "--model", model, *pictures, "--prompt", "a cat")
@@ -173,11 +176,19 @@ def test_generate_works_on_the_model_as_before(captioner, pictures):
     pixels = torch.from_numpy(captioner._pixels(pictures[0], ""))[None]
     tokenizer = captioner.tokenizer
     prompt_ids = tokenizer.prompt_ids(captioner.prompt)
+    features = encode_pixels(captioner.model, pixels, captioner.pixels)
     tokens = lora_engine.generate(
-        captioner.model, encode_pixels(captioner.model, pixels, captioner.pixels),
-        prompt_ids=prompt_ids, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id,
+        captioner.model, features, prompt_ids=prompt_ids, end_id=tokenizer.end_id,
+        pad_id=tokenizer.pad_id,
     )
-    assert tokenizer.decode(tokens[0, len(prompt_ids):].tolist()) == captioner(pictures[0])
+    new = tokens[0, len(prompt_ids):]
+    text, score = captioner.caption(pictures[0], return_scores=True)
+    assert tokenizer.decode(new.tolist()) == text == captioner(pictures[0])
+    with torch.no_grad():  # the prompt has no share in the score
+        logits = captioner.model.head(captioner.model.decode(tokens[:, :-1], features))
+    log_probs = logits[0, len(prompt_ids) - 1 :].log_softmax(dim=-1)
+    assert len(prompt_ids) > 1 and tokenizer.end_id not in new[:-1]
+    assert score == pytest.approx(float(log_probs.gather(1, new[:, None]).mean()), abs=1e-5)
 
 
 def test_an_adapter_is_a_folder_a_run_or_a_hub_name(

@@ -33,7 +33,7 @@ from lora_engine.models import pretrained
 from lora_engine.models.pretrained import Captioner
 
 # A path, the bytes of an image file, a PIL image, or an array of uint8, (H, W, 3) or (H, W).
-AnImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 # What people of other libraries call, and what there is instead.
 _INSTEAD = {
@@ -66,6 +66,7 @@ def load_captioner(
     name_or_path: str | Path | None = None,
     *,
     adapter: str | Path | None = None,
+    family: str | None = None,
     revision: str | None = None,
     device: str | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
@@ -82,8 +83,9 @@ def load_captioner(
     the weights stay fp32. Captions continue the `prompt`, by default the one that the adapter was
     trained with.
 
-    Raises ValueError for a model or an adapter that cannot be used, and for an adapter that was
-    trained on another base model, unless `force` is true.
+    Raises ValueError for a model or an adapter that cannot be used; with `family`, a key of
+    `FAMILIES`, for a model of another one; and for an adapter that was trained on another base
+    model, unless `force` is true.
     """
     found = None if adapter is None else read_adapter(find_adapter(adapter))
     if name_or_path is None:
@@ -95,7 +97,7 @@ def load_captioner(
         name_or_path = found.base_model
         revision = found.config.get("revision") if revision is None else revision
     on_device = resolve_device(device)
-    captioner = pretrained.load_captioner(name_or_path, revision=revision)
+    captioner = pretrained.load_captioner(name_or_path, family=family, revision=revision)
     captioner.prompt = prompt or ""
     if found is not None:
         complaint = found.foreign_base(captioner.name, captioner.fingerprints)
@@ -164,7 +166,7 @@ class ImageCaptioner:
 
     def caption(
         self,
-        images: AnImage | Iterable[AnImage],
+        images: ImageLike | Iterable[ImageLike],
         *,
         prompt: str | None = None,
         num_beams: int = 1,
@@ -248,7 +250,9 @@ class ImageCaptioner:
 
     def __getattr__(self, name: str) -> NoReturn:
         advice = f": use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise AttributeError(f"an ImageCaptioner has no attribute {name!r}{advice}")
+        raise AttributeError(
+            f"an ImageCaptioner has no attribute {name!r}{advice}", name=name, obj=self
+        )
 
 
 def _is_one(images: Any) -> bool:

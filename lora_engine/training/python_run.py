@@ -73,9 +73,10 @@ def train(
     with the best CIDEr-D. `resume=True` continues the run in `output_path`, with the same arguments
     as before; a path continues from that checkpoint.
 
-    `callback` is called with each line of metrics.jsonl, a dictionary, as it is logged. An error in
-    it ends the run as Ctrl-C does, with a checkpoint, and is raised again. `family`, `val_data` (an
-    older name of `validation`), `ranks`, and what is raised, are those of `loop.train`.
+    `callback` is called with each line of metrics.jsonl, a dictionary, as it is logged (of several
+    processes, in the one that writes). An error in it ends the run as Ctrl-C does, with a
+    checkpoint, and is raised again. `family`, `val_data` (an older name of `validation`), `ranks`,
+    and what is raised, are those of `loop.train`.
     """
     if config is not None and not isinstance(config, TrainingConfig):
         raise ValueError(
@@ -200,13 +201,17 @@ class TrainedRun:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the loss curve, and a table of sample captions."""
-        curve = base64.b64encode((self.folder / "loss_curve.png").read_bytes()).decode()
+        curve = base64.b64encode(_content(self.folder / "loss_curve.png")).decode()
         heads = [tag("th", name) for name in ("image", "reference", "before", "after")]
         rows = [tag("tr", *heads), *map(_row, self.summary.samples)]
         return join([
             tag("img", src=f"data:image/png;base64,{curve}", alt="loss curve", width=700),
             tag("table", *rows),
         ]).source
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""  # the disk may have been full
 
 
 def _row(sample: Sample) -> Markup:
