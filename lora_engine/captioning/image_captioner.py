@@ -95,10 +95,18 @@ def load_captioner(
                 "enough only if it names its base model)"
             )
         name_or_path = found.base_model
+        # A name that is no absolute path means a repository on the Hub.
+        if not Path(name_or_path).is_absolute() and Path(name_or_path).exists():
+            raise ValueError(
+                f"the adapter in {found.folder} names its base model {name_or_path!r}, which is "
+                f"also a path in the current folder: give the model's name or folder, too"
+            )
         revision = found.config.get("revision") if revision is None else revision
     on_device = resolve_device(device)
     captioner = pretrained.load_captioner(name_or_path, family=family, revision=revision)
-    captioner.prompt = prompt or ""
+    if prompt is None:
+        prompt = "" if found is None else found.prompt
+    captioner.prompt = prompt
     if found is not None:
         complaint = found.foreign_base(captioner.name, captioner.fingerprints)
         if complaint is not None and not force:
@@ -114,7 +122,7 @@ def load_captioner(
         dtype=resolve_dtype(precision, on_device),
         precision=encoder_precision,
     )
-    return ImageCaptioner(captioner, encoder, adapter=found, prompt=prompt)
+    return ImageCaptioner(captioner, encoder, adapter=found)
 
 
 class ImageCaptioner:
@@ -127,12 +135,7 @@ class ImageCaptioner:
     """
 
     def __init__(
-        self,
-        captioner: Captioner,
-        encoder: FeatureEncoder,
-        *,
-        adapter: Adapter | None = None,
-        prompt: str | None = None,
+        self, captioner: Captioner, encoder: FeatureEncoder, *, adapter: Adapter | None = None
     ) -> None:
         self.name = captioner.name
         self.family = captioner.family
@@ -149,7 +152,6 @@ class ImageCaptioner:
         if adapter is not None:
             load_adapter(self.model, adapter)
             merge(self.model)
-            self.prompt = adapter.prompt if prompt is None else prompt
         self._base = captioner
         self._encoder = encoder
         # `save_adapter` records it as the adapter's base model.
