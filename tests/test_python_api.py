@@ -231,6 +231,14 @@ def test_a_saved_adapter_names_its_base(blip_folder, captioner, pictures, tmp_pa
     assert saved.caption(pictures) == captioner.caption(pictures)
 
 
+def test_a_base_named_relatively_is_not_looked_for_here(captioner, tmp_path, monkeypatch):
+    lora_engine.save_adapter(captioner.model, tmp_path / "adapter", base_model="owner/base")
+    (tmp_path / "owner/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="give the model's name or folder, too"):
+        lora_engine.load_captioner(adapter="adapter")
+
+
 @pytest.mark.parametrize("name, words", [
     ("generate", "captioner.caption(image)"), ("to", "device="), ("nothing", "no attribute"),
 ])
