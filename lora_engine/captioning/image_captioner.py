@@ -7,6 +7,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -19,6 +20,7 @@ from lora_engine.captioning.captioner import (
     caption_ids,
     mean_log_probabilities,
     sharing_weights,
+    with_adapter,
 )
 from lora_engine.captioning.generation import Sampling
 from lora_engine.data.pixels import load_pixels
@@ -26,9 +28,8 @@ from lora_engine.data.python_rows import image_bytes
 from lora_engine.devices import resolve_device, resolve_dtype, use_device
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import EncoderPrecision
-from lora_engine.lora.adapter import Adapter, load_adapter, read_adapter
+from lora_engine.lora.adapter import read_adapter
 from lora_engine.lora.adapter_folder import AdapterError, find_adapter
-from lora_engine.lora.injection import merge
 from lora_engine.models import pretrained
 from lora_engine.models.pretrained import Captioner
 
@@ -103,39 +104,46 @@ def load_captioner(
             )
         revision = found.config.get("revision") if revision is None else revision
     on_device = resolve_device(device)
-    captioner = pretrained.load_captioner(name_or_path, family=family, revision=revision)
+    base = pretrained.load_captioner(name_or_path, family=family, revision=revision)
     if prompt is None:
         prompt = "" if found is None else found.prompt
-    captioner.prompt = prompt
+    base.prompt = prompt
+    captioner = base
     if found is not None:
-        complaint = found.foreign_base(captioner.name, captioner.fingerprints)
+        complaint = found.foreign_base(base.name, base.fingerprints)
         if complaint is not None and not force:
             raise AdapterError(
                 f"{complaint}; load its own base ({found.base_model}), or accept this one with "
                 f"force=True"
             )
+        captioner = with_adapter(base, found, prompt=prompt)
     use_device(on_device)
-    captioner.model.to(on_device)
-    encoder = FeatureEncoder(
+    return ImageCaptioner(
         captioner,
+        base,
         device=on_device,
         dtype=resolve_dtype(precision, on_device),
-        precision=encoder_precision,
+        encoder_precision=encoder_precision,
     )
-    return ImageCaptioner(captioner, encoder, adapter=found)
 
 
 class ImageCaptioner:
     """A captioner that `load_captioner` has loaded; call it, or its `caption`, with images.
 
-    `model` is the captioning model, which `inject`, `load_adapter`, `merge` and `generate` take; an
-    adapter that was loaded is merged into it (`unmerge` takes it out of the weights). `tokenizer`
-    and `pixels` turn text and images into the model's inputs. `base` is the captioner without
-    adapters.
+    `model` is the captioning model, which `inject`, `load_adapter`, `merge` and `generate` take; a
+    LoRA adapter that was loaded is merged into it (`unmerge` takes it out of the weights).
+    `tokenizer` and `pixels` turn text and images into the model's inputs. `base` is the captioner
+    without adapters.
     """
 
     def __init__(
-        self, captioner: Captioner, encoder: FeatureEncoder, *, adapter: Adapter | None = None
+        self,
+        captioner: Captioner,
+        base: Captioner,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        encoder_precision: EncoderPrecision = "auto",
     ) -> None:
         self.name = captioner.name
         self.family = captioner.family
@@ -145,26 +153,27 @@ class ImageCaptioner:
         self.hugging_face_class = captioner.hugging_face_class
         self.tokenizer = captioner.tokenizer
         self.pixels = captioner.pixels
-        self.device = encoder.device
-        # A copy that shares all weights: what is injected into it leaves `base` as it is.
-        self.model = sharing_weights(captioner.model)
         self.prompt = captioner.prompt
-        if adapter is not None:
-            load_adapter(self.model, adapter)
-            merge(self.model)
-        self._base = captioner
-        self._encoder = encoder
+        self.device = device
+        # A copy that shares all weights: what is injected into it leaves the base as it is.
+        self.model = sharing_weights(captioner.model).to(device)
+        self._captioner = dataclasses.replace(captioner, model=self.model)
+        self._encoder = FeatureEncoder(
+            self._captioner, device=device, dtype=dtype, precision=encoder_precision
+        )
+        self._make_base = partial(
+            ImageCaptioner, base, base,
+            device=device, dtype=dtype, encoder_precision=encoder_precision,
+        )
         # `save_adapter` records it as the adapter's base model.
         is_folder = Path(self.name).is_dir()
         name = str(Path(self.name).resolve()) if is_folder else self.name
         setattr(self.model, "name_or_path", name)
 
-    @property
+    @cached_property
     def base(self) -> "ImageCaptioner":
         """The captioner without adapters, with the same prompt; it shares all other weights."""
-        base = ImageCaptioner(self._base, self._encoder)
-        base.prompt = self.prompt
-        return base
+        return self._make_base()
 
     def caption(
         self,
@@ -205,7 +214,9 @@ class ImageCaptioner:
             "sampling": _sampling(temperature, top_p, seed),
         }
         captioner = dataclasses.replace(
-            self._base, model=self.model, prompt=self.prompt if prompt is None else prompt
+            self._captioner,
+            model=self.model,
+            prompt=self.prompt if prompt is None else prompt,
         )
         is_one = _is_one(images)
         items: list[Any] = [images] if is_one else list(images)  # type: ignore[arg-type]
