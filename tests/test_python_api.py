@@ -337,6 +337,7 @@ def test_an_error_in_the_callback_loses_nothing(trained, arguments, tmp_path):
     with pytest.raises(Enough) as stopped:
         lora_engine.train(**arguments, output_path=path, callback=stop)
     assert "--resume" in "".join(stopped.value.__notes__)
+    assert (path / "checkpoints/step-00000004").is_dir()  # the step whose line it was
     resumed = lora_engine.train(**arguments, output_path=str(path), resume=True)
     timings = {"images_per_s", "data_wait_share"}
     assert [
