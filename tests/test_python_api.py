@@ -89,6 +89,17 @@ def test_all_kinds_of_images_have_the_captions_of_their_files(captioner, picture
     assert captioner.caption([]) == []
 
 
+def test_several_captions_of_an_image_are_a_list(captioner, pictures):
+    settings = {"num_beams": 3, "max_new_tokens": 5, "repetition_penalty": 1.5}
+    several = captioner.caption(pictures, num_return_sequences=2, batch_size=2, **settings)
+    assert [captions[0] for captions in several] == captioner.caption(pictures, **settings)
+    assert all(len(set(captions)) == 2 for captions in several)
+    scored = captioner.caption(
+        pictures[0], num_return_sequences=2, return_scores=True, **settings
+    )
+    assert [text for text, _ in scored] == several[0] and scored[0].score != scored[1].score
+
+
 def test_scores_are_those_of_hugging_faces_beam_search(blip_folder, pictures):
     captioner = lora_engine.load_captioner(blip_folder)
     theirs = hugging_face(blip_folder)
@@ -144,10 +155,10 @@ def test_an_image_that_cannot_be_used_is_named_by_its_position(captioner, pictur
 
 @pytest.mark.parametrize("given, words", [
     ({"batch_size": 0}, "batch_size is 0"),
-    ({"top_p": 0.5}, "give a temperature"),
+    ({"top_p": 0.5}, "give temperature 1, too"),
     ({"temperature": 0}, "temperature is 0"),
-    ({"temperature": 1.0, "num_beams": 2}, "use one of them"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"temperature": 1.0, "num_beams": 2}, "give one of them"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
 ])
 def test_settings_out_of_range_are_refused(captioner, pictures, given, words):
     with pytest.raises(ValueError, match=words):

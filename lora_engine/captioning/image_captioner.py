@@ -22,7 +22,7 @@ from lora_engine.captioning.captioner import (
     sharing_weights,
     with_adapter,
 )
-from lora_engine.captioning.generation import Sampling
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.data.pixels import load_pixels
 from lora_engine.data.python_rows import image_bytes
 from lora_engine.devices import resolve_device, resolve_dtype, use_device
@@ -183,8 +183,12 @@ class ImageCaptioner:
         num_beams: int = 1,
         max_new_tokens: int = 30,
         min_new_tokens: int = 0,
+        num_return_sequences: int = 1,
         length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
         temperature: float | None = None,
+        top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
@@ -197,22 +201,29 @@ class ImageCaptioner:
         pixels that training uses. Captions do not include the prompt. With `return_scores`, each
         result is a `ScoredCaption`, (text, score).
 
-        Tokens are the most probable ones, or the best of `num_beams` beams; with a `temperature`
-        they are sampled, from the smallest set whose probabilities add up to `top_p`, in a way that
-        depends only on `seed` and on the image's position in the list.
+        `GenerationSettings` describes the settings from `num_beams` to `seed`; they are those of
+        the command `caption`. With more than one of `num_return_sequences`, each image has a list.
+        Samples depend only on `seed` and on the image's position.
 
         Raises ValueError for settings out of range, and for an image that cannot be used; it names
         the image's position.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-        settings = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "length_penalty": length_penalty,
-            "sampling": _sampling(temperature, top_p, seed),
-        }
+        settings = GenerationSettings(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_return_sequences=num_return_sequences,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        settings.check_generation()
         captioner = dataclasses.replace(
             self._captioner,
             model=self.model,
@@ -228,13 +239,17 @@ class ImageCaptioner:
                 for number in numbers
             ]
             features = self._features(np.stack(pixels))
-            ids = caption_ids(captioner, features, numbers=numbers, **settings)
-            texts = map(self.tokenizer.decode, ids)
+            ids = caption_ids(captioner, features, settings, numbers=numbers)
+            captions: list[Any] = list(map(self.tokenizer.decode, ids))
             if return_scores:
                 scores = mean_log_probabilities(captioner, features, ids)
-                results += map(ScoredCaption, texts, scores)
-            else:
-                results += texts
+                captions = list(map(ScoredCaption, captions, scores))
+            if num_return_sequences > 1:
+                captions = [
+                    captions[first : first + num_return_sequences]
+                    for first in range(0, len(captions), num_return_sequences)
+                ]
+            results += captions
         return results[0] if is_one else results
 
     __call__ = caption
@@ -272,11 +287,3 @@ def _is_one(images: Any) -> bool:
     """Whether this is one image, or something that is taken for one and refused as such."""
     kinds = (str, os.PathLike, bytes, bytearray, Image.Image, np.ndarray, Tensor, Mapping)
     return isinstance(images, kinds) or not isinstance(images, Iterable)
-
-
-def _sampling(temperature: float | None, top_p: float, seed: int) -> Sampling | None:
-    if temperature is None and top_p < 1:
-        raise ValueError(f"top_p={top_p} is for sampling: give a temperature, such as 1.0, too")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
-    return None if temperature is None else Sampling(temperature, top_p, seed)
