@@ -30,7 +30,7 @@ def find_adapter(name: str | Path) -> Path:
     folder = Path(name)
     try:
         exists, is_below = folder.exists(), folder.parent != Path(".") and folder.parent.exists()
-    except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+    except OSError as error:  # too long a name
         raise AdapterError(f"{str(name)[:80]!r} is not a valid folder name: {error}") from None
     if exists:
         return _in_folder(folder)
