@@ -4,6 +4,7 @@ Importing this package is fast: each name below imports its module on first use,
 imported with the first model.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,11 @@ from lora_engine.version import __version__
 
 if TYPE_CHECKING:
     from lora_engine.captioning.generation import generate
+    from lora_engine.captioning.image_captioner import ImageCaptioner, load_captioner
     from lora_engine.config import TrainingConfig
     from lora_engine.lora.adapter import load_adapter, save_adapter
     from lora_engine.lora.injection import inject, merge, unmerge
-    from lora_engine.models.pretrained import load_captioner
-    from lora_engine.training.loop import train
+    from lora_engine.training.python_run import train
 
 _MODULES = {
     "inject": "lora.injection",
@@ -23,14 +24,16 @@ _MODULES = {
     "unmerge": "lora.injection",
     "load_adapter": "lora.adapter",
     "save_adapter": "lora.adapter",
-    "load_captioner": "models.pretrained",
+    "load_captioner": "captioning.image_captioner",
+    "ImageCaptioner": "captioning.image_captioner",
     "generate": "captioning.generation",
-    "train": "training.loop",
+    "train": "training.python_run",
     "TrainingConfig": "config",
 }
 
 __all__ = [
     "__version__",
+    "ImageCaptioner",
     "TrainingConfig",
     "generate",
     "inject",
@@ -45,5 +48,11 @@ __all__ = [
 
 def __getattr__(name: str):
     if name not in _MODULES:
-        raise AttributeError(f"module 'lora_engine' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'lora_engine' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
     return getattr(import_module(f"lora_engine.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

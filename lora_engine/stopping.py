@@ -5,9 +5,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # no Windows HUP
@@ -50,12 +51,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.error: Exception | None = None  # of a callback
         self.received_s = 0.0
         self.is_waiting = False
         self.is_at_once = False  # whether a second signal has come
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has been received."""
+        """Raises Interrupted if a signal has been received, and the error of a callback."""
+        if self.error is not None:
+            raise self.error
         if self.number is not None:
             raise Interrupted(self.number)
 
@@ -92,6 +96,14 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             self.is_at_once = True
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def call(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call what a user has given; if it fails, stop as after a signal, with its error."""
+        if self.error is None:
+            try:
+                callback(*args)
+            except Exception as error:
+                self.error = error
 
     def lose_output(self, error: OSError) -> None:
         """Stop after a failed write, as after a signal: the reader (SIGPIPE) or the terminal

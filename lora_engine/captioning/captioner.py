@@ -3,16 +3,18 @@
 import copy
 import dataclasses
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
-from itertools import islice, repeat
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice, product, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_engine.captioning.generation import generate
+from lora_engine.captioning.generation import generate_tokens
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -20,12 +22,14 @@ from lora_engine.data.batches import (
     SampleIndex,
     in_batches,
 )
+from lora_engine.data.captions import IGNORED, collate_captions
 from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
 from lora_engine.lora.adapter import Adapter, load_adapter
 from lora_engine.lora.injection import merge
+from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks, collect, dealt
 
@@ -42,7 +46,7 @@ class Caption(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """The result for one image: a caption by each captioner, or the reason why there is none."""
+    """The result for one image: captions by each captioner, or the reason why there are none."""
 
     image: str
     captions: tuple[Caption, ...] = ()
@@ -57,10 +61,7 @@ def with_adapter(
     It continues the adapter's prompt unless another one is given. Raises AdapterError if the
     adapter does not fit.
     """
-    model = captioner.model
-    shared: dict[int, Any] = {id(model.encoder): model.encoder}
-    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared)
+    model = sharing_weights(captioner.model)
     load_adapter(model, adapter)
     merge(model)
     return dataclasses.replace(
@@ -68,33 +69,98 @@ def with_adapter(
     )
 
 
-@torch.no_grad()
-def caption_features(captioner: Captioner, features: Tensor, **settings) -> list[Caption]:
+def sharing_weights(model: CaptioningModel) -> CaptioningModel:
+    """A copy of a model to inject adapters into: encoder and weights are those of `model`."""
+    shared: dict[int, Any] = {id(model.encoder): model.encoder}
+    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def caption_features(
+    captioner: Captioner,
+    features: Tensor,
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    numbers: Sequence[int] | None = None,
+) -> list[Caption]:
     """Caption images by their features (B, P, D); the captions do not include the prompt.
 
-    `settings` go to `generation.generate`: beams, lengths, sampling.
+    There are `num_return_sequences` of each image, one after the other. `numbers` are the images'
+    numbers for sampling.
     """
-    model, tokenizer = captioner.model, captioner.tokenizer
-    was_training = model.training
-    model.eval()
+    tokenizer = captioner.tokenizer
+    return [
+        Caption(tokenizer.decode(row), tokenizer.end_id in row)
+        for row in caption_ids(captioner, features, settings, numbers=numbers)
+    ]
+
+
+def caption_ids(
+    captioner: Captioner,
+    features: Tensor,
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    numbers: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The tokens of the captions of `caption_features`, padded to the longest."""
+    tokenizer = captioner.tokenizer
     prompt_ids = tokenizer.prompt_ids(captioner.prompt)
+    with _inference(captioner.model, features):
+        tokens = generate_tokens(
+            captioner.model,
+            features,
+            settings,
+            prompt_ids=prompt_ids,
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+            numbers=numbers,
+        )
+    return tokens[:, len(prompt_ids) :].tolist()
+
+
+def mean_log_probabilities(
+    captioner: Captioner, features: Tensor, captions: Sequence[Sequence[int]]
+) -> list[float]:
+    """How probable the model finds captions, in nats per token: minus the loss of each.
+
+    `captions` are `caption_ids` for features (B, P, D). The end token counts, the prompt does not.
+    However the tokens were chosen, the probabilities are the model's own, at temperature 1.
+    """
+    tokenizer, end = captioner.tokenizer, captioner.tokenizer.end_id
+    prompt_ids = tokenizer.prompt_ids(captioner.prompt)
+    rows = [
+        np.array([*prompt_ids, *ids[: ids.index(end) + 1 if end in ids else None]])
+        for ids in captions
+    ]
+    input_ids, targets = collate_captions(
+        rows, prompt_length=len(prompt_ids), pad_id=tokenizer.pad_id
+    )
+    targets = targets.to(features.device)
+    model = captioner.model
+    with _inference(model, features):
+        logits = model.head(model.decode(input_ids.to(features.device), features)).float()
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+        )  # (B, T)
+    return (-losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)).tolist()
+
+
+@contextmanager
+def _inference(model: CaptioningModel, features: Tensor) -> Iterator[None]:
+    """Within the context a model, which may be in training, computes without dropout or gradients,
+    in the dtype of `features`."""
     # The key/value cache has a new shape at every token. Compiled layers would be recompiled for
     # each, up to torch's limit, beyond which the training step would run uncompiled, too.
     # What compiles takes a second to import; where it was not, no layer is compiled.
     may_be_compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if may_be_compiled else nullcontext()
-    with autocast(features.device, features.dtype), eager:
-        tokens = generate(
-            model,
-            features,
-            prompt_ids=prompt_ids,
-            end_id=tokenizer.end_id,
-            pad_id=tokenizer.pad_id,
-            **settings,
-        )
-    model.train(was_training)
-    new_tokens = tokens[:, len(prompt_ids) :].tolist()
-    return [Caption(tokenizer.decode(row), tokenizer.end_id in row) for row in new_tokens]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(features.device, features.dtype), eager:
+            yield
+    finally:
+        model.train(was_training)
 
 
 def caption_images(
@@ -102,19 +168,19 @@ def caption_images(
     images: ImageTable,
     *,
     features: FeatureSource,
+    settings: Sequence[GenerationSettings] = (GenerationSettings(),),
     batch_size: int = 16,
     num_workers: int = 0,
     timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
     ranks: Ranks = OneProcess(),
-    **settings,
 ) -> Generator[Captioned]:
     """Caption images, in order; one that cannot be read yields the reason.
 
+    With each of `settings`, each captioner makes `num_return_sequences` captions, in this order.
     Batches are split across `ranks`; each process yields the results of all. The captioners share
     the encoder of `features`. `num_workers` and `timeout_s` are described in `workers.load`.
     `numbers` are the images' numbers for sampling, by default their positions in `images`.
-    `settings` go to `generation.generate`.
     """
     numbers = range(len(images)) if numbers is None else numbers
     order = in_batches(range(len(images)), batch_size)
@@ -131,7 +197,7 @@ def caption_images(
     with closing(iter(loader)) as batches:
         for _ in range(0, len(order), ranks.size * num_at_once):
             mine = [
-                _caption_batch(captioners, batch, numbers, **settings)
+                _caption_batch(captioners, batch, settings, numbers)
                 for batch in islice(batches, num_at_once)
             ]
             for results in collect(mine, ranks):
@@ -145,20 +211,21 @@ _Result = tuple[int, Sequence[Caption], str | None]  # of a row
 
 
 def _caption_batch(
-    captioners: Sequence[Captioner], batch: FeatureBatch, numbers: Sequence[int], **settings
+    captioners: Sequence[Captioner],
+    batch: FeatureBatch,
+    settings: Sequence[GenerationSettings],
+    numbers: Sequence[int],
 ) -> list[_Result]:
     """What `Captioned` says of each row of a batch, in the order of rows."""
     results: list[_Result] = [(bad.row, (), bad.reason) for bad in batch.skipped]
     if batch.rows:
-        captions = zip(*(
-            caption_features(
-                captioner,
-                batch.features,
-                numbers=[numbers[row] for row in batch.rows],
-                **settings,
-            )
-            for captioner in captioners
-        ))
+        numbers = [numbers[row] for row in batch.rows]
+        captions: list[list[Caption]] = [[] for _ in batch.rows]
+        for setting, captioner in product(settings, captioners):
+            found = caption_features(captioner, batch.features, setting, numbers=numbers)
+            num_each = setting.num_return_sequences
+            for number, of_image in enumerate(captions):
+                of_image += found[number * num_each : (number + 1) * num_each]
         results += [(row, of_image, None) for row, of_image in zip(batch.rows, captions)]
     return sorted(results)
 

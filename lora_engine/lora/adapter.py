@@ -134,13 +134,27 @@ class Adapter:
         return None if is_folder else self.base_model
 
 
-def save_adapter(model: nn.Module, folder: str | Path, **settings: Any) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    hugging_face_class: str | None = None,
+    revision: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> None:
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
-    `settings` are those of `adapter_files`. An existing adapter is replaced only when the new one
+    The settings are those of `adapter_files`. An existing adapter is replaced only when the new one
     is complete; other files in `folder` are kept.
     """
-    write_adapter(folder, adapter_files(model, **settings))
+    write_adapter(folder, adapter_files(
+        model,
+        base_model=base_model,
+        hugging_face_class=hugging_face_class,
+        revision=revision,
+        provenance=provenance,
+    ))
 
 
 def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
@@ -153,20 +167,22 @@ def write_adapter(folder: str | Path, contents: Mapping[str, bytes]) -> None:
 def adapter_files(
     model: nn.Module,
     *,
-    base_model: str | None,
+    base_model: str | None = None,
     hugging_face_class: str | None = None,
     revision: str | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
     """The contents of the files of a PEFT adapter folder, by file name.
 
-    `base_model` is the folder or Hub name of the base model, `hugging_face_class` its class in
-    transformers. Raises AdapterError for a model without LoRA layers, and for values that are not
-    finite.
+    `base_model` is the folder or Hub name of the base model, by default the attribute
+    `name_or_path` of `model`, if it has one (PEFT's rule, too); `hugging_face_class` is its class
+    in transformers. Raises AdapterError for a model without LoRA layers, and for values that are
+    not finite.
     """
     layers = dict(lora_layers(model))
     if not layers:
         raise AdapterError("this model has no LoRA layers to save; call inject() first")
+    base_model = getattr(model, "name_or_path", None) if base_model is None else base_model
     config = _peft_config(layers, base_model, hugging_face_class, revision)
     # PEFT decides by the module, and warns if the file disagrees.
     config["fan_in_fan_out"] = getattr(model, "fan_in_fan_out", False)

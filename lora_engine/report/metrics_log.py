@@ -26,10 +26,10 @@ class MetricsLogger:
     """Appends events to metrics.jsonl and shows progress; within its context, log records too.
 
     metrics.jsonl is the record of a run: each line is written and flushed when it happens, and
-    everything drawn later is derived from it. A `tracker` gets the same events. When the output
-    can no longer be written (its reader has gone), `on_lost_output` is called once, and further
-    output is dropped. Of several processes one `is_writer`; another one keeps its lines, until it
-    has to `take_over`.
+    everything drawn later is derived from it. A `tracker` gets the same events, and `on_record` a
+    copy of each line that is written. When the output can no longer be written (its reader has
+    gone), `on_lost_output` is called once, and further output is dropped. Of several processes one
+    `is_writer`; another one keeps its lines, until it has to `take_over`.
     """
 
     def __init__(
@@ -41,10 +41,12 @@ class MetricsLogger:
         stream: TextIO | None = None,
         tracker: Tracker | None = None,
         on_lost_output: Callable[[OSError], None] = lambda error: None,
+        on_record: Callable[[dict[str, Any]], None] = lambda line: None,
         is_writer: bool = True,
     ) -> None:
         self.stream: Any = _Output(stream or sys.stdout, on_lost_output)
         self.tracker = tracker
+        self._on_record = on_record
         self._path = path
         # Kept open: a step must not lose its line because file descriptors have run out.
         self._file = open_to_append(path) if is_writer else None
@@ -94,6 +96,7 @@ class MetricsLogger:
                 f"{self._path} is gone: the run folder was removed or renamed during the run"
             )
         append_line(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
+        self._on_record(dict(line))
         del line["event"]
         self.track(event, **line)
 

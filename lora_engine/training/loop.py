@@ -14,7 +14,7 @@ from lora_engine.config import TrainingConfig
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.terminal import ConsoleHandler, logging_to
-from lora_engine.training.run import open_run
+from lora_engine.training.run import Callback, open_run
 from lora_engine.training.setup import prepare
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def train(
     data: Any = None,
     val_data: Any = None,
     ranks: Ranks | None = None,
+    callback: Callback | None = None,
 ) -> TrainingSummary:
     """Train an adapter as `config` says and save it in a run folder: a new one, or with
     `config.resume` that of the run to continue.
@@ -35,6 +36,7 @@ def train(
     take the place of the paths in `config`: a list of (image, caption or captions), with images as
     paths, PIL images, bytes of image files or uint8 arrays (height, width, 3), or a Hugging Face
     Dataset. `ranks` are the processes of the run; by default those that torchrun has started.
+    `callback` is called with each line of metrics.jsonl; its error ends the run as a signal does.
 
     Raises ValueError (or a subclass) for settings, data or a model that cannot be used;
     TrainingStopped or LoadingStopped when a run cannot continue; Interrupted after SIGINT, SIGTERM
@@ -45,7 +47,9 @@ def train(
     with (
         logging_to(ConsoleHandler()),
         nullcontext(ranks) if ranks is not None else open_ranks() as ranks,
-        open_run(prepare(config, family, data=data, val_data=val_data, ranks=ranks)) as run,
+        open_run(
+            prepare(config, family, data=data, val_data=val_data, ranks=ranks), callback
+        ) as run,
     ):
         trainer, schedule, meter = run.trainer, run.schedule, run.meter
         if schedule.validates(run.step) and run.step not in run.best.losses:

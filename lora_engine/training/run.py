@@ -58,15 +58,18 @@ from lora_engine.training.validation_captions import ValidationCaptions
 
 logger = logging.getLogger(__name__)
 
+Callback = Callable[[dict[str, Any]], object]
+
 _NUM_SPARE_FILES = 8  # file descriptors
 
 
 @contextmanager
-def open_run(setup: RunSetup) -> Iterator["Run"]:
+def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run"]:
     """A run in its folder, before its first step or restored to its checkpoint.
 
-    When the context ends, a checkpoint of the last whole step, the report and the summary are
-    written, also after an error.
+    `callback` is called with each line of metrics.jsonl; if it fails, the run ends as after a
+    signal. When the context ends, a checkpoint of the last whole step, the report and the summary
+    are written, also after an error.
     """
     config, data, trainer, ranks = setup.config, setup.data, setup.trainer, setup.ranks
     schedule = Schedule(config, len(data.train_set))
@@ -81,6 +84,7 @@ def open_run(setup: RunSetup) -> Iterator["Run"]:
                 config.track if ranks.is_main else "none", folder.path, config.as_dict()
             ),
             on_lost_output=stop.lose_output,
+            on_record=partial(stop.call, callback or (lambda line: None)),
             is_writer=folder.is_writer,
         ) as metrics,
         feature_source(setup) as features,

@@ -1,6 +1,7 @@
 """The data of a run: pairs of its sources, checked, tokenized and split in two."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -234,11 +235,11 @@ def _warn_of_overlap(train: Pairs, val: Pairs) -> None:
     places = {container.path for container in train.images.containers}
     if places.isdisjoint(container.path for container in val.images.containers):
         return
-    images = set(val.images)
+    images = set(filter(os.path.isabs, val.images))  # others are in memory, named by their rows
     shared = images.intersection(train.images)
     if shared:
         logger.warning(
-            f"{len(shared):,} of {len(images):,} validation images are also training images, "
+            f"{len(shared):,} of {len(val.images):,} validation images are also training images, "
             f"such as {min(shared)}: the validation loss is too optimistic"
         )
 
