@@ -167,6 +167,15 @@ class RunFolder:
         _Lock(path / ".lock").check()
 
     @classmethod
+    def is_running(cls, path: str | Path) -> bool:
+        """Whether another process is training in the folder, as far as its lock tells."""
+        try:
+            cls.check_unlocked(Path(path))
+        except ValueError:
+            return True
+        return False
+
+    @classmethod
     def create(
         cls, output_path: str | None, *, prefix: str, resume: bool = False
     ) -> "RunFolder":
