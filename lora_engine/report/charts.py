@@ -9,7 +9,7 @@ from functools import partial
 from lora_engine.report import run_facts
 from lora_engine.report.html import Markup, tag
 from lora_engine.report.line_chart import Line, line_chart
-from lora_engine.report.run_record import RunRecord, epochs_per_step
+from lora_engine.report.run_record import RunRecord
 from lora_engine.report.series import Series, smoothed, smoothing_window
 
 NUM_COLORS = 8  # in report.css
@@ -28,10 +28,10 @@ def charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
     lines = _loss_lines(runs, names)
     if not any(line.series.steps for line in lines):
         return []
-    epochs = {epochs_per_step(run.metrics) for run in runs}
+    steps_per_epoch = {run.steps_per_epoch for run in runs}
     draw = partial(
         line_chart,
-        epochs_per_step=epochs.pop() if len(epochs) == 1 else None,
+        steps_per_epoch=steps_per_epoch.pop() if len(steps_per_epoch) == 1 else None,
         tells_best=len(runs) == 1,
     )
     scores = {

@@ -13,6 +13,7 @@ MAX_DOTS = 60
 TOP, RIGHT, BOTTOM = 30, 8, 26  # margins around the plot, in the chart's units
 DIGIT = 7.0  # width of a digit
 LINE = 20.0  # height of a line of text
+MAX_ROWS = 9
 MIN_MARGIN = 46.0  # fits the names of the axes
 
 
@@ -37,7 +38,7 @@ def line_chart(
     title: str,
     width: int,
     height: int,
-    epochs_per_step: float | None,
+    steps_per_epoch: int | None,
     tells_best: bool,
 ) -> Markup:
     """Draw lines over optimizer steps, and over epochs on the axis above.
@@ -52,7 +53,7 @@ def line_chart(
         trimmed=[line.series for line in lines if not line.has_dots],
     )
     inner_height = height - TOP - BOTTOM
-    rows = _ticks(low, high, count=inner_height / LINE)
+    rows = _ticks(low, high, count=min(inner_height / LINE, MAX_ROWS))
     margin = max(MIN_MARGIN, 10 + DIGIT * max(len(label) for _, label in rows))
     inner_width = width - margin - RIGHT
 
@@ -77,8 +78,8 @@ def line_chart(
         for value, label in rows
     ]
     axes = {("step", height - 8): 1.0}
-    if epochs_per_step is not None:
-        axes["epoch", TOP - 16] = epochs_per_step
+    if steps_per_epoch is not None:
+        axes["epoch", TOP - 16] = 1 / steps_per_epoch
     for (name, at), scale in axes.items():
         labels.append(tag("text", name, x=margin - 6, y=at, class_="row axis"))
         end = scale * right

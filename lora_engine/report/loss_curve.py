@@ -71,11 +71,11 @@ def draw_loss_curve(metrics_path: str | Path, out_path: str | Path) -> None:
 
 
 def _draw_training(axes: "Axes", losses: Series) -> None:
-    axes.plot(
-        *losses, color=TRAINING_COLOR, alpha=0.3, linewidth=1, label="training",
-        marker="o", markersize=4 if len(losses.steps) <= 100 else 0,
-    )
     window = smoothing_window(len(losses.steps))
+    axes.plot(
+        *losses, color=TRAINING_COLOR, alpha=0.3 if window > 1 else 1, linewidth=1,
+        label="training", marker="o", markersize=4 if len(losses.steps) <= 100 else 0,
+    )
     if window > 1:
         axes.plot(
             *smoothed(losses), color=TRAINING_COLOR, linewidth=2.2,
@@ -120,6 +120,7 @@ def _label_axes(axes: "Axes", step_in_epochs: float | None) -> None:
     above.set_xlim(*(step * step_in_epochs for step in axes.get_xlim()))
     above.set_xlabel("epoch", fontsize=14, color=TEXT_COLOR)
     above.tick_params(labelsize=12, colors=TEXT_COLOR)
+    above.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     above.spines[["right"]].set_visible(False)
 
 

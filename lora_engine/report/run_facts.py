@@ -115,20 +115,25 @@ def headline(run: RunRecord) -> str:
     is_by_score = criterion != "loss" and criterion in run.scores
     name = score_name(criterion) if is_by_score else "validation loss"
     if step == first_step:
+        never = "has not yet" if run.is_running else "never"
         return (
-            f"The {name} never improved on its value before training, so adapter/ holds the "
+            f"The {name} {never} improved on its value before training, so adapter/ holds the "
             f"initial adapter. The validation loss was {figure(best)} nats per token then and is "
             f"{figure(losses.values[-1])} at step {last_step:,}."
         )
     sentence = (
-        f"The adapter of step {step:,} of {_total(run)} is the best by {name}: the validation loss "
-        f"went from {figure(losses.values[0])} to {figure(best)} nats per token"
+        f"The adapter of step {step:,} of {_total(run)} is the best "
+        f"{'so far ' if run.is_running else ''}by {name}: the validation loss went "
+        f"from {figure(losses.values[0])} to {figure(best)} nats per token"
     )
     for key in score_keys([run])[:1]:
         before, after = (score_at(run, key, at) for at in (first_step, step))
         if before is not None and after is not None:
-            change = "rose" if after > before else "fell" if after < before else "stayed"
-            sentence += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
+            change = f"from {figure(before)} to {figure(after)}"
+            if after == before:
+                change = f"at {figure(after)}"
+            verb = "rose" if after > before else "fell" if after < before else "stayed"
+            sentence += f"; {score_name(key)} {verb} {change}"
     return sentence + "."
 
 

@@ -90,11 +90,16 @@ class RunRecord:
         if isinstance(total, int):
             return total
         epochs, max_steps = self.config.get("epochs"), self.config.get("max_steps")
-        step_in_epochs = epochs_per_step(self.metrics)
-        if not isinstance(epochs, int) or step_in_epochs is None:
+        if not isinstance(epochs, int) or self.steps_per_epoch is None:
             return None
-        total = epochs * round(1 / step_in_epochs)  # a whole number of steps per epoch
+        total = epochs * self.steps_per_epoch
         return min(total, max_steps) if isinstance(max_steps, int) else total
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """A whole number; None before the first step."""
+        step_in_epochs = epochs_per_step(self.metrics)
+        return None if step_in_epochs is None else max(round(1 / step_in_epochs), 1)
 
     @property
     def is_finished(self) -> bool:
