@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from pictures import settings
+from PIL import Image
 
 from lora_engine import __main__ as verbs
 from lora_engine.report import live
@@ -107,8 +107,9 @@ def test_words_that_training_has_changed_are_marked(tmp_path):
 
 def test_figures_have_four_significant_digits():
     shown = {
-        5.242e-18: "0.000", -1e-9: "0.000", 0.0: "0.000", 0.00038461: "0.0003846", 0.0662: "0.06620",
-        9.568799: "9.569", 1.0: "1.000", 999.96: "1,000", 12345.6: "12,350", 1e20: "1.000e+20",
+        5.242e-18: "0.000", -1e-9: "0.000", 0.0: "0.000", 0.00038461: "0.0003846",
+        0.0662: "0.06620", 9.568799: "9.569", 1.0: "1.000", 999.96: "1,000",
+        12345.6: "12,350", 1e20: "1.000e+20",
     }
     assert {value: figure(value) for value in shown} == shown
 
