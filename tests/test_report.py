@@ -1,6 +1,7 @@
 """report.html: its content, escaping of all text, and errors for damaged runs."""
 
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -283,12 +284,17 @@ def test_the_error_for_a_damaged_run_names_file_and_line(tmp_path):
     assert not (run / "report.html").exists()
 
 
-def test_the_verb_writes_into_the_run_folder_or_to_out(command, refused, tmp_path):
+def test_the_verb_writes_into_the_run_folder_or_to_out(command, refused, tmp_path, monkeypatch):
     run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
     assert command(verbs.run_verb, "report", run)[:2] == (0, f"report  {run / 'report.html'}\n")
     assert command(verbs.run_verb, "report", run, other)[:2] == (0, "report  report.html\n")
     assert (command.work / "report.html").is_file()
     (command.work / "report.html").unlink()
+    os.mkfifo(other / ".lock")  # a lock that nobody holds, and that cannot be waited for
+    assert command(verbs.run_verb, "report", other)[0] == 0
+    monkeypatch.setattr(RunFolder, "is_running", lambda path: path == str(run))
+    assert command(verbs.run_verb, "report", run)[0] == 0
+    assert "Running, step 10 of 10." in Page(run / "report.html").text
     refused(verbs.run_verb, "report", words=["no runs to report on"])
     refused(verbs.run_verb, "report", tmp_path, words=["holds no run", "did you mean"])
     refused(verbs.run_verb, "report", tmp_path / "none", words=["no such folder"])

@@ -422,7 +422,8 @@ class _Lock:
         try:
             import fcntl
 
-            file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+            # Not blocking, in case somebody put a pipe there.
+            file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (ImportError, OSError):  # as `take`; or there is none, or no right to read it
             return
         try:

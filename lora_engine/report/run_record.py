@@ -99,7 +99,9 @@ class RunRecord:
     def steps_per_epoch(self) -> int | None:
         """A whole number; None before the first step."""
         step_in_epochs = epochs_per_step(self.metrics)
-        return None if step_in_epochs is None else max(round(1 / step_in_epochs), 1)
+        if step_in_epochs is None or step_in_epochs < 1e-9:
+            return None
+        return max(round(1 / step_in_epochs), 1)
 
     @property
     def is_finished(self) -> bool:
