@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_engine.report import loss_curve
 from lora_engine.report.loss_curve import draw_loss_curve
-from lora_engine.report.series import Series, smooth, x_limits, y_limits
+from lora_engine.report.series import Series, smoothed, smoothing_window, x_limits, y_limits
 
 BLUE, ORANGE = (42, 120, 181), (200, 80, 30)
 
@@ -93,22 +93,41 @@ def test_a_failure_leaves_the_old_picture(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
 
 
-def test_smoothing_is_a_weighted_mean_of_the_values_so_far():
-    values, decay = [4.0, 1.0, 3.0, 2.0], 0.9
-    for n, smoothed in enumerate(smooth(values, decay=decay), start=1):
-        weights = [decay ** (n - 1 - i) for i in range(n)]
-        expected = sum(w * v for w, v in zip(weights, values)) / sum(weights)
-        assert smoothed == pytest.approx(expected, rel=1e-12)
+def test_smoothing_is_a_centered_mean_that_does_not_lag():
+    values = [float(n * n % 7) for n in range(45)]
+    half = smoothing_window(len(values)) // 2
+    assert half == 2
+    for n, mean in enumerate(smoothed(Series(list(range(45)), values)).values):
+        reach = min(half, n, 44 - n)
+        window = values[n - reach : n + reach + 1]
+        assert mean == pytest.approx(sum(window) / len(window), rel=1e-12)
+    line = Series(list(range(45)), [3.0 - n / 9 for n in range(45)])
+    assert smoothed(line).values == pytest.approx(line.values)
+    assert [smoothing_window(n) for n in (0, 19, 20, 10**6)] == [1, 1, 3, 101]
 
 
-def test_the_title_states_the_outcome():
+def test_the_title_names_the_run_and_states_the_outcome(tmp_path, monkeypatch):
     def title(*points):
-        return loss_curve._title(Series([p[0] for p in points], [p[1] for p in points]))
+        return loss_curve._outcome(Series([p[0] for p in points], [p[1] for p in points]))
 
     assert title((0, 4.21), (10, 2.0), (20, 2.5)) == "Validation loss 4.210 → 2.000 at step 10"
     assert title((0, 2.0), (10, 2.5)) == "Validation loss 2.000 at step 0, no improvement since"
     assert title((0, 4.21)) == "Validation loss 4.210 at step 0"
     assert title() == "Training loss"
+
+    from matplotlib.axes import Axes
+
+    titles = []
+    real = Axes.set_title
+    monkeypatch.setattr(
+        Axes, "set_title", lambda *args, **more: titles.append(args[1]) or real(*args, **more)
+    )
+    run = tmp_path / "a$run$ \u6f22"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"model": "/models/" + "long-" * 20}))
+    draw_loss_curve(write(run, WHOLE_RUN[:2]), run / "loss_curve.png")
+    name = ("long-" * 20)[:40]
+    assert titles == [f"{name}..., run a$run$ \u6f22\nValidation loss 4.200 at step 0"]
 
 
 def test_the_limits_show_everything_but_the_most_extreme_steps():

@@ -32,6 +32,7 @@ from lora_engine.data.batches import CaptionedImages
 from lora_engine.data.subsets import hold_out_sampled
 from lora_engine.features import store as store_module
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.report import live
 from lora_engine.report import metrics_log as metrics_log_module
 from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.stopping import Interrupted, LoadingStopped, TrainingStopped
@@ -549,7 +550,9 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
     if phase == "the first validation":
         assert not run.exists()
         return
-    assert "This run is not finished" in (run / "report.html").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "This run is not finished: it stopped at" in page
+    assert f"({signal.Signals(number).name})" in page
     assert "--resume to continue from there" in ended.output
     newest = read_checkpoint(checkpoint_paths(run / "checkpoints")[-1])
     expected = {"a step": 3, "a later validation": 5, "captioning": 5, "saving": 4}[phase]
@@ -685,7 +688,7 @@ def test_a_signal_after_the_last_step_finishes_all_and_tells_by_the_status(
     config = long_run(blip_folder, data, tmp_path / "run")
 
     def prepare():
-        owner, name = (run_module, phase) if phase != "the summary" else (
+        owner, name = (live, phase) if phase != "the summary" else (
             validation_captions.ValidationCaptions, "compare"
         )
         real = getattr(owner, name)
@@ -1172,7 +1175,7 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(
-    blip_folder, data, tmp_path, monkeypatch, capsys
+    unbroken, blip_folder, data, tmp_path, monkeypatch, capsys
 ):
     config = long_run(blip_folder, data, tmp_path / "run")
     stopped_after(config, 3)
@@ -1186,7 +1189,9 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
     real = Path.write_text
     monkeypatch.setattr(Path, "write_text", full)
     train(go_on(config))
-    assert "warning: the report could not be written" in capsys.readouterr().err
+    # While the run goes on only the first failure is told, and it changes nothing.
+    assert capsys.readouterr().err.count("warning: the report could not be written") == 2
+    assert trajectory(tmp_path / "run") == trajectory(unbroken)
     assert (tmp_path / "run" / "report.html").read_bytes() == before
 
 

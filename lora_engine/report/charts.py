@@ -4,12 +4,13 @@ A new curve of the training lines in metrics.jsonl is a line in TRAINING_CURVES.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from lora_engine.report import run_facts
-from lora_engine.report.html import Markup, join, tag
+from lora_engine.report.html import Markup, tag
 from lora_engine.report.line_chart import Line, line_chart
 from lora_engine.report.run_record import RunRecord
-from lora_engine.report.series import Series, smoothed
+from lora_engine.report.series import Series, smoothed, smoothing_window
 
 NUM_COLORS = 8  # in report.css
 
@@ -27,17 +28,43 @@ def charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
     lines = _loss_lines(runs, names)
     if not any(line.series.steps for line in lines):
         return []
-    chart = line_chart(lines, title="Loss over optimizer steps", width=720, height=320)
-    small = []
-    for key in run_facts.score_keys(runs):
-        title = run_facts.score_name(key)
-        small += _small_chart(title, [run.validation(key) for run in runs], names, has_dots=True)
-    for key, (title, factor) in TRAINING_CURVES.items():
-        found = [run.training(key) for run in runs]
-        scaled = [Series(s.steps, [factor * value for value in s.values]) for s in found]
-        small += _small_chart(title, scaled, names, has_dots=False)
+    steps_per_epoch = {run.steps_per_epoch for run in runs}
+    draw = partial(
+        line_chart,
+        steps_per_epoch=steps_per_epoch.pop() if len(steps_per_epoch) == 1 else None,
+        tells_best=len(runs) == 1,
+    )
+    scores = {
+        run_facts.score_name(key): [
+            Line(run.validation(key), name, run_color(index), True, run.best_step)
+            for index, (run, name) in enumerate(zip(runs, names))
+        ]
+        for key in run_facts.score_keys(runs)
+    }
+    training = {
+        title: [
+            Line(_scaled(run.training(key), factor), name, run_color(index))
+            for index, (run, name) in enumerate(zip(runs, names))
+        ]
+        for key, (title, factor) in TRAINING_CURVES.items()
+    }
+    small = [
+        tag(
+            "figure",
+            tag("figcaption", title),
+            draw(found, title=f"{title} over optimizer steps", width=340, height=190),
+        )
+        for title, found in (scores | training).items() if any(line.series.steps for line in found)
+    ]
+    # A chart shrinks to the page's width, and so does its text: phones get one of their own.
+    sizes = {"wide": (720, 340), "narrow": (340, 260)}
     return [
-        tag("figure", tag("figcaption", "Loss, nats per token", _legend(runs)), chart),
+        tag("figure", tag("figcaption", "Loss, nats per token", *_legend(runs)), *(
+            tag("div", draw(
+                lines, title="Loss over optimizer steps", width=width, height=height
+            ), class_=name)
+            for name, (width, height) in sizes.items()
+        )),
         tag("div", *small, class_="charts"),
     ]
 
@@ -47,34 +74,32 @@ def _loss_lines(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Line]:
     for index, (run, name) in enumerate(zip(runs, names)):
         training = run.training("loss")
         color = run_color(index)
-        if len(runs) == 1:
+        if len(runs) == 1 and smoothing_window(len(training.steps)) > 1:
             lines.append(Line(training, "training", f"{color} faint"))
         lines.append(Line(smoothed(training), f"{name}, training", f"{color} thin"))
         color = run_color(1) if len(runs) == 1 else color
-        lines.append(Line(run.validation("loss"), f"{name}, validation", color, has_dots=True))
+        lines.append(
+            Line(run.validation("loss"), f"{name}, validation", color, True, run.best_step)
+        )
     return lines
 
 
-def _legend(runs: Sequence[RunRecord]) -> Markup:
+def _legend(runs: Sequence[RunRecord]) -> list[Markup]:
+    best = tag("span", tag("i", class_="chip ring"), "the saved adapter", class_="key")
     if len(runs) > 1:
-        return tag("span", "dots: validation; thin: training, smoothed", class_="hint")
-    return join([
-        tag("span", color_chip(run_color(0)), "training, with its moving average", class_="key"),
+        text = "dots: validation; thin: training, centered moving average"
+        return [tag("span", text, class_="key"), best]
+    window = smoothing_window(len(runs[0].training("loss").steps))
+    average = f", and its centered average over {window} values" if window > 1 else ""
+    return [
+        tag("span", color_chip(run_color(0)), f"training{average}", class_="key"),
         tag("span", color_chip(run_color(1)), "validation", class_="key"),
-    ])
-
-
-def _small_chart(
-    title: str, found: Sequence[Series], names: Sequence[str], *, has_dots: bool
-) -> list[Markup]:
-    if not any(series.steps for series in found):
-        return []
-    lines = [
-        Line(series, name, run_color(index), has_dots)
-        for index, (series, name) in enumerate(zip(found, names))
+        best,
     ]
-    chart = line_chart(lines, title=f"{title} over optimizer steps", width=340, height=180)
-    return [tag("figure", tag("figcaption", title), chart)]
+
+
+def _scaled(series: Series, factor: float) -> Series:
+    return Series(series.steps, [factor * value for value in series.values])
 
 
 def run_color(index: int) -> str:

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_engine.report.html import Markup, tag
+from lora_engine.report.run_facts import figure
 from lora_engine.report.series import Series, x_limits, y_limits
 
 MAX_BUCKETS = 300  # of a long line, each drawn by its lowest and its highest value
 MAX_DOTS = 60
-TOP, RIGHT, BOTTOM = 8, 8, 26  # margins around the plot, in the chart's units
+TOP, RIGHT, BOTTOM = 30, 8, 26  # margins around the plot, in the chart's units
 DIGIT = 7.0  # width of a digit
+LINE = 20.0  # height of a line of text
+MAX_ROWS = 9
+MIN_MARGIN = 46.0  # fits the names of the axes
 
 
 @dataclass(frozen=True)
@@ -18,19 +22,29 @@ class Line:
     """A series and how it is drawn: `style` are classes of report.css.
 
     `label` names the line in a dot's tooltip. Lines with dots are shown in full; of the others the
-    most extreme 1 % of the values may be cut off.
+    most extreme 1 % of the values may be cut off. The value at `best_step` gets a ring.
     """
 
     series: Series
     label: str
     style: str
     has_dots: bool = False
+    best_step: int | None = None
 
 
-def line_chart(lines: Sequence[Line], *, title: str, width: int, height: int) -> Markup:
-    """Draw lines over optimizer steps; `title` is for screen readers.
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    title: str,
+    width: int,
+    height: int,
+    steps_per_epoch: int | None,
+    tells_best: bool,
+) -> Markup:
+    """Draw lines over optimizer steps, and over epochs on the axis above.
 
-    At least one of the lines must have a value.
+    `title` is for screen readers. With `tells_best` the values in rings are written beside them. At
+    least one of the lines must have a value.
     """
     lines = [line for line in lines if line.series.steps]
     left, right = x_limits(line.series for line in lines)
@@ -38,9 +52,10 @@ def line_chart(lines: Sequence[Line], *, title: str, width: int, height: int) ->
         whole=[line.series for line in lines if line.has_dots],
         trimmed=[line.series for line in lines if not line.has_dots],
     )
-    rows = _ticks(low, high, count=height // 45)
-    margin = 10 + DIGIT * max(len(label) for _, label in rows)
-    inner_width, inner_height = width - margin - RIGHT, height - TOP - BOTTOM
+    inner_height = height - TOP - BOTTOM
+    rows = _ticks(low, high, count=min(inner_height / LINE, MAX_ROWS))
+    margin = max(MIN_MARGIN, 10 + DIGIT * max(len(label) for _, label in rows))
+    inner_width = width - margin - RIGHT
 
     def x(step: float) -> float:
         return round((step - left) / (right - left) * inner_width, 1)
@@ -62,12 +77,34 @@ def line_chart(lines: Sequence[Line], *, title: str, width: int, height: int) ->
         tag("text", label, x=margin - 6, y=TOP + y(value) + 4, class_="row")
         for value, label in rows
     ]
-    labels += [
-        tag("text", label, x=margin + x(step), y=height - 8, class_="column")
-        for step, label in _ticks(0, right, count=width // 90, smallest=1)
-    ]
+    axes = {("step", height - 8): 1.0}
+    if steps_per_epoch is not None:
+        axes["epoch", TOP - 16] = 1 / steps_per_epoch
+    for (name, at), scale in axes.items():
+        labels.append(tag("text", name, x=margin - 6, y=at, class_="row axis"))
+        end = scale * right
+        space = DIGIT * (len(f"{end:,.0f}") + 3)
+        labels += [
+            tag("text", label, x=round(margin + x(value / scale), 1), y=at, class_="column")
+            for value, label in _ticks(
+                0, end, count=inner_width / space, smallest=1 if name == "step" or end >= 2 else 0
+            )
+        ]
+    rings = []
+    for line in lines:
+        for step, value in zip(*line.series):
+            if step != line.best_step:
+                continue
+            at_x, at_y = round(margin + x(step), 1), round(TOP + y(value), 1)
+            rings.append(tag("circle", cx=at_x, cy=at_y, r=7, class_=f"ring {line.style}"))
+            if tells_best:
+                labels.append(tag(
+                    "text", figure(value), x=at_x,
+                    y=at_y - 12 if at_y > TOP + 2 * LINE else at_y + LINE,
+                    class_=f"best {'row' if x(step) > inner_width / 2 else ''} {line.style}",
+                ))
     return tag(
-        "svg", frame, *labels,
+        "svg", frame, *rings, *labels,
         class_="chart", role="img", aria_label=title, viewBox=f"0 0 {width} {height}",
     )
 
@@ -80,7 +117,7 @@ def _drawn(
     count = len(line.series.steps)
     if count == 1 or line.has_dots and count <= MAX_DOTS:
         for step, value in zip(*line.series):
-            tooltip = tag("title", f"{line.label}, step {step:,}: {value:.4g}")
+            tooltip = tag("title", f"{line.label}, step {step:,}: {figure(value)}")
             yield tag("circle", tooltip, cx=x(step), cy=y(value), r=3.5, class_=line.style)
 
 
@@ -99,12 +136,14 @@ def _thinned(series: Series) -> list[tuple[int, float]]:
 
 
 def _ticks(
-    low: float, high: float, *, count: int, smallest: float = 0.0
+    low: float, high: float, *, count: float, smallest: float = 0.0
 ) -> list[tuple[float, str]]:
-    """About `count` round values from `low` to `high`, with their labels."""
+    """Round values from `low` to `high` with their labels: at most about `count`, and half of it
+    at least."""
     rough = max((high - low) / count, smallest)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next((n * power for n in (1, 2, 5) if n * power >= rough), 10 * power)
+    sizes = (1, 2, 5) if smallest else (1, 2, 2.5, 5)
+    step = next((n * power for n in sizes if n * power >= rough), 10 * power)
     numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
     return [(number * step, _label(number * step, step)) for number in numbers]
 
@@ -112,5 +151,5 @@ def _ticks(
 def _label(value: float, step: float) -> str:
     if value and not 1e-4 <= step < 1e7:
         return f"{value:.7g}".replace("e-0", "e-").replace("e+0", "e+")
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:,.{min(decimals, 4)}f}"
+    decimals = next(n for n in range(6) if n == 5 or math.isclose(round(step, n), step))
+    return f"{value:,.{decimals}f}"

@@ -19,6 +19,7 @@ NOTHING = "–"
 ABOUT_THE_RUN = frozenset((
     "total_s", "peak_memory_bytes", "num_train_captions", "num_train_images",
     "num_val_captions", "num_val_images", "num_adapted_modules", "num_trainable", "num_frozen",
+    "total_steps", "tokenizer_fingerprint", "stopped",
 ))
 
 Better = Callable[[Iterable[float]], float] | None  # max, min, or neither
@@ -26,6 +27,17 @@ Better = Callable[[Iterable[float]], float] | None  # max, min, or neither
 # Which values of a score are better; scores that are not listed are not ranked.
 BETTER: dict[str, Better] = dict.fromkeys(SCORE_NAMES, max) | {
     "repetition": min, "mean_length": None,
+}
+
+# What the names of the loss and of scores do not tell.
+MEANINGS = {
+    "loss": "nats per token; lower is better",
+    "cider_d": "agreement with the references in rare phrases, 0 to 10; 0 for a single image",
+    "bleu_4": "phrases of up to four words that the references have too, 0 to 1",
+    "rouge_l": "longest common subsequence with a reference, 0 to 1",
+    "ended": "the other captions were cut off at the length limit",
+    "distinct": "1 if no two images have the same caption",
+    "repetition": "three words in a row that the caption has had before; lower is better",
 }
 
 
@@ -61,9 +73,31 @@ def names(runs: Sequence[RunRecord]) -> list[str]:
     return own if len(set(own)) == len(own) else [str(run.path) for run in runs]
 
 
+def model_name(config: dict[str, Any]) -> str:
+    """The last part of the model's Hub name or folder."""
+    return Path(text(config.get("model"))).name
+
+
 def subtitle(run: RunRecord) -> str:
     model = text(run.config.get("model"))
-    return f"LoRA on {Path(model).name if Path(model).is_absolute() else model}"
+    return f"LoRA on {model_name(run.config) if Path(model).is_absolute() else model}"
+
+
+def status(run: RunRecord) -> str:
+    """Whether the run is running, has finished, or has stopped, and at which step."""
+    total = f" of {run.total_steps:,}" if run.total_steps else ""
+    step = f"step {run.last_step:,}{total}" if run.last_step else "the start of training"
+    if run.is_running:
+        return f"Running, step {run.last_step:,}{total}."
+    if not run.is_finished:
+        reason = text(run.environment.get("stopped"))
+        if reason == NOTHING:
+            return f"This run is not finished: its record ends at {step}."
+        return f"This run is not finished: it stopped at {step} ({reason})."
+    patience = run.config.get("patience")
+    if run.last_step < (run.total_steps or 0) and patience:
+        return f"Stopped early, at {step}: no better for {text(patience)} validations (--patience)."
+    return f"Finished after {count(run.last_step)} steps."
 
 
 def headline(run: RunRecord) -> str:
@@ -81,27 +115,31 @@ def headline(run: RunRecord) -> str:
     is_by_score = criterion != "loss" and criterion in run.scores
     name = score_name(criterion) if is_by_score else "validation loss"
     if step == first_step:
+        never = "has not yet" if run.is_running else "never"
         return (
-            f"The {name} never improved on its value before training, so adapter/ holds the "
+            f"The {name} {never} improved on its value before training, so adapter/ holds the "
             f"initial adapter. The validation loss was {figure(best)} nats per token then and is "
             f"{figure(losses.values[-1])} at step {last_step:,}."
         )
     sentence = (
-        f"The adapter of step {step:,} of {_total(run)} is the best by {name}: the validation loss "
-        f"went from {figure(losses.values[0])} to {figure(best)} nats per token"
+        f"The adapter of step {step:,} of {_total(run)} is the best "
+        f"{'so far ' if run.is_running else ''}by {name}: the validation loss went "
+        f"from {figure(losses.values[0])} to {figure(best)} nats per token"
     )
     for key in score_keys([run])[:1]:
         before, after = (score_at(run, key, at) for at in (first_step, step))
         if before is not None and after is not None:
-            change = "rose" if after > before else "fell" if after < before else "stayed"
-            sentence += f"; {score_name(key)} {change} from {figure(before)} to {figure(after)}"
+            change = f"from {figure(before)} to {figure(after)}"
+            if after == before:
+                change = f"at {figure(after)}"
+            verb = "rose" if after > before else "fell" if after < before else "stayed"
+            sentence += f"; {score_name(key)} {verb} {change}"
     return sentence + "."
 
 
 def scored(run: RunRecord) -> str:
     """What the scores were measured on, and how."""
-    lines = [line for line in run.metrics if line["event"] == "validation"]
-    known = [line for line in lines if "num_images" in line and "num_references" in line]
+    known = [line for line in run.validations if {"num_images", "num_references"} <= line.keys()]
     if not known:
         return ""
     return (
@@ -113,10 +151,6 @@ def scored(run: RunRecord) -> str:
 def notices(run: RunRecord) -> list[str]:
     """Notes that the reader needs to interpret the rest."""
     found = []
-    if not run.is_finished:
-        total = f" of {run.total_steps:,}" if run.total_steps else ""
-        reached = f"step {run.last_step:,}{total}" if run.last_step else "the start of training"
-        found.append(f"This run is not finished: its record ends at {reached}.")
     for name, content in (("config.json", run.config), ("environment.json", run.environment)):
         if not content:
             found.append(f"The run folder has no {name}, so its information is missing here.")
@@ -132,24 +166,38 @@ def notices(run: RunRecord) -> list[str]:
     return found
 
 
-def results(run: RunRecord) -> dict[str, Result]:
-    """A run's figures by label; the loss and the scores are those of the best step."""
-    found = {}
+def has_same_tokens(runs: Sequence[RunRecord]) -> bool:
+    """Whether the losses of the runs, per token, can be compared: their tokenizers are the same."""
+    tokenizers = {run.environment.get("tokenizer_fingerprint") for run in runs}
+    if None in tokenizers:  # a run of an earlier version
+        return len({text(run.config.get("model")) for run in runs}) == 1
+    return len(tokenizers) == 1
+
+
+def outcome(run: RunRecord, *, ranks_loss: bool) -> dict[str, Result]:
+    """The validation loss and the scores of the best step, by label."""
     losses = run.validation("loss")
-    if losses.steps:
-        step = run.best_step
-        best = score_at(run, "loss", step)
-        remark = f"{figure(losses.values[0])} before; step {step:,} of {_total(run)}"
-        found["Validation loss"] = Result(figure(best), remark, best, min)
-        for key in score_keys([run]):
-            before, after = (score_at(run, key, at) for at in (losses.steps[0], step))
-            found[score_name(key)] = Result(
-                figure(after), f"{figure(before)} before", after, BETTER.get(key)
-            )
+    if not losses.steps:
+        return {}
+    step = run.best_step
+    best = score_at(run, "loss", step)
+    remark = f"{figure(losses.values[0])} before; step {step:,} of {_total(run)}"
+    found = {"Validation loss": Result(figure(best), remark, best, min if ranks_loss else None)}
+    for key in score_keys([run]):
+        before, after = (score_at(run, key, at) for at in (losses.steps[0], step))
+        found[score_name(key)] = Result(
+            figure(after), f"{figure(before)} before", after, BETTER.get(key)
+        )
+    return found
+
+
+def costs(run: RunRecord) -> dict[str, Result]:
+    """What the run took, and how much it trains, by label."""
+    found = {}
     speeds, waits = (run.training(key).values for key in ("images_per_s", "data_wait_share"))
     if speeds:
         remark = f"median; {fmean(waits):.0%} of the time waiting for data" if waits else "median"
-        found["Images per second"] = Result(f"{median(speeds):,.1f}", remark, median(speeds), max)
+        found["Images per second"] = Result(figure(median(speeds)), remark, median(speeds), max)
     environment = run.environment
     seconds, memory = environment.get("total_s"), environment.get("peak_memory_bytes")
     if is_number(seconds):
@@ -233,8 +281,15 @@ def versions_and_machine(run: RunRecord) -> dict[str, str]:
 
 
 def figure(value: float | None) -> str:
-    """Four significant digits."""
-    return NOTHING if value is None else f"{value:#.4g}".removesuffix(".")
+    """Four significant digits; 0.000 for what is less than 0.0001."""
+    if value is None:
+        return NOTHING
+    if abs(value) < 1e-4:
+        return "0.000"
+    rounded = float(f"{value:.4g}")
+    if 1000 <= abs(rounded) < 1e9:
+        return f"{rounded:,.0f}"
+    return f"{rounded:#.4g}".replace("e+0", "e+")
 
 
 def count(value: Any) -> str:

@@ -167,6 +167,15 @@ class RunFolder:
         _Lock(path / ".lock").check()
 
     @classmethod
+    def is_running(cls, path: str | Path) -> bool:
+        """Whether another process is training in the folder, as far as its lock tells."""
+        try:
+            cls.check_unlocked(Path(path))
+        except ValueError:
+            return True
+        return False
+
+    @classmethod
     def create(
         cls, output_path: str | None, *, prefix: str, resume: bool = False
     ) -> "RunFolder":
@@ -413,7 +422,8 @@ class _Lock:
         try:
             import fcntl
 
-            file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+            # Not blocking, in case somebody put a pipe there.
+            file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (ImportError, OSError):  # as `take`; or there is none, or no right to read it
             return
         try:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,10 +31,20 @@ class CaptionedImage:
     cider_d_before: float | None = None
     cider_d_after: float | None = None
 
+    @property
+    def change(self) -> float | None:
+        """By how much training has raised the caption's score."""
+        if self.cider_d_before is None or self.cider_d_after is None:
+            return None
+        return self.cider_d_after - self.cider_d_before
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `skipped` maps images, or rows as path:line, to reasons."""
+    """What a run folder holds; `skipped` maps images, or rows as path:line, to reasons.
+
+    `is_running`: a process is training in the folder.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -41,26 +52,32 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     images: tuple[CaptionedImage, ...]
     skipped: dict[str, str]
+    is_running: bool = False
 
     def training(self, key: str) -> Series:
         return logged_series(self.metrics, "train", key)
 
     def validation(self, key: str) -> Series:
-        return logged_series(self.metrics, "validation", key)
+        return logged_series(self.validations, "validation", key)
+
+    @cached_property
+    def validations(self) -> list[dict[str, Any]]:
+        """The validation lines, which are few, of metrics.jsonl."""
+        return [line for line in self.metrics if line["event"] == "validation"]
 
     @property
     def scores(self) -> list[str]:
         """Names of the scores that validations measured, in the order of their lines."""
-        lines = [line for line in self.metrics if line["event"] == "validation"]
-        names = dict.fromkeys(key for line in lines for key in line if key not in NOT_SCORES)
+        keys = (key for line in self.validations for key in line)
+        names = dict.fromkeys(key for key in keys if key not in NOT_SCORES)
         return [name for name in names if self.validation(name).steps]
 
-    @property
+    @cached_property
     def best_step(self) -> int:
         """The step of the saved adapter: the first with the best validation, else 0."""
-        return _best_step(self.metrics, self.config)
+        return _best_step(self.validations, self.config)
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The last optimizer step in metrics.jsonl."""
         steps = (line.get("step") for line in self.metrics)
@@ -68,23 +85,35 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """The number of steps that the settings ask for; None if it cannot be computed yet."""
+        """The number of steps that the settings ask for; None if it is not known yet."""
+        total = self.environment.get("total_steps")
+        if isinstance(total, int):
+            return total
         epochs, max_steps = self.config.get("epochs"), self.config.get("max_steps")
-        step_in_epochs = epochs_per_step(self.metrics)
-        if not isinstance(epochs, int) or step_in_epochs is None:
+        if not isinstance(epochs, int) or self.steps_per_epoch is None:
             return None
-        total = epochs * round(1 / step_in_epochs)  # a whole number of steps per epoch
+        total = epochs * self.steps_per_epoch
         return min(total, max_steps) if isinstance(max_steps, int) else total
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """A whole number; None before the first step."""
+        step_in_epochs = epochs_per_step(self.metrics)
+        if step_in_epochs is None or step_in_epochs < 1e-9:
+            return None
+        return max(round(1 / step_in_epochs), 1)
 
     @property
     def is_finished(self) -> bool:
         """Whether the run has ended, early or not, as far as its files tell."""
+        if self.is_running:
+            return False
         steps = self.validation("loss").steps
         is_complete = bool(steps) and steps[-1] > 0 and steps[-1] >= (self.total_steps or 0)
         return is_complete or "total_s" in self.environment
 
 
-def read_run(path: str | Path) -> RunRecord:
+def read_run(path: str | Path, *, is_running: bool = False) -> RunRecord:
     """Read a run folder. Missing files and truncated last lines are ignored.
 
     Captions come from captions.jsonl, or else from samples.jsonl, which has only a few images.
@@ -102,15 +131,16 @@ def read_run(path: str | Path) -> RunRecord:
         path / "samples.jsonl", step=int, image=str, reference=str, caption=str
     )
     skipped = _optional_records(path / "skipped.jsonl", reason=str)
-    config = _optional_object(path / "config.json")
+    config = read_object(path / "config.json")
     best_step = _best_step(metrics, config)
     return RunRecord(
         path=path,
         config=config,
-        environment=_optional_object(path / "environment.json"),
+        environment=read_object(path / "environment.json"),
         metrics=metrics,
         images=tuple(map(_captioned, captions)) or _sampled(samples, best_step),
         skipped={str(line.get("row", line.get("image"))): line["reason"] for line in skipped},
+        is_running=is_running,
     )
 
 
@@ -194,7 +224,7 @@ def _sampled(samples: list[dict[str, Any]], best_step: int) -> tuple[CaptionedIm
             image,
             (reference,),
             before=captions.get((image, 0)),
-            after=captions.get((image, best_step)) if best_step else None,
+            after=captions.get((image, best_step)),
         )
         for image, reference in references.items()
     )
@@ -204,7 +234,8 @@ def _optional_records(path: Path, **required: type) -> list[dict[str, Any]]:
     return read_records(path, **required) if path.exists() else []
 
 
-def _optional_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file. Raises ValueError for a damaged one."""
     if not path.exists():
         return {}
     try:

@@ -1,6 +1,7 @@
 """Values over optimizer steps: smoothing, and the axis limits to plot them with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from statistics import fmean
 from typing import NamedTuple
 
 
@@ -18,28 +19,21 @@ def lowest(series: Series) -> tuple[int, float]:
 
 
 def smoothed(series: Series) -> Series:
-    """The series' moving average, over a window that suits its length."""
-    decay = smoothing_decay(len(series.steps))
-    return Series(series.steps, smooth(series.values, decay=decay))
+    """The mean over a window centered at each value, which does not lag behind.
 
-
-def smoothing_decay(num_values: int) -> float:
-    """For `smooth`: averages a tenth of a short run, and 100 values of a long one."""
-    return 1 - 1 / min(max(num_values // 10, 2), 100)
-
-
-def smooth(values: Sequence[float], *, decay: float) -> list[float]:
-    """Exponential moving average, m = decay * m + (1 - decay) * value, starting from m = 0.
-
-    Divided by 1 - decay^n, the total weight of n values, as in Adam (arXiv:1412.6980): the first
-    average is the first value, not biased towards zero.
+    Towards both ends the window narrows, to the value itself at the first and the last.
     """
-    mean, missing, averages = 0.0, 1.0, []
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        missing *= decay
-        averages.append(mean / (1 - missing))
-    return averages
+    values, half = series.values, smoothing_window(len(series.values)) // 2
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        means.append(fmean(values[i - reach : i + reach + 1]))
+    return Series(series.steps, means)
+
+
+def smoothing_window(num_values: int) -> int:
+    """An odd number: a tenth of the values, at most 101 of them; 1 for less than 20 values."""
+    return 2 * min(num_values // 20, 50) + 1
 
 
 def x_limits(found: Iterable[Series]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice, tee
 from typing import Any
@@ -20,20 +20,22 @@ from lora_engine.data.batches import (
     training_steps,
     validation_order,
 )
+from lora_engine.data.read_pairs import read_by_name
 from lora_engine.devices import describe, peak_memory_bytes
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.ranks import dealt, share
 from lora_engine.report.hub import push_adapter
+from lora_engine.report.live import LiveReport
 from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.report.metrics_log import MetricsLogger
 from lora_engine.report.model_card import write_model_card
-from lora_engine.report.page import write_report
 from lora_engine.report.run_folder import RunFolder, environment
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.report.trackers import start_tracker
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
+from lora_engine.terminal import one_line
 from lora_engine.training.agreement import TrainingStep, agreed_steps
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -99,7 +101,11 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
             trainer.dtype,
             describe_kernels(trainer.device, trainer.dtype),
         )
-        facts |= sizes(setup) | {"processes": ranks.size}
+        facts |= sizes(setup) | {
+            "processes": ranks.size,
+            "total_steps": schedule.total_steps,
+            "tokenizer_fingerprint": setup.fingerprints["tokenizer"],
+        }
         folder.write_json("environment.json", facts)
         if ranks.is_main:
             log_opening(setup, folder, features)
@@ -116,6 +122,8 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
             spare_files.close()
             run.take_over_if_needed()
             run.save_last_step()
+            with suppress(OSError):
+                folder.write_json("environment.json", facts | {"stopped": one_line(error)})
             # The process that writes knows the newest checkpoint, and says so.
             advice = run.checkpoints.how_to_resume() if folder.is_writer else ""
             if isinstance(error, OSError):
@@ -193,6 +201,11 @@ class Run:
             metrics=metrics,
             ranks=self.ranks,
         )
+        rows = data.rows.val
+        images = {rows[row].image: int(rows.image_of_row[row]) for row in captions.wanted}
+        self.report = LiveReport(folder, read=lambda name: (
+            rows.images.read(images[name]) if name in images else read_by_name(name)
+        ))
         self._begin_s = setup.begin_s
         self._is_consistent = True
 
@@ -306,6 +319,8 @@ class Run:
             (os.path.basename(sample.image), sample.reference, sample.before, sample.after)
             for sample in captions.compare(step)
         ])
+        if step < self.schedule.total_steps:  # after which `write_results` does
+            self.report.update()
 
     # --- checkpoints -------------------------------------------------------------------------
 
@@ -416,6 +431,7 @@ class Run:
         self.skipped.restore(self.setup.data.train_set, self._rows_tried())
         self.best.restore(checkpoint)
         self.validation.captions.write_best(self.folder, self.best.step)
+        self.report.update()
 
     def _log_resumption(self, checkpoint: Checkpoint) -> None:
         before, now = checkpoint.state["total_steps"], self.schedule.total_steps
@@ -454,7 +470,7 @@ class Run:
         writes: dict[str, Callable[[], object]] = {
             "the loss curve": partial(draw_loss_curve, self.folder.metrics, self.folder.loss_curve),
             "the model card": partial(write_model_card, self.folder),
-            "the report": partial(write_report, [self.folder.path], self.folder.report),
+            "the report": self.report.finish,
         }
         if self._is_consistent:
             writes = {"the last adapter": partial(self.best.save_last, self.step)} | writes
