@@ -41,17 +41,19 @@ class Range:
             "at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt
         }
         words = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        if not words:
+            return "a finite number"
         return f"{self.ge} or more" if words == [f"at least {self.ge}"] else " and ".join(words)
 
 
-def check_ranges(settings: Any) -> None:
+def check_ranges(settings: Any, prefix: str = "--") -> None:
     """Raises ValueError that names the first flag of a dataclass whose value is out of range."""
     hints = get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for bounds in getattr(hints[field.name], "__metadata__", ()):
             if isinstance(bounds, Range) and value is not None and value not in bounds:
-                raise ValueError(f"--{field.name} is {value}; it must be {bounds}")
+                raise ValueError(f"{prefix}{field.name} is {value}; it must be {bounds}")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def captioned(blip_folder, tmp_path, monkeypatch):
 
     A caption tells what it was made from. `captioned.num_batches` have been captioned so far.
     """
-    def caption(captioner, features, *, numbers):
+    def caption(captioner, features, settings, *, numbers):
         run.num_batches += 1
         return [
             Caption(f"{captioner.prompt} {image.sum().item()} {number}", ended=number % 2 == 0)

@@ -1,5 +1,6 @@
 """python -m lora_engine VERB: what each command does, and how it answers bad input."""
 
+import csv
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ from lora_engine import __main__ as verbs
 from lora_engine import cli
 from lora_engine.captioning import java_metrics, merging
 from lora_engine.captioning.captioner import Caption, caption_features
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
 from lora_engine.commands import loading
@@ -53,15 +55,19 @@ def blip_adapter(blip_folder, tmp_path_factory) -> Path:
     return adapter_folder(blip_folder, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
-def caption_by_hand(model, image, adapter=None, *, prompt="", **settings) -> str:
+def caption_by_hand(*given, **settings) -> str:
+    caption, = captions_by_hand(*given, **settings)
+    return " ".join(caption.text.split())
+
+
+def captions_by_hand(model, image, adapter=None, *, prompt="", **settings) -> list[Caption]:
     captioner = load_captioner(model)
     captioner.prompt = prompt
     if adapter is not None:
         lora_engine.load_adapter(captioner.model, adapter)
     pixels = torch.from_numpy(to_pixels(open_image(image), captioner.pixels)[None])
     features = encode_pixels(captioner.model, pixels, captioner.pixels)
-    caption, = caption_features(captioner, features, **settings)
-    return " ".join(caption.text.split())
+    return caption_features(captioner, features, GenerationSettings(**settings))
 
 
 def test_files_and_folders_are_captioned_in_order_on_stdout_and_in_a_file(
@@ -380,6 +386,25 @@ def test_sampled_captions_depend_only_on_the_seed_and_the_image(command, data, b
     assert sampled(*images, "--seed", "3", "--out", "captions.jsonl") == first[2:]
 
 
+def test_several_captions_of_an_image_are_lines_and_a_list(command, data, blip_folder):
+    image, = images_of(data, 1)
+    given = ["caption", "--model", blip_folder, "--num-beams", "3", "--num-return-sequences", "2"]
+    status, out, err = command(verbs.run_verb, *given, image, "--out", "captions.jsonl")
+    texts = [
+        " ".join(caption.text.split())
+        for caption in captions_by_hand(blip_folder, image, num_beams=3, num_return_sequences=2)
+    ]
+    assert len(set(texts)) == 2
+    assert (status, out, err) == (0, "".join(f"{image}\t{text}\n" for text in texts), "")
+    line, = json_lines(Path("captions.jsonl"))
+    assert list(line) == ["image", "caption", "captions"]
+    assert line["caption"] == line["captions"][0]
+    assert [" ".join(text.split()) for text in line["captions"]] == texts
+    command(verbs.run_verb, *given, image, "--out", "captions.csv")
+    rows = list(csv.reader(Path("captions.csv").open(encoding="utf-8")))
+    assert rows == [["image", "caption"], *([image, text] for text in texts)]
+
+
 def write_shards(data: Path, folder: Path) -> list[str]:
     """Four images in two tars, the second without a caption -> their names."""
     sources = [Path(path).read_bytes() for path in images_of(data, 4)]
@@ -476,6 +501,9 @@ def test_data_sets_are_not_captioned_beside_files_or_together_with_files(
     (["--temperature", "1", "--top_p", "0"], ["--top_p is 0"]),
     (["--temperature", "1", "--num_beams", "2"], ["give one of them"]),
     (["--min_new_tokens", "40"], ["--min_new_tokens is 40", "(30)"]),
+    (["--num_return_sequences", "2"], ["greedy search finds one", "give --num_beams 2, or"]),
+    (["--txt", "--num_return_sequences", "2", "--temperature", "1"], ["--txt takes one", "is 2"]),
+    (["--length_penalty", "0"], ["--length_penalty ranks beams: give --num_beams 4"]),
     (["--num_workers", "-1"], ["--num_workers is -1"]),
     (["--device", "tpu"], ["--device 'tpu'"]),
     (["--txt", "--adapter", "a", "--adapter", "b"], ["several --adapter"]),
@@ -509,6 +537,41 @@ def test_base_and_adapter_are_scored_side_by_side(command, data, blip_folder, tm
     ]
     coco = json.loads(Path("coco.json").read_text())
     assert coco[3] == {"image_id": "images/train_03.png", "caption": lines[3]["adapter"]["caption"]}
+
+
+def test_settings_of_generation_are_scored_side_by_side(
+    command, data, blip_folder, blip_adapter, monkeypatch
+):
+    from lora_engine.features.encoder import FeatureEncoder
+
+    encoded, encode = [], FeatureEncoder.encode
+    monkeypatch.setattr(
+        FeatureEncoder, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x)
+    )
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--adapter", blip_adapter, "--data", data / "val.json",
+        "--generate", "num_beams=1", "--generate", "num-beams=3, repetition_penalty=1.5",
+        "--max_new_tokens", "5", "--cache", "off", "--out", "each.jsonl",
+    )
+    assert (status, err) == (0, "") and sum(encoded) == 4
+    lines = json_lines(Path("each.jsonl"))
+    names = [
+        f"{name} {changes}" for changes in ("num_beams=1", "num-beams=3,repetition_penalty=1.5")
+        for name in ("base", "adapter")
+    ]
+    assert list(lines[0]) == ["image", "references", *names]
+    image = read_annotations(data / "val.json")[0].image
+    for name, adapter, changed in zip(names, (None, blip_adapter) * 2, (
+        *2 * ({},), *2 * ({"num_beams": 3, "repetition_penalty": 1.5},)
+    )):
+        caption = " ".join(lines[0][name]["caption"].split())
+        assert caption == caption_by_hand(
+            blip_folder, image, adapter, max_new_tokens=5, **changed
+        )
+    assert "2 settings" in out
+    above, below = out.splitlines()[3:5]
+    assert above.split() == ["num_beams=1", "num-beams=3,repetition_penalty=1.5"]
+    assert below.split() == 2 * ["base", "adapter", "difference"]
 
 
 def test_coco_annotations_are_read_and_bad_images_counted(
@@ -649,6 +712,13 @@ def test_a_java_program_that_fails_costs_a_warning(
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
     (["--data", "VAL", "--adapter", "absent"], ["absent has no adapter_config.json"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
+    (["--data", "VAL", "--generate", "beams=2"], ["--generate beams=2: there is no setting"]),
+    (["--data", "VAL", "--generate", "top_k=2"], ["--generate top_k=2: top_k is for sampling"]),
+    (["--data", "VAL", *2 * ["--generate", "num_beams=2"]], ["num_beams=2 is given twice"]),
+    (["--data", "VAL", "--coco_out", "x.json", "--generate", "num_beams=2", "--generate",
+      "num_beams=3"], ["several --generate"]),
+    (["--data", "VAL", "--num_beams", "2", "--num_return_sequences", "2"],
+     ["--num_return_sequences is 2, but one caption of each image is scored"]),
 ])
 def test_a_bad_evaluate_command_is_an_error(refused, data, blip_folder, args, words):
     args = [str(data / "val.json") if arg == "VAL" else arg for arg in args]

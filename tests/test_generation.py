@@ -1,5 +1,8 @@
-"""Greedy and beam search give the tokens of Hugging Face's `generate`."""
+"""Greedy and beam search give the tokens of Hugging Face's `generate`; samples are drawn from its
+distributions."""
 
+import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +10,9 @@ import torch
 from checkpoints import MAX_POSITIONS, hugging_face, random_pixels
 from torch import Tensor
 
-from lora_engine.captioning.generation import Sampling, _Sampler, generate
+from lora_engine.captioning import generation
+from lora_engine.captioning.generation import Sampling, _Sampler, generate, process_logits
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.lora.injection import inject
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import load_captioner
@@ -174,22 +179,170 @@ def test_an_adapters_part_of_the_features_is_formed_once(pair, monkeypatch):
     assert len(calls) == 1
 
 
+# --- settings that change logits, and several captions ---------------------------------------
+
+PENALTIES = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7, "min_new_tokens": 2},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "repetition_penalty": 1.2},
+    {"num_beams": 4, "num_return_sequences": 3},
+    {"num_beams": 3, "num_return_sequences": 3, "repetition_penalty": 1.5, "min_new_tokens": 2},
+    {"num_beams": 4, "num_return_sequences": 2, "no_repeat_ngram_size": 2, "length_penalty": -1.0},
+]
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_penalties_and_several_beams_give_hugging_faces_tokens(pair, prompt):
+    for settings in PENALTIES:
+        # Captions of a random model repeat themselves, until they end.
+        pair.raised.amount = 1.5 if "num_beams" in settings else 1.0
+        tokens = ours(pair, prompt, max_new_tokens=9, **settings)
+        expected = hugging_faces(pair, prompt, max_new_tokens=9, **({"num_beams": 1} | settings))
+        assert torch.equal(tokens, expected), settings
+        plain = {"num_beams": settings.get("num_beams", 1)}
+        assert tokens.tolist() != ours(pair, prompt, max_new_tokens=9, **plain).tolist()
+        assert len(tokens) == NUM_IMAGES * settings.get("num_return_sequences", 1)
+
+
+def test_samples_are_drawn_from_hugging_faces_distributions(pair):
+    given = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 3,
+             "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 6}
+    prompt_ids = pair.tokenizer.prompt_ids(PROMPT)
+    pair.raised.amount = 3.0
+    theirs = hugging_faces_samples(pair, PROMPT, **given)
+    for step, (logits, scores) in enumerate(zip(theirs.logits, theirs.scores)):
+        processed = process_logits(
+            logits, theirs.sequences[:, : len(prompt_ids) + step], GenerationSettings(**given),
+            prompt_length=len(prompt_ids), end_id=pair.end_id,
+        )
+        assert torch.equal(processed, scores)
+        assert processed.isfinite().sum(dim=1).max() <= 20
+
+
+def hugging_faces_samples(pair, prompt: str, **settings):
+    prompt_ids = torch.tensor([pair.tokenizer.prompt_ids(prompt)] * NUM_IMAGES)
+    name = "decoder_input_ids"
+    if pair.theirs.config.model_type == "blip":
+        name, prompt_ids = "input_ids", torch.nn.functional.pad(prompt_ids, (0, 1))
+    return pair.theirs.generate(
+        pixel_values=pair.pixels, do_sample=True, output_logits=True, output_scores=True,
+        return_dict_in_generate=True, **{name: prompt_ids}, **settings,
+    )
+
+
+@pytest.mark.parametrize("settings", [
+    {"top_k": 3}, {"top_k": 99}, {"top_p": 0.5}, {"top_p": 1e-6}, {"top_k": 4, "top_p": 0.9},
+    {"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 9},
+    {"temperature": 0.3, "top_k": 5, "top_p": 0.7, "no_repeat_ngram_size": 3},
+])
+def test_ties_and_extreme_settings_are_processed_as_by_hugging_face(settings):
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    settings = {"temperature": 1.0, **settings}
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 12, generator=generator).mul(2).round()  # with many equal ones
+    tokens = torch.randint(4, (64, 7), generator=generator)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=2, vocab_size=12))
+    config = GenerationConfig(do_sample=True, eos_token_id=0, **({"top_k": 0} | settings))
+    model._prepare_special_tokens(config)
+    expected = model._get_logits_processor(config, input_ids_seq_length=2)(tokens, logits.clone())
+    found = process_logits(
+        logits, tokens, GenerationSettings(**settings), prompt_length=2, end_id=0
+    )
+    assert torch.equal(found, expected)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
     count = 20_000
-    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        sampler = _Sampler(Sampling(temperature, top_p, seed=1), range(count), 1)
-        drawn = sampler(logits.expand(count, -1), torch.arange(count), 0)
-        probs = (logits / temperature).softmax(dim=-1)
-        # The first two reach 0.87, the first one 0.64.
-        probs = probs * torch.tensor([1.0, 1, 0, 0, 0]) if top_p < 1 else probs
-        shares = torch.bincount(drawn, minlength=5) / count
-        torch.testing.assert_close(shares, probs / probs.sum(), atol=0.015, rtol=0)
+    sampler = _Sampler(GenerationSettings(temperature=1.0, max_new_tokens=1, seed=1), range(count))
+    drawn = sampler(logits.expand(count, -1), torch.arange(count), 0)
+    shares = torch.bincount(drawn, minlength=5) / count
+    torch.testing.assert_close(shares, logits.softmax(dim=-1), atol=0.015, rtol=0)
 
 
-def test_sampling_goes_with_one_beam_only(pair):
-    with pytest.raises(ValueError, match="sampling together with num_beams=2"):
-        ours(pair, num_beams=2, sampling=Sampling())
+def test_samples_depend_on_seed_and_image_and_share_the_images_features(pair, monkeypatch):
+    pair.raised.amount = 2.0
+    settings = {"temperature": 1.5, "top_k": 50, "seed": 3, "max_new_tokens": 12}
+    once = ours(pair, **settings)
+    sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
+    given = ours(pair, max_new_tokens=12, sampling=Sampling(**sampling))  # the older form
+    assert torch.equal(given, ours(pair, max_new_tokens=12, **sampling))
+    decode, sizes = pair.model.decode, []
+    monkeypatch.setattr(
+        pair.model, "decode",
+        lambda ids, features, cache: sizes.append((len(ids), len(features)))
+        or decode(ids, features, cache),
+    )
+    several = ours(pair, num_return_sequences=3, **settings)
+    assert all(rows == 3 * images for rows, images in sizes) and len(set(sizes)) >= 2
+    lengths = new_lengths(pair, several, "")
+    for number in range(NUM_IMAGES):
+        rows = [
+            row[: 1 + length]
+            for row, length in zip(several.tolist(), lengths)
+        ][3 * number : 3 * number + 3]
+        assert len(set(map(tuple, rows))) == 3
+        assert once[number].tolist()[: len(rows[0])] == rows[0]
+        alone = generate(
+            pair.model, pair.features[number : number + 1], numbers=[number],
+            prompt_ids=pair.tokenizer.prompt_ids(), end_id=pair.end_id, pad_id=pair.pad_id,
+            num_return_sequences=3, **settings,
+        )
+        assert [row[: len(own)] for row, own in zip(alone.tolist(), rows)] == rows
+    for row, length in zip(several.tolist(), lengths):
+        assert row[1 + length :] == [pair.pad_id] * (len(row) - 1 - length)
+    assert len(set(lengths)) >= 3
+
+
+def test_default_settings_leave_logits_as_they_are(pair, monkeypatch):
+    monkeypatch.setattr(generation, "process_logits", None)
+    for num_beams in (1, 2):
+        ours(pair, num_beams=num_beams, max_new_tokens=2)
+
+
+def test_generate_has_the_settings_as_keywords():
+    keywords = inspect.signature(generate).parameters
+    for field in fields(GenerationSettings):
+        assert keywords[field.name].default == field.default
+        assert keywords[field.name].annotation in (int, float, float | None)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+    ({"num_beams": 0}, "num_beams is 0; it must be 1 or more"),
+    ({"min_new_tokens": 31}, r"min_new_tokens is 31; it must be from 0 to max_new_tokens \(30\)"),
+    ({"temperature": 0}, "temperature is 0; it must be above 0"),
+    ({"temperature": 1, "top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_k": 5}, "top_k is for sampling: give temperature 1, too"),
+    ({"top_p": 0.9}, "top_p is for sampling"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
+    ({"length_penalty": float("nan"), "num_beams": 2}, "is nan; it must be a finite number"),
+    ({"length_penalty": 2.0}, "length_penalty ranks beams: give num_beams 4, too"),
+    ({"num_return_sequences": 3}, "greedy search finds one caption: give num_beams 3, or temp"),
+    ({"num_return_sequences": 3, "num_beams": 2}, r"it must be at most num_beams \(2\)"),
+    ({"num_beams": 2, "temperature": 1.0}, "temperature samples and num_beams searches"),
+])
+def test_settings_out_of_range_or_that_contradict_each_other_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**settings).check_generation()
+
+
+def test_settings_are_changed_by_text():
+    settings = GenerationSettings(max_new_tokens=9)
+    assert settings.changed("--num-beams=4, length_penalty=0.5") == GenerationSettings(
+        max_new_tokens=9, num_beams=4, length_penalty=0.5
+    )
+    for text, message in (
+        ("beams=4", "no setting 'beams'; expected num_beams, max_new_tokens"),
+        ("num_beams=4.5", "num_beams is '4.5'; it must be a whole number"),
+        ("temperature=hot", "temperature is 'hot'; it must be a number"),
+        ("", "no setting ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.changed(text)
 
 
 def test_end_and_pad_ids_need_not_be_the_checkpoints(pair):
@@ -201,16 +354,12 @@ def test_end_and_pad_ids_need_not_be_the_checkpoints(pair):
             assert row[length + 1 :] == [77] * (len(row) - length - 1)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"max_new_tokens": 0}, "max_new_tokens=0, num_beams=1: both must be 1 or more"),
-    ({"num_beams": 0}, "num_beams=0: both must be 1 or more"),
-    ({"max_new_tokens": MAX_POSITIONS},
-     f"prompt of 1 tokens and max_new_tokens={MAX_POSITIONS} need {MAX_POSITIONS + 1} positions, "
-     f"but the decoder has {MAX_POSITIONS}"),
-])
-def test_impossible_lengths_and_beams_are_errors(pair, settings, message):
-    with pytest.raises(ValueError, match=message):
-        ours(pair, **settings)
+def test_captions_longer_than_the_decoders_positions_are_an_error(pair):
+    with pytest.raises(ValueError, match=(
+        f"prompt of 1 tokens and max_new_tokens={MAX_POSITIONS} need {MAX_POSITIONS + 1} "
+        f"positions, but the decoder has {MAX_POSITIONS}"
+    )):
+        ours(pair, max_new_tokens=MAX_POSITIONS)
 
 
 def test_the_last_position_can_be_used(pair):

@@ -818,9 +818,10 @@ def test_no_package_is_imported_before_it_is_needed(blip_folder):
         "print('transformers' in sys.modules)\n"
         "import torch\n"
         "from lora_engine.captioning.captioner import caption_features\n"
+        "from lora_engine.captioning.generation_settings import GenerationSettings\n"
         f"captioner = lora_engine.models.pretrained.load_captioner({str(blip_folder)!r})\n"
         "features = torch.zeros(1, 5, captioner.model.encoder.width)\n"
-        "caption_features(captioner, features, max_new_tokens=1)\n"
+        "caption_features(captioner, features, GenerationSettings(max_new_tokens=1))\n"
         "print('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

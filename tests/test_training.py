@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_engine.captioning.captioner import caption_features
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.metrics import Scores
 from lora_engine.data.batches import Collate, Example, FeatureBatch
 from lora_engine.data.captions import IGNORED, collate_captions
@@ -201,7 +202,8 @@ def test_samples_are_what_the_adapted_model_says(trained):
     features = encode_pixels(captioner.model, torch.from_numpy(np.stack(pixels)), captioner.pixels)
     captions = [
         caption.text for caption in caption_features(
-            captioner, features, max_new_tokens=validation_captions.MAX_NEW_TOKENS
+            captioner, features,
+            GenerationSettings(max_new_tokens=validation_captions.MAX_NEW_TOKENS),
         )
     ]
     assert captions == [sample.after for sample in trained.summary.samples]
@@ -670,7 +672,7 @@ def test_a_prompt_is_no_target_and_is_stored_and_used(captioner_folder, data, tm
     captions = {
         text: caption_features(
             replace(captioner, prompt=text), features,
-            max_new_tokens=validation_captions.MAX_NEW_TOKENS,
+            GenerationSettings(max_new_tokens=validation_captions.MAX_NEW_TOKENS),
         )[0].text
         for text in (prompt, "")
     }

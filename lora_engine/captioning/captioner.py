@@ -5,14 +5,15 @@ import dataclasses
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from itertools import islice, repeat
+from itertools import islice, product, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_engine.captioning.generation import generate
+from lora_engine.captioning.generation import generate_tokens
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -42,7 +43,7 @@ class Caption(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """The result for one image: a caption by each captioner, or the reason why there is none."""
+    """The result for one image: captions by each captioner, or the reason why there are none."""
 
     image: str
     captions: tuple[Caption, ...] = ()
@@ -69,10 +70,17 @@ def with_adapter(
 
 
 @torch.no_grad()
-def caption_features(captioner: Captioner, features: Tensor, **settings) -> list[Caption]:
+def caption_features(
+    captioner: Captioner,
+    features: Tensor,
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    numbers: Sequence[int] | None = None,
+) -> list[Caption]:
     """Caption images by their features (B, P, D); the captions do not include the prompt.
 
-    `settings` go to `generation.generate`: beams, lengths, sampling.
+    There are `num_return_sequences` of each image, one after the other. `numbers` are the images'
+    numbers for sampling.
     """
     model, tokenizer = captioner.model, captioner.tokenizer
     was_training = model.training
@@ -84,13 +92,14 @@ def caption_features(captioner: Captioner, features: Tensor, **settings) -> list
     may_be_compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if may_be_compiled else nullcontext()
     with autocast(features.device, features.dtype), eager:
-        tokens = generate(
+        tokens = generate_tokens(
             model,
             features,
+            settings,
             prompt_ids=prompt_ids,
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
-            **settings,
+            numbers=numbers,
         )
     model.train(was_training)
     new_tokens = tokens[:, len(prompt_ids) :].tolist()
@@ -102,19 +111,19 @@ def caption_images(
     images: ImageTable,
     *,
     features: FeatureSource,
+    settings: Sequence[GenerationSettings] = (GenerationSettings(),),
     batch_size: int = 16,
     num_workers: int = 0,
     timeout_s: float = 0,
     numbers: Sequence[int] | None = None,
     ranks: Ranks = OneProcess(),
-    **settings,
 ) -> Generator[Captioned]:
     """Caption images, in order; one that cannot be read yields the reason.
 
+    With each of `settings`, each captioner makes `num_return_sequences` captions, in this order.
     Batches are split across `ranks`; each process yields the results of all. The captioners share
     the encoder of `features`. `num_workers` and `timeout_s` are described in `workers.load`.
     `numbers` are the images' numbers for sampling, by default their positions in `images`.
-    `settings` go to `generation.generate`.
     """
     numbers = range(len(images)) if numbers is None else numbers
     order = in_batches(range(len(images)), batch_size)
@@ -131,7 +140,7 @@ def caption_images(
     with closing(iter(loader)) as batches:
         for _ in range(0, len(order), ranks.size * num_at_once):
             mine = [
-                _caption_batch(captioners, batch, numbers, **settings)
+                _caption_batch(captioners, batch, settings, numbers)
                 for batch in islice(batches, num_at_once)
             ]
             for results in collect(mine, ranks):
@@ -145,20 +154,21 @@ _Result = tuple[int, Sequence[Caption], str | None]  # of a row
 
 
 def _caption_batch(
-    captioners: Sequence[Captioner], batch: FeatureBatch, numbers: Sequence[int], **settings
+    captioners: Sequence[Captioner],
+    batch: FeatureBatch,
+    settings: Sequence[GenerationSettings],
+    numbers: Sequence[int],
 ) -> list[_Result]:
     """What `Captioned` says of each row of a batch, in the order of rows."""
     results: list[_Result] = [(bad.row, (), bad.reason) for bad in batch.skipped]
     if batch.rows:
-        captions = zip(*(
-            caption_features(
-                captioner,
-                batch.features,
-                numbers=[numbers[row] for row in batch.rows],
-                **settings,
-            )
-            for captioner in captioners
-        ))
+        numbers = [numbers[row] for row in batch.rows]
+        captions: list[list[Caption]] = [[] for _ in batch.rows]
+        for setting, captioner in product(settings, captioners):
+            found = caption_features(captioner, batch.features, setting, numbers=numbers)
+            num_each = setting.num_return_sequences
+            for number, of_image in enumerate(captions):
+                of_image += found[number * num_each : (number + 1) * num_each]
         results += [(row, of_image, None) for row, of_image in zip(batch.rows, captions)]
     return sorted(results)
 

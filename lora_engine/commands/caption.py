@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.captioning.captioner import Captioned
-from lora_engine.captioning.generation import Sampling
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.commands.loading import (
     CaptioningConfig,
     SkippedImages,
@@ -29,7 +29,6 @@ from lora_engine.commands.loading import (
     load_onto,
 )
 from lora_engine.commands.source_flags import SourceConfig
-from lora_engine.config import Range
 from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.rows import BadRow
@@ -47,7 +46,7 @@ UNREADABLE = 1  # exit status: some images have no caption
 
 
 @dataclass(frozen=True)
-class CaptionConfig(CaptioningConfig, SourceConfig):
+class CaptionConfig(GenerationSettings, CaptioningConfig, SourceConfig):
     """Flags of `caption`."""
 
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -60,37 +59,25 @@ class CaptionConfig(CaptioningConfig, SourceConfig):
     compare several adapters."""
     out: str | None = None
     """Also write the captions to this file: {"image", "caption"} JSON lines, or CSV if its name
-    ends in .csv. Skips images that it already contains."""
+    ends in .csv. Skips images that it already contains. With --num_return_sequences, JSON lines
+    list all in "captions", CSV has a row for each."""
     txt: bool = False
     """Write each caption to a .txt file next to its image. Skips images that already have one."""
     overwrite: bool = False
     """Replace the captions that --out and --txt already contain."""
-    min_new_tokens: int = 0
-    """Minimum length of a caption, in tokens."""
-    temperature: Annotated[float | None, Range(gt=0)] = None
-    """Sample tokens at this temperature instead of choosing the most probable ones."""
-    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens whose probabilities add up to this value."""
-    seed: int = 0
-    """Random seed for sampling."""
 
     def check(self) -> None:
         super().check()
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"--min_new_tokens is {self.min_new_tokens}; it must be from 0 to --max_new_tokens "
-                f"({self.max_new_tokens})"
-            )
-        if self.temperature is None and self.top_p < 1:
-            raise ValueError("--top_p is for sampling: give --temperature 1, too")
-        if self.temperature is not None and self.num_beams > 1:
-            raise ValueError("--temperature samples and --num_beams searches: give one of them")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; it must be 0 or more")
+        self.check_generation("--")
         if not self.images:
             raise ValueError("no images to caption: give image files or folders of images")
         if self.txt and len(self.adapter) > 1:
             raise ValueError("--txt takes one caption per image, but there are several --adapter")
+        if self.txt and self.num_return_sequences > 1:
+            raise ValueError(
+                f"--txt takes one caption per image, but --num_return_sequences is "
+                f"{self.num_return_sequences}: use --out"
+            )
 
 
 def caption(args: list[str]) -> int:
@@ -122,15 +109,11 @@ def _caption(config: CaptionConfig, ranks: Ranks) -> int:
         )
     if not left:
         return 0
-    sampling = None
-    if config.temperature is not None:
-        sampling = Sampling(config.temperature, config.top_p, config.seed)
     captions = config.captions(
         _captioners(config),
         images.choose(np.array(left)),
+        [config.generation],
         ranks=ranks,
-        min_new_tokens=config.min_new_tokens,
-        sampling=sampling,
         numbers=left,
     )
     skipped = SkippedImages(config.out if ranks.is_main else None, bad_rows)
@@ -254,33 +237,42 @@ def _open_writers(config: CaptionConfig, stack: ExitStack) -> list[Writer]:
     return writers
 
 
-def _lines(result: Captioned, names: Sequence[str]) -> list[dict[str, str]]:
-    """{"image", "caption"} of a result; with several adapters one each, with the adapter's name."""
+def _lines(result: Captioned, names: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """{"image"} of a result, with several adapters also {"adapter"}, and its captions."""
     if not names:
-        return [{"image": result.image, "caption": result.captions[0].text}]
+        return [({"image": result.image}, [caption.text for caption in result.captions])]
+    num_each = len(result.captions) // len(names)
+    texts = [caption.text for caption in result.captions]
     return [
-        {"image": result.image, "adapter": name, "caption": caption.text}
-        for name, caption in zip(names, result.captions)
+        ({"image": result.image, "adapter": name}, texts[begin : begin + num_each])
+        for name, begin in zip(names, range(0, len(texts), num_each))
     ]
 
 
+def _cells(result: Captioned, names: Sequence[str]) -> Iterator[list[str]]:
+    """A line for each caption, as cells without line breaks."""
+    for line, texts in _lines(result, names):
+        for text in texts:
+            yield [*line.values(), " ".join(text.split())]
+
+
 def _print(result: Captioned, names: Sequence[str]) -> None:
-    for line in _lines(result, names):
-        line["caption"] = " ".join(line["caption"].split())
-        tqdm.write("\t".join(map(escaped, line.values())), file=sys.stdout)
+    for cells in _cells(result, names):
+        tqdm.write("\t".join(map(escaped, cells)), file=sys.stdout)
     sys.stdout.flush()
 
 
 def _write_json(result: Captioned, names: Sequence[str], file: TextIO) -> None:
-    for line in _lines(result, names):
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for line, texts in _lines(result, names):
+        several = {"captions": texts} if len(texts) > 1 else {}
+        line_of_all = {**line, "caption": texts[0], **several}
+        file.write(json.dumps(line_of_all, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def _write_csv(result: Captioned, names: Sequence[str], file: TextIO) -> None:
-    for line in _lines(result, names):
-        # Without line breaks in cells, so that each line of the file is one caption.
-        csv.writer(file).writerow(" ".join(cell.split()) for cell in line.values())
+    for cells in _cells(result, names):
+        csv.writer(file).writerow(" ".join(cell.split()) for cell in cells)
     file.flush()
 
 

@@ -11,15 +11,17 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.captioning.captioner import Caption
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.java_metrics import JAVA_SCORES, check_java, java_score
 from lora_engine.captioning.metrics import (
-    BOOTSTRAPPED,
     SCORE_NAMES,
     CaptionScores,
     References,
@@ -52,7 +54,7 @@ BASE, ADAPTER = "base", "adapter"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(CaptioningConfig, SourceConfig):
+class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
     """Flags of `evaluate`."""
 
     data: str | tuple[str, ...]
@@ -67,6 +69,45 @@ class EvaluateConfig(CaptioningConfig, SourceConfig):
     """Write the captions (the adapter's, if there is one) in COCO's results format to this file."""
     meteor_spice: bool = False
     """Also compute METEOR and SPICE; needs Java and the coco extra."""
+    generate: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Settings of generation that replace those of the flags, such as num_beams=4,top_k=0. Repeat
+    the flag to compare several settings; images are encoded once."""
+
+    def check(self) -> None:
+        super().check()
+        self.settings()
+        if len(self.generate) > 1 and self.coco_out is not None:
+            raise ValueError(
+                "--coco_out takes one caption per image, but there are several --generate"
+            )
+
+    def settings(self) -> dict[str, GenerationSettings]:
+        """The settings to compare by their --generate, or those of the flags by "".
+
+        Raises ValueError for settings that cannot be used.
+        """
+        if not self.generate:
+            self._check_settings(self, "--")
+            return {"": self.generation}
+        found: dict[str, GenerationSettings] = {}
+        for changes in self.generate:
+            try:
+                settings = self.changed(changes)
+                self._check_settings(settings)
+            except ValueError as error:
+                raise ValueError(f"--generate {changes}: {error}") from None
+            if found.setdefault("".join(changes.split()), settings) is not settings:
+                raise ValueError(f"--generate {changes} is given twice")
+        return found
+
+    @staticmethod
+    def _check_settings(settings: GenerationSettings, prefix: str = "") -> None:
+        settings.check_generation(prefix)
+        if settings.num_return_sequences > 1:
+            raise ValueError(
+                f"{prefix}num_return_sequences is {settings.num_return_sequences}, but one caption "
+                f"of each image is scored; `caption` writes several"
+            )
 
 
 def evaluate(args: list[str]) -> int:
@@ -172,10 +213,15 @@ def _caption(
     skipped: SkippedImages,
     ranks: Ranks,
 ) -> tuple[list[Referenced], dict[str, list[Caption]]]:
-    """The images that could be read, and each captioner's captions of them."""
+    """The images that could be read, and the captions of each column of the table."""
     scored: list[Referenced] = []
-    captions: dict[str, list[Caption]] = {name: [] for name in captioners}
-    with config.captions(list(captioners.values()), images, ranks=ranks) as captioned:
+    settings = config.settings()
+    captions: dict[str, list[Caption]] = {
+        _column(name, changes): [] for changes, name in product(settings, captioners)
+    }
+    with config.captions(
+        list(captioners.values()), images, list(settings.values()), ranks=ranks
+    ) as captioned:
         progress = tqdm(captioned, total=len(data), unit="image", disable=not sys.stderr.isatty())
         for image, result in zip(data, progress):
             if result.reason is not None:
@@ -188,39 +234,68 @@ def _caption(
     return scored, captions
 
 
+def _column(name: str, changes: str) -> str:
+    """The name of a captioner's scores with the settings of a --generate, or of the flags ("")."""
+    return f"{name} {changes}".rstrip()
+
+
 def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
-    first = results[BASE].corpus
-    search = "greedy" if config.num_beams == 1 else f"{config.num_beams} beams"
-    columns = {
-        name: {
-            score: f"{getattr(scores.corpus, score):.3f} [{low:.3f}, {high:.3f}]"
-            for score, (low, high) in bootstrap_intervals(scores).items()
-        }
-        for name, scores in results.items()
-    }
-    if ADAPTER in results:
-        after = results[ADAPTER].corpus
-        differences = bootstrap_intervals(results[ADAPTER], baseline=results[BASE])
-        columns["difference"] = {
-            score: f"{getattr(after, score) - getattr(first, score):+.3f} [{low:+.3f}, {high:+.3f}]"
-            for score, (low, high) in differences.items()
-        }
-    rows = [["", *columns]]
-    for score, title in SCORE_NAMES.items():
-        if score in BOOTSTRAPPED:
-            rows.append([title, *(column[score] for column in columns.values())])
-        else:
-            values = (getattr(scores.corpus, score) for scores in results.values())
-            rows.append([title, *(f"{value:.3g}" for value in values)])
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    settings = config.settings()
+    columns: dict[str, dict[str, str]] = {}
+    for changes in settings:
+        base = results[_column(BASE, changes)]
+        columns[_column(BASE, changes)] = _scores(base)
+        adapter = results.get(_column(ADAPTER, changes))
+        if adapter is not None:
+            columns[_column(ADAPTER, changes)] = _scores(adapter)
+            columns[_column("difference", changes)] = _differences(base, adapter)
+    heads = [name.partition(" ") for name in columns]
+    rows = [["", *(head[0] for head in heads)]]
+    if len(settings) > 1:  # a line above, with the settings of each group of columns
+        rows.insert(0, ["", *(head[2] if head[0] == BASE else "" for head in heads)])
+    rows += [
+        [title, *(column.get(score, "") for column in columns.values())]
+        for score, title in SCORE_NAMES.items()
+    ]
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    first = results[_column(BASE, next(iter(settings)))].corpus
     return "\n".join([
         f"{first.num_images:,} images of {name_of(config.data)}, {first.num_references:,} "
-        f"references ({first.mean_reference_length:.3g} tokens on average), {search} captions",
+        f"references ({first.mean_reference_length:.3g} tokens on average), "
+        + (f"{len(settings)} settings" if len(settings) > 1 else _search(*settings.values())),
         "COCO's scores on PTB-style tokens; in brackets 95 % of 1,000 bootstrap samples",
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
           for row in rows),
     ])
+
+
+def _scores(scores: CaptionScores) -> dict[str, str]:
+    """The cells of a column by score; those in BOOTSTRAPPED have intervals."""
+    cells = {score: f"{getattr(scores.corpus, score):.3g}" for score in SCORE_NAMES}
+    for score, (low, high) in bootstrap_intervals(scores).items():
+        cells[score] = f"{getattr(scores.corpus, score):z.3f} [{low:z.3f}, {high:z.3f}]"
+    return cells
+
+
+def _differences(base: CaptionScores, adapter: CaptionScores) -> dict[str, str]:
+    """The cells of a column by score: adapter minus base."""
+    return {
+        score: f"{getattr(adapter.corpus, score) - getattr(base.corpus, score):+z.3f} "
+               f"[{low:+z.3f}, {high:+z.3f}]"
+        for score, (low, high) in bootstrap_intervals(adapter, baseline=base).items()
+    }
+
+
+def _search(settings: GenerationSettings) -> str:
+    """How captions are found: "4 beams captions", and the settings that are not the defaults."""
+    search = "greedy" if settings.num_beams == 1 else f"{settings.num_beams} beams"
+    search = search if settings.temperature is None else "sampled"
+    changed = [
+        f"{field.name} {getattr(settings, field.name)}" for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default and field.name != "num_beams"
+    ]
+    return ", ".join([f"{search} captions", *changed])
 
 
 def _print_java_scores(

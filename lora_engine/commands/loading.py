@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.packed_strings import encoded
@@ -55,10 +56,6 @@ class CaptioningConfig:
     """Base model: a folder or a Hub name. Default: the model that the adapter was trained on."""
     revision: str | None = None
     """Revision of a Hub model."""
-    num_beams: Annotated[int, Range(ge=1)] = 1
-    """Number of beams; 1 is greedy search."""
-    max_new_tokens: Annotated[int, Range(ge=1)] = 30
-    """Maximum length of a caption, in tokens."""
     batch_size: Annotated[int, Range(ge=1)] = 16
     """Images per batch."""
     prompt: str | None = None
@@ -133,14 +130,15 @@ class CaptioningConfig:
         self,
         captioners: Sequence[Captioner],
         images: ImageTable,
+        settings: Sequence[GenerationSettings],
         *,
         ranks: Ranks,
-        **settings,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[Iterator[Captioned]]:
         """Captions of images by captioners that share an encoder, as the flags ask, while open.
 
-        `settings` are further ones of `caption_images`. Raises ValueError if a process has other
-        weights than rank 0.
+        `settings` and `numbers` are those of `caption_images`. Raises ValueError if a process has
+        other weights than rank 0.
         """
         device = self.device_of(ranks)
         dtype = resolve_dtype(self.precision, device)
@@ -166,13 +164,12 @@ class CaptioningConfig:
                 captioners,
                 images,
                 features=features,
+                settings=settings,
                 batch_size=self.batch_size,
                 num_workers=default_num_workers(device, self.num_workers, ranks.local_size),
                 timeout_s=self.worker_timeout,
-                num_beams=self.num_beams,
-                max_new_tokens=self.max_new_tokens,
+                numbers=numbers,
                 ranks=ranks,
-                **settings,
             )) as captioned,
         ):
             if ranks.size > 1:  # nothing is written before all of them are ready

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_engine.captioning.caption_tokens import has_words
 from lora_engine.captioning.captioner import Caption, caption_features
+from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.metrics import CaptionScores, References, Scores
 from lora_engine.data.batches import FeatureBatch, SampleIndex, in_batches
 from lora_engine.data.rows import Row
@@ -68,13 +69,12 @@ class ValidationCaptions:
         """
         tokenizer = self.captioner.tokenizer
         num_left = tokenizer.max_positions - len(tokenizer.prompt_ids(self.captioner.prompt))
+        settings = GenerationSettings(max_new_tokens=min(MAX_NEW_TOKENS, num_left))
         mine: list[list[tuple[int, Caption]]] = []  # by batch
         for batch in batches:
-            found = caption_features(
-                self.captioner,
-                batch.features,
-                max_new_tokens=min(MAX_NEW_TOKENS, num_left),
-            ) if batch.rows else []
+            found = []
+            if batch.rows:
+                found = caption_features(self.captioner, batch.features, settings)
             mine.append(list(zip(batch.rows, found)))
         self.captions[step] = {
             row: Caption(*caption) for batch in collect(mine, ranks) for row, caption in batch
