@@ -182,11 +182,9 @@ def test_an_adapters_part_of_the_features_is_formed_once(pair, monkeypatch):
 # --- settings that change logits, and several captions ---------------------------------------
 
 PENALTIES = [
-    {"repetition_penalty": 1.3},
-    {"repetition_penalty": 0.7, "min_new_tokens": 2},
-    {"no_repeat_ngram_size": 2},
-    {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "repetition_penalty": 1.2},
-    {"num_beams": 4, "num_return_sequences": 3},
+    {"repetition_penalty": 1.3, "min_new_tokens": 2},
+    {"repetition_penalty": 0.7, "no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 1, "min_new_tokens": 4},
     {"num_beams": 3, "num_return_sequences": 3, "repetition_penalty": 1.5, "min_new_tokens": 2},
     {"num_beams": 4, "num_return_sequences": 2, "no_repeat_ngram_size": 2, "length_penalty": -1.0},
 ]
@@ -195,13 +193,12 @@ PENALTIES = [
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_penalties_and_several_beams_give_hugging_faces_tokens(pair, prompt):
     for settings in PENALTIES:
-        # Captions of a random model repeat themselves, until they end.
         pair.raised.amount = 1.5 if "num_beams" in settings else 1.0
-        tokens = ours(pair, prompt, max_new_tokens=9, **settings)
-        expected = hugging_faces(pair, prompt, max_new_tokens=9, **({"num_beams": 1} | settings))
-        assert torch.equal(tokens, expected), settings
-        plain = {"num_beams": settings.get("num_beams", 1)}
-        assert tokens.tolist() != ours(pair, prompt, max_new_tokens=9, **plain).tolist()
+        settings = {"num_beams": 1, "max_new_tokens": 8, **settings}
+        tokens = ours(pair, prompt, **settings)
+        assert torch.equal(tokens, hugging_faces(pair, prompt, **settings)), settings
+        plain = ours(pair, prompt, num_beams=settings["num_beams"], max_new_tokens=8)
+        assert tokens.tolist() != plain.tolist(), settings
         assert len(tokens) == NUM_IMAGES * settings.get("num_return_sequences", 1)
 
 
