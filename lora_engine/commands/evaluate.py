@@ -82,7 +82,7 @@ class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
             )
 
     def settings(self) -> dict[str, GenerationSettings]:
-        """The settings to compare by their --generate, or those of the flags by "".
+        """The settings to compare by their --generate; the only ones by "".
 
         Raises ValueError for settings that cannot be used.
         """
@@ -98,7 +98,7 @@ class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
                 raise ValueError(f"--generate {changes}: {error}") from None
             if found.setdefault("".join(changes.split()), settings) is not settings:
                 raise ValueError(f"--generate {changes} is given twice")
-        return found
+        return found if len(found) > 1 else {"": settings}
 
     @staticmethod
     def _check_settings(settings: GenerationSettings, prefix: str = "") -> None:
@@ -235,7 +235,7 @@ def _caption(
 
 
 def _column(name: str, changes: str) -> str:
-    """The name of a captioner's scores with the settings of a --generate, or of the flags ("")."""
+    """The name of a captioner's scores with settings that are named as in `settings`."""
     return f"{name} {changes}".rstrip()
 
 
