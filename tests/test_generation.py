@@ -229,7 +229,7 @@ def hugging_faces_samples(pair, prompt: str, **settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {"top_k": 3}, {"top_k": 99}, {"top_p": 0.5}, {"top_p": 1e-6}, {"top_k": 4, "top_p": 0.9},
+    {"top_k": 3}, {"top_k": 99}, {"top_p": 0.5}, {"top_p": 1e-9}, {"top_k": 4, "top_p": 0.9},
     {"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 9},
     {"temperature": 0.3, "top_k": 5, "top_p": 0.7, "no_repeat_ngram_size": 3},
 ])
