@@ -239,6 +239,7 @@ def test_ties_and_extreme_settings_are_processed_as_by_hugging_face(settings):
     settings = {"temperature": 1.0, **settings}
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 12, generator=generator).mul(2).round()  # with many equal ones
+    logits[0] = torch.tensor(4 * [0.0] + 8 * [-torch.inf])  # half of it is exactly top_p 0.5
     tokens = torch.randint(4, (64, 7), generator=generator)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=2, vocab_size=12))
     config = GenerationConfig(do_sample=True, eos_token_id=0, **({"top_k": 0} | settings))
