@@ -242,7 +242,8 @@ def test_another_adapter_is_refused_before_anything_is_captioned(blip_folder, tm
             images=(), model=str(blip_folder), adapter=(adapter,) if ranks.rank else (), cache="off"
         )
         captioners = caption_command._captioners(config)
-        with config.captions(captioners, ImageTable.of_files(images), ranks=ranks):
+        table = ImageTable.of_files(images)
+        with config.captions(captioners, table, [config.generation], ranks=ranks):
             pytest.fail("this is reached")
 
     with pytest.raises(ValueError, match="rank 1 differs from rank 0: decoders"):
