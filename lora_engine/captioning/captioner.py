@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.captioning.generation import generate
+from lora_engine.captioning.merged_adapter import adapted_tensors, with_tensors
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -24,7 +25,7 @@ from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
-from lora_engine.lora.adapter import Adapter, load_adapter
+from lora_engine.lora.adapter import Adapter, beyond_lora, load_adapter
 from lora_engine.lora.injection import merge
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks, collect, dealt
@@ -54,18 +55,32 @@ def with_adapter(
 ) -> Captioner:
     """A captioner with the adapter merged into its own copy of the weights; others are shared.
 
-    It continues the adapter's prompt unless another one is given. Raises AdapterError if the
-    adapter does not fit.
+    So is the encoder, unless the adapter changes it. The captioner continues the adapter's prompt
+    unless another one is given. Raises AdapterError if the adapter does not fit.
     """
     model = captioner.model
-    shared: dict[int, Any] = {id(model.encoder): model.encoder}
-    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared)
-    load_adapter(model, adapter)
-    merge(model)
+    if beyond_lora(model, adapter):
+        model = with_tensors(captioner, adapted_tensors(captioner, adapter))
+    else:
+        shared: dict[int, Any] = {id(model.encoder): model.encoder}
+        shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, shared)
+        load_adapter(model, adapter)
+        merge(model)
     return dataclasses.replace(
         captioner, model=model, prompt=adapter.prompt if prompt is None else prompt
     )
+
+
+def by_encoder(captioners: Sequence[Captioner]) -> list[list[int]]:
+    """The numbers of the captioners, in groups that compute the same features."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, captioner in enumerate(captioners):
+        model = captioner.model
+        parts = (part for part in model.children() if part is not model.decoder)
+        weights = tuple(id(weight) for part in parts for weight in part.parameters())
+        groups.setdefault(weights, []).append(number)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -139,6 +154,20 @@ def caption_images(
                     yield Captioned(
                         images[row], tuple(Caption(*caption) for caption in captions), reason
                     )
+
+
+def side_by_side(results: Sequence[Captioned], groups: Sequence[Sequence[int]]) -> Captioned:
+    """One result of several groups of captioners (`by_encoder`) for the same image."""
+    failed = [result for result in results if result.reason is not None]
+    if failed:
+        return failed[0]
+    by_number = {
+        number: caption
+        for result, group in zip(results, groups)
+        for number, caption in zip(group, result.captions)
+    }
+    captions = tuple(by_number[number] for number in sorted(by_number))
+    return Captioned(results[0].image, captions)
 
 
 _Result = tuple[int, Sequence[Caption], str | None]  # of a row

@@ -3,7 +3,7 @@
 To add a family, write its model file in `models/` and add a row here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,12 @@ class Family:
     """Renames and reshapes a checkpoint's tensors for the model."""
     special_ids: Callable[[Any], tuple[int, int, int]]
     """(start, end, pad) token ids of a configuration; raises ValueError if one is missing."""
+    other_names: Sequence[tuple[str, str]] = ()
+    """Regular expressions over a checkpoint's names, and other names that adapters may use."""
+    head_biases: tuple[str, ...] = ()
+    """The names under which a checkpoint may store the bias of the vocabulary head."""
+    unused: str = ""
+    """A regular expression over the checkpoint's tensors that captioning does not use."""
     hugging_face_class: str | None = None
     """The transformers class that loads the checkpoint, if transformers has one."""
     part_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -45,6 +51,8 @@ FAMILIES: dict[str, Family] = {
         from_config=blip.from_config,
         convert_state=blip.convert_state,
         special_ids=blip.special_ids,
+        head_biases=blip.HEAD_BIASES,
+        unused=blip.UNUSED,
         hugging_face_class="BlipForConditionalGeneration",
         image_processor="BlipImageProcessor",
         recipe="blip_cc3m",
@@ -59,6 +67,8 @@ start = prompt_ids.shape[1] - 1  # behind [DEC] prompt""",
         from_config=vit_gpt2.from_config,
         convert_state=vit_gpt2.convert_state,
         special_ids=vit_gpt2.special_ids,
+        other_names=vit_gpt2.OTHER_NAMES,
+        unused=vit_gpt2.UNUSED,
         hugging_face_class="VisionEncoderDecoderModel",
         part_types={"encoder": ("vit", "deit"), "decoder": ("gpt2",)},
         recipe="vit_gpt2_cc3m",
