@@ -220,7 +220,8 @@ def beyond_lora(model: nn.Module, adapter: Adapter) -> str | None:
 
     Modules that the model does not have are ignored.
     """
-    parts, decoder = dict(model.named_children()), getattr(model, "decoder", None)
+    config, decoder = adapter.config, getattr(model, "decoder", None)
+    parts = dict(model.named_children())
     scope = re.compile(getattr(model, "lora_scope", ".*"))
     paths = adapted_paths(adapter.matrices)
     replaced = [name for name in adapter.others if ".lora_" not in name]
@@ -228,12 +229,12 @@ def beyond_lora(model: nn.Module, adapter: Adapter) -> str | None:
         part = parts.get(path.partition(".")[0])
         if decoder is not None and part is not None and part is not decoder:
             return "changes the vision encoder, which is frozen here"
-    if adapter.config.get("use_dora"):
+    if config.get("use_dora"):
         return "is a DoRA adapter, which is not trained here"
-    if adapter.config.get("lora_bias"):
+    if config.get("lora_bias"):
         return "has LoRA layers with a bias, which are not trained here"
-    if replaced:
-        return f"replaces tensors of the base, such as {replaced[0]}, which are frozen here"
+    if replaced or config.get("bias") not in (None, "none") or config.get("modules_to_save"):
+        return "replaces tensors of the base (bias or modules_to_save), which are frozen here"
     for path in paths:
         if path.partition(".")[0] in parts and not scope.fullmatch(path):
             return f"changes {path}, which is frozen here"
@@ -244,12 +245,9 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
     """Raises ValueError unless the matrices are those required by model and configuration."""
     config, matrices, layers = adapter.config, adapter.matrices, linear_layers(model)
     targets = targeted(config, [*layers, *(path for path in paths if path not in layers)])
-    complaints = [
-        f"target_modules does not cover {path}" for path in paths if path not in targets
-    ]
-    without_matrices = targets.difference(paths)
-    complaints += [f"{path} is missing" for path in layers if path in without_matrices]
-    complaints += [f"the model has no linear layer {path}" for path in paths if path not in layers]
+    complaints = [f"the model has no linear layer {path}" for path in paths if path not in layers]
+    complaints += [f"target_modules does not cover {path}" for path in paths if path not in targets]
+    complaints += [f"{path} is missing" for path in layers if path in targets.difference(paths)]
     ranks = by_pattern(
         config.get("rank_pattern"), sorted(layers.keys() & paths), default=config["r"]
     )
@@ -266,7 +264,7 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
 def in_one_line(complaints: list[str]) -> str:
     """The first of several complaints, and how many more there are."""
     more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
-    return min(complaints) + more
+    return complaints[0] + more
 
 
 def _peft_config(

@@ -59,9 +59,9 @@ def merged_tensors(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Tensor
     ranks = by_pattern(config.get("rank_pattern"), paths, default=config["r"])
     alphas = by_pattern(config.get("alpha_pattern"), paths, default=config["lora_alpha"])
     _check(adapter, checkpoint, [
+        *(f"the base model has no module {p}" for p in paths if f"{p}.weight" not in names),
         *_complaints_of_copies(config, copies, paths, used, base, names, checkpoint.tied_head),
         *_uncovered(config, paths, [name for name in used if base[name].dim() > 1], checkpoint),
-        *(f"the base model has no module {p}" for p in paths if f"{p}.weight" not in names),
     ])
     changed: dict[str, Tensor] = {}
     is_tied = torch.equal(*(base[name] for name in checkpoint.tied_head))

@@ -63,8 +63,7 @@ def read_tensors(
                 part = file.get_slice(key)
                 complaint = refuse(key, Described(part.get_dtype(), tuple(part.get_shape())))
                 if complaint is not None:
-                    name = key if len(key) < 300 else shortened(key)
-                    raise UnusableFileError(f"{path}: {name} {complaint}")
+                    raise UnusableFileError(f"{path}: {_short(key)} {complaint}")
             return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except FileNotFoundError:
         raise
@@ -92,8 +91,12 @@ def read_bin(
         dtype = _FLOATS.get(tensor.dtype, str(tensor.dtype))
         complaint = refuse(key, Described(dtype, tuple(tensor.shape)))
         if complaint is not None:
-            raise UnusableFileError(f"{path}: {shortened(key)} {complaint}")
+            raise UnusableFileError(f"{path}: {_short(key)} {complaint}")
     return tensors, {}
+
+
+def _short(key: str) -> str:
+    return key if len(key) < 300 else shortened(key)
 
 
 def _read_bin(path: Path, max_bytes: int) -> dict[str, Tensor]:
