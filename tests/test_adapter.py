@@ -549,8 +549,8 @@ def test_damaged_safetensors_are_refused(blip_folder, folder, kept_bytes):
     (lambda t: {k: v for k, v in t.items() if QUERY not in k}, f"{QUERY} is missing"),
     (lambda t: {k.replace(QUERY, "query"): v for k, v in t.items()},
      "the model has no linear layer query"),  # PEFT knows it by its whole path only
-], ids=["unknown", "magnitude", "variant", "half_pair", "ranks", "vector", "integers", "no_rank", "twice",
-        "long", "empty", "in_width",
+], ids=["unknown", "magnitude", "variant", "half_pair", "ranks", "vector", "integers", "no_rank",
+        "twice", "long", "empty", "in_width",
         "out_width", "no_such_layer", "missing", "tail_of_a_path"])
 def test_matrices_that_do_not_fit_are_refused(blip_folder, folder, change, message):
     rewrite(folder, change)

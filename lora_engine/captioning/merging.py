@@ -187,9 +187,8 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
-    if captioner.model.tied_head[0] not in merged:
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    _untie(folder / "config.json")
+    if tied_head[0] in merged and not torch.equal(*(merged[name] for name in tied_head)):
+        _untie(folder / "config.json")
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
