@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_engine.lora.layer import LoRALinear
 from lora_engine.models import CaptioningModel
+from lora_engine.models.vit import VisionTransformer
 
 Linear = nn.Linear | LoRALinear
 
@@ -23,7 +24,8 @@ def encoder_flops(model: CaptioningModel) -> int:
 
     A layer takes the products of its four linear layers, 2 P (weights), and attention, 4 P P D.
     """
-    encoder: Any = model.encoder
+    encoder = model.encoder
+    assert isinstance(encoder, VisionTransformer), "counted for a Vision Transformer"
     num_tokens, width = encoder.num_tokens, encoder.width
     num_patches = num_tokens - encoder.class_token.shape[1]
     patches = 2 * num_patches * encoder.patch_embedding.weight.numel()

@@ -73,10 +73,14 @@ def write_vit_gpt2(
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end,
            "decoder_start_token_id": end}
     config = copy.deepcopy(VIT_GPT2) | ids
-    config["encoder"] |= {
+    small = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": IMAGE_SIZE,
-    } | (encoder or {})
+    }
+    kind = (encoder or {}).get("model_type", "vit")
+    published = config["encoder"] if kind in ("vit", "deit") else {}
+    # A Swin has depths and widths of its own.
+    config["encoder"] = published | ({} if kind == "swin" else small) | (encoder or {})
     config["decoder"] |= ids | {
         "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": MAX_POSITIONS,
         "vocab_size": len(vocabulary),
@@ -129,8 +133,8 @@ def randomize(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name.lower() or ".ln_" in name:
-                parameter.copy_(float(name.endswith("weight")) + 0.05 * noise)
+            if any(part in name.lower() for part in ("norm", ".ln_", "lambda")):
+                parameter.copy_(float(not name.endswith("bias")) + 0.05 * noise)
             elif parameter.dim() < 2:
                 parameter.copy_(0.02 * noise)
             else:

@@ -196,6 +196,8 @@ def test_adapted_tensors_are_merged_in_their_own_format_and_all_others_kept(
     small = write_adapter(base, tmp_path / "small", std=0.05)
     export(base, small, tmp_path / "merged")
     after, expected = stored(tmp_path / "merged"), merged_by_hand(base, small)
+    head, embedding = load_captioner(base).model.tied_head
+    before.setdefault(head, before[embedding])
     assert after.keys() == before.keys()
     for name, tensor in after.items():
         assert tensor.dtype == before[name].dtype
@@ -213,6 +215,23 @@ def test_adapted_tensors_are_merged_in_their_own_format_and_all_others_kept(
                 assert set(file.keys()) == {k for k, v in weight_map.items() if v == path.name}
     theirs = hugging_face(tmp_path / "merged").state_dict()
     assert all(torch.equal(theirs[name].to(after[name].dtype), after[name]) for name in expected)
+
+
+@pytest.mark.parametrize("write", [write_one, write_shards])
+def test_a_tied_head_is_written_out(base, adapter, tmp_path, write, caplog):
+    """Some versions of transformers draw a head at random that the files leave out."""
+    head, embedding = load_captioner(base).model.tied_head
+    tensors = {name: t for name, t in stored(base).items() if name != head}
+    (base / "model.safetensors").unlink()
+    write(base, tensors, "safetensors")
+    export(base, adapter, tmp_path / "merged")
+    assert stored(tmp_path / "merged").keys() == tensors.keys() | {head}
+    caplog.clear()
+    kind = type(hugging_face(base))
+    theirs, loading = kind.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(loading.values()) and "newly initialized" not in caplog.text
+    weights = theirs.state_dict()
+    assert torch.equal(weights[head], tensors[embedding])
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

@@ -30,7 +30,7 @@ from lora_engine.data.pixels import PixelSettings
 from lora_engine.models import pretrained
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import PretrainedError
-from lora_engine.models.pixel_settings import PREPROCESSORS, read_pixel_settings
+from lora_engine.models.pixel_settings import PREPROCESSORS
 from lora_engine.models.pretrained import build_from_config, load_captioner, load_tokenizer
 from lora_engine.models.weights import fingerprint
 
@@ -295,7 +295,7 @@ def test_a_blip_that_does_not_caption_is_refused(blip):
 
 
 @pytest.mark.parametrize("part, model_type, expected", [
-    ("decoder", "bert", "'gpt2'"), ("encoder", "swin", "'vit' or 'deit'"),
+    ("decoder", "bert", "'gpt2'"), ("encoder", "convnext", "'vit' or 'deit' or 'beit'"),
 ])
 def test_an_encoder_decoder_of_other_parts_is_refused(vit_gpt2, part, model_type, expected):
     config = json.loads((vit_gpt2 / "config.json").read_text())
@@ -451,11 +451,7 @@ def pixels_of(folder: Path) -> PixelSettings:
     config = pretrained._read_config(folder, None)
     with torch.device("meta"):
         model = pretrained._build(folder, config)
-    return read_pixel_settings(
-        folder,
-        default_kind=FAMILIES[config.model_type].image_processor,
-        image_size=model.encoder.image_size,
-    )
+    return pretrained._read_pixels(folder, FAMILIES[config.model_type], model)
 
 
 def random_preprocessor(rng: random.Random) -> dict:
@@ -481,7 +477,7 @@ def test_the_preprocessor_is_read_as_transformers_reads_it(blip):
     """Every kind and spelling, with class defaults for missing settings."""
     rng = random.Random(0)
     compared = set()
-    for number in range(110):
+    for number in range(120):
         given = random_preprocessor(rng)
         (blip / "processor_config.json").unlink(missing_ok=True)
         (blip / "preprocessor_config.json").write_text(json.dumps(given))

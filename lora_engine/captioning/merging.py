@@ -2,8 +2,10 @@
 
 Only the adapted tensors are rewritten: in the checkpoint's own files, under their own names, in
 their own layout and dtype. All other tensors, the configuration, the tokenizer and the preprocessor
-are copied from the base, so that whatever loads the base loads the result, without PEFT. Before the
-folder gets its final name it is loaded and compared with the unmerged model.
+are copied from the base, so that whatever loads the base loads the result, without PEFT. Of a
+vocabulary head and an embedding that are tied, a base may store one; both are written, because not
+every version of transformers ties them. Before the folder gets its final name it is loaded and
+compared with the unmerged model.
 
 Axes: B images, T caption tokens, V vocabulary.
 """
@@ -92,7 +94,7 @@ def export_merged(
     """
     out = Path(out)
     check_out(out)
-    _check_target(out, captioner.folder)
+    _check_target(out, captioner)
     with replaced_folder(out.resolve()) as new:
         _copy_small_files(captioner.folder, new)
         dtype = _write_weights(captioner, new, changed or _merged_layers(captioner))
@@ -119,10 +121,12 @@ def check_out(out: Path) -> None:
         raise MergeError(f"--out {out}: there is no folder {out.parent}; create it first")
 
 
-def _check_target(out: Path, base: Path) -> None:
+def _check_target(out: Path, captioner: Captioner) -> None:
+    base, model = captioner.folder, captioner.model
     if out.resolve().is_relative_to(base.resolve()):
         raise MergeError(f"--out {out} is in the base model's folder {base}; choose another one")
     needed = sum(path.stat().st_size for path in weight_files(base))
+    needed += model.get_parameter(model.tied_head[1]).nbytes  # perhaps stored twice
     try:
         check_space(out.resolve().parent, needed=needed)
     except OSError as error:
@@ -151,22 +155,32 @@ def _write_weights(
 ) -> torch.dtype:
     """Write the base's files with `merged` tensors -> the coarsest of their dtypes."""
     tied_head, head_biases = captioner.model.tied_head, FAMILIES[captioner.family].head_biases
+    tied = set(tied_head)
     dtypes = set()
     file_of: dict[str, str] = {}
     num_bytes = 0
-    for path in weight_files(captioner.folder):
+    paths = weight_files(captioner.folder)
+    last = None
+    while paths:
+        path = paths.pop(0)
         tensors = read_weights(path)
+        stored = tied & tensors.keys()
+        if len(stored) == 1 and not tied & file_of.keys():
+            if paths and last is None:  # another file may hold the other one
+                last = path
+                paths.append(path)
+                continue
+            (name,), (other,) = stored, tied - stored
+            tensors[other] = tensors[name].clone()
         if path.suffix == ".bin":  # one tensor may have two names there, but not in safetensors
             tensors = {
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
-        for names in (tied_head, head_biases):  # one name of each may be enough in the base
-            stored = [tensors[name] for name in names if name in tensors]
-            tensors |= {
-                name: stored[0] for name in names
-                if stored and name in merged and name not in tensors
-            }
+        biases = [tensors[name] for name in head_biases if name in tensors]
+        for name in head_biases:  # one name may be enough in the base
+            if biases and name in merged:
+                tensors.setdefault(name, biases[0])
         for name in tensors.keys() & merged.keys():
             dtype = tensors[name].dtype
             tensors[name] = merged[name].to(dtype, copy=True).contiguous()

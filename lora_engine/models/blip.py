@@ -290,7 +290,8 @@ def from_config(config: Any) -> BlipCaptioner:
 def special_ids(config: Any) -> tuple[int, int, int]:
     """(start, end, pad) of captions."""
     text = config.text_config  # BLIP does not use its eos_token_id: captions end with [SEP]
-    return text.bos_token_id, text.sep_token_id, text.pad_token_id
+    pads = text.pad_token_id, getattr(config, "pad_token_id", None), text.sep_token_id
+    return text.bos_token_id, text.sep_token_id, next(pad for pad in pads if pad is not None)
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -298,7 +299,7 @@ def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "vision_model."
     state = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     vision = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    state |= {prefix + k: v for k, v in vit.convert_names(vision, "blip").items()}
+    state |= {prefix + k: v for k, v in vit.convert_names(vision).items()}
     state.pop("text_decoder.bert.embeddings.position_ids", None)  # an old buffer, 0, 1, 2, ...
     # The head's bias may be stored under two names.
     bias = state.pop("text_decoder.cls.predictions.bias", None)

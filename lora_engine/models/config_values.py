@@ -31,6 +31,14 @@ def fraction(config: Any, name: str) -> float:
     return value
 
 
+def ratio(config: Any, name: str) -> float:
+    """A number above 0, up to 64: how many times as wide the feed-forward blocks are."""
+    value = getattr(config, name)
+    if type(value) not in (int, float) or not 0 < value <= 64:
+        raise ValueError(f"{name} is {shortened(value)}; expected a number above 0, up to 64")
+    return value
+
+
 def valid_image_size(size: Any) -> tuple[int, int]:
     """(height, width)."""
     most = LIMITS["image_size"]

@@ -35,6 +35,8 @@ class Family:
     """The transformers class that loads the checkpoint, if transformers has one."""
     part_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The model types that parts of the configuration may have, by the part's name."""
+    fit_images: Callable[[CaptioningModel, tuple[int, int]], None] | None = None
+    """Lets a loaded encoder take images of the preprocessor's size (height, width), if it can."""
     image_processor: str | None = None
     """The preprocessor of checkpoints that do not name theirs."""
     recipe: str = "finetune"
@@ -70,7 +72,8 @@ start = prompt_ids.shape[1] - 1  # behind [DEC] prompt""",
         other_names=vit_gpt2.OTHER_NAMES,
         unused=vit_gpt2.UNUSED,
         hugging_face_class="VisionEncoderDecoderModel",
-        part_types={"encoder": ("vit", "deit"), "decoder": ("gpt2",)},
+        part_types={"encoder": vit_gpt2.ENCODERS, "decoder": ("gpt2",)},
+        fit_images=vit_gpt2.fit_images,
         recipe="vit_gpt2_cc3m",
         generate_with_prompt="""\
 prompt_ids = tokenizer(tokenizer.bos_token + {prompt!r}, return_tensors="pt").input_ids

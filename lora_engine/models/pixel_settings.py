@@ -31,33 +31,30 @@ PREPROCESSORS: dict[str, dict[str, Any]] = {
         "size": [256, 256], "resample": 3, "do_center_crop": True, "crop_size": 224,
         "image_mean": _HALF, "image_std": _HALF,
     },
+    "BeitImageProcessor": {
+        "size": [224, 224], "resample": 3, "crop_size": 224, "image_mean": _HALF,
+        "image_std": _HALF,
+    },
     "CLIPImageProcessor": {
         "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "crop_size": 224,
         "default_to_square": False, **_CLIP,
     },
 }
+PREPROCESSORS["BitImageProcessor"] = PREPROCESSORS["CLIPImageProcessor"]  # DINOv2's
 
 
-def read_pixel_settings(
-    folder: Path, *, default_kind: str | None, image_size: tuple[int, int]
-) -> PixelSettings:
+def read_pixel_settings(folder: Path, *, default_kind: str | None) -> PixelSettings:
     """The settings of a folder's preprocessor, of `default_kind` if it names none.
 
-    Raises PretrainedError if they are unusable, or its images are not of `image_size`.
+    Raises PretrainedError if they are unusable.
     """
     try:
         given = _preprocessor_of(folder)
-        settings = _pixel_settings(given, default_kind)
+        return _pixel_settings(given, default_kind)
     except (OSError, ValueError) as error:
         raise PretrainedError(
             f"{folder} has no usable preprocessor_config.json: {one_line(error)}"
         ) from None
-    if settings.size != image_size:
-        raise PretrainedError(
-            f"{folder}: the preprocessor makes images of {settings.size}, but the encoder in "
-            f"config.json takes {image_size} (height, width)"
-        )
-    return settings
 
 
 def _preprocessor_of(folder: Path) -> dict[str, Any]:

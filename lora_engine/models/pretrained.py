@@ -19,7 +19,7 @@ import torch
 
 from lora_engine.data.captions import CaptionTokenizer
 from lora_engine.data.pixels import PixelSettings
-from lora_engine.models.families import FAMILIES
+from lora_engine.models.families import FAMILIES, Family
 from lora_engine.models.model_folder import (
     PretrainedError,
     check_files,
@@ -72,22 +72,20 @@ def load_captioner(
     config = _read_config(folder, family)
     values: dict[str, Any] = {}
     model = _load_model(folder, _RecordingConfig(config, values))
+    base = fingerprint(model)
     tokenizer = _read_tokenizer(folder, config, model)
-    pixels = read_pixel_settings(
-        folder,
-        default_kind=FAMILIES[config.model_type].image_processor,
-        image_size=model.encoder.image_size,
-    )
+    family = config.model_type
+    pixels = _read_pixels(folder, FAMILIES[family], model)
     return Captioner(
         model=model,
         tokenizer=tokenizer,
         pixels=pixels,
-        family=config.model_type,
+        family=family,
         name=str(name_or_path),
         folder=folder,
         revision=revision,
         fingerprints={
-            "base": fingerprint(model),
+            "base": base,
             "configuration": _canonical(values),
             "tokenizer": _tokenizer_fingerprint(folder, tokenizer),
             "preprocessor": _canonical(dataclasses.asdict(pixels)),
@@ -164,6 +162,19 @@ def _build(folder: Path, config: Any) -> CaptioningModel:
         ) from None
 
 
+def _read_pixels(folder: Path, family: Family, model: CaptioningModel) -> PixelSettings:
+    """The preprocessor's settings, for images that the encoder takes."""
+    pixels = read_pixel_settings(folder, default_kind=family.image_processor)
+    if family.fit_images is not None:
+        family.fit_images(model, pixels.size)
+    if pixels.size != model.encoder.image_size:
+        raise PretrainedError(
+            f"{folder}: the preprocessor makes images of {pixels.size}, but the encoder in "
+            f"config.json takes {model.encoder.image_size} (height, width)"
+        )
+    return pixels
+
+
 # --- the configuration ---------------------------------------------------------------------
 
 
@@ -187,6 +198,8 @@ def _read_config(folder: Path, family: str | None) -> Any:
             + (f"; recipes.{known.recipe} trains that family" if known else "")
         )
     _check_kind(path, settings)
+    ids = _generation_ids(folder)
+    settings |= {name: ids[name] for name in ids if settings.get(name) is None}
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     # For a model type that transformers does not know, a configuration without defaults.
@@ -196,6 +209,14 @@ def _read_config(folder: Path, family: str | None) -> Any:
         return kind.from_dict(settings)
     except Exception as error:  # transformers raises many kinds for wrong values
         raise PretrainedError(f"{path} is not a usable configuration: {one_line(error)}") from None
+
+
+def _generation_ids(folder: Path) -> dict[str, int]:
+    """The token ids of generation_config.json, for a config.json that lacks them."""
+    path = folder / "generation_config.json"
+    names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    settings = read_json(path) if path.exists() else {}
+    return {name: settings[name] for name in names if type(settings.get(name)) is int}
 
 
 def _check_kind(path: Path, settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""ViT + GPT-2: transformers' VisionEncoderDecoderModel of a ViT or DeiT and a GPT-2.
+"""ViT + GPT-2: transformers' VisionEncoderDecoderModel of a vision encoder and a GPT-2.
+
+The encoder is one of `ENCODERS` (vit.py, swin.py).
 
 The decoder is pre-norm GPT-2 with a cross-attention in every block. Its modules have Hugging Face's
 paths (`decoder.transformer.h.0.attn.c_attn`), so weights, LoRA targets and adapters match by name.
@@ -18,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_engine.lora.layer import project
 from lora_engine.lora.matmul import compute_dtype
-from lora_engine.models import vit
+from lora_engine.models import swin, vit
 from lora_engine.models.activations import ACTIVATIONS
 from lora_engine.models.attention import (
     KeyValueCache,
@@ -33,8 +35,21 @@ from lora_engine.models.config_values import (
 )
 from lora_engine.models.cross_attention import cross_attention, low_rank_features
 from lora_engine.models.embedding import Embedding
+from lora_engine.models.protocol import CaptioningModel
+from lora_engine.models.swin import SwinTransformer
 from lora_engine.models.vit import VisionTransformer
 
+# The model types of encoders.
+ENCODERS = (
+    "vit", "deit", "beit", "clip_vision_model", "dinov2", "dinov2_with_registers", "swin",
+)
+# Tensors of encoders that captions do not depend on, and buffers of old checkpoints.
+_UNUSED = re.compile(
+    r"pooler\..*|post_layernorm\..*|embeddings\.(mask_token|position_ids)|.*relative_position_index"
+)
+UNUSED = (
+    rf"encoder\.(vision_model\.)?({_UNUSED.pattern})|.*\.(attn|crossattention)\.(masked_)?bias"
+)
 # Module names of ViT and DeiT in transformers 5, which writes checkpoints with the earlier names.
 OTHER_NAMES = tuple(
     (rf"encoder\.encoder\.layer\.(\d+)\.{earlier}\.", rf"encoder.layers.\1.{later}.")
@@ -49,8 +64,6 @@ OTHER_NAMES = tuple(
         ("layernorm_after", "layernorm_after"),
     )
 )
-# The ViT's pooler, and the causal masks that old GPT-2 checkpoints store as buffers.
-UNUSED = r"encoder\.pooler\..*|.*\.(attn|crossattention)\.(masked_)?bias"
 
 
 class Attention(nn.Module):
@@ -233,7 +246,9 @@ class ViTGPT2Captioner(nn.Module):
     fan_in_fan_out = True  # Conv1D in transformers
     tied_head = ("decoder.lm_head.weight", "decoder.transformer.wte.weight")
 
-    def __init__(self, encoder: VisionTransformer, decoder: GPT2Decoder) -> None:
+    def __init__(
+        self, encoder: VisionTransformer | SwinTransformer, decoder: GPT2Decoder
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -265,7 +280,7 @@ class ViTGPT2Captioner(nn.Module):
 
 
 def from_config(config: Any) -> ViTGPT2Captioner:
-    """The model of a transformers `VisionEncoderDecoderConfig` of a ViT or DeiT and a GPT-2.
+    """The model of a transformers `VisionEncoderDecoderConfig` of one of `ENCODERS` and a GPT-2.
 
     Raises ValueError for a value out of range.
     """
@@ -286,42 +301,48 @@ def from_config(config: Any) -> ViTGPT2Captioner:
         scale_by_width=decoder.scale_attn_weights,
         scale_by_layer=decoder.scale_attn_by_inverse_layer_idx,
     )
-    vision = vit.from_config(
-        encoder,
-        qkv_bias=encoder.qkv_bias,
-        num_class_tokens=2 if encoder.model_type == "deit" else 1,
-    )
-    return ViTGPT2Captioner(vision, gpt2)
+    if encoder.model_type == "swin":
+        return ViTGPT2Captioner(swin.from_config(encoder), gpt2)
+    return ViTGPT2Captioner(vit.from_config(encoder, **vit.variant(encoder)), gpt2)
+
+
+def fit_images(model: CaptioningModel, image_size: tuple[int, int]) -> None:
+    """Let an encoder take images of this size, if transformers' does: a DINOv2."""
+    if isinstance(model.encoder, VisionTransformer):
+        model.encoder.resize(image_size)
 
 
 def special_ids(config: Any) -> tuple[int, int, int]:
     """(start, end, pad) of captions; raises ValueError if the configuration lacks one."""
-    def first(name: str) -> int:
-        for part in (config, config.decoder):
-            if getattr(part, name, None) is not None:
-                return getattr(part, name)
-        raise ValueError(f"neither config.json nor its decoder part has {name}")
+    def first(*names: str) -> int:
+        for name in names:
+            for part in (config, config.decoder):
+                if getattr(part, name, None) is not None:
+                    return getattr(part, name)
+        raise ValueError(f"neither config.json nor its decoder part has {names[0]}")
 
-    has_start = any(
-        getattr(part, "decoder_start_token_id", None) is not None
-        for part in (config, config.decoder)
+    return (
+        first("decoder_start_token_id", "bos_token_id"),
+        first("eos_token_id"),
+        first("pad_token_id", "eos_token_id"),
     )
-    start = first("decoder_start_token_id" if has_start else "bos_token_id")
-    return start, first("eos_token_id"), first("pad_token_id")
 
 
 def convert_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint's tensors under the names of `ViTGPT2Captioner`.
 
-    Left out: the ViT's pooler, which captioning does not use, and the causal masks that old GPT-2
-    checkpoints store as buffers.
+    Left out: what captions do not depend on, such as a ViT's pooler, and the causal masks that old
+    GPT-2 checkpoints store as buffers.
     """
     prefix = "encoder."
     vision = {
-        k.removeprefix(prefix): v for k, v in tensors.items()
-        if k.startswith(prefix) and not k.startswith(prefix + "pooler.")
+        name: tensor for k, tensor in tensors.items() if k.startswith(prefix)
+        # Older versions of transformers have CLIP's encoder one level deeper.
+        and not _UNUSED.fullmatch(name := k.removeprefix(prefix).removeprefix("vision_model."))
     }
-    state = {prefix + k: v for k, v in vit.convert_names(vision, "vit").items()}
+    is_swin = any(re.match(r"encoder\.layers\.\d+\.blocks\.", name) for name in vision)
+    renamed = swin.convert_names(vision) if is_swin else vit.convert_names(vision)
+    state = {prefix + name: tensor for name, tensor in renamed.items()}
     for name, tensor in tensors.items():
         if name.startswith(prefix) or re.search(r"\.(attn|crossattention)\.(masked_)?bias$", name):
             continue

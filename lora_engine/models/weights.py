@@ -59,7 +59,10 @@ def _read_index(path: Path) -> list[Path]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A weight file's tensors in their stored dtypes. Raises PretrainedError if it is damaged."""
+    """A weight file's tensors in their stored dtypes, under the names of an unwrapped model.
+
+    Raises PretrainedError if it is damaged.
+    """
     try:
         read = read_tensors if path.suffix == ".safetensors" else read_bin
         tensors, _ = read(path, refuse=lambda name, _: None, max_bytes=_MAX_WEIGHTS_BYTES)
@@ -68,13 +71,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"it holds {len(tensors):,} tensors; expected at most {_MAX_TENSORS:,}, with names "
                 f"of up to {_MAX_NAME} characters"
             )
-        return tensors
+        return _without_wrappers(tensors)
     except FileNotFoundError:
         raise PretrainedError(f"{path} is missing, although the index names it") from None
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
         why = one_line(error)
         message = why if str(path) in why else f"cannot read {path}: {why}"
         raise PretrainedError(f"{message}; download it again") from None
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what torch.compile and DistributedDataParallel add; raises ValueError."""
+    names = {name: name.replace("_orig_mod.", "") for name in tensors}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {name: short.removeprefix("module.") for name, short in names.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError("some names occur with and without _orig_mod, so tensors are ambiguous")
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
