@@ -30,8 +30,9 @@ class Checkpoint(NamedTuple):
     """Names of the bias of the vocabulary head, of which one or more are stored."""
     transposed: str = ""
     """A regular expression over the paths of modules that store their weight as (in, out)."""
-    other_names: Sequence[tuple[str, str]] = ()
-    """Regular expressions over names, and the names that other versions of transformers use."""
+    other_names: Sequence[Sequence[tuple[str, str]]] = ()
+    """Names in other versions of transformers: for each version, regular expressions over the
+    beginning of a name and their replacements, applied in order."""
     unused: str = ""
     """A regular expression over the names of tensors that captioning does not use."""
 
@@ -135,12 +136,17 @@ def _stored_names(base: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[st
     """The checkpoint's names of each tensor, by every name that the tensor may have."""
     names = {name: [name] for name in base}
     for name in base:
-        for pattern, replacement in checkpoint.other_names:
-            if re.match(pattern, name):
-                names[re.sub(f"^{pattern}", replacement, name)] = [name]
+        for version in checkpoint.other_names:
+            names.setdefault(_renamed(name, version), [name])
     for name in base.keys() & set(checkpoint.head_biases):
         names[name] = list(checkpoint.head_biases)
     return names
+
+
+def _renamed(name: str, version: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in version:
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
 
 
 def _complaints_of_copies(
@@ -189,12 +195,10 @@ def _uncovered(
     if config.get("target_modules") == "all-linear":
         return []
     modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-    others = list(modules)
-    for pattern, replacement in checkpoint.other_names:
-        others = [re.sub(f"^{pattern}", replacement, f"{name}.")[:-1] for name in others]
     complaints = []
-    for version in (modules, others):
-        targets = targeted(config, list(dict.fromkeys([*version, *paths])))
+    for version in ((), *checkpoint.other_names):
+        renamed = [_renamed(f"{module}.", version)[:-1] for module in modules]
+        targets = targeted(config, list(dict.fromkeys([*renamed, *paths])))
         complaints.append([
             *(f"target_modules does not cover {path}" for path in paths if path not in targets),
             *(f"{path} is missing" for path in sorted(targets.difference(paths))),

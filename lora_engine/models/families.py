@@ -25,8 +25,9 @@ class Family:
     """Renames and reshapes a checkpoint's tensors for the model."""
     special_ids: Callable[[Any], tuple[int, int, int]]
     """(start, end, pad) token ids of a configuration; raises ValueError if one is missing."""
-    other_names: Sequence[tuple[str, str]] = ()
-    """Regular expressions over a checkpoint's names, and other names that adapters may use."""
+    other_names: Sequence[Sequence[tuple[str, str]]] = ()
+    """Other names of a checkpoint's tensors, which adapters may use: in each version of them,
+    regular expressions over the beginning of a name and their replacements, in order."""
     head_biases: tuple[str, ...] = ()
     """The names under which a checkpoint may store the bias of the vocabulary head."""
     unused: str = ""

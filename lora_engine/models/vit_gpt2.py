@@ -50,20 +50,22 @@ _UNUSED = re.compile(
 UNUSED = (
     rf"encoder\.(vision_model\.)?({_UNUSED.pattern})|.*\.(attn|crossattention)\.(masked_)?bias"
 )
-# Module names of ViT and DeiT in transformers 5, which writes checkpoints with the earlier names.
-OTHER_NAMES = tuple(
-    (rf"encoder\.encoder\.layer\.(\d+)\.{earlier}\.", rf"encoder.layers.\1.{later}.")
-    for earlier, later in (
-        (r"attention\.attention\.query", "attention.q_proj"),
-        (r"attention\.attention\.key", "attention.k_proj"),
-        (r"attention\.attention\.value", "attention.v_proj"),
+# transformers 5 names the modules of encoders differently from their checkpoints.
+_LAYERS = tuple(
+    (rf"(encoder\..*)\.{stored}\.", rf"\1.{module}.")
+    for stored, module in (
+        (r"attention\.(?:attention|self)\.query", "attention.q_proj"),
+        (r"attention\.(?:attention|self)\.key", "attention.k_proj"),
+        (r"attention\.(?:attention|self)\.value", "attention.v_proj"),
         (r"attention\.output\.dense", "attention.o_proj"),
         (r"intermediate\.dense", "mlp.fc1"),
         (r"output\.dense", "mlp.fc2"),
-        ("layernorm_before", "layernorm_before"),
-        ("layernorm_after", "layernorm_after"),
     )
 )
+<<<<<<< HEAD
+=======
+OTHER_NAMES = (_LAYERS, (*_LAYERS, (r"encoder\.encoder\.layer\.", "encoder.layers.")))
+>>>>>>> adapters
 
 
 class Attention(nn.Module):
