@@ -62,10 +62,7 @@ _LAYERS = tuple(
         (r"output\.dense", "mlp.fc2"),
     )
 )
-<<<<<<< HEAD
-=======
 OTHER_NAMES = (_LAYERS, (*_LAYERS, (r"encoder\.encoder\.layer\.", "encoder.layers.")))
->>>>>>> adapters
 
 
 class Attention(nn.Module):
