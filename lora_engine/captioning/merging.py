@@ -3,7 +3,8 @@
 Only the adapted tensors are rewritten: in the checkpoint's own files, under their own names, in
 their own layout and dtype. All other tensors, the configuration, the tokenizer and the preprocessor
 are copied from the base, so that whatever loads the base loads the result, without PEFT. Before the
-folder gets its final name it is loaded and compared with the unmerged model.
+folder gets its final name it is loaded and compared with the unmerged model. If an adapter changes
+head or embedding, config.json says that they are not tied.
 
 Axes: B images, T caption tokens, V vocabulary.
 """
