@@ -4,8 +4,9 @@ Only the adapted tensors are rewritten: in the checkpoint's own files, under the
 their own layout and dtype. All other tensors, the configuration, the tokenizer and the preprocessor
 are copied from the base, so that whatever loads the base loads the result, without PEFT. Of a
 vocabulary head and an embedding that are tied, a base may store one; both are written, because not
-every version of transformers ties them. Before the folder gets its final name it is loaded and
-compared with the unmerged model.
+every version of transformers ties them. If an adapter changes one of them, config.json says that
+they are not tied. Before the folder gets its final name it is loaded and compared with the unmerged
+model.
 
 Axes: B images, T caption tokens, V vocabulary.
 """

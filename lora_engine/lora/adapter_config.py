@@ -5,7 +5,7 @@ Format: huggingface/peft (`src/peft/tuners/lora/config.py`).
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -136,15 +136,10 @@ def targeted(config: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
             if not numbers or path in whole
             or _layer_number(path, config.get("layers_pattern")) in numbers
         }
-    saved = [name for name in config.get("modules_to_save") or ()]
+    saved = config.get("modules_to_save") or ()
     return matched - _matching(config.get("exclude_modules"), paths) - {
-        path for path in paths if is_within(path, saved)
+        path for path in paths if any(f".{name}." in f".{path}." for name in saved)
     }
-
-
-def is_within(path: str, names: Iterable[str]) -> bool:
-    """Whether a path leads to, or into, a module that one of `names` names by the path's end."""
-    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _matching(patterns: str | list[str] | None, paths: Sequence[str]) -> set[str]:
