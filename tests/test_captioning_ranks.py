@@ -246,7 +246,7 @@ def test_another_adapter_is_refused_before_anything_is_captioned(blip_folder, tm
         with config.captions(captioners, table, [config.generation], ranks=ranks):
             pytest.fail("this is reached")
 
-    with pytest.raises(ValueError, match="rank 1 differs from rank 0: decoders"):
+    with pytest.raises(ValueError, match="rank 1 differs from rank 0: weights"):
         in_threads(2, run)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_engine.captioning.generation import generate_tokens
 from lora_engine.captioning.generation_settings import GenerationSettings
+from lora_engine.captioning.merged_adapter import adapted_tensors, with_tensors
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -27,7 +28,7 @@ from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
-from lora_engine.lora.adapter import Adapter, load_adapter
+from lora_engine.lora.adapter import Adapter, beyond_lora, load_adapter
 from lora_engine.lora.injection import merge
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
@@ -58,12 +59,15 @@ def with_adapter(
 ) -> Captioner:
     """A captioner with the adapter merged into its own copy of the weights; others are shared.
 
-    It continues the adapter's prompt unless another one is given. Raises AdapterError if the
-    adapter does not fit.
+    So is the encoder, unless the adapter changes it. The captioner continues the adapter's prompt
+    unless another one is given. Raises AdapterError if the adapter does not fit.
     """
-    model = sharing_weights(captioner.model)
-    load_adapter(model, adapter)
-    merge(model)
+    if beyond_lora(captioner.model, adapter):
+        model = with_tensors(captioner, adapted_tensors(captioner, adapter))
+    else:
+        model = sharing_weights(captioner.model)
+        load_adapter(model, adapter)
+        merge(model)
     return dataclasses.replace(
         captioner, model=model, prompt=adapter.prompt if prompt is None else prompt
     )
@@ -74,6 +78,17 @@ def sharing_weights(model: CaptioningModel) -> CaptioningModel:
     shared: dict[int, Any] = {id(model.encoder): model.encoder}
     shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def by_encoder(captioners: Sequence[Captioner]) -> list[list[int]]:
+    """The numbers of the captioners, in groups that compute the same features."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, captioner in enumerate(captioners):
+        model = captioner.model
+        parts = (part for part in model.children() if part is not model.decoder)
+        weights = tuple(id(weight) for part in parts for weight in part.parameters())
+        groups.setdefault(weights, []).append(number)
+    return list(groups.values())
 
 
 def caption_features(
@@ -205,6 +220,27 @@ def caption_images(
                     yield Captioned(
                         images[row], tuple(Caption(*caption) for caption in captions), reason
                     )
+
+
+def side_by_side(
+    results: Sequence[Captioned],
+    groups: Sequence[Sequence[int]],
+    settings: Sequence[GenerationSettings],
+) -> Captioned:
+    """One result of several groups of captioners (`by_encoder`) for the same image."""
+    failed = [result for result in results if result.reason is not None]
+    if failed:
+        return failed[0]
+    captions: list[Caption] = []
+    remaining = [iter(result.captions) for result in results]
+    for setting in settings:
+        by_captioner = {
+            number: list(islice(of_group, setting.num_return_sequences))
+            for of_group, group in zip(remaining, groups) for number in group
+        }
+        for number in sorted(by_captioner):
+            captions += by_captioner[number]
+    return Captioned(results[0].image, tuple(captions))
 
 
 _Result = tuple[int, Sequence[Caption], str | None]  # of a row

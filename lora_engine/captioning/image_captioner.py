@@ -29,7 +29,8 @@ from lora_engine.devices import resolve_device, resolve_dtype, use_device
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import EncoderPrecision
 from lora_engine.lora.adapter import read_adapter
-from lora_engine.lora.adapter_folder import AdapterError, find_adapter
+from lora_engine.lora.adapter_config import AdapterError
+from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models import pretrained
 from lora_engine.models.pretrained import Captioner
 

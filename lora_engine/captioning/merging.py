@@ -4,14 +4,16 @@ Only the adapted tensors are rewritten: in the checkpoint's own files, under the
 their own layout and dtype. All other tensors, the configuration, the tokenizer and the preprocessor
 are copied from the base, so that whatever loads the base loads the result, without PEFT. Of a
 vocabulary head and an embedding that are tied, a base may store one; both are written, because not
-every version of transformers ties them. Before the folder gets its final name it is loaded and
-compared with the unmerged model.
+every version of transformers ties them. If an adapter changes one of them, config.json says that
+they are not tied. Before the folder gets its final name it is loaded and compared with the unmerged
+model.
 
 Axes: B images, T caption tokens, V vocabulary.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from lora_engine.devices import dtype_name
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.files import check_space, replaced_folder
 from lora_engine.lora.injection import lora_layers
+from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import SMALL_FILES
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import read_weights, weight_files
@@ -73,13 +76,19 @@ class Parity:
 
 
 def export_merged(
-    captioner: Captioner, out: str | Path, *, pixels: np.ndarray, prompt: str = ""
+    captioner: Captioner,
+    out: str | Path,
+    *,
+    pixels: np.ndarray,
+    prompt: str = "",
+    changed: Mapping[str, Tensor] | None = None,
 ) -> Parity:
     """Write a captioner whose LoRA layers are not merged as one plain Hugging Face folder.
 
-    `pixels` (B, 3, height, width), uint8, are the images on which the written folder is loaded and
-    compared with `captioner`, with `prompt`. Afterwards the model of `captioner` is in evaluation
-    mode, and otherwise unchanged.
+    `changed` are the tensors of the checkpoint to rewrite if the captioner was made `with_tensors`
+    instead. `pixels` (B, 3, height, width), uint8, are the images on which the written folder is
+    loaded and compared with `captioner`, with `prompt`. Afterwards the model of `captioner` is in
+    evaluation mode, and otherwise unchanged.
 
     Raises MergeError if `out` is not empty or is inside the base's folder, if the disk has too
     little space, and if the comparison fails; `out` is then unchanged.
@@ -89,7 +98,7 @@ def export_merged(
     _check_target(out, captioner)
     with replaced_folder(out.resolve()) as new:
         _copy_small_files(captioner.folder, new)
-        dtype = _write_weights(captioner, new)
+        dtype = _write_weights(captioner, new, changed or _merged_layers(captioner))
         parity = compare(captioner, load_captioner(new), pixels, prompt=prompt, dtype=dtype)
         if not parity.holds:
             raise MergeError(
@@ -132,12 +141,22 @@ def _copy_small_files(base: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
-    """Write the base's files with the adapted tensors merged -> the coarsest of their dtypes."""
-    merged = {f"{path}.weight": layer for path, layer in lora_layers(captioner.model)}
+def _merged_layers(captioner: Captioner) -> dict[str, Tensor]:
+    """The weights of the checkpoint that the model's LoRA layers change, merged."""
     # GPT-2's Conv1D stores (in, out), our layers (out, in).
     is_transposed = captioner.model.fan_in_fan_out
-    tied = set(captioner.model.tied_head)
+    return {
+        f"{path}.weight": layer.merged_weight().T if is_transposed else layer.merged_weight()
+        for path, layer in lora_layers(captioner.model)
+    }
+
+
+def _write_weights(
+    captioner: Captioner, folder: Path, merged: Mapping[str, Tensor]
+) -> torch.dtype:
+    """Write the base's files with `merged` tensors -> the coarsest of their dtypes."""
+    tied_head, head_biases = captioner.model.tied_head, FAMILIES[captioner.family].head_biases
+    tied = set(tied_head)
     dtypes = set()
     file_of: dict[str, str] = {}
     num_bytes = 0
@@ -159,9 +178,13 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
+        biases = [tensors[name] for name in head_biases if name in tensors]
+        for name in head_biases:  # one name may be enough in the base
+            if biases and name in merged:
+                tensors.setdefault(name, biases[0])
         for name in tensors.keys() & merged.keys():
-            weight, dtype = merged[name].merged_weight(), tensors[name].dtype
-            tensors[name] = (weight.T if is_transposed else weight).to(dtype).contiguous()
+            dtype = tensors[name].dtype
+            tensors[name] = merged[name].to(dtype, copy=True).contiguous()
             if not tensors[name].isfinite().all():
                 raise MergeError(
                     f"the merged {name} has values too large for {dtype_name(dtype)}, the dtype of "
@@ -179,7 +202,18 @@ def _write_weights(captioner: Captioner, folder: Path) -> torch.dtype:
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
+    if tied_head[0] in merged and not torch.equal(*(merged[name] for name in tied_head)):
+        _untie(folder / "config.json")
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _untie(path: Path) -> None:
+    """Tell transformers that head and embedding differ, or else it may tie them."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and "model_type" in part:
+            part["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

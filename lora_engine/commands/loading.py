@@ -6,14 +6,20 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
-from lora_engine.captioning.captioner import Captioned, caption_images, with_adapter
+from lora_engine.captioning.captioner import (
+    Captioned,
+    by_encoder,
+    caption_images,
+    side_by_side,
+    with_adapter,
+)
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.image_table import ImageTable
@@ -136,22 +142,51 @@ class CaptioningConfig:
         ranks: Ranks,
         numbers: Sequence[int] | None = None,
     ) -> Iterator[Iterator[Captioned]]:
-        """Captions of images by captioners that share an encoder, as the flags ask, while open.
+        """Captions of images by captioners, as the flags ask, while open.
 
-        `settings` and `numbers` are those of `caption_images`. Raises ValueError if a process has
-        other weights than rank 0.
+        Those that share an encoder share its features. `settings` and `numbers` are those of
+        `caption_images`. Raises ValueError if a process has other weights than rank 0.
         """
         device = self.device_of(ranks)
-        dtype = resolve_dtype(self.precision, device)
+        groups = by_encoder(captioners)  # before anything is cast
         disable_tf32()  # as in training, whose features these may be
         for captioner in captioners:
-            cast_weights(captioner.model, dtype, self.encoder_precision)
+            cast_weights(
+                captioner.model, resolve_dtype(self.precision, device), self.encoder_precision
+            )
             captioner.model.to(device)
+        with ExitStack() as stack:
+            by_group = [
+                stack.enter_context(self._captions(
+                    [captioners[number] for number in group], images, settings,
+                    device=device, ranks=ranks, numbers=numbers,
+                ))
+                for group in groups
+            ]
+            if ranks.size > 1:  # nothing is written before all of them are ready
+                check_equal(ranks, _weights(captioners))
+            yield (
+                side_by_side(results, groups, settings)
+                for results in zip(*by_group, strict=True)
+            )
+
+    @contextmanager
+    def _captions(
+        self,
+        captioners: Sequence[Captioner],
+        images: ImageTable,
+        settings: Sequence[GenerationSettings],
+        *,
+        device: torch.device,
+        ranks: Ranks,
+        numbers: Sequence[int] | None,
+    ) -> Iterator[Iterator[Captioned]]:
+        """Captions of images by captioners that share an encoder."""
         with (
             open_features(
                 captioners[0],
                 device=device,
-                dtype=dtype,
+                dtype=resolve_dtype(self.precision, device),
                 num_images=len(images),
                 cache=self.cache,
                 cache_dir=cache_folder(self.cache_dir),
@@ -173,17 +208,14 @@ class CaptioningConfig:
                 ranks=ranks,
             )) as captioned,
         ):
-            if ranks.size > 1:  # nothing is written before all of them are ready
-                check_equal(ranks, _weights(captioners))
             yield captioned
 
 
 def _weights(captioners: Sequence[Captioner]) -> dict[str, Any]:
-    """What identifies the models: digests of the base model and of each decoder, and prompts."""
-    decoders = [fingerprint(captioner.model.decoder) for captioner in captioners]
+    """What identifies the models: digests of the base and of each model, and prompts."""
     return {
         **captioners[0].fingerprints,
-        "decoders": decoders,
+        "weights": [fingerprint(captioner.model) for captioner in captioners],
         "prompts": [captioner.prompt for captioner in captioners],
     }
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_engine import cli
+from lora_engine.captioning.merged_adapter import adapted_tensors, with_tensors
 from lora_engine.captioning.merging import check_out, export_merged
 from lora_engine.commands.loading import check_base, load_base
 from lora_engine.data.image_files import find_images
 from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
-from lora_engine.lora.adapter import load_adapter, naming_base, read_adapter
+from lora_engine.lora.adapter import beyond_lora, load_adapter, naming_base, read_adapter
 from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.lora.injection import lora_layers
 from lora_engine.terminal import printable
@@ -48,16 +49,22 @@ def merge(args: list[str]) -> int:
     images = find_images(config.images)
     adapter = read_adapter(find_adapter(config.adapter))
     captioner = load_base(config.model, config.revision, [adapter])
+    changed = None
     with naming_base(adapter, captioner.name):
-        load_adapter(captioner.model, adapter)
+        if beyond_lora(captioner.model, adapter):
+            changed = adapted_tensors(captioner, adapter)
+            captioner.model = with_tensors(captioner, changed)
+        else:
+            load_adapter(captioner.model, adapter)
     check_base(captioner, adapter, force=config.force)
     parity = export_merged(
         captioner,
         config.out,
         pixels=_pixels_to_compare(images, captioner.pixels),
         prompt=adapter.prompt,
+        changed=changed,
     )
-    num_merged = sum(1 for _ in lora_layers(captioner.model))
+    num_merged = len(changed or list(lora_layers(captioner.model)))
     summary = (
         f"merged {num_merged} weights of {captioner.name} with {config.adapter}\n"
         f"compared with the unmerged adapter: {parity}\n"

@@ -1,33 +1,36 @@
-"""Adapters in PEFT's format: read and write adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format: read them, inject them into a model, and write a model's own.
 
-Format: huggingface/peft (`src/peft/utils/save_and_load.py`, `src/peft/tuners/lora/config.py`).
-Keys are `base_model.model.<path>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R), with
-Hugging Face's module paths, which our models share. PEFT drops weights that its targets do not
-cover and only warns about missing ones; here both are errors.
+Format: adapter_config.py and adapter_weights.py. Module paths are Hugging Face's, which our
+decoders share. PEFT drops weights that its targets do not cover and only warns about missing ones;
+here both are errors.
+
+LoRA on the linear layers of the decoder's blocks is injected, and can be trained further. Adapters
+that change more (`beyond_lora`) can only be merged into a checkpoint: checkpoint_merge.py.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_engine import files
-from lora_engine.files import UnusableFileError, read_limited
-from lora_engine.lora.adapter_folder import (
+from lora_engine.lora.adapter_config import (
     CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_WEIGHTS_BYTES,
-    WEIGHTS_FILE,
     AdapterError,
-    find_adapter,
+    read_config,
+    targeted,
+)
+from lora_engine.lora.adapter_folder import find_adapter
+from lora_engine.lora.adapter_weights import (
+    WEIGHTS_FILE,
+    adapted_paths,
+    read_adapter_tensors,
 )
 from lora_engine.lora.injection import (
     InjectionPlan,
@@ -38,36 +41,8 @@ from lora_engine.lora.injection import (
     lora_parameters,
     select,
 )
-from lora_engine.lora.layer import LoRALinear, update_bound
-from lora_engine.lora.patterns import first_matches
-from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
-
-MAX_RANK = 2**20
-MAX_FP32 = torch.finfo(torch.float32).max
-
-_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))  # safetensors' names
-_KEY = re.compile(r"base_model\.model\.([!-~]{1,500})\.(lora_[AB])\.weight")
-
-# PEFT settings and their supported values: other values must not load as plain LoRA.
-_UNSUPPORTED: dict[str, tuple] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    # Others, such as PiSSA and OLoRA, change the frozen weights.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-}
-
+from lora_engine.lora.layer import LoRALinear
+from lora_engine.lora.tensor_files import tensor_bytes
 
 # What differs in a base model, as messages name it, by the keys of `Captioner.fingerprints`.
 OTHER_BASE = {
@@ -96,14 +71,16 @@ def is_same(before: str, now: str) -> bool:
 class Adapter:
     """An adapter folder, read and checked, on the CPU.
 
-    `matrices` have the names of `injection.lora_parameters`. `provenance` is the metadata stored
-    with them (base fingerprint, prompt, ...), which is empty for files written by PEFT.
+    `matrices` and `others` are described in `AdapterTensors`; LoRA matrices have the names of
+    `injection.lora_parameters`. `provenance` is the metadata stored with them (base fingerprint,
+    prompt, ...), which is empty for files written by PEFT.
     """
 
     folder: Path
     config: dict[str, Any]
     matrices: dict[str, Tensor]
     provenance: dict[str, str] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
@@ -205,44 +182,12 @@ def adapter_files(
 def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Adapter:
     """Read an adapter folder written by PEFT or by `save_adapter`.
 
-    Raises AdapterError if a file is missing or damaged, if a key is not a LoRA matrix or its A or B
-    is missing, if a number is out of range or not finite, and if the adapter is not plain LoRA.
+    Raises AdapterError as `read_config` and `read_adapter_tensors` do.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    path = folder / weights_file
-    matrices: dict[str, Tensor] = {}
-
-    def refuse(key: str, described: Described) -> str | None:
-        if _match(key) is None:
-            return (
-                "is not a LoRA matrix; expected base_model.model.<path>.lora_A.weight or "
-                ".lora_B.weight"
-            )
-        if len(described.shape) != 2 or 0 in described.shape or described.dtype not in _DTYPES:
-            return f"is {described}; expected a floating-point matrix"
-        return None
-
-    try:
-        tensors, provenance = read_tensors(path, refuse=refuse, max_bytes=MAX_WEIGHTS_BYTES)
-    except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {weights_file}; is it an adapter folder?") from None
-    except UnusableFileError as error:
-        raise AdapterError(str(error)) from None
-    for key, tensor in tensors.items():
-        match = _match(key)
-        assert match is not None
-        name = f"{match[1]}.{match[2]}"
-        if name in matrices:
-            raise AdapterError(f"{path} holds {name} twice, with _orig_mod in its key and without")
-        matrices[name] = tensor.clone()  # Windows removes no file that is still mapped
-    for name in matrices:
-        _check_pair(path, name, matrices)
-    _check_values(path, matrices, config)
-    if not matrices:
-        raise AdapterError(f"{path} holds no matrices")
-    provenance.pop("format", None)
-    return Adapter(folder, config, matrices, provenance)
+    config = read_config(folder)
+    matrices, others, provenance = read_adapter_tensors(folder, weights_file, config)
+    return Adapter(folder, config, matrices, provenance, others)
 
 
 def load_adapter(
@@ -253,14 +198,18 @@ def load_adapter(
     `adapter` is one that was read, or what `find_adapter` accepts. Ranks and scaling come from its
     configuration. For further training, `dropout` replaces the adapter's own.
 
-    Raises AdapterError, before anything is changed, if a path is not a layer that LoRA may adapt,
-    if a matrix does not have the shape given by model and configuration, or if the matrices are
-    not those of exactly the layers that the configuration targets.
+    Raises AdapterError, before anything is changed, if the adapter changes more than LoRA layers
+    can (`beyond_lora`), if a matrix does not have the shape given by model and configuration, or if
+    the matrices are not those of exactly the layers that the configuration targets.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(find_adapter(adapter))
-    config = adapter.config
-    paths = [name.removesuffix(".lora_A") for name in adapter.matrices if name.endswith("lora_A")]
+    if beyond := beyond_lora(model, adapter):
+        raise AdapterError(
+            f"the adapter in {adapter.folder} {beyond}; merge it first (python -m lora_engine "
+            f"merge --adapter {adapter.folder} --out MERGED), and train with --model MERGED"
+        )
+    config, paths = adapter.config, adapted_paths(adapter.matrices)
     try:
         select(model, paths)
         _check_fit(model, adapter, paths)
@@ -301,16 +250,39 @@ def naming_base(adapter: Adapter, name: str) -> Iterator[None]:
         ) from None
 
 
+def beyond_lora(model: nn.Module, adapter: Adapter) -> str | None:
+    """What an adapter changes besides the layers that LoRA may adapt, for messages, or None.
+
+    Modules that the model does not have are ignored.
+    """
+    config, decoder = adapter.config, getattr(model, "decoder", None)
+    parts = dict(model.named_children())
+    scope = re.compile(getattr(model, "lora_scope", ".*"))
+    paths = adapted_paths(adapter.matrices)
+    replaced = [name for name in adapter.others if ".lora_" not in name]
+    for path in paths + replaced:
+        part = parts.get(path.partition(".")[0])
+        if decoder is not None and part is not None and part is not decoder:
+            return "changes the vision encoder, which is frozen here"
+    if config.get("use_dora"):
+        return "is a DoRA adapter, which is not trained here"
+    if config.get("lora_bias"):
+        return "has LoRA layers with a bias, which are not trained here"
+    if replaced or config.get("bias") not in (None, "none") or config.get("modules_to_save"):
+        return "replaces tensors of the base (bias or modules_to_save), which are frozen here"
+    for path in paths:
+        if path.partition(".")[0] in parts and not scope.fullmatch(path):
+            return f"changes {path}, which is frozen here"
+    return None
+
+
 def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
     """Raises ValueError unless the matrices are those required by model and configuration."""
     config, matrices, layers = adapter.config, adapter.matrices, linear_layers(model)
-    targeted = _targeted(config, [*layers, *(path for path in paths if path not in layers)])
-    complaints = [
-        f"target_modules does not cover {path}" for path in paths if path not in targeted
-    ]
-    without_matrices = targeted.difference(paths)
-    complaints += [f"{path} is missing" for path in layers if path in without_matrices]
-    complaints += [f"the model has no linear layer {path}" for path in paths if path not in layers]
+    targets = targeted(config, [*layers, *(path for path in paths if path not in layers)])
+    complaints = [f"the model has no linear layer {path}" for path in paths if path not in layers]
+    complaints += [f"target_modules does not cover {path}" for path in paths if path not in targets]
+    complaints += [f"{path} is missing" for path in layers if path in targets.difference(paths)]
     ranks = by_pattern(
         config.get("rank_pattern"), sorted(layers.keys() & paths), default=config["r"]
     )
@@ -321,29 +293,13 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
             if found != shape:
                 complaints.append(f"{path}.lora_{letter} is {found}, expected {shape}")
     if complaints:
-        raise ValueError(_listed(complaints))
+        raise ValueError(in_one_line(complaints))
 
 
-def _targeted(config: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
-    """PEFT's rule (huggingface/peft, `tuners_utils.py: check_target_module_exists`)."""
-    def matching(patterns: str | list[str] | None) -> set[str]:
-        if isinstance(patterns, str):
-            return set(first_matches([patterns], paths))
-        names = set(patterns or ())
-        return {path for path in paths if not names.isdisjoint(_tails(path))}
-
-    return matching(config.get("target_modules")) - matching(config.get("exclude_modules"))
-
-
-def _tails(path: str) -> list[str]:
-    """A path, and what follows each of its dots."""
-    parts = path.split(".")
-    return [".".join(parts[begin:]) for begin in range(len(parts))]
-
-
-def _listed(complaints: list[str]) -> str:
-    more = [f"and {len(complaints) - 8} more"] if len(complaints) > 8 else []
-    return "".join(f"\n  {complaint}" for complaint in [*sorted(complaints)[:8], *more])
+def in_one_line(complaints: list[str]) -> str:
+    """The first of several complaints, and how many more there are."""
+    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    return complaints[0] + more
 
 
 def _peft_config(
@@ -385,100 +341,3 @@ def _peft_config(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-
-
-def _match(key: str) -> re.Match | None:
-    return _KEY.fullmatch(key.replace("_orig_mod.", ""))  # from a compiled model
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(read_limited(path, MAX_CONFIG_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        raise AdapterError(
-            f"{folder} has no {CONFIG_FILE}; expected an adapter folder such as RUN/adapter"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"cannot read {path}: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: expected peft_type \"LORA\"")
-    _check_settings(path, config)
-    for name, plain in _UNSUPPORTED.items():
-        if name in config and config[name] not in plain:
-            raise AdapterError(
-                f"{path}: {name} is {shortened(config[name])}; only plain LoRA is supported"
-            )
-    return config
-
-
-def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
-    def check(name: str, is_right: bool, expected: str) -> None:
-        if not is_right:
-            raise AdapterError(
-                f"{path}: {name} is {shortened(config.get(name))}; expected {expected}"
-            )
-
-    def is_rank(value: Any) -> bool:
-        return type(value) is int and 1 <= value <= MAX_RANK
-
-    def is_alpha(value: Any) -> bool:
-        return type(value) in (int, float) and 0 < value <= MAX_FP32
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str) and value.isprintable() and len(value) <= 1000
-
-    check("r", is_rank(config.get("r")), f"a whole number from 1 to {MAX_RANK:,}")
-    check("lora_alpha", is_alpha(config.get("lora_alpha")), "a finite number above 0")
-    dropout = config.get("lora_dropout", 0.0)
-    check("lora_dropout", type(dropout) in (int, float) and 0 <= dropout < 1,
-          "a number that is at least 0 and below 1")
-    check("use_rslora", config.get("use_rslora") in (None, False, True), "true or false")
-    for name, is_right in (("rank_pattern", is_rank), ("alpha_pattern", is_alpha)):
-        patterns = config.get(name) or {}
-        check(name, isinstance(patterns, dict) and all(map(is_right, patterns.values())),
-              "{pattern: number}, with numbers as for r and lora_alpha")
-    for name in ("target_modules", "exclude_modules"):
-        names = config.get(name)
-        check(name, names is None or isinstance(names, str) or (
-            isinstance(names, list) and all(isinstance(item, str) for item in names)
-        ), "names, a regular expression or null")
-    for name in ("base_model_name_or_path", "revision"):
-        check(name, config.get(name) is None or is_text(config[name]),
-              "printable text of up to 1,000 characters or null")
-    # A revision becomes part of a path in the Hub's cache.
-    check("revision", ".." not in (config.get("revision") or ""), "a branch, a tag or a commit")
-    mapping = config.get("auto_mapping") or {}
-    check("auto_mapping", isinstance(mapping, dict) and (
-        mapping.get("base_model_class") is None or is_text(mapping["base_model_class"])
-    ), '{"base_model_class": class name} or null')
-
-
-def _check_pair(path: Path, name: str, matrices: Mapping[str, Tensor]) -> None:
-    other = name[:-1] + ("B" if name.endswith("A") else "A")
-    if other not in matrices:
-        raise AdapterError(f"{path} has {name} but not {other}")
-    rank, other_rank = matrices[name].shape[0], matrices[other].shape[1]
-    if name.endswith("A") and rank != other_rank:
-        raise AdapterError(f"{path}: {name} has rank {rank}, but {other} has rank {other_rank}")
-
-
-def _check_values(
-    path: Path, matrices: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> None:
-    """Refuse matrices that are not finite, and those whose update may overflow."""
-    largest = {name: float(matrix.float().abs().max()) for name, matrix in matrices.items()}
-    for name, value in largest.items():
-        if not math.isfinite(value):
-            raise AdapterError(
-                f"{path}: {name} holds NaN, infinity or a number beyond float32; the adapter is "
-                f"damaged: use another copy, or train it again with a lower learning rate"
-            )
-    alpha = max([config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()])
-    for name in (name for name in matrices if name.endswith("A")):
-        largest_A, largest_B = largest[name], largest[name[:-1] + "B"]
-        if update_bound(alpha, len(matrices[name]), largest_A, largest_B) > MAX_FP32:
-            raise AdapterError(
-                f"{path}: the update of {name.removesuffix('.lora_A')} may overflow float32 (with "
-                f"alpha up to {alpha:g}); the adapter is damaged: use another copy"
-            )

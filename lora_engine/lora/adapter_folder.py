@@ -5,19 +5,13 @@ import re
 from pathlib import Path
 
 from lora_engine.files import read_limited
+from lora_engine.lora.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, AdapterError
+from lora_engine.lora.adapter_weights import BIN_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from lora_engine.terminal import one_line
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = 8 * 2**30
-
-_LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
-
-
-class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or does not fit the model."""
+_LIMITS = {
+    CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES, BIN_FILE: MAX_WEIGHTS_BYTES
+}
 
 
 def find_adapter(name: str | Path) -> Path:

@@ -177,6 +177,14 @@ class LinearParts(NamedTuple):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
+def dora_weight(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's weight m W / |W| with the norm of each row (arXiv:2402.09353, section 4).
+
+    W (out, in) includes the update scaling * B A; m is (out,).
+    """
+    return weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+
+
 def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
     """The terms of an `nn.Linear` or a `LoRALinear`; a merged one has no adapter left to add."""
     assert isinstance(layer, (nn.Linear, LoRALinear))

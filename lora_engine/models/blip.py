@@ -34,6 +34,10 @@ from lora_engine.models.cross_attention import cross_attention, low_rank_feature
 from lora_engine.models.embedding import Embedding
 from lora_engine.models.vit import VisionTransformer
 
+# The head's bias may be stored under either name, or under both; transformers ties them.
+HEAD_BIASES = ("text_decoder.cls.predictions.bias", "text_decoder.cls.predictions.decoder.bias")
+UNUSED = r"text_decoder\.bert\.embeddings\.position_ids"  # an old buffer, 0, 1, 2, ...
+
 
 class Attention(nn.Module):
     """Self- or cross-attention with its output projection, residual and norm."""

@@ -3,7 +3,7 @@
 To add a family, write its model file in `models/` and add a row here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,13 @@ class Family:
     """Renames and reshapes a checkpoint's tensors for the model."""
     special_ids: Callable[[Any], tuple[int, int, int]]
     """(start, end, pad) token ids of a configuration; raises ValueError if one is missing."""
+    other_names: Sequence[Sequence[tuple[str, str]]] = ()
+    """Other names of a checkpoint's tensors, which adapters may use: in each version of them,
+    regular expressions over the beginning of a name and their replacements, in order."""
+    head_biases: tuple[str, ...] = ()
+    """The names under which a checkpoint may store the bias of the vocabulary head."""
+    unused: str = ""
+    """A regular expression over the checkpoint's tensors that captioning does not use."""
     hugging_face_class: str | None = None
     """The transformers class that loads the checkpoint, if transformers has one."""
     part_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -47,6 +54,8 @@ FAMILIES: dict[str, Family] = {
         from_config=blip.from_config,
         convert_state=blip.convert_state,
         special_ids=blip.special_ids,
+        head_biases=blip.HEAD_BIASES,
+        unused=blip.UNUSED,
         hugging_face_class="BlipForConditionalGeneration",
         image_processor="BlipImageProcessor",
         recipe="blip_cc3m",
@@ -61,6 +70,8 @@ start = prompt_ids.shape[1] - 1  # behind [DEC] prompt""",
         from_config=vit_gpt2.from_config,
         convert_state=vit_gpt2.convert_state,
         special_ids=vit_gpt2.special_ids,
+        other_names=vit_gpt2.OTHER_NAMES,
+        unused=vit_gpt2.UNUSED,
         hugging_face_class="VisionEncoderDecoderModel",
         part_types={"encoder": vit_gpt2.ENCODERS, "decoder": ("gpt2",)},
         fit_images=vit_gpt2.fit_images,

@@ -47,6 +47,22 @@ ENCODERS = (
 _UNUSED = re.compile(
     r"pooler\..*|post_layernorm\..*|embeddings\.(mask_token|position_ids)|.*relative_position_index"
 )
+UNUSED = (
+    rf"encoder\.(vision_model\.)?({_UNUSED.pattern})|.*\.(attn|crossattention)\.(masked_)?bias"
+)
+# transformers 5 names the modules of encoders differently from their checkpoints.
+_LAYERS = tuple(
+    (rf"(encoder\..*)\.{stored}\.", rf"\1.{module}.")
+    for stored, module in (
+        (r"attention\.(?:attention|self)\.query", "attention.q_proj"),
+        (r"attention\.(?:attention|self)\.key", "attention.k_proj"),
+        (r"attention\.(?:attention|self)\.value", "attention.v_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+    )
+)
+OTHER_NAMES = (_LAYERS, (*_LAYERS, (r"encoder\.encoder\.layer\.", "encoder.layers.")))
 
 
 class Attention(nn.Module):

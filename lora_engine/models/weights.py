@@ -1,19 +1,15 @@
-"""The weights of a checkpoint: read its files, and load them into a model.
-
-The only file that may read a published `.bin`, with weights_only.
-"""
+"""The weights of a checkpoint: read its files, and load them into a model."""
 
 import hashlib
 import json
 import math
-import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_engine.files import UnusableFileError, check_file, read_limited
-from lora_engine.lora.tensor_files import read_tensors
+from lora_engine.files import UnusableFileError, read_limited
+from lora_engine.lora.tensor_files import read_bin, read_tensors
 from lora_engine.models.model_folder import MAX_CONFIG_BYTES, PretrainedError
 from lora_engine.models.protocol import CaptioningModel
 from lora_engine.terminal import one_line
@@ -68,12 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises PretrainedError if it is damaged.
     """
     try:
-        if path.suffix == ".safetensors":
-            tensors, _ = read_tensors(
-                path, refuse=lambda name, _: None, max_bytes=_MAX_WEIGHTS_BYTES
-            )
-        else:
-            tensors = _read_bin(path)
+        read = read_tensors if path.suffix == ".safetensors" else read_bin
+        tensors, _ = read(path, refuse=lambda name, _: None, max_bytes=_MAX_WEIGHTS_BYTES)
         if len(tensors) > _MAX_TENSORS or any(len(name) > _MAX_NAME for name in tensors):
             raise ValueError(
                 f"it holds {len(tensors):,} tensors; expected at most {_MAX_TENSORS:,}, with names "
@@ -96,26 +88,6 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(set(names.values())) < len(names):
         raise ValueError("some names occur with and without _orig_mod, so tensors are ambiguous")
     return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError for contents other than tensors, or much larger than the file."""
-    size = check_file(path, max_bytes=_MAX_WEIGHTS_BYTES)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if sum(member.file_size for member in file.infolist()) > size:
-                raise ValueError("it is compressed, so it is not a published checkpoint")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
-        and tensor.device.type == "cpu" and not tensor.is_quantized
-        for name, tensor in tensors.items()
-    ):
-        raise ValueError("it holds more than named tensors, so it is not a published checkpoint")
-    # Only a tied tensor, which has two names, counts more than the bytes that store it.
-    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
-        raise ValueError("its tensors exceed the file's size, so it is not a published checkpoint")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def load_state(model: CaptioningModel, state: dict[str, Tensor], *, source: str) -> None:
