@@ -212,7 +212,10 @@ def is_aligned(matrix: Tensor) -> bool:
     return all(count % elements == 0 for count in counts)
 
 
-def _flash_attention(query, key, value, *, is_causal=False, scale=None, dropout_p=0.0) -> Tensor:
+def _flash_attention(
+    query, key, value, *, attn_mask=None, is_causal=False, scale=None, dropout_p=0.0
+) -> Tensor:
+    assert attn_mask is None
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout_p, is_causal, False, scale=scale
     )[0]

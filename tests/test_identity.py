@@ -184,7 +184,7 @@ def test_an_adapter_of_another_base_with_the_same_weights_is_refused_and_can_be_
     adapter = adapter_of(blip_folder, tmp_path / "adapter")
     given = ["--adapter", adapter, "--model", other]
     image = read_annotations(data / "train.json")[0].image
-    words = [f"was trained on a base model with {what} than {other} has", "--force"]
+    words = [f"was trained on a base model ({blip_folder}) with {what} than {other} has", "--force"]
     for verb in (["caption", image], ["evaluate", "--data", data / "val.json"],
                  ["merge", "--out", "merged"]):
         refused(verbs.run_verb, *verb, *given, words=words)
@@ -202,9 +202,9 @@ def test_all_that_differs_is_named_and_what_an_adapter_does_not_say_is_not(
     changes = {f"{part}_fingerprint": "0" for part in PARTS}
     adapter = read_adapter(adapter_of(captioner_folder, tmp_path / "one", **changes))
     assert adapter.foreign_base("it", captioner.fingerprints) == (
-        f"{tmp_path / 'one'} was trained on a base model with other weights and another "
-        f"configuration and another tokenizer and another preprocessor than it has (a copy in "
-        f"another number format counts as such)"
+        f"{tmp_path / 'one'} was trained on a base model ({captioner_folder}) with other weights "
+        f"and another configuration and another tokenizer and another preprocessor than it has (a "
+        f"copy in another number format counts as such)"
     )
     older = dataclasses.replace(
         adapter, provenance={"base_fingerprint": captioner.fingerprints["base"]}
