@@ -120,7 +120,7 @@ def to_pixels(
     """
     if image.mode != "RGB":
         raise ValueError(f"got an image of mode {image.mode}, expected RGB: use open_image()")
-    height, width = _resized(image, settings.resize)
+    height, width = resized(image, settings.resize)
     if height * width > MAX_PIXELS:
         raise ImageError(
             path,
@@ -146,7 +146,7 @@ def normalize(pixels: torch.Tensor, settings: PixelSettings) -> torch.Tensor:
     return values
 
 
-def _resized(image: Image.Image, resize: tuple[int, int] | int) -> tuple[int, int]:
+def resized(image: Image.Image, resize: tuple[int, int] | int) -> tuple[int, int]:
     """(height, width) after resizing; the longer edge is rounded down."""
     if not isinstance(resize, int):
         return resize

@@ -17,10 +17,13 @@ class LayerCache:
 
     Self-attention's grow by a token per step and are reordered with the beams. Cross-attention's
     have one row per image, which all of its beams share, and are computed once, if at all.
-    `num_tokens` is the maximum length of a row.
+    `num_tokens` is the maximum length of a row. With `record`, `cross_attention_probs` (N, H, T, P)
+    are the probabilities of the last call, which are not computed otherwise.
     """
 
     num_tokens: int
+    record: bool = False
+    cross_attention_probs: Tensor | None = None
     self_attention: tuple[Tensor, Tensor] | None = None
     cross_attention: tuple[Tensor, Tensor] | None = None
 
@@ -37,16 +40,17 @@ class LayerCache:
 class KeyValueCache:
     """The caches of a decoder's layers, and its adapters' low-rank features.
 
-    `num_tokens` is the maximum length of a row, prompt included.
+    `num_tokens` is the maximum length of a row, prompt included; `record` is that of `LayerCache`.
     """
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, *, record: bool = False) -> None:
         self.num_tokens = num_tokens
+        self.record = record
         self.layers: dict[int, LayerCache] = {}
         self.low_ranks: list[list[Tensor | None]] | None = None  # cross_attention's U (B, P, R)
 
     def __getitem__(self, layer: int) -> LayerCache:
-        return self.layers.setdefault(layer, LayerCache(self.num_tokens))
+        return self.layers.setdefault(layer, LayerCache(self.num_tokens, self.record))
 
     @property
     def length(self) -> int:

@@ -101,6 +101,10 @@ def cross_attention(
     settings: dict[str, Any] = {
         "num_heads": num_heads, "scale": scale, "dropout": dropout, "cache": cache
     }
+    if cache is not None and cache.record:
+        cache.cross_attention_probs = attention_probs(
+            query, features, layers, low_ranks, num_heads=num_heads, scale=scale
+        )
     if all(is_plain(layer) for layer in layers):
         key, value = _feature_projections(layers, low_ranks, query.dtype)
         return attend(query, features, key, value, **settings)
@@ -114,6 +118,29 @@ def cross_attention(
         _by_image(query, features), keys_and_values, num_heads, scale, dropout, cache
     )
     return _by_row(context, query)
+
+
+def attention_probs(
+    query: Tensor,
+    features: Tensor,
+    layers: Sequence[nn.Module],
+    low_ranks: Sequence[Tensor | None],
+    *,
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """The probabilities (N, H, T, P), fp32, by which `cross_attention` weights the image tokens.
+
+    It computes neither form's probabilities in one piece, so this repeats the projected form's.
+    """
+    if all(is_plain(layer) for layer in layers):
+        key, _ = _feature_projections(layers, low_ranks, query.dtype)
+        keys = _apply(key._replace(bias=None), features)
+    else:
+        keys = layers[0](features).to(query.dtype)[..., : query.shape[-1]]  # may make values, too
+    queries = split_heads(_by_image(query, features), num_heads)
+    scores = scale * queries @ split_heads(keys, num_heads).transpose(2, 3)
+    return rearrange(scores.float().softmax(dim=-1), "b h (g t) p -> (b g) h t p", t=query.shape[1])
 
 
 def attend(
