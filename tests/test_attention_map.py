@@ -79,7 +79,7 @@ def test_a_decoder_without_recorded_probabilities_is_refused():
 def test_a_word_has_the_mean_attention_of_the_positions_that_predict_its_tokens(
     captioner, prompt
 ):
-    """In both vocabularies "teams" is two tokens."""
+    """In both vocabularies "teams" is more than one token."""
     captioner = replace(captioner, prompt=prompt)
     with torch.no_grad():
         features = captioner.model.encode(random_pixels(1))
@@ -88,7 +88,7 @@ def test_a_word_has_the_mean_attention_of_the_positions_that_predict_its_tokens(
     num_prompt, num_last = len(captioner.tokenizer.prompt_ids(prompt)), ids.shape[1] - 1
     probs = cross_attention_probs(captioner.model, ids[:, :-1], features)[:, 0]
     words, of_words = word_attention(captioner, features, "a dog teams")
-    assert words == ["a", "dog", "teams"] and num_last - num_prompt == 4
+    assert words == ["a", "dog", "teams"] and num_last - num_prompt > 3
     positions = [range(num_prompt - 1, num_prompt), range(num_prompt, num_prompt + 1),
                  range(num_prompt + 1, num_last - 1)]
     for ours, its in zip(of_words, positions, strict=True):
