@@ -17,6 +17,7 @@ VERBS = {  # each a function of the same name in commands/, imported only when i
     "report": "write the results of a run, or compare several, as one HTML file",
     "download": "download the images of a list of links, such as CC3M's, with img2dataset",
     "validate": "read every row and image of a data set and list those that cannot be used",
+    "app": "compare captions of adapters on a page in the browser",
     "doctor": "check this machine for training and suggest fixes",
 }
 SHARED_OUT = "caption", "evaluate"  # over the processes that torchrun starts

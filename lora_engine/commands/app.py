@@ -1,0 +1,118 @@
+"""python -m lora_engine app: a page in the browser that compares the captions of adapters."""
+
+import dataclasses
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from lora_engine import cli
+from lora_engine.commands.loading import load_base, load_onto
+from lora_engine.config import Range, check_ranges
+from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype, use_device
+from lora_engine.features.encoder import FeatureEncoder
+from lora_engine.features.precision import cast_weights
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.models.pretrained import Captioner
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+LOCAL = "127.0.0.1", "localhost", "::1"
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """Flags of `app`."""
+
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Adapter folder, such as RUN/adapter. Repeat the flag to compare several adapters."""
+    model: str | None = None
+    """Base model: a folder or a Hub name. Default: the model that the adapters were trained on."""
+    revision: str | None = None
+    """Revision of a Hub model."""
+    prompt: str | None = None
+    """Words for the captions to continue. Default: the prompt that each adapter was trained with,
+    and for the base model that of the first adapter."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... Default: CUDA if available."""
+    force: bool = False
+    """Accept a base model whose weights, configuration, tokenizer or preprocessor differ from those
+    that an adapter was trained on."""
+    host: str = LOCAL[0]
+    """Address to listen on. With another one than the default, such as 0.0.0.0, other machines can
+    use the page: there is no password and no encryption."""
+    port: Annotated[int | None, Range(ge=1, le=65535)] = None
+    """Port to listen on. Default: the first free one from 7860."""
+
+
+def app(args: list[str]) -> int:
+    """Serve the page until Ctrl-C -> exit status."""
+    config = cli.parse(
+        AppConfig, args, prog="python -m lora_engine app",
+        description="Compare the captions of a base model and of adapters on a page in the "
+                    "browser, and see what each word of a caption looked at.",
+    )
+    with serving(config) as url, suppress(KeyboardInterrupt):
+        logger.info(f"page  {url}  (Ctrl-C stops it)")
+        threading.Event().wait()
+    return 0
+
+
+@contextmanager
+def serving(config: AppConfig) -> Iterator[str]:
+    """Within the context the page is served; its temporary files are removed at the end -> URL.
+
+    Raises ValueError without gradio, and as `loading` does for models and adapters.
+    """
+    check_ranges(config)
+    with tempfile.TemporaryDirectory(prefix="lora_engine_app_") as folder:
+        # gradio reads these when it is imported, and at every upload.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        try:
+            import gradio  # noqa: F401
+        except ImportError:
+            raise ValueError("app needs gradio: pip install 'lora_engine[app]'") from None
+        from lora_engine.commands.app_page import LAUNCH, build
+
+        page = build(*_load(config))
+        if config.host not in LOCAL:
+            logger.warning(
+                f"--host {config.host}: everyone who can reach this machine can use the page"
+            )
+        try:
+            _, url, _ = page.launch(server_name=config.host, server_port=config.port, **LAUNCH)
+            yield url
+        finally:
+            page.close(verbose=False)
+
+
+def _load(config: AppConfig) -> tuple[dict[str, Captioner], FeatureEncoder]:
+    """The base and each adapter on it, by name, and the encoder that they share."""
+    if len({BASE, *config.adapter}) <= len(config.adapter):
+        raise ValueError(f"--adapter {' '.join(config.adapter)}: give each of them once")
+    adapters = [read_adapter(folder) for folder in config.adapter]
+    base = load_base(config.model, config.revision, adapters)
+    prompt = config.prompt
+    if prompt is None:
+        prompt = adapters[0].prompt if adapters else ""
+    captioners = {BASE: dataclasses.replace(base, prompt=prompt)}
+    for name, adapter in zip(config.adapter, adapters):
+        captioners[name] = load_onto(base, adapter, prompt=config.prompt, force=config.force)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.precision, device)
+    use_device(device)
+    disable_tf32()
+    for captioner in captioners.values():
+        cast_weights(captioner.model, dtype, "auto")
+        captioner.model.to(device)
+    return captioners, FeatureEncoder(base, device=device, dtype=dtype)
