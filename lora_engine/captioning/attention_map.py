@@ -60,15 +60,15 @@ def word_attention(captioner: Captioner, features: Tensor, caption: str) -> Word
     """
     tokenizer = captioner.tokenizer
     num_prompt = len(tokenizer.prompt_ids(captioner.prompt))
-    (row,) = tokenizer.encode(
+    tokens = tokenizer.encode(
         [caption],
         prompt=captioner.prompt,
         max_caption_tokens=tokenizer.max_positions - num_prompt,
     )
-    ids = torch.tensor(row.astype(np.int64), device=features.device)
+    ids = torch.tensor(tokens[0].astype(np.int64), device=features.device)
     probs = cross_attention_probs(captioner.model, ids[None, :-1], features)[:, 0]  # (L, H, T, P)
-    words, tokens = words_of_tokens(tokenizer, ids[num_prompt:].tolist())
-    chosen_at = [[num_prompt - 1 + token for token in of_word] for of_word in tokens]
+    words, of_words = words_of_tokens(tokenizer, ids[num_prompt:].tolist())
+    chosen_at = [[num_prompt - 1 + token for token in of_word] for of_word in of_words]
     return WordAttention(words, [probs[:, :, positions].mean(dim=2) for positions in chosen_at])
 
 
@@ -108,11 +108,12 @@ def on_patches(probs: Tensor, encoder: Encoder) -> Tensor:
 def heat_map(image: Image.Image, patches: Tensor, settings: PixelSettings) -> Image.Image:
     """An RGB image in gray, with a color where the probabilities of `patches` are high.
 
-    The brightest patch is the highest of this map, whatever its value. What a crop leaves out stays
-    gray.
+    Gray is the lowest patch of this map, the full color the highest, whatever their values. What a
+    crop leaves out stays gray.
     """
     height, width = settings.size
-    heat = Image.fromarray((patches / patches.max()).cpu().numpy())
+    levels = patches - patches.min()
+    heat = Image.fromarray((levels / levels.max().clamp_min(1e-12)).cpu().numpy())
     heat = heat.resize((width, height), Image.Resampling.BICUBIC)
     whole_height, whole_width = resized(image, settings.resize)
     whole = Image.new("F", (whole_width, whole_height))

@@ -59,7 +59,7 @@ INFO = {
 }
 NOTE = """Scores of single images are coarse: BLEU-4 is 0 without four words in a row of a
 reference. CIDEr-D weights words by how rare they are among the references of all images here: for
-one image it is undefined, for a few it says little. `lora_engine evaluate` scores a data set."""
+one image it is undefined, for a few it says little. lora_engine evaluate scores a data set."""
 CSS = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; }
@@ -125,20 +125,25 @@ def build(captioners: dict[str, Captioner], encoder: FeatureEncoder) -> gr.Block
                                          ("Head", events.num_heads()))
                 )
             with gr.Column(min_width=320, scale=2):
-                attention = gr.Image(label="Cross-attention", format="png", interactive=False)
+                attention = gr.Image(
+                    label="Cross-attention", format="png", interactive=False, height=420,
+                    buttons=["download", "fullscreen"],  # "share" would send it to a website
+                )
                 share = gr.Markdown()
         # One event at a time: `open_image` is for one thread.
         shown: Any = {"concurrency_id": "model", "concurrency_limit": 1}
         hidden = shown | {"api_visibility": "private"}
         of_word = [rows, image, captioner, word, layer, head]
         of_caption = {"inputs": [rows, image, captioner], "outputs": word}
-        of_map = {"fn": events.attention, "inputs": of_word, "outputs": [attention, share]}
+        of_map = {"fn": events.show_map, "inputs": of_word, "outputs": [attention, share]}
         button.click(
             events.caption, [files, folder, references], [rows, cards, results, image],
             inputs_kwargs=controls, api_name="caption", **shown,
-        ).success(events.words, **of_caption, **hidden).success(**of_map, **hidden)
-        for chosen in (image, captioner):
-            chosen.input(events.words, **of_caption, **hidden).success(**of_map, **hidden)
+        ).success(events.show_words, **of_caption, **hidden).success(**of_map, **hidden)
+        captioner.input(events.show_words, **of_caption, **hidden).success(**of_map, **hidden)
+        image.input(events.show_words, **of_caption, api_name="words", **shown).success(
+            **of_map, **hidden
+        )
         for chosen in (layer, head):
             chosen.input(**of_map, **hidden)
         word.input(**of_map, api_name="heat_map", **shown)
@@ -197,14 +202,14 @@ class _Events:
         choices = [(row["image"], number) for number, row in enumerate(rows)]
         return rows, _cards(rows).source, results, gr.Dropdown(choices, value=0)
 
-    def words(self, rows: Rows, image: int | None, captioner: str) -> Any:
+    def show_words(self, rows: Rows, image: int | None, captioner: str) -> Any:
         """The words to choose from, the first of them chosen."""
         with _shown_errors():
             words = self._attention(rows, image, captioner).words
         choices = [(word, number) for number, word in enumerate(words)]
         return gr.Radio(choices, value=0 if words else None)
 
-    def attention(
+    def show_map(
         self, rows: Rows, image: int | None, captioner: str, word: int | None, layer: str, head: str
     ) -> tuple[Any, str]:
         with _shown_errors():
@@ -218,8 +223,9 @@ class _Events:
             path = rows[image or 0]["path"]
             shown = ImageOps.contain(open_image(path), (MAP_SIDE, MAP_SIDE))
             text = (
-                f"Strongest patch: {patches.max():.1%} of the attention. Class tokens, which have "
-                f"no place in the image: {probs.sum() - patches.sum():.1%}."
+                f"Strongest patch: {patches.max():.1%} of the attention; if it were even, every "
+                f"image token would have {1 / len(probs):.1%}. Class tokens, which have no place in the "
+                f"image, have {probs.sum() - patches.sum():.1%}."
             )
             return heat_map(shown, patches, self.encoder.pixels), text
 
