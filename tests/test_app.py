@@ -25,8 +25,6 @@ try:
 except ImportError:
     gradio_client = None
 
-needs_gradio = pytest.mark.skipif(gradio_client is None, reason="needs the extra app")
-
 
 def write_adapter(folder: Path, family: str) -> str:
     captioner = load_captioner(captioner_folder(family))
@@ -42,8 +40,15 @@ def write_adapter(folder: Path, family: str) -> str:
 
 
 def test_without_gradio_the_message_says_what_to_install(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("lora_engine.commands.app.find_spec", lambda name: None)
     refused(run_app, words=["error: app needs gradio: pip install 'lora_engine[app]'"])
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """gradio is found, but not imported: what is refused is refused before."""
+    monkeypatch.setattr("lora_engine.commands.app.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "gradio", None)
 
 
 def run_app(args: list[str]) -> int:
@@ -55,13 +60,11 @@ def run_app(args: list[str]) -> int:
     (["--port", "70000"], "--port is 70000"),
     (["--adapter", "a", "--adapter", "a"], "--adapter a a: give each of them once"),
 ], ids=["no_model", "port", "twice"])
-@needs_gradio
-def test_wrong_flags_are_refused(refused, flags, words):
+def test_wrong_flags_are_refused(refused, installed, flags, words):
     refused(run_app, *flags, words=[words])
 
 
-@needs_gradio
-def test_adapters_of_different_bases_are_refused(refused, tmp_path):
+def test_adapters_of_different_bases_are_refused(refused, installed, tmp_path):
     folders = [write_adapter(tmp_path / family, family) for family in ("blip", "vit_gpt2")]
     refused(run_app, "--adapter", folders[0], "--adapter", folders[1],
             words=["error: the adapters were trained on different models"])

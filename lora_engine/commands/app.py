@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import tyro
@@ -74,17 +75,16 @@ def serving(config: AppConfig) -> Iterator[str]:
     Raises ValueError without gradio, and as `loading` does for models and adapters.
     """
     check_ranges(config)
+    if find_spec("gradio") is None:  # importing it takes seconds
+        raise ValueError("app needs gradio: pip install 'lora_engine[app]'")
+    captioners, encoder = _load(config)
     with tempfile.TemporaryDirectory(prefix="lora_engine_app_") as folder:
         # gradio reads these when it is imported, and at every upload.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        try:
-            import gradio  # noqa: F401
-        except ImportError:
-            raise ValueError("app needs gradio: pip install 'lora_engine[app]'") from None
         from lora_engine.commands.app_page import LAUNCH, build
 
-        page = build(*_load(config))
+        page = build(captioners, encoder)
         if config.host not in LOCAL:
             logger.warning(
                 f"--host {config.host}: everyone who can reach this machine can use the page"

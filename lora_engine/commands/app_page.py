@@ -224,8 +224,8 @@ class _Events:
             shown = ImageOps.contain(open_image(path), (MAP_SIDE, MAP_SIDE))
             text = (
                 f"Strongest patch: {patches.max():.1%} of the attention; if it were even, every "
-                f"image token would have {1 / len(probs):.1%}. Class tokens, which have no place in the "
-                f"image, have {probs.sum() - patches.sum():.1%}."
+                f"image token would have {1 / len(probs):.1%}. Class tokens, which have no place "
+                f"in the image, have {probs.sum() - patches.sum():.1%}."
             )
             return heat_map(shown, patches, self.encoder.pixels), text
 
