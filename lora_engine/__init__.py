@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lora_engine.other_names import PYTHON, ours_for
 from lora_engine.version import __version__
 
 if TYPE_CHECKING:
@@ -48,8 +49,11 @@ __all__ = [
 
 def __getattr__(name: str):
     if name not in _MODULES:
+        ours = ours_for(name, PYTHON, __all__)
+        advice = f"; it is lora_engine.{ours} here" if ours else ""
         raise AttributeError(
-            f"module 'lora_engine' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+            f"module 'lora_engine' has no attribute {name!r}{advice}",
+            name=name, obj=sys.modules[__name__],
         )
     return getattr(import_module(f"lora_engine.{_MODULES[name]}"), name)
 

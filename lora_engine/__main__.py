@@ -75,7 +75,7 @@ def _demo(args: list[str]) -> int:
 
 def _advice_on_verb(name: str) -> str:
     if name.startswith("-"):
-        return f"a verb comes first, such as train or caption: lora-engine train {name} ..."
+        return f"a verb, such as train, comes first: {cli.this_program()} VERB {name} ..."
     ours = ours_for(name.lower(), OTHER_VERBS, VERBS)
     reason = reason_for(name.lower(), VERB_REASONS)
     if ours is not None:
@@ -83,7 +83,7 @@ def _advice_on_verb(name: str) -> str:
     if reason is not None:
         return reason
     if os.path.exists(name):
-        return f"to caption images: lora-engine caption --adapter RUN {cli.quoted(name)}"
+        return f"to caption images: {cli.this_program()} caption --adapter RUN {cli.quoted(name)}"
     near = difflib.get_close_matches(name, VERBS, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
 

@@ -126,7 +126,8 @@ def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str
 def given_fields(settings: type, args: Sequence[str]) -> list[str]:
     """The fields of a dataclass that a command line sets.
 
-    Raises ValueError for a flag that does not exist, with ours for other tools' or close matches.
+    Raises ValueError for a flag that does not exist, and suggests the one that does what another
+    tool's does, or close matches.
     """
     import tyro
 
@@ -177,7 +178,7 @@ def _advice_on_flag(flag: str, known: Collection[str]) -> str:
 
 def this_program() -> str:
     """How to start `lora_engine` as this program was started: by the command that pip installs, or
-    by this Python, whose path is relative if it is inside of the working folder."""
+    by this Python, whose path is relative if it is inside the working folder."""
     script = Path(sys.argv[0])
     if script.stem == "lora-engine":  # argv has its path, also where the shell found it
         found = shutil.which("lora-engine")

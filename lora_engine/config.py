@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -29,7 +31,8 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            abs(value) < float("inf")
+            isinstance(value, Real)
+            and abs(value) < float("inf")
             and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
@@ -53,7 +56,7 @@ def check_ranges(settings: Any, prefix: str = "--") -> None:
         value = getattr(settings, field.name)
         for bounds in getattr(hints[field.name], "__metadata__", ()):
             if isinstance(bounds, Range) and value is not None and value not in bounds:
-                raise ValueError(f"{prefix}{field.name} is {value}; it must be {bounds}")
+                raise ValueError(f"{prefix}{field.name} is {value!r}; it must be {bounds}")
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,8 @@ def unfit_setting(values: Mapping[str, Any]) -> str | None:
     hints = get_type_hints(TrainingConfig)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            return f".{name} is {reprlib.repr(value)}"
+            expected = inspect.formatannotation(hints[name])
+            return f".{name} is {reprlib.repr(value)}, expected {expected}"
     return None
 
 

@@ -51,7 +51,7 @@ def _named_device(name: str | None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        what = _OTHER_DEVICES.get(name.split(":")[0].lower(), "is unknown")
+        what = _OTHER_DEVICES.get(str(name).split(":")[0].lower(), "is unknown")
         raise ValueError(f"--device {name} {what}; {_existing_devices()}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -209,7 +209,7 @@ def free_memory_bytes(device: torch.device) -> int:
 def _unused_memory_bytes() -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except ValueError:  # macOS knows only what there is; a half is a careful guess
+    except ValueError:  # macOS tells only the total; half of it is a cautious guess
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except AttributeError:  # Windows
         # MEMORYSTATUSEX: two 32-bit numbers, of which the first is its size, then seven of 64 bits,

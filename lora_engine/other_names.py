@@ -1,4 +1,4 @@
-"""What flags and verbs of other trainers and captioning tools are called here."""
+"""What flags, verbs and Python names of other trainers and captioning tools are called here."""
 
 from collections.abc import Collection
 
@@ -66,7 +66,7 @@ FLAGS = {
 
 # Why there is no such flag.
 REASONS = {
-    "captions images that are given without a flag: caption photo.jpg folder/":
+    "images are given without a flag: caption photo.jpg folder/":
         "image images img input inputs image_path image_dir input_dir image_file file i",
     "the learning rate rises over --warmup_steps and falls linearly": "lr_scheduler_type "
         "lr_scheduler scheduler lr_decay min_lr lr_schedule",
@@ -112,15 +112,30 @@ VERBS = {
     "app": "serve web gradio ui webui chat",
 }
 VERB_REASONS = {
-    "caption reads paths from stdin (caption - ...)": "serve web gradio ui webui chat api",
+    "caption reads paths from stdin (caption - ...)": "api",
     "train --push_to_hub owner/name uploads the adapter, as `hf upload` does": "push upload",
     "`hf auth login` stores a token": "login auth",
     "without arguments all verbs are listed": "help list",
 }
+# Names of the package, and others' names for them.
+PYTHON = {
+    "load_captioner": "load load_model load_model_and_preprocess create_model_and_transforms "
+                      "pipeline from_pretrained AutoModel AutoModelForVision2Seq AutoProcessor "
+                      "AutoModelForImageTextToText BlipForConditionalGeneration BlipProcessor "
+                      "VisionEncoderDecoderModel PeftModel AutoPeftModel load_peft_weights",
+    "train": "Trainer Seq2SeqTrainer SFTTrainer fit finetune fine_tune",
+    "TrainingConfig": "TrainingArguments Seq2SeqTrainingArguments SFTConfig Config",
+    "inject": "get_peft_model LoraConfig LoRAConfig PeftConfig inject_adapter_in_model add_adapter",
+    "merge": "merge_and_unload fuse_lora",
+    "unmerge": "unmerge_adapter unfuse_lora",
+    "save_adapter": "save_pretrained save save_lora_weights",
+    "load_adapter": "load_lora_weights set_peft_model_state_dict",
+    "ImageCaptioner": "Captioner",
+}
 
 
 def ours_for(name: str, table: dict[str, str], known: Collection[str]) -> str | None:
-    """Our name for another tool's, if it is `known`: a flag with its value, or a verb."""
+    """Our name for another tool's, if it is `known`: a flag and value, a verb, a Python name."""
     for ours, others in table.items():
         if name in others.split() and ours.split()[0] in known:
             return ours

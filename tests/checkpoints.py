@@ -8,6 +8,7 @@ start, end and padding are one id, and its tokenizer file asks for padding and t
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from published import (
@@ -22,6 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, WordPiece
 from torch import Tensor, nn
+
+from lora_engine.captioning.image_captioner import ImageCaptioner
+from lora_engine.models.pretrained import Captioner
 
 IMAGE_SIZE = 64
 MAX_POSITIONS = 96
@@ -110,6 +114,26 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
     weight_map = {name: shard for shard, its_names in shards.items() for name in its_names}
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def varied(
+    captioner: Captioner | ImageCaptioner, theirs: nn.Module, *, raised: SimpleNamespace
+) -> None:
+    """Change our model and Hugging Face's in the same way, so that captions differ, and end.
+
+    Cross-attention is made to matter, and the end token's logit is raised by `raised.amount`.
+    """
+    end_id = captioner.tokenizer.end_id
+
+    def raise_end(module, inputs, logits):
+        return logits + raised.amount * (torch.arange(logits.shape[-1]) == end_id)
+
+    for model in (captioner.model, theirs):
+        head = captioner.model.tied_head[0].removesuffix(".weight")
+        model.get_submodule(head).register_forward_hook(raise_end)
+        for name, parameter in model.named_parameters():
+            if "crossattention" in name and parameter.dim() == 2:
+                parameter.data *= 4
 
 
 def hugging_face(folder: Path) -> nn.Module:

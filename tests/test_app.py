@@ -56,7 +56,7 @@ def run_app(args: list[str]) -> int:
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "no model to load: give --adapter, --model, or both"),
+    ([], "no model to load: give a model (--model), an adapter (--adapter), or both"),
     (["--port", "70000"], "--port is 70000"),
     (["--adapter", "a", "--adapter", "a"], "--adapter a a: give each of them once"),
 ], ids=["no_model", "port", "twice"])

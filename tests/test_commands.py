@@ -19,12 +19,11 @@ from tars import write_tar
 import lora_engine
 from lora_engine import __main__ as verbs
 from lora_engine import cli
-from lora_engine.captioning import java_metrics, merging
+from lora_engine.captioning import adapted_captioner, java_metrics, merging
 from lora_engine.captioning.captioner import Caption, caption_features
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.metrics import References
 from lora_engine.commands import evaluate as evaluate_command
-from lora_engine.commands import loading
 from lora_engine.data import image_identity, image_table
 from lora_engine.data.images import open_image
 from lora_engine.data.pixels import to_pixels
@@ -39,9 +38,9 @@ from recipes import blip_cc3m
 def warnings() -> Iterator[list[str]]:
     """What the commands log, whatever handler shows it."""
     logged: list[str] = []
-    handler = logging.Handler()
+    handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: logged.append(record.getMessage())
-    logger = logging.getLogger("lora_engine.commands")
+    logger = logging.getLogger("lora_engine")
     logger.addHandler(handler)
     yield logged
     logger.removeHandler(handler)
@@ -197,7 +196,7 @@ def test_a_bad_caption_command_is_an_error(refused, args, words):
 
 
 @pytest.mark.parametrize("args, words", [
-    ([], ["give --adapter, --model"]),
+    ([], ["give a model (--model), an adapter (--adapter)"]),
     (["--adapter", "absent"], ["no adapter at absent", "RUN/adapter"]),
     (["--model", "./absent"], ["no model folder at './absent'"]),
     (["--model", "BLIP", "--out", "no/such/x.jsonl"], ["--out no/such/x.jsonl", "no folder"]),
@@ -245,11 +244,11 @@ def test_an_adapters_own_revision_is_loaded(command, data, blip_folder, tmp_path
     (folder / "adapter_config.json").write_text(json.dumps(config))
     asked = []
 
-    def load(name, *, revision):
+    def load(name, *, family, revision):
         asked.append((str(name), revision))
         return load_captioner(blip_folder)
 
-    monkeypatch.setattr(loading, "load_captioner", load)
+    monkeypatch.setattr(adapted_captioner, "load_captioner", load)
     image = read_annotations(data / "train.json")[0].image
     for given in ([], ["--revision", "v2"], ["--model", "other/one"]):
         assert command(verbs.run_verb, "caption", "--adapter", folder, image, *given)[0] == 0
@@ -496,7 +495,7 @@ def test_data_sets_are_not_captioned_beside_files_or_together_with_files(
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--temperature", "0"], ["--temperature is 0", "above 0"]),
+    (["--temperature", "0"], ["--temperature is 0", "1e-06 or more"]),
     (["--top_p", "0.5"], ["--top_p is for sampling"]),
     (["--temperature", "1", "--top_p", "0"], ["--top_p is 0"]),
     (["--temperature", "1", "--num_beams", "2"], ["give one of them"]),

@@ -158,7 +158,7 @@ def test_a_list_becomes_tars_and_a_table(downloaded):
     assert "5   19.2%  timed out" in out
     assert "4   15.4%  HTTP Error 404: no '...'" in out
     assert "5 errors may be temporary" in out and "--retry_failed" in out
-    assert out.endswith("next: python -m lora_engine validate --data images\n")
+    assert out.endswith(" validate --data images\n")
     assert out.index("hf download pixparse/cc3m-wds --repo-type dataset") < out.index("links  ")
     assert names_in(downloaded.out) == [".download", *(
         f"0000{shard}{suffix}" for shard in range(3)

@@ -6,20 +6,26 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
 from peft import LoraConfig, PeftModel, get_peft_model
 from pictures import write_pictures
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lora_engine
 from lora_engine.captioning import merging
-from lora_engine.captioning.captioner import Caption, Captioned, side_by_side, with_adapter
+from lora_engine.captioning.adapted_captioner import with_adapter
+from lora_engine.captioning.captioner import Caption, Captioned, side_by_side
 from lora_engine.captioning.generation import generate
 from lora_engine.captioning.generation_settings import GenerationSettings
+from lora_engine.commands.app import AppConfig, _load
 from lora_engine.commands.caption import caption
 from lora_engine.commands.merge import merge
-from lora_engine.lora.adapter import AdapterError, load_adapter, read_adapter
+from lora_engine.data.pixels import normalize, to_pixels
+from lora_engine.lora.adapter import AdapterError, load_adapter, naming_base, read_adapter
 from lora_engine.models.pretrained import Captioner, load_captioner
 
 # PEFT still looks up an old name in transformers, and says that it saves or adapts tied weights.
@@ -127,8 +133,9 @@ def test_captions_are_pefts_and_training_on_is_refused_in_a_sentence(captioner_f
     assert_equal(ours, theirs)
     assert (ours - before).abs().max() > 0.01
     assert torch.equal(logits(base), before), "the base shares weights, but keeps its own"
-    with pytest.raises(AdapterError) as caught:
-        load_adapter(base.model, folder)
+    adapter = read_adapter(folder)
+    with pytest.raises(AdapterError) as caught, naming_base(adapter, "a/copy"):
+        load_adapter(base.model, adapter)
     message = str(caught.value)
     assert f"the adapter in {folder} " in message and KINDS[kind][1] in message
     assert f"merge --adapter {folder} --out MERGED), and train with --model MERGED" in message
@@ -223,13 +230,54 @@ def test_groups_of_captioners_are_put_in_order_for_each_setting():
     assert found == "0a 1a 2a 0b 0c 1b 1c 2b 2c".split()
 
 
+@pytest.mark.parametrize("kind", ["decoder", "all_linear"])
+def test_a_base_with_names_of_wrapped_modules_is_merged(captioner_folder, made, tmp_path, kind):
+    folder, theirs = made(kind)
+    base = shutil.copytree(captioner_folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        base / "model.safetensors",
+    )
+    merge(["--adapter", str(folder), "--model", str(base), "--out", str(tmp_path / "merged")])
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() >= tensors.keys()
+    with torch.no_grad():
+        plain = hugging_face(tmp_path / "merged")
+        assert_equal(hugging_face_logits(plain, PIXELS, TOKENS), theirs)
+
+
+ON_ENCODER = {"target_modules": ["q_proj", "o_proj", "fc1", "fc2"], "alpha_pattern": {".*": 400}}
+
+
+def test_an_adapter_of_the_encoder_captions_in_python_beside_its_base(vit_gpt2_folder, tmp_path):
+    make(vit_gpt2_folder, tmp_path / "encoder", ON_ENCODER)
+    captioner = lora_engine.load_captioner(vit_gpt2_folder, adapter=tmp_path / "encoder")
+    images = list(torch.randint(0, 256, (3, 70, 50, 3), dtype=torch.uint8).numpy())
+    pixels = torch.from_numpy(np.stack([
+        to_pixels(Image.fromarray(image), captioner.pixels) for image in images
+    ]))
+    plain = hugging_face(vit_gpt2_folder)
+
+    def theirs(model) -> list[str]:
+        tokens = model.generate(
+            pixel_values=normalize(pixels, captioner.pixels), do_sample=False, num_beams=1,
+            max_new_tokens=6,
+        )
+        return [captioner.tokenizer.decode(row) for row in tokens[:, 1:].tolist()]
+
+    expected = theirs(plain), theirs(PeftModel.from_pretrained(plain, str(tmp_path / "encoder")))
+    for _ in range(2):  # one does not change the other
+        ours = captioner.base.caption(images, max_new_tokens=6), captioner.caption(
+            images, max_new_tokens=6
+        )
+        assert ours == expected and ours[0] != ours[1]
+
+
 def test_adapters_side_by_side_do_not_share_features(vit_gpt2_folder, foreign, tmp_path, capsys):
-    """The base's encoder, an adapted one, and the cache on disk of both."""
+    """The base's encoder, an adapted one, and the cache on disk of both; the app has no cache."""
     write_pictures(tmp_path / "photos", num_images=3)
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
-    make(vit_gpt2_folder, tmp_path / "encoder", {
-        "target_modules": ["q_proj", "o_proj", "fc1", "fc2"], "alpha_pattern": {".*": 400},
-    })
+    make(vit_gpt2_folder, tmp_path / "encoder", ON_ENCODER)
     folders = [foreign("decoder"), tmp_path / "encoder", foreign("modules")]
 
     def captions(*adapters: Path) -> list[list[str]]:
@@ -250,6 +298,10 @@ def test_adapters_side_by_side_do_not_share_features(vit_gpt2_folder, foreign, t
     assert together == [captions(folder)[0] for folder in folders]
     assert len({tuple(column) for column in [*together, *captions()]}) == 4
     assert all(len(column) == 3 for column in together)
+    config = AppConfig(adapter=tuple(map(str, folders)), model=str(vit_gpt2_folder), device="cpu")
+    images = sorted(tmp_path.glob("photos/images/*.png"))
+    in_app = [captioner.caption(images, max_new_tokens=6) for captioner in _load(config).values()]
+    assert in_app == [*captions(), *together]
 
 
 # --- refusals -------------------------------------------------------------------------------
@@ -326,14 +378,20 @@ def assert_refused(base: Path, folder: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_pattern_that_cannot_be_used_is_named_with_its_file(vit_gpt2_folder, foreign, tmp_path):
+    folder = shutil.copytree(foreign("layers"), tmp_path / "adapter")
+    configure(folder, rank_pattern={"((": 3})
+    assert_refused(vit_gpt2_folder, folder, "adapter_config.json: '((' is not a regular expression")
+
+
 class _RunsCode:
     def __reduce__(self):
         return (pytest.fail, ("code from an adapter was run",))
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"base_model.model.x.lora_A.weight": _RunsCode()}, "cannot read"),
-    ([torch.zeros(2)], "cannot read"),
+    ({"base_model.model.x.lora_A.weight": _RunsCode()}, "code, which is never run"),
+    ([torch.zeros(2)], "it holds more than named tensors"),
     ({"surprise": torch.zeros(2, 2)}, "surprise is not a LoRA matrix"),
     (None, "has 1,099,511,627,776 bytes"),
 ], ids=["code", "list", "key", "huge"])

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import MAX_POSITIONS, hugging_face, random_pixels
+from checkpoints import MAX_POSITIONS, hugging_face, random_pixels, varied
 from torch import Tensor
 
 from lora_engine.captioning import generation
-from lora_engine.captioning.generation import Sampling, _Sampler, generate, process_logits
+from lora_engine.captioning.generation import _Sampler, generate, process_logits
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.lora.injection import inject
 from lora_engine.models import cross_attention
@@ -23,31 +23,18 @@ PROMPT = "a picture of"
 
 @pytest.fixture(params=["blip", "vit_gpt2"])
 def pair(request):
-    """Ours and Hugging Face's model of a family, with the same changes to both.
-
-    Cross-attention is made to matter, so that images lead to different captions, and the end
-    token's logit can be raised (`pair.raised.amount`), so that captions of random models end.
-    """
+    """Ours and Hugging Face's model of a family, `varied` by `pair.raised`."""
     folder = request.getfixturevalue(f"{request.param}_folder")
     captioner, theirs = load_captioner(folder), hugging_face(folder)
     raised = SimpleNamespace(amount=0.0)
-    end_id = captioner.tokenizer.end_id
-
-    def raise_end(module, inputs, logits):
-        return logits + raised.amount * (torch.arange(logits.shape[-1]) == end_id)
-
-    for model in (captioner.model, theirs):
-        head = captioner.model.tied_head[0].removesuffix(".weight")
-        model.get_submodule(head).register_forward_hook(raise_end)
-        for name, parameter in model.named_parameters():
-            if "crossattention" in name and parameter.dim() == 2:
-                parameter.data *= 4
+    varied(captioner, theirs, raised=raised)
     pixels = random_pixels(NUM_IMAGES, seed=5)
     with torch.no_grad():
         features = captioner.model.encode(pixels)
     return SimpleNamespace(
         model=captioner.model, features=features, tokenizer=captioner.tokenizer, theirs=theirs,
-        pixels=pixels, end_id=end_id, pad_id=captioner.tokenizer.pad_id, raised=raised,
+        pixels=pixels, raised=raised,
+        end_id=captioner.tokenizer.end_id, pad_id=captioner.tokenizer.pad_id,
     )
 
 
@@ -265,9 +252,6 @@ def test_samples_depend_on_seed_and_image_and_share_the_images_features(pair, mo
     settings = {"temperature": 1.5, "top_k": 50, "seed": 3, "min_new_tokens": 2}
     settings["max_new_tokens"] = 12
     once = ours(pair, **settings)
-    sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
-    given = ours(pair, max_new_tokens=12, sampling=Sampling(**sampling))  # the older form
-    assert torch.equal(given, ours(pair, max_new_tokens=12, **sampling))
     decode, sizes = pair.model.decode, []
     monkeypatch.setattr(
         pair.model, "decode",
@@ -312,13 +296,16 @@ def test_generate_has_the_settings_as_keywords():
     ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
     ({"num_beams": 0}, "num_beams is 0; it must be 1 or more"),
     ({"min_new_tokens": 31}, r"min_new_tokens is 31; it must be from 0 to max_new_tokens \(30\)"),
-    ({"temperature": 0}, "temperature is 0; it must be above 0"),
+    ({"num_beams": 2.0}, "num_beams is 2.0; it must be a whole number"),
+    ({"num_beams": "2"}, "num_beams is '2'; it must be a whole number"),
+    ({"temperature": 0}, "temperature is 0; it must be 1e-06 or more"),
     ({"temperature": 1, "top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
     ({"top_k": -1}, "top_k is -1"),
     ({"top_k": 5}, "top_k is for sampling: give temperature 1, too"),
     ({"top_p": 0.9}, "top_p is for sampling"),
-    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
-    ({"length_penalty": float("nan"), "num_beams": 2}, "is nan; it must be a finite number"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be at least 0.01"),
+    ({"length_penalty": float("nan"), "num_beams": 2}, "is nan; it must be at least -10"),
+    ({"length_penalty": 1e3, "num_beams": 2}, "must be at least -10 and at most 10"),
     ({"length_penalty": 2.0}, "length_penalty ranks beams: give num_beams 4, too"),
     ({"num_return_sequences": 3}, "greedy search finds one caption: give num_beams 3, or temp"),
     ({"num_return_sequences": 3, "num_beams": 2}, r"it must be at most num_beams \(2\)"),
@@ -327,6 +314,16 @@ def test_generate_has_the_settings_as_keywords():
 def test_settings_out_of_range_or_that_contradict_each_other_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**settings).check_generation()
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1e-6, "repetition_penalty": 0.01, "top_p": 0.5},
+    {"temperature": 1e-6, "repetition_penalty": 100.0},
+    {"num_beams": 2, "length_penalty": 10.0},
+    {"num_beams": 2, "length_penalty": -10.0, "repetition_penalty": 0.01},
+])
+def test_settings_at_the_ends_of_their_ranges_do_not_overflow(pair, settings):
+    assert len(ours(pair, max_new_tokens=3, **settings)) == NUM_IMAGES
 
 
 def test_settings_are_changed_by_text():

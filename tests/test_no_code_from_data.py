@@ -19,7 +19,7 @@ METHODS = {  # of any module or object
 ALLOWED = {
     # some published checkpoints are .bin files, read with weights_only
     ("lora_engine/lora/tensor_files.py", "torch.load"),
-    # a command line as it is written on Windows
+    # only its list2cmdline, which quotes a command line
     ("lora_engine/cli.py", "subprocess"),
     # downloads run in an environment of their own
     ("lora_engine/data/download/img2dataset.py", "subprocess"),

@@ -16,12 +16,15 @@ from pictures import json_lines, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lora_engine.captioning.adapted_captioner import with_tensors
 from lora_engine.captioning.generation import generate
 from lora_engine.captioning.merging import export_merged
 from lora_engine.data.pixels import normalize, to_pixels
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.lora.adapter import load_adapter, read_adapter
+from lora_engine.lora.adapter_config import AdapterError
 from lora_engine.models.pretrained import PretrainedError, load_captioner
+from lora_engine.models.weights import read_checkpoint
 from lora_engine.training.loop import train
 
 SQUARE = {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}}
@@ -152,6 +155,14 @@ def test_a_captioner_of_another_encoder_trains_and_merges(data, tmp_path):
             adapted.model.head(adapted.model.decode(input_ids, adapted.model.encode(values))),
             hugging_face_logits(theirs, values, input_ids), rtol=1e-4, atol=1e-4,
         )
+
+
+def test_other_position_embeddings_are_refused_where_they_are_interpolated(tmp_path):
+    captioner = load_captioner(write("dinov2", tmp_path))
+    name = "encoder.embeddings.position_embeddings"
+    changed = {name: read_checkpoint(tmp_path)[name] + 1}
+    with pytest.raises(AdapterError, match="replaces position embeddings, which are interpolated"):
+        with_tensors(captioner, changed)
 
 
 @pytest.mark.parametrize("kind, changes, words", [

@@ -31,7 +31,7 @@ TYPED = [
     ("export", "it is merge here"),
     ("compare runs/a runs/b", "it is report here"),
     ("tran", "did you mean train?"),
-    ("--learning_rate 1e-4", "a verb comes first"),
+    ("--learning_rate 1e-4", "a verb, such as train, comes first"),
     ("train --learning_rate 1e-4", "there is no flag --learning_rate; it is --lr here"),
     ("train --num_train_epochs 3", "it is --epochs here"),
     ("train --per-device-train-batch-size 8", "it is --batch_size here"),
@@ -181,7 +181,7 @@ def test_a_run_folder_given_as_the_model_is_a_hint_to_give_it_as_the_adapter(ref
     (tmp_path / "x.png").touch()
     refused(
         verbs.run_verb, "caption", "--model", tmp_path, tmp_path / "x.png",
-        words=[f"--model {tmp_path} is the folder of a run; give it with --adapter"],
+        words=[f"{tmp_path} is the folder of a run; give it as the adapter (--adapter)"],
     )
 
 
@@ -196,6 +196,28 @@ def test_an_adapter_that_is_too_large_is_not_downloaded(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail())
     with pytest.raises(AdapterError, match="has 1,099,511,627,776 bytes; this engine reads no"):
         find_adapter("owner/huge")
+
+
+@pytest.mark.parametrize("stored, fetched", [
+    (["adapter_model.bin"], True), (["adapter_model.bin", "adapter_model.safetensors"], False),
+])
+def test_an_older_weights_file_is_downloaded_only_if_there_is_no_other(
+    monkeypatch, tmp_path, stored, fetched
+):
+    class Api:
+        def model_info(self, name, files_metadata):
+            return type("Info", (), {"siblings": [
+                type("File", (), {"rfilename": file, "size": 1}) for file in stored
+            ]})
+
+    def fetch(name, *, allow_patterns):
+        assert ("adapter_model.bin" in allow_patterns) == fetched
+        return tmp_path
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert find_adapter("owner/name") == tmp_path
 
 
 # --- what a run and a command tell ----------------------------------------------------------------

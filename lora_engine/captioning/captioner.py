@@ -1,12 +1,10 @@
 """Images -> captions, by one captioner or by several that share an encoder."""
 
-import copy
-import dataclasses
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from itertools import islice, product, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from lora_engine.captioning.generation import generate_tokens
 from lora_engine.captioning.generation_settings import GenerationSettings
-from lora_engine.captioning.merged_adapter import adapted_tensors, with_tensors
 from lora_engine.data.batches import (
     CaptionedImages,
     Collate,
@@ -28,8 +25,6 @@ from lora_engine.data.image_table import ImageTable
 from lora_engine.devices import autocast
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
-from lora_engine.lora.adapter import Adapter, beyond_lora, load_adapter
-from lora_engine.lora.injection import merge
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import OneProcess, Ranks, collect, dealt
@@ -52,32 +47,6 @@ class Captioned(NamedTuple):
     image: str
     captions: tuple[Caption, ...] = ()
     reason: str | None = None
-
-
-def with_adapter(
-    captioner: Captioner, adapter: Adapter, *, prompt: str | None = None
-) -> Captioner:
-    """A captioner with the adapter merged into its own copy of the weights; others are shared.
-
-    So is the encoder, unless the adapter changes it. The captioner continues the adapter's prompt
-    unless another one is given. Raises AdapterError if the adapter does not fit.
-    """
-    if beyond_lora(captioner.model, adapter):
-        model = with_tensors(captioner, adapted_tensors(captioner, adapter))
-    else:
-        model = sharing_weights(captioner.model)
-        load_adapter(model, adapter)
-        merge(model)
-    return dataclasses.replace(
-        captioner, model=model, prompt=adapter.prompt if prompt is None else prompt
-    )
-
-
-def sharing_weights(model: CaptioningModel) -> CaptioningModel:
-    """A copy of a model to inject adapters into: encoder and weights are those of `model`."""
-    shared: dict[int, Any] = {id(model.encoder): model.encoder}
-    shared |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def by_encoder(captioners: Sequence[Captioner]) -> list[list[int]]:

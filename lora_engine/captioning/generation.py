@@ -25,14 +25,6 @@ from lora_engine.models.attention import KeyValueCache
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
 
 
-class Sampling(NamedTuple):
-    """The settings of sampling in one value, as `generate` also takes them."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 def generate(
     model: CaptioningModel,
     features: Tensor,
@@ -51,16 +43,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    sampling: Sampling | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Caption each image of `features` (B, P, D) -> token ids, starting with the prompt.
 
-    `GenerationSettings` describes the settings; `sampling` stands for temperature, top_p and seed.
-    For the rest see `generate_tokens`.
+    `GenerationSettings` describes the settings. For the rest see `generate_tokens`.
     """
-    if sampling is not None:
-        temperature, top_p, seed = sampling
     settings = GenerationSettings(
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
@@ -193,6 +181,7 @@ def _token_by_token(
     cache = KeyValueCache(prompt_length + settings.max_new_tokens)
     tokens = F.pad(prompt, (0, settings.max_new_tokens), value=pad_id)
     tokens = tokens[:, None].repeat(1, num_captions, 1)  # (B, G, T)
+    captions = torch.arange(num_captions, device=prompt.device)  # numbers of an image's
     images = torch.arange(len(prompt), device=prompt.device)  # with unfinished captions
     is_open = torch.ones(tokens.shape[:2], dtype=torch.bool, device=prompt.device)  # of `images`
     new_tokens = prompt.repeat_interleave(num_captions, dim=0)
@@ -217,15 +206,10 @@ def _token_by_token(
         if len(kept) < len(images):
             images, chosen, features = images[kept], chosen[kept], features[kept]
             is_open = is_open[kept]
-            cache.reorder(_rows(kept, num_captions))
+            cache.reorder((num_captions * kept[:, None] + captions).flatten())
             cache.keep_images(kept)
         new_tokens = chosen.reshape(-1, 1)
     return tokens[:, :, : position + 1].flatten(0, 1)
-
-
-def _rows(images: Tensor, num_captions: int) -> Tensor:
-    """The rows (N,) of the captions of `images` (B,)."""
-    return (images[:, None] * num_captions + torch.arange(num_captions).to(images)).flatten()
 
 
 def _most_probable(logits: Tensor, images: Tensor, num_new: int) -> Tensor:

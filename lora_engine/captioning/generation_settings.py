@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, get_type_hints
 
 from lora_engine.config import Range, check_ranges
@@ -22,16 +23,16 @@ class GenerationSettings:
     min_new_tokens: Annotated[int, Range(ge=0)] = 0
     """Minimum length of a caption, in tokens."""
     num_return_sequences: Annotated[int, Range(ge=1)] = 1
-    """Captions per image: the best beams (at most --num_beams), or so many samples."""
-    length_penalty: Annotated[float, Range()] = 1.0
+    """Captions per image: the best beams (at most --num_beams), or that many samples."""
+    length_penalty: Annotated[float, Range(ge=-10, le=10)] = 1.0
     """Beams are ranked by log-probability / length ** length_penalty: values above 0 favor longer
     captions, values below 0 shorter ones."""
-    repetition_penalty: Annotated[float, Range(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Range(ge=0.01, le=100)] = 1.0
     """Above 1, tokens that a caption or its prompt already contains become less probable; below 1,
     more probable (arXiv:1909.05858)."""
     no_repeat_ngram_size: Annotated[int, Range(ge=0)] = 0
     """Sequences of this many tokens occur at most once in a caption and its prompt; 0: no limit."""
-    temperature: Annotated[float | None, Range(gt=0)] = None
+    temperature: Annotated[float | None, Range(ge=1e-6)] = None
     """Sample tokens at this temperature instead of choosing the most probable ones."""
     top_k: Annotated[int, Range(ge=0)] = 0
     """Sample from this many most probable tokens; 0: from all (in transformers, 50 by default)."""
@@ -42,10 +43,16 @@ class GenerationSettings:
     """Random seed for sampling."""
 
     def check_generation(self, prefix: str = "") -> None:
-        """Raises ValueError for a value out of range, and for settings that do not go together.
+        """Raises ValueError for a value of the wrong type or out of range, and for settings that do
+        not go together.
 
         `prefix` comes before the settings' names: "--" for flags.
         """
+        for field, kind in get_type_hints(GenerationSettings).items():
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, Integral if kind is int else Real):
+                expected = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{prefix}{field} is {value!r}; it must be {expected}")
         check_ranges(self, prefix)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(

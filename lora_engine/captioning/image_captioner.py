@@ -5,33 +5,36 @@
 """
 
 import dataclasses
+import io
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from types import NoneType
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_engine.captioning.captioner import (
-    caption_ids,
-    mean_log_probabilities,
-    sharing_weights,
-    with_adapter,
-)
+from lora_engine.captioning.adapted_captioner import load_captioners, sharing_weights
+from lora_engine.captioning.attention_map import WordAttention, word_attention
+from lora_engine.captioning.captioner import caption_ids, mean_log_probabilities
 from lora_engine.captioning.generation_settings import GenerationSettings
+from lora_engine.data.image_files import ABOUT_LINKS, is_link
 from lora_engine.data.pixels import load_pixels
-from lora_engine.data.python_rows import image_bytes
-from lora_engine.devices import resolve_device, resolve_dtype, use_device
+from lora_engine.data.python_rows import image_bytes, shown_type
+from lora_engine.devices import (
+    PRECISIONS,
+    disable_tf32,
+    resolve_device,
+    resolve_dtype,
+    use_device,
+)
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import EncoderPrecision
-from lora_engine.lora.adapter import read_adapter
-from lora_engine.lora.adapter_config import AdapterError
-from lora_engine.lora.adapter_folder import find_adapter
-from lora_engine.models import pretrained
+from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner
 
 # A path, the bytes of an image file, a PIL image, or an array of uint8, (H, W, 3) or (H, W).
@@ -41,13 +44,19 @@ ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 _INSTEAD = {
     "generate": "captioner.caption(image), or lora_engine.generate(captioner.model, features, ...)",
     "predict": "captioner.caption(image)",
+    "processor": "captioner.caption(image)",
     "to": 'load_captioner(..., device="cuda")',
+    "cuda": 'load_captioner(..., device="cuda")',
+    "half": 'load_captioner(..., precision="fp16")',
     "fit": "lora_engine.train(model=..., data=...)",
     "train": "lora_engine.train(model=..., data=...)",
     "save_pretrained": "lora_engine.save_adapter(captioner.model, folder)",
     "save_adapter": "lora_engine.save_adapter(captioner.model, folder)",
     "load_adapter": "load_captioner(..., adapter=folder)",
     "merge_and_unload": "python -m lora_engine merge",
+    "print_trainable_parameters": "print(lora_engine.inject(captioner.model, targets))",
+    "push_to_hub": "lora_engine.save_adapter(captioner.model, folder) and `hf upload`",
+    "disable_adapter": "captioner.base",
     "unmerged": "captioner.base",
 }
 
@@ -83,44 +92,33 @@ def load_captioner(
     there is one, else the CPU. `precision` and `encoder_precision` are the number formats of
     matmuls, as the flags of these names describe them (`python -m lora_engine caption --help`);
     the weights stay fp32. Captions continue the `prompt`, by default the one that the adapter was
-    trained with.
+    trained with. On a GPU, TF32 is turned off in this process, as in training.
 
     Raises ValueError for a model or an adapter that cannot be used; with `family`, a key of
     `FAMILIES`, for a model of another one; and for an adapter that was trained on another base
     model, unless `force` is true.
     """
-    found = None if adapter is None else read_adapter(find_adapter(adapter))
-    if name_or_path is None:
-        if found is None or found.base_model is None:
-            raise ValueError(
-                "no model to load: give the name or folder of a captioner (an adapter alone is "
-                "enough only if it names its base model)"
-            )
-        name_or_path = found.base_model
-        # A name that is no absolute path means a repository on the Hub.
-        if not Path(name_or_path).is_absolute() and Path(name_or_path).exists():
-            raise ValueError(
-                f"the adapter in {found.folder} names its base model {name_or_path!r}, which is "
-                f"also a path in the current folder: give the model's name or folder, too"
-            )
-        revision = found.config.get("revision") if revision is None else revision
+    if not isinstance(name_or_path, (str, os.PathLike, NoneType)):
+        raise ValueError(
+            f"load_captioner() got {shown_type(name_or_path)}, expected the folder or the name of "
+            f"a captioner"
+        )
+    for name, value, known in (
+        ("family", family, [None, *FAMILIES]),
+        ("precision", precision, ["auto", *PRECISIONS]),
+        ("encoder_precision", encoder_precision, get_args(EncoderPrecision)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected {', '.join(filter(None, known))}")
     on_device = resolve_device(device)
-    base = pretrained.load_captioner(name_or_path, family=family, revision=revision)
-    if prompt is None:
-        prompt = "" if found is None else found.prompt
-    base.prompt = prompt
-    captioner = base
-    if found is not None:
-        complaint = found.foreign_base(base.name, base.fingerprints)
-        if complaint is not None and not force:
-            raise AdapterError(
-                f"{complaint}; load its own base ({found.base_model}), or accept this one with "
-                f"force=True"
-            )
-        captioner = with_adapter(base, found, prompt=prompt)
+    base, adapted = load_captioners(
+        name_or_path, [] if adapter is None else [adapter],
+        family=family, revision=revision, prompt=prompt, force=force,
+    )
     use_device(on_device)
+    disable_tf32()
     return ImageCaptioner(
-        captioner,
+        adapted[0] if adapted else base,
         base,
         device=on_device,
         dtype=resolve_dtype(precision, on_device),
@@ -211,6 +209,8 @@ class ImageCaptioner:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        if not isinstance(prompt, (str, NoneType)):
+            raise ValueError(f"prompt is {shown_type(prompt)}, expected text, one for all images")
         settings = GenerationSettings(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -225,11 +225,7 @@ class ImageCaptioner:
             seed=seed,
         )
         settings.check_generation()
-        captioner = dataclasses.replace(
-            self._captioner,
-            model=self.model,
-            prompt=self.prompt if prompt is None else prompt,
-        )
+        captioner = self._with_prompt(prompt)
         is_one = _is_one(images)
         items: list[Any] = [images] if is_one else list(images)  # type: ignore[arg-type]
         results: list[Any] = []
@@ -255,9 +251,25 @@ class ImageCaptioner:
 
     __call__ = caption
 
+    def word_attention(self, image: ImageLike, caption: str) -> WordAttention:
+        """What the decoder looks at for each word of a caption of an image, for `heat_map`.
+
+        The caption need not be the captioner's own. Raises ValueError for an image that cannot be
+        used.
+        """
+        features = self._features(self._pixels(image, "")[None])
+        return word_attention(self._with_prompt(None), features, caption)
+
+    def _with_prompt(self, prompt: str | None) -> Captioner:
+        """The captioner as it is now; None is its own prompt."""
+        prompt = self.prompt if prompt is None else prompt
+        return dataclasses.replace(self._captioner, model=self.model, prompt=prompt)
+
     def _pixels(self, image: Any, where: str) -> np.ndarray:
         """The pixels (3, H, W) of one image; raises ValueError, which begins with `where`."""
         try:
+            if isinstance(image, str) and is_link(image):
+                raise ValueError(f"{image} is a web address: {ABOUT_LINKS}")
             if isinstance(image, (str, os.PathLike)):
                 return load_pixels(os.fspath(image), self.pixels)
             return load_pixels(image_bytes(image), self.pixels)
@@ -278,7 +290,11 @@ class ImageCaptioner:
         return f"ImageCaptioner({self.name!r}, device={str(self.device)!r})"
 
     def __getattr__(self, name: str) -> NoReturn:
-        advice = f": use {_INSTEAD[name]}" if name in _INSTEAD else ""
+        advice = ""
+        if name in _INSTEAD:
+            advice = f": use {_INSTEAD[name]}"
+        elif hasattr(self.__dict__.get("model"), name):
+            advice = ": use captioner.model, which has it"
         raise AttributeError(
             f"an ImageCaptioner has no attribute {name!r}{advice}", name=name, obj=self
         )
@@ -286,5 +302,7 @@ class ImageCaptioner:
 
 def _is_one(images: Any) -> bool:
     """Whether this is one image, or something that is taken for one and refused as such."""
-    kinds = (str, os.PathLike, bytes, bytearray, Image.Image, np.ndarray, Tensor, Mapping)
+    kinds = (
+        str, os.PathLike, bytes, bytearray, io.IOBase, Image.Image, np.ndarray, Tensor, Mapping
+    )
     return isinstance(images, kinds) or not isinstance(images, Iterable)

@@ -1,6 +1,5 @@
 """python -m lora_engine app: a page in the browser that compares the captions of adapters."""
 
-import dataclasses
 import logging
 import os
 import tempfile
@@ -14,13 +13,11 @@ from typing import Annotated, Literal
 import tyro
 
 from lora_engine import cli
-from lora_engine.commands.loading import load_base, load_onto
+from lora_engine.captioning.adapted_captioner import load_captioners
+from lora_engine.captioning.image_captioner import ImageCaptioner
 from lora_engine.config import Range, check_ranges
 from lora_engine.devices import disable_tf32, resolve_device, resolve_dtype, use_device
-from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import cast_weights
-from lora_engine.lora.adapter import read_adapter
-from lora_engine.models.pretrained import Captioner
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +30,8 @@ class AppConfig:
     """Flags of `app`."""
 
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Adapter folder, such as RUN/adapter. Repeat the flag to compare several adapters."""
+    """Adapter: a run folder, an adapter folder, or owner/name on the Hub. Repeat the flag to
+    compare several adapters."""
     model: str | None = None
     """Base model: a folder or a Hub name. Default: the model that the adapters were trained on."""
     revision: str | None = None
@@ -49,7 +47,7 @@ class AppConfig:
     """Accept a base model whose weights, configuration, tokenizer or preprocessor differ from those
     that an adapter was trained on."""
     host: str = LOCAL[0]
-    """Address to listen on. With another one than the default, such as 0.0.0.0, other machines can
+    """Address to listen on. With any other than the default, such as 0.0.0.0, other machines can
     use the page: there is no password and no encryption."""
     port: Annotated[int | None, Range(ge=1, le=65535)] = None
     """Port to listen on. Default: the first free one from 7860."""
@@ -72,22 +70,22 @@ def app(args: list[str]) -> int:
 def serving(config: AppConfig) -> Iterator[str]:
     """Within the context the page is served; its temporary files are removed at the end -> URL.
 
-    Raises ValueError without gradio, and as `loading` does for models and adapters.
+    Raises ValueError without gradio, and as `load_captioners` does.
     """
     check_ranges(config)
     if find_spec("gradio") is None:  # importing it takes seconds
         raise ValueError("app needs gradio: pip install 'lora_engine[app]'")
-    captioners, encoder = _load(config)
+    captioners = _load(config)
     with tempfile.TemporaryDirectory(prefix="lora_engine_app_") as folder:
         # gradio reads these when it is imported, and at every upload.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         from lora_engine.commands.app_page import LAUNCH, build
 
-        page = build(captioners, encoder)
+        page = build(captioners)
         if config.host not in LOCAL:
             logger.warning(
-                f"--host {config.host}: everyone who can reach this machine can use the page"
+                f"--host {config.host}: anyone who can reach this machine can use the page"
             )
         try:
             _, url, _ = page.launch(server_name=config.host, server_port=config.port, **LAUNCH)
@@ -96,23 +94,22 @@ def serving(config: AppConfig) -> Iterator[str]:
             page.close(verbose=False)
 
 
-def _load(config: AppConfig) -> tuple[dict[str, Captioner], FeatureEncoder]:
-    """The base and each adapter on it, by name, and the encoder that they share."""
-    if len({BASE, *config.adapter}) <= len(config.adapter):
+def _load(config: AppConfig) -> dict[str, ImageCaptioner]:
+    """The base and each adapter on it, by name."""
+    names = [BASE, *config.adapter]
+    if len(set(names)) < len(names):
         raise ValueError(f"--adapter {' '.join(config.adapter)}: give each of them once")
-    adapters = [read_adapter(folder) for folder in config.adapter]
-    base = load_base(config.model, config.revision, adapters)
-    prompt = config.prompt
-    if prompt is None:
-        prompt = adapters[0].prompt if adapters else ""
-    captioners = {BASE: dataclasses.replace(base, prompt=prompt)}
-    for name, adapter in zip(config.adapter, adapters):
-        captioners[name] = load_onto(base, adapter, prompt=config.prompt, force=config.force)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
+    base, adapted = load_captioners(
+        config.model, config.adapter, revision=config.revision, prompt=config.prompt,
+        force=config.force,
+    )
     use_device(device)
     disable_tf32()
-    for captioner in captioners.values():
+    for captioner in (base, *adapted):
         cast_weights(captioner.model, dtype, "auto")
-        captioner.model.to(device)
-    return captioners, FeatureEncoder(base, device=device, dtype=dtype)
+    return {
+        name: ImageCaptioner(captioner, base, device=device, dtype=dtype)
+        for name, captioner in zip(names, (base, *adapted))
+    }

@@ -11,22 +11,14 @@ import gradio as gr
 import numpy as np
 import torch
 from PIL import ImageOps
-from torch import Tensor
 
-from lora_engine.captioning.attention_map import (
-    WordAttention,
-    heat_map,
-    on_patches,
-    word_attention,
-)
-from lora_engine.captioning.captioner import caption_features
+from lora_engine.captioning.attention_map import WordAttention, heat_map, on_patches
 from lora_engine.captioning.generation_settings import GenerationSettings
+from lora_engine.captioning.image_captioner import ImageCaptioner
 from lora_engine.captioning.metrics import References, bleu
 from lora_engine.data.image_files import SUFFIXES, is_image
 from lora_engine.data.images import ImageError, open_image
 from lora_engine.data.pixels import load_pixels
-from lora_engine.features.encoder import FeatureEncoder
-from lora_engine.models.pretrained import Captioner
 from lora_engine.report.gallery import thumbnail
 from lora_engine.report.html import Markup, tag
 from lora_engine.terminal import one_line
@@ -80,9 +72,9 @@ LAUNCH: dict[str, Any] = {
 Rows = list[dict[str, Any]]  # {"image": name, "path", "captions", "scores": each by captioner}
 
 
-def build(captioners: dict[str, Captioner], encoder: FeatureEncoder) -> gr.Blocks:
-    """The page for captioners that share an encoder, by name."""
-    events = _Events(captioners, encoder)
+def build(captioners: dict[str, ImageCaptioner]) -> gr.Blocks:
+    """The page for captioners of one base model, by name; the first is the base."""
+    events = _Events(captioners)
     with gr.Blocks(
         title="lora_engine", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
@@ -118,10 +110,9 @@ def build(captioners: dict[str, Captioner], encoder: FeatureEncoder) -> gr.Block
                 image = gr.Dropdown([], label="Image")
                 captioner = gr.Radio(list(captioners), label="Captioner", value=[*captioners][-1])
                 word = gr.Radio([], label="Word")
-                model = captioners[[*captioners][0]].model
                 layer, head = (
                     gr.Dropdown(["mean", *map(str, range(1, count + 1))], value="mean", label=label)
-                    for label, count in (("Layer", len(model.decoder.layers)),
+                    for label, count in (("Layer", len(events.base.model.decoder.layers)),
                                          ("Head", events.num_heads()))
                 )
             with gr.Column(min_width=320, scale=2):
@@ -153,26 +144,25 @@ def build(captioners: dict[str, Captioner], encoder: FeatureEncoder) -> gr.Block
 class _Events:
     """What the page's events call, with captioners by name."""
 
-    def __init__(self, captioners: dict[str, Captioner], encoder: FeatureEncoder) -> None:
+    def __init__(self, captioners: dict[str, ImageCaptioner]) -> None:
         self.captioners = captioners
-        self.encoder = encoder
+        self.base = next(iter(captioners.values()))
         # Another word, layer or head of the same caption needs no pass of the model.
-        self.word_attention = lru_cache(maxsize=8)(self._word_attention)
+        self.word_attention = lru_cache(maxsize=8)(
+            lambda path, name, caption: captioners[name].word_attention(path, caption)
+        )
 
     def num_heads(self) -> int:
         """Heads of the decoder's cross-attention."""
-        captioner = next(iter(self.captioners.values()))
-        settings = captioner.pixels
-        blank = np.zeros((3, *settings.size), dtype=np.uint8)
-        attention = word_attention(captioner, self._features([blank]), "a")
-        return attention.probs[0].shape[1]
+        blank = np.zeros((*self.base.pixels.size, 3), dtype=np.uint8)
+        return self.base.word_attention(blank, "a").probs[0].shape[1]
 
     def caption(
         self, files: list[str] | None, folder: list[str] | None, references: str, **values: float
     ) -> tuple[Rows, str, Rows, Any]:
         with _shown_errors():
-            settings = GenerationSettings(**_settings(**values))
-            settings.check_generation()
+            settings: dict[str, Any] = values | {"temperature": values["temperature"] or None}
+            GenerationSettings(**settings).check_generation()
             paths = [*(files or []), *sorted(path for path in folder or [] if is_image(path))]
             if not paths:
                 raise ValueError("no images: choose image files, or a folder that has some")
@@ -182,20 +172,22 @@ class _Events:
             rows: Rows = []
             kept = []
             for number, path in enumerate(paths):
-                row: dict[str, Any] = {"image": os.path.basename(path), "path": path}
+                row: dict[str, Any] = {
+                    "image": os.path.basename(path), "path": path, "captions": {}
+                }
                 try:
-                    features = self._features([load_pixels(path, self.encoder.pixels)])
+                    load_pixels(path, self.base.pixels)
                 except ImageError as error:
                     gr.Warning(html.escape(f"{row['image']}: {error.reason}"))
                     continue
-                row["captions"] = {
-                    name: caption_features(captioner, features, settings, numbers=[number])[0].text
-                    for name, captioner in self.captioners.items()
-                }
                 rows.append(row)
                 kept.append(number)
             if not rows:
                 raise ValueError("none of the images could be read")
+            for name, captioner in self.captioners.items():
+                captions = captioner.caption([row["path"] for row in rows], **settings)
+                for row, caption in zip(rows, captions):
+                    row["captions"][name] = caption
             if texts:
                 _score(rows, [texts[number] for number in kept])
         results = [{key: row[key] for key in row if key != "path"} for row in rows]
@@ -219,7 +211,7 @@ class _Events:
             probs = found.probs[word]  # (L, H, P)
             for choice in (layer, head):
                 probs = probs.mean(dim=0) if choice == "mean" else probs[int(choice) - 1]
-            patches = on_patches(probs, self.encoder.model.encoder)
+            patches = on_patches(probs, self.base.model.encoder)
             path = rows[image or 0]["path"]
             shown = ImageOps.contain(open_image(path), (MAP_SIDE, MAP_SIDE))
             text = (
@@ -227,24 +219,13 @@ class _Events:
                 f"image token would have {1 / len(probs):.1%}. Class tokens, which have no place "
                 f"in the image, have {probs.sum() - patches.sum():.1%}."
             )
-            return heat_map(shown, patches, self.encoder.pixels), text
+            return heat_map(shown, patches, self.base.pixels), text
 
     def _attention(self, rows: Rows, image: int | None, captioner: str) -> WordAttention:
         if not rows or image is None:
             raise ValueError("no caption yet: choose images and click Caption")
         row = rows[image]
         return self.word_attention(row["path"], captioner, row["captions"][captioner])
-
-    def _word_attention(self, path: str, captioner: str, caption: str) -> WordAttention:
-        features = self._features([load_pixels(path, self.encoder.pixels)])
-        return word_attention(self.captioners[captioner], features, caption)
-
-    def _features(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        return self.encoder.unpack(self.encoder.encode(torch.from_numpy(np.stack(pixels))))
-
-
-def _settings(*, temperature: float, **others: Any) -> dict[str, Any]:
-    return others | {"temperature": temperature or None}
 
 
 def _references(text: str, num_images: int) -> list[list[str]]:

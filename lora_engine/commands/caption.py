@@ -4,7 +4,6 @@ Under torchrun the images are split across processes; the main one writes.
 """
 
 import csv
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +18,10 @@ import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
+from lora_engine.captioning.adapted_captioner import load_captioners
 from lora_engine.captioning.captioner import Captioned
 from lora_engine.captioning.generation_settings import GenerationSettings
-from lora_engine.commands.loading import (
-    CaptioningConfig,
-    SkippedImages,
-    check_writable,
-    load_base,
-    load_onto,
-)
+from lora_engine.commands.captioning_flags import CaptioningConfig, SkippedImages, check_writable
 from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.data.image_files import find_images
 from lora_engine.data.image_table import ImageTable
@@ -36,8 +30,6 @@ from lora_engine.data.sources.parts import is_source
 from lora_engine.data.subsets import named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
-from lora_engine.lora.adapter import read_adapter
-from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.run_record import read_records
@@ -175,13 +167,11 @@ def _listed(paths: Sequence[str], ranks: Ranks) -> list[str]:
 
 
 def _captioners(config: CaptionConfig) -> list[Captioner]:
-    adapters = [read_adapter(find_adapter(name)) for name in config.adapter]
-    base = load_base(config.model, config.revision, adapters)
-    if not adapters:
-        return [dataclasses.replace(base, prompt=config.prompt or "")]
-    return [
-        load_onto(base, adapter, prompt=config.prompt, force=config.force) for adapter in adapters
-    ]
+    base, adapted = load_captioners(
+        config.model, config.adapter, revision=config.revision, prompt=config.prompt,
+        force=config.force,
+    )
+    return adapted or [base]
 
 
 # --- where captions go ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
+from lora_engine.cli import quoted, this_program
 from lora_engine.config import Range, check_ranges
 from lora_engine.data.download import img2dataset
 from lora_engine.data.download.link_lists import CC3M, LinkFields, open_links
@@ -255,7 +256,7 @@ def _summary(out: Path, record: Record) -> str:
             f"command with --retry_failed"
         )
     if record.has_captions:
-        lines.append(f"next: python -m lora_engine validate --data {out}")
+        lines.append(f"next: {this_program()} validate --data {quoted(str(out))}")
     else:
         lines.append("the list has no captions: the images can be captioned, but not trained on")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from lora_engine import cli
+from lora_engine.captioning.adapted_captioner import load_captioners
 from lora_engine.captioning.captioner import Caption
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.captioning.java_metrics import JAVA_SCORES, check_java, java_score
@@ -28,13 +29,7 @@ from lora_engine.captioning.metrics import (
     bootstrap_intervals,
 )
 from lora_engine.captioning.references import Referenced, references_of
-from lora_engine.commands.loading import (
-    CaptioningConfig,
-    SkippedImages,
-    check_writable,
-    load_base,
-    load_onto,
-)
+from lora_engine.commands.captioning_flags import CaptioningConfig, SkippedImages, check_writable
 from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.read_pairs import name_of, paths_of
@@ -42,8 +37,6 @@ from lora_engine.data.rows import BadRow
 from lora_engine.data.subsets import evaluation_split, named_split
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
-from lora_engine.lora.adapter import read_adapter
-from lora_engine.lora.adapter_folder import find_adapter
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.terminal import printable
@@ -202,15 +195,11 @@ def _folder_of(data: str | tuple[str, ...]) -> str:
 
 def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
     """The base and, if there is one, the adapter on it, both with the same prompt."""
-    adapters = [] if config.adapter is None else [read_adapter(find_adapter(config.adapter))]
-    base = load_base(config.model, config.revision, adapters)
-    prompt = config.prompt
-    if prompt is None:
-        prompt = adapters[0].prompt if adapters else ""
-    captioners = {BASE: dataclasses.replace(base, prompt=prompt)}
-    if adapters:
-        captioners[ADAPTER] = load_onto(base, adapters[0], prompt=prompt, force=config.force)
-    return captioners
+    base, adapted = load_captioners(
+        config.model, [] if config.adapter is None else [config.adapter],
+        revision=config.revision, prompt=config.prompt, force=config.force,
+    )
+    return dict(zip((BASE, ADAPTER), (base, *adapted)))
 
 
 def _caption(

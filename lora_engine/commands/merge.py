@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from lora_engine import cli
-from lora_engine.captioning.merged_adapter import adapted_tensors, with_tensors
+from lora_engine.captioning.adapted_captioner import (
+    adapted_tensors,
+    check_base,
+    load_base,
+    with_tensors,
+)
 from lora_engine.captioning.merging import check_out, export_merged
-from lora_engine.commands.loading import check_base, load_base
 from lora_engine.data.image_files import find_images
 from lora_engine.data.pixels import PixelSettings, load_pixels, to_pixels
 from lora_engine.lora.adapter import beyond_lora, load_adapter, naming_base, read_adapter
@@ -48,7 +52,7 @@ def merge(args: list[str]) -> int:
     check_out(Path(config.out))
     images = find_images(config.images)
     adapter = read_adapter(find_adapter(config.adapter))
-    captioner = load_base(config.model, config.revision, [adapter])
+    captioner = load_base(config.model, [adapter], revision=config.revision)
     changed = None
     with naming_base(adapter, captioner.name):
         if beyond_lora(captioner.model, adapter):

@@ -76,7 +76,7 @@ def run_recipe(
 def _normalized(args: Sequence[str]) -> list[str]:
     """The command line with --license for its older spelling and a value for a bare --resume.
 
-    Raises ValueError for a part of an epoch.
+    Raises ValueError for a fraction of an epoch.
     """
     args = [re.sub(r"^--licence(?==|$)", "--license", arg) for arg in args]
     part = re.search(r"(?:^|\n)--epochs[=\n](\d*\.\d+)(?:\n|$)", "\n".join(args))

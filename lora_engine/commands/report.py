@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from lora_engine import cli
-from lora_engine.commands.loading import check_writable
+from lora_engine.commands.captioning_flags import check_writable
 from lora_engine.report.page import write_report
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.terminal import printable

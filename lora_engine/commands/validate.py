@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lora_engine import cli
 from lora_engine.captioning.caption_tokens import has_words
-from lora_engine.commands.loading import check_writable
+from lora_engine.commands.captioning_flags import check_writable
 from lora_engine.commands.source_flags import SourceConfig
 from lora_engine.config import Range, TrainingConfig, check_ranges
 from lora_engine.data.image_identity import content_digest

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
 from lora_engine.data.image_table import ImageTable
-from lora_engine.data.packed_strings import PackedStrings
+from lora_engine.data.packed_strings import PackedStrings, encoded
 from lora_engine.data.rows import BadRow, Row
 from lora_engine.files import replaced_folder
 
@@ -208,7 +208,7 @@ class Pairs(Sequence[Row]):
         def compute(writer: ColumnWriter) -> None:
             digest = hashlib.sha256()
             for text, image in self:
-                digest.update(f"{text}\0{os.path.basename(image)}\n".encode())
+                digest.update(encoded(f"{text}\0{os.path.basename(image)}\n"))
             writer.append("digest", np.frombuffer(digest.digest(), dtype=np.uint8))
 
         return self.derived("fingerprint", None, compute)["digest"].tobytes().hex()

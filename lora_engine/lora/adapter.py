@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_engine import files
+from lora_engine.cli import quoted
 from lora_engine.lora.adapter_config import (
     CONFIG_FILE,
     AdapterError,
+    MisfitError,
     read_config,
     targeted,
 )
@@ -207,7 +209,8 @@ def load_adapter(
     if beyond := beyond_lora(model, adapter):
         raise AdapterError(
             f"the adapter in {adapter.folder} {beyond}; merge it first (python -m lora_engine "
-            f"merge --adapter {adapter.folder} --out MERGED), and train with --model MERGED"
+            f"merge --adapter {quoted(str(adapter.folder))} --out MERGED), and train with --model "
+            f"MERGED"
         )
     config, paths = adapter.config, adapted_paths(adapter.matrices)
     try:
@@ -224,7 +227,7 @@ def load_adapter(
             rslora=bool(config.get("use_rslora")),
         )
     except ValueError as error:
-        raise AdapterError(
+        raise MisfitError(
             f"the adapter in {adapter.folder} does not fit this model "
             f"({type(model).__name__}): {error}"
         ) from None
@@ -236,11 +239,11 @@ def load_adapter(
 
 @contextmanager
 def naming_base(adapter: Adapter, name: str) -> Iterator[None]:
-    """Within the context an AdapterError of `load_adapter` names the base model that the adapter
-    was trained on, instead of the matrices that do not fit, if the model `name` is another."""
+    """Within the context an adapter that does not fit is answered with the base model that it was
+    trained on, instead of the tensors that do not fit, if the model `name` is another."""
     try:
         yield
-    except AdapterError:
+    except MisfitError:
         wanted = adapter.base_model
         if wanted is None or wanted in (name, str(Path(name).resolve())):
             raise

@@ -38,7 +38,11 @@ _UNSUPPORTED: dict[str, tuple] = {
 
 
 class AdapterError(ValueError):
-    """An adapter folder that cannot be read, or does not fit the model."""
+    """An adapter folder that cannot be read or used."""
+
+
+class MisfitError(AdapterError):
+    """An adapter that does not fit the model."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

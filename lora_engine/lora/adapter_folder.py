@@ -75,12 +75,14 @@ def _download(name: str) -> Path:
                 f"{file.rfilename} of {name} on the Hub has {file.size:,} bytes; this engine reads "
                 f"no more than {limit:,}"
             )
+    is_listed = any(file.rfilename == WEIGHTS_FILE for file in files)
+    wanted = [file for file in _LIMITS if not (is_listed and file == BIN_FILE)]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(_LIMITS)))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the network or the Hub, or there is no home folder
         raise AdapterError(
             f"there is no folder {name!r} here, and no adapter can be fetched from the Hugging "
-            f"Face Hub: {one_line(error)}\n"
+            f"Face Hub: {one_line(error)} "
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"adapter`, copy the folder here and pass --adapter adapter."
         ) from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.lora.adapter import Adapter, in_one_line
-from lora_engine.lora.adapter_config import AdapterError, targeted
+from lora_engine.lora.adapter_config import MisfitError, targeted
 from lora_engine.lora.adapter_weights import adapted_paths
 from lora_engine.lora.injection import by_pattern
 from lora_engine.lora.layer import LinearParts, dora_weight, lora_scaling
@@ -216,7 +216,7 @@ def _is_saved(name: str, config: Mapping[str, Any]) -> bool:
 
 def _check(adapter: Adapter, checkpoint: Checkpoint, complaints: list[str]) -> None:
     if complaints:
-        raise AdapterError(
+        raise MisfitError(
             f"the adapter in {adapter.folder} does not fit this model "
             f"({checkpoint.model_class}): {in_one_line(complaints)}"
         )

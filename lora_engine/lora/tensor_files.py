@@ -84,6 +84,8 @@ def read_bin(
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
         why = one_line(error)
+        if "weights_only" in why:  # torch advises to run the code in the file
+            why = "it is damaged, or holds more than tensors, such as code, which is never run"
         raise UnusableFileError(
             why if str(path) in why else f"cannot read {path}: {why}"
         ) from None
@@ -106,7 +108,7 @@ def _read_bin(path: Path, max_bytes: int) -> dict[str, Tensor]:
             if sum(member.file_size for member in file.infolist()) > size:
                 raise ValueError("it is compressed, so it is not a published checkpoint")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not all(
+    if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
         and tensor.device.type == "cpu" and not tensor.is_quantized
         for name, tensor in tensors.items()

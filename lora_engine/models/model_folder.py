@@ -111,7 +111,7 @@ def _download(name: str, revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise PretrainedError(
             f"there is no folder {name!r} here, and it cannot be fetched{at} from the Hugging Face "
-            f"Hub: {one_line(error)}\n"
+            f"Hub: {one_line(error)} "
             f"Without a network: on a machine that has one, run `hf download {name} --local-dir "
             f"captioner`, copy the folder here and pass --model captioner."
         ) from None

@@ -90,23 +90,29 @@ def line_chart(
                 0, end, count=inner_width / space, smallest=1 if name == "step" or end >= 2 else 0
             )
         ]
-    rings = []
     for line in lines:
         for step, value in zip(*line.series):
-            if step != line.best_step:
-                continue
-            at_x, at_y = round(margin + x(step), 1), round(TOP + y(value), 1)
-            rings.append(tag("circle", cx=at_x, cy=at_y, r=7, class_=f"ring {line.style}"))
-            if tells_best:
-                labels.append(tag(
-                    "text", figure(value), x=at_x,
-                    y=at_y - 12 if at_y > TOP + 2 * LINE else at_y + LINE,
-                    class_=f"best {'row' if x(step) > inner_width / 2 else ''} {line.style}",
-                ))
+            if step == line.best_step:
+                labels += _ring(
+                    line, value, round(margin + x(step), 1), round(TOP + y(value), 1),
+                    is_left=x(step) <= inner_width / 2, is_told=tells_best,
+                )
     return tag(
-        "svg", frame, *rings, *labels,
+        "svg", frame, *labels,
         class_="chart", role="img", aria_label=title, viewBox=f"0 0 {width} {height}",
     )
+
+
+def _ring(
+    line: Line, value: float, x: float, y: float, *, is_left: bool, is_told: bool
+) -> Iterator[Markup]:
+    """The ring of a line's best step, with its value beside it, toward the chart's middle."""
+    yield tag("circle", cx=x, cy=y, r=7, class_=f"ring {line.style}")
+    if is_told:
+        yield tag(
+            "text", figure(value), x=x, y=y - 12 if y > TOP + 2 * LINE else y + LINE,
+            class_=f"best {'' if is_left else 'row'} {line.style}",
+        )
 
 
 def _drawn(

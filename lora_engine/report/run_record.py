@@ -182,10 +182,13 @@ def logged_series(records: list[dict[str, Any]], event: str, key: str) -> Series
 
 def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
     metrics = [line for line in metrics if is_number(line.get("loss"))]
+    losses = logged_series(metrics, "validation", "loss")
     scores = logged_series(metrics, "validation", str(config.get("best_by", "loss")))
     if config.get("best_by", "loss") != "loss" and scores.steps:
-        return lowest(Series(scores.steps, [-value for value in scores.values]))[0]
-    losses = logged_series(metrics, "validation", "loss")
+        highest = max(scores.values)
+        best = [step for step, value in zip(scores.steps, scores.values) if value == highest]
+        loss_of = dict(zip(losses.steps, losses.values))
+        losses = Series(best, [loss_of[step] for step in best])
     return lowest(losses)[0] if losses.steps else 0
 
 

@@ -24,10 +24,10 @@ class BestAdapter:
     """Selects the best adapter and saves it in the run's adapter/; the last, where it is another
     one, goes to adapter_last/.
 
-    `by` is "loss" or the name of a score. `losses` are the validation losses by step, `scores`
-    those of captions. The adapter before training counts too: `step` 0 means that nothing was
-    better. `files` are the contents of the best adapter's files. `provenance` is written into
-    every adapter; `settings` are passed to `adapter_files`.
+    `by` is "loss" or the name of a score; of equal scores the lower loss decides. `losses` are the
+    validation losses by step, `scores` those of captions. The adapter before training counts too:
+    `step` 0 means that nothing was better. `files` are the contents of the best adapter's files.
+    `provenance` is written into every adapter; `settings` are passed to `adapter_files`.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class BestAdapter:
             self.folder.write_adapter(self.folder.adapter, self.files)
         return is_best
 
-    def _worth(self, step: int) -> float:
+    def _worth(self, step: int) -> tuple[float, ...]:
         if self.by == "loss":
-            return -self.losses[step]
-        return getattr(self.scores[step], self.by)
+            return (-self.losses[step],)
+        return getattr(self.scores[step], self.by), -self.losses[step]
 
     def save_last(self, step: int) -> None:
         """Save the adapter as it is after `step` too, unless it is the best."""

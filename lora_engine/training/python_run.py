@@ -84,6 +84,11 @@ def train(
             f"pairs as data=..., a captioner as model=..., and other settings by name, or in a "
             f"TrainingConfig"
         )
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            f"train(): model is {shown_type(model)}, expected the folder or the name of a "
+            f"captioner, such as captioner.name"
+        )
     if val_data is not None and validation is not None:
         raise ValueError("train() got validation and val_data, its older name: give one of them")
     if callback is not None and not callable(callback):
@@ -130,7 +135,7 @@ def _with_settings(config: TrainingConfig, given: Mapping[str, Any]) -> Training
         settings[name] = plain
     complaint = unfit_setting(settings)
     if complaint is not None:
-        raise ValueError(f"train(): {complaint.removeprefix('.')}, a value of the wrong type")
+        raise ValueError(f"train(): {complaint.removeprefix('.')}")
     return TrainingConfig.from_dict(settings)
 
 

@@ -96,16 +96,7 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
         for _ in range(_NUM_SPARE_FILES):
             spare_files.enter_context(open(os.devnull))
         folder.write_json("config.json", config.as_dict())
-        facts = environment(
-            describe(trainer.device),
-            trainer.dtype,
-            describe_kernels(trainer.device, trainer.dtype),
-        )
-        facts |= sizes(setup) | {
-            "processes": ranks.size,
-            "total_steps": schedule.total_steps,
-            "tokenizer_fingerprint": setup.fingerprints["tokenizer"],
-        }
+        facts = _environment(setup, schedule)
         folder.write_json("environment.json", facts)
         if ranks.is_main:
             log_opening(setup, folder, features)
@@ -126,7 +117,7 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
                 folder.write_json("environment.json", facts | {"stopped": one_line(error)})
             # The process that writes knows the newest checkpoint, and says so.
             advice = run.checkpoints.how_to_resume() if folder.is_writer else ""
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error is not stop.error:
                 raise TrainingStopped(
                     f"{error}. What was there before is intact. {advice}".rstrip()
                 ) from error
@@ -147,6 +138,17 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
         if config.push_to_hub is not None and ranks.is_main:
             push_adapter(folder, config.push_to_hub)
         stop.answer_at_once()  # only the cache and the tracker are still to be closed
+
+
+def _environment(setup: RunSetup, schedule: Schedule) -> dict[str, Any]:
+    """What environment.json says of a run that begins."""
+    device, dtype = setup.trainer.device, setup.trainer.dtype
+    facts = environment(describe(device), dtype, describe_kernels(device, dtype))
+    return facts | sizes(setup) | {
+        "processes": setup.ranks.size,
+        "total_steps": schedule.total_steps,
+        "tokenizer_fingerprint": setup.fingerprints["tokenizer"],
+    }
 
 
 class Run:

@@ -124,8 +124,8 @@ def read_rows(
         )
     if len(val.images) == 1 and config.best_by == "cider_d":
         logger.warning(
-            "CIDEr-D is 0 by definition for one image, so it cannot select the best adapter: use "
-            "--best_by loss, or more validation images"
+            "CIDEr-D is 0 by definition for one image, so the adapter with the lowest validation "
+            "loss counts as the best; give more validation images"
         )
     _warn_of_overlap(train, val)
     if config.eval_captions:

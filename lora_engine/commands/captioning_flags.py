@@ -1,8 +1,7 @@
-"""What the captioning commands share: base model, adapters, flags, and lists of skipped images."""
+"""What the captioning commands share: flags, and lists of skipped images."""
 
 import hashlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from lora_engine.captioning.captioner import (
     by_encoder,
     caption_images,
     side_by_side,
-    with_adapter,
 )
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.config import Range, check_ranges
@@ -38,15 +36,11 @@ from lora_engine.features.precision import cast_weights
 from lora_engine.features.source import open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
-from lora_engine.lora.adapter import Adapter, naming_base
-from lora_engine.lora.adapter_folder import CONFIG_FILE
-from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.models.pretrained import Captioner
 from lora_engine.models.weights import fingerprint
 from lora_engine.ranks import Ranks, check_equal
 from lora_engine.terminal import printable
 from lora_engine.version import __version__
-
-logger = logging.getLogger(__name__)
 
 # These may differ between machines: only the content of the files that they name must be equal.
 _OF_A_MACHINE = frozenset((
@@ -226,70 +220,6 @@ def _digest(images: ImageTable) -> str:
     for image in images:
         digest.update(encoded(f"{os.path.basename(image)}\n"))
     return digest.hexdigest()[:12]
-
-
-def load_base(
-    model: str | None, revision: str | None, adapters: Sequence[Adapter]
-) -> Captioner:
-    """Load `model`, or else the base model that the adapters were trained on.
-
-    Raises ValueError if nothing names a model, if the adapters name different ones or one that
-    depends on the current folder, and for an adapter of another family.
-    """
-    bases = {(adapter.base_model, adapter.config.get("revision")) for adapter in adapters}
-    if model is None and len(bases) > 1:
-        raise ValueError(
-            f"the adapters were trained on different models "
-            f"({', '.join(sorted(str(name) for name, _ in bases))}); give one with --model"
-        )
-    if model is None and bases:
-        model, its_revision = bases.pop()
-        revision = its_revision if revision is None else revision
-        # A name that is no absolute path means a repository on the Hub.
-        if model is not None and not Path(model).is_absolute() and Path(model).exists():
-            raise ValueError(
-                f"the adapter in {adapters[0].folder} names its base model {model!r}, which is also"
-                f" a path in the current folder; to use that folder give it with --model, or run "
-                f"this elsewhere to load {model!r} from the Hub"
-            )
-    if model is None:
-        raise ValueError(
-            "no model to load: give --adapter, --model, or both (an adapter that does not name its "
-            "base model needs --model)"
-        )
-    if Path(model, "metrics.jsonl").exists() or Path(model, CONFIG_FILE).exists():
-        what = "of a run" if Path(model, "metrics.jsonl").exists() else "of an adapter"
-        raise ValueError(f"--model {model} is the folder {what}; give it with --adapter")
-    captioner = load_captioner(model, revision=revision)
-    for adapter in adapters:
-        base_class = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-        if base_class not in (None, captioner.hugging_face_class):
-            raise ValueError(
-                f"the adapter in {adapter.folder} is for {base_class}, but {model} is "
-                f"{captioner.hugging_face_class or captioner.family}; omit --model to use the "
-                f"adapter's own base model ({adapter.base_model})"
-            )
-    return captioner
-
-
-def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
-    """Raises ValueError if the adapter was trained on another base; with `force` it only warns."""
-    complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
-    if complaint is None:
-        return
-    if not force:
-        raise ValueError(f"{complaint}; give its own base with --model, or use --force")
-    logger.warning(f"{complaint}; expect worse captions")
-
-
-def load_onto(
-    captioner: Captioner, adapter: Adapter, *, prompt: str | None, force: bool
-) -> Captioner:
-    """The captioner with an adapter, after `check_base`. Raises as that and `with_adapter` do."""
-    with naming_base(adapter, captioner.name):
-        adapted = with_adapter(captioner, adapter, prompt=prompt)
-    check_base(captioner, adapter, force=force)
-    return adapted
 
 
 class SkippedImages:
