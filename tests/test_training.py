@@ -469,6 +469,7 @@ def test_every_row_is_trained_on_once_an_epoch_also_by_a_last_short_step(
 # --- compiling ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"

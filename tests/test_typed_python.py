@@ -62,7 +62,7 @@ ANSWERED = [
     ("captioner(image, do_sample=True)", TypeError, "unexpected keyword argument 'do_sample'"),
     ("captioner(image, 'a photo of')", TypeError, "takes 2 positional arguments but 3"),
     ("captioner(image, top_p=0.9)", ValueError, "top_p is for sampling: give temperature 1, too"),
-    ("captioner(image, num_beams='4')", ValueError, "num_beams is '4'; it must be 1 or more"),
+    ("captioner(image, num_beams='4')", ValueError, "num_beams is '4'; it must be a whole number"),
     ("captioner(image, num_return_sequences=3)", ValueError, "give num_beams 3, or temperature 1"),
     ("captioner(image, prompt=['a', 'b'])", ValueError, "expected text, one for all images"),
     ("captioner(torch.rand(3, 64, 64))", ValueError, "type Tensor, expected a path"),
