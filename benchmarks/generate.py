@@ -51,6 +51,7 @@ from lora_engine.models.pretrained import Captioner, load_model
 MAX_NEW_TOKENS = 20
 IDS = {"blip": (30522, 102, 0), "vit_gpt2": (50256, 50256, 50256)}  # start, end, pad
 SEARCHES = {"greedy": 1, "4 beams": 4}
+PEER = "Hugging Face"
 
 Caption = Callable[[slice, int], Tensor]  # which images, number of beams -> token ids
 
@@ -78,46 +79,14 @@ def main(argv: list[str] | None = None) -> None:
             merged=arguments.merge or arguments.as_shipped,
             encoder_precisions=arguments.encoder_precision,
         )
-    captioners["Hugging Face"] = theirs
+    captioners[PEER] = theirs
 
     searches: dict[str, Any] = {}
     rows = [["captions/s", "median", "min", "max"]]
     for search, num_beams in SEARCHES.items():
         print(f"{search}:")
-        outcomes: dict[str, list[list[int]]] = {}
-        figures = interleave(
-            {
-                name: partial(_captions_per_s, name, caption, num_beams, case, outcomes)
-                for name, caption in captioners.items()
-            },
-            num_rounds=arguments.rounds,
-        )
-        peer = "Hugging Face"
-        result: dict[str, Any] = {
-            "captions_per_s": {name: spread(speeds) for name, speeds in figures.items()},
-            "over_hugging_face": {
-                name: ratios(speeds, figures[peer])
-                for name, speeds in figures.items() if name != peer
-            },
-            "num_the_same": {
-                name: sum(map(list.__eq__, outcomes[name], outcomes[peer])) for name in outcomes
-            },
-            "num_distinct": {
-                name: len(set(map(tuple, captions))) for name, captions in outcomes.items()
-            },
-        }
-        searches[search] = result
-        rows += [
-            cells(f"{search}, {name}", speeds)
-            for name, speeds in result["captions_per_s"].items()
-        ]
-        rows += [
-            cells(
-                f"  {name} / {peer} ({result['num_the_same'][name]} of {arguments.images} "
-                f"captions the same, {result['num_distinct'][name]} distinct)", ratio,
-            )
-            for name, ratio in result["over_hugging_face"].items()
-        ]
+        searches[search] = _compare(captioners, num_beams, case, num_rounds=arguments.rounds)
+        rows += _rows(search, searches[search], num_images=arguments.images)
     speeds = {
         f"{search}, {name}": figures
         for search, result in searches.items() for name, figures in result["captions_per_s"].items()
@@ -129,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             "merged": arguments.merge, "as_shipped": arguments.as_shipped, "searches": searches,
         },
         text=table(rows),
-        headline="Hugging Face's speed: " + ", ".join(
+        headline=f"{PEER}'s speed: " + ", ".join(
             f"{search} {result['over_hugging_face']['ours']['median']:.2f} x "
             f"({result['num_the_same']['ours']} of {arguments.images} captions the same)"
             for search, result in searches.items()
@@ -209,6 +178,32 @@ def ours(
     }
 
 
+def _compare(
+    captioners: dict[str, Caption], num_beams: int, case: Case, *, num_rounds: int
+) -> dict[str, Any]:
+    """Speeds of one search, their ratios to the peer's, and whose captions equal the peer's."""
+    outcomes: dict[str, list[list[int]]] = {}
+    figures = interleave(
+        {
+            name: partial(_captions_per_s, name, caption, num_beams, case, outcomes)
+            for name, caption in captioners.items()
+        },
+        num_rounds=num_rounds,
+    )
+    return {
+        "captions_per_s": {name: spread(speeds) for name, speeds in figures.items()},
+        "over_hugging_face": {
+            name: ratios(speeds, figures[PEER]) for name, speeds in figures.items() if name != PEER
+        },
+        "num_the_same": {
+            name: sum(map(list.__eq__, outcomes[name], outcomes[PEER])) for name in outcomes
+        },
+        "num_distinct": {
+            name: len(set(map(tuple, captions))) for name, captions in outcomes.items()
+        },
+    }
+
+
 def _captions_per_s(
     name: str,
     caption: Caption,
@@ -224,6 +219,24 @@ def _captions_per_s(
     seconds = time.perf_counter() - begin_s
     outcomes[name] = [row for batch in tokens for row in batch.tolist()]
     return len(outcomes[name]) / seconds
+
+
+def _rows(search: str, result: dict[str, Any], *, num_images: int) -> list[list[str]]:
+    """Rows of the printed table for one search."""
+    the_same, distinct = result["num_the_same"], result["num_distinct"]
+    return [
+        *(
+            cells(f"{search}, {name}", speeds)
+            for name, speeds in result["captions_per_s"].items()
+        ),
+        *(
+            cells(
+                f"  {name} / {PEER} ({the_same[name]} of {num_images} captions the same, "
+                f"{distinct[name]} distinct)", ratio,
+            )
+            for name, ratio in result["over_hugging_face"].items()
+        ),
+    ]
 
 
 def _batches(case: Case) -> list[slice]:
