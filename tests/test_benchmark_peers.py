@@ -159,6 +159,7 @@ def test_b4_pads_to_few_shapes(case):
         assert (batch.labels != -100).sum() == (lengths[indices] - 1).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["vit_gpt2"], indirect=True)  # tracing takes seconds
 def test_b4_compiles_to_the_same(case):
     # "aot_eager" traces forward and backward as "inductor" does, and generates no code.

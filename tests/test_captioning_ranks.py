@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,8 +29,6 @@ from lora_engine.data.workers import default_num_workers
 from lora_engine.features.source import open_features
 from lora_engine.models.pretrained import load_captioner
 from lora_engine.ranks import OneProcess
-
-ROOT = Path(__file__).parents[1]
 
 
 class Thread:
@@ -77,15 +74,25 @@ def pictures(folder: Path, num_images: int, *, bad: int) -> list[str]:
 # --- with two processes --------------------------------------------------------------------------
 
 
-def torchrun(*args, cwd: Path, given: str = "") -> tuple[int, str, list[str]]:
-    """The status, the output and the messages of a verb in two processes."""
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "lora_engine", *map(str, args)],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, input=given, capture_output=True,
-        text=True, timeout=120,
-    )
-    return run.returncode, run.stdout, told(run.stderr)
+def two_processes(*args, folder: Path, given: str = "") -> list[tuple[int, str, list[str]]]:
+    """The status, the output and the messages of each process of a verb, with one common stdin."""
+    (folder.with_name("stdin")).write_text(given)
+    descriptor = os.open(folder.with_name("stdin"), os.O_RDONLY)
+
+    def run() -> int:
+        os.chdir(folder)
+        sys.stdin = os.fdopen(descriptor)
+        sys.stdout = open(folder.with_name(f"stdout_{os.environ['RANK']}"), "w")
+        with reported_errors() as status:
+            status.code = verbs.run_verb([*map(str, args)])
+        return status.code
+
+    ended = launch(2, run, folder.parent)
+    os.close(descriptor)
+    return [
+        (status, folder.with_name(f"stdout_{rank}").read_text(), told(output))
+        for rank, (status, output) in enumerate(ended)
+    ]
 
 
 def told(err: str) -> list[str]:
@@ -107,18 +114,8 @@ def test_two_processes_evaluate_as_one_does(command, blip_folder, tmp_path):
     (tmp_path / "two").mkdir()
     status, out, err = command(verbs.run_verb, *args)
     assert status == 1 and "6 images of" in out and "difference" in out
-
-    def evaluate() -> int:
-        os.chdir(tmp_path / "two")
-        with reported_errors() as status:
-            status.code = verbs.run_verb([*map(str, args)])
-        return status.code
-
-    first, second = launch(2, evaluate, tmp_path)
-    assert first.status == second.status == 1
-    assert out in first.output and not told(second.output)
+    assert two_processes(*args, folder=tmp_path / "two") == [(1, out, told(err)), (1, "", [])]
     assert len(told(err)) == 2
-    assert all(first.output.count(line) == 1 for line in told(err))
     assert contents(tmp_path / "two") == contents(command.work)
     assert contents(command.work).keys() == {"each.jsonl", "coco.json", "skipped.jsonl"}
 
@@ -138,7 +135,8 @@ def test_two_processes_caption_as_one_does(command, blip_folder, tmp_path, monke
     monkeypatch.setattr("sys.stdin", io.StringIO(given))
     status, out, err = command(verbs.run_verb, *args)
     assert status == 1 and out.count("\n") == 7
-    assert torchrun(*args, cwd=tmp_path / "two", given=given) == (1, out, told(err))
+    ended = two_processes(*args, folder=tmp_path / "two", given=given)
+    assert ended == [(1, out, told(err)), (1, "", [])]
     assert told(err)[0].startswith("1 of 9 images already have a caption")
     assert contents(tmp_path / "two") == contents(command.work)
 

@@ -358,6 +358,7 @@ def test_checkpointing_leaves_the_losses_with_dropout_too(folder, losses_with_dr
     assert run(captioner, NUM_STEPS_WITH_DROPOUT) == pytest.approx(losses_with_dropout, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["blip"], indirect=True)
 def test_compiling_leaves_the_losses_with_dropout_and_checkpointing_too(
     folder, losses_with_dropout, monkeypatch

@@ -129,7 +129,7 @@ def check_resumed(args: list[str], run: Path, expected: dict) -> None:
 
 
 def check_nothing_is_left(run: Path) -> None:
-    """No process of the launch is alive 15 s after the failure."""
+    """No process of the launch is alive."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().decode(errors="replace")
@@ -143,13 +143,12 @@ def test_a_process_that_hangs_ends_all_with_a_checkpoint_of_the_last_step(
 ):
     run = tmp_path / "run"
     args = args_of(blip_folder, pictures, run)
-    launch = start(2, args, signal=[8, 1, signal.SIGSTOP], hung_s=2)
-    text = output_of(launch)
-    assert launch.returncode == 1  # torchrun's, for any failure
+    ended = forked(2, args, tmp_path, signal=[8, 1, signal.SIGSTOP], hung_s=2)
+    assert [status for status, _ in ended] == [STOPPED, -signal.SIGKILL], ended  # by rank 0
+    text = ended[0].output
     assert text.count("stopped: rank 1 (on ") == 1, text
     assert "has not responded for 2 s" in text
     assert re.search("the checkpoint of step [78] is in", text), text
-    check_nothing_is_left(run)
     check_resumed(args, run, expected)
 
 
@@ -168,7 +167,9 @@ def test_if_rank_0_is_lost_the_next_one_writes_the_checkpoint(
     assert steps == [*range(1, NUM_STEPS + 1)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)
+])
 def test_a_signal_to_torchrun_ends_all_after_the_same_step(
     blip_folder, pictures, tmp_path, expected, number
 ):
@@ -193,6 +194,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
     check_resumed(args, run, expected)
 
 
+@pytest.mark.slow
 def test_torchrun_resumes_by_itself_with_the_bits_of_one_process(
     blip_folder, pictures, tmp_path, expected, monkeypatch
 ):

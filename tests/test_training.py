@@ -492,6 +492,7 @@ def test_compiled_layers_leave_loss_and_gradients_as_they_are(tmp_path):
     assert distance(compiled, gradients) < 1e-5
 
 
+@pytest.mark.slow
 def test_all_layers_and_caption_lengths_share_a_few_compiled_graphs(
     blip_folder, data, tmp_path, monkeypatch
 ):
