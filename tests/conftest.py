@@ -4,6 +4,7 @@ All tests share the folders: copy one before changing it.
 """
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no worker waits for another one at the end."""
     slow = "test_ranks", "test_captioning_ranks", "test_training", "test_loss"
     items.sort(key=lambda item: item.path.stem not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """No collection looks again at the modules of torch and transformers, a tenth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

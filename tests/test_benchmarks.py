@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     contenders,
     data,
     flops,
+    generate,
     gpu_budget,
     measure,
     memory,
@@ -77,6 +78,8 @@ def test_it_runs(run, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "card_of", lambda device, dtype: gpu_budget.CARDS["T4"])
     name = run.split(",")[0]
     main = importlib.import_module(f"benchmarks.{name}").main
+    monkeypatch.setattr(generate, "MAX_NEW_TOKENS", 5)
+    monkeypatch.setitem(throughput.MATRIX_SIZE, "cpu", 256)
     flags, num_results = RUNS[run]
     main(["--quick", "--device", "cpu", "--model", model, "--tag", "try", *flags])
 

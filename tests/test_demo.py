@@ -203,15 +203,15 @@ def test_pretraining_trains_all_but_the_token_embeddings(family):
 
 def test_adapters_learn_words_that_the_captioner_never_said(family):
     captioner = load_captioner(demo_folder(family))
-    train = islice(scenes.scenes("train", seed=5), 30 * 32)
-    validation = pretrain.batch_of(captioner, unseen(100), cc3m_caption)
+    train = islice(scenes.scenes("train", seed=5), 30 * 16)
+    validation = pretrain.batch_of(captioner, unseen(50), cc3m_caption)
     with torch.no_grad():
         before = pretrain.mean_loss(captioner, validation)
     inject(captioner.model, ["attention", "feed_forward"], dropout=0.0)
     matrices = [p for p in captioner.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(matrices, lr=4e-3)
     for _ in range(30):
-        batch = pretrain.batch_of(captioner, list(islice(train, 32)), cc3m_caption)
+        batch = pretrain.batch_of(captioner, list(islice(train, 16)), cc3m_caption)
         pretrain.mean_loss(captioner, batch).backward()
         optimizer.step()
         optimizer.zero_grad()

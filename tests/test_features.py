@@ -1117,8 +1117,7 @@ def test_a_run_is_bit_identical_wherever_features_are_kept(
         assert second.num_encoded == 0 < first.num_encoded
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("cache, num_workers", [("memory", 0), ("disk", 2)])
 def test_a_run_encodes_each_image_once_and_the_next_one_reads_no_file(
     blip_folder, data, tmp_path, cache, num_workers
 ):

@@ -56,11 +56,13 @@ def test_hold_out_leaves_an_image_on_each_side(fraction):
 
 
 def test_by_default_the_smaller_of_five_percent_and_5000_images_is_held_out():
-    for num_images, expected in ((200, 10), (120_000, 5_000)):
-        rows = read_pairs([(f"{i}.jpg", "a") for i in range(num_images)])
-        assert len(hold_out(rows, fraction=None, size=None, seed=0)[1]) == expected
-    assert len(hold_out(rows, fraction=0.05, size=None, seed=0)[1]) == 6_000
-    assert len(hold_out(rows, fraction=None, size=70, seed=0)[1]) == 70
+    few, many = (
+        read_pairs([(f"{i}.jpg", "a") for i in range(num_images)]) for num_images in (200, 102_000)
+    )
+    assert len(hold_out(few, fraction=None, size=None, seed=0)[1]) == 10
+    assert len(hold_out(few, fraction=None, size=70, seed=0)[1]) == 70
+    assert len(hold_out(many, fraction=None, size=None, seed=0)[1]) == 5_000
+    assert len(hold_out(many, fraction=0.05, size=None, seed=0)[1]) == 5_100
 
 
 def test_hold_out_needs_two_images():
