@@ -71,7 +71,8 @@ def launch(
         if time.monotonic() > deadline:
             for child in children:
                 os.kill(child, 9)
-            deadline = float("inf")
+                os.waitpid(child, 0)
+            raise TimeoutError(f"ranks {[*children.values()]} did not end; logs: {folder}")
         time.sleep(0.01)
     logs = [folder / f"rank_{rank}.log" for rank in range(num_processes)]
     return [

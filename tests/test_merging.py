@@ -32,7 +32,6 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 IMAGES = [draw(scene_at(index, seed=1)) for index in range(6)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True, scope="module")
