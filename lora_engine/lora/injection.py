@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_engine.keywords import known_keywords
 from lora_engine.lora.layer import (
     LoRALinear,
     check_settings,
@@ -78,6 +79,9 @@ class InjectionPlan:
         return "\n".join([*lines, self.totals])
 
 
+@known_keywords(
+    lora_rank="rank", lora_alpha="alpha", lora_dropout="dropout", lora_targets="targets"
+)
 def inject(
     module: nn.Module,
     targets: str | Sequence[str],
