@@ -128,7 +128,7 @@ def test_an_image_that_cannot_be_used_is_named_by_its_position(captioner, pictur
         str(tmp_path): "is a folder",
         tmp_path / "broken.png": "damaged or truncated",
         b"abc": "not an image in a known format",
-        None: "the image is null, expected a path",
+        None: "the image is None, expected a path",
     }.items():
         with pytest.raises(ValueError, match=r"^images\[1\]: ") as refused:
             captioner.caption([pictures[0], bad])
