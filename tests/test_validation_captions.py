@@ -200,6 +200,25 @@ def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
     assert f"validation loss {summary.losses[best]:.4f} at that step" in str(summary)
 
 
+def test_with_one_validation_image_the_best_is_told_by_its_loss(
+    blip_folder, data, tmp_path, capsys
+):
+    one = tmp_path / "one.json"
+    row = read_annotations(data / "val.json")[-1]
+    one.write_text(json.dumps([{"text": row.text, "image": row.image}]))
+    summary = train(replace(
+        settings(blip_folder, data, tmp_path / "run", max_steps=1, lr=1e-2, best_by="cider_d"),
+        val_data_path=str(one),
+    ))
+    assert summary.best_step == 1 and "(lowest loss so far)" in capsys.readouterr().out
+    assert f"best validation loss {summary.losses[1]:.4f} at step 1 of 1; before" in str(summary)
+    assert str(summary).count("CIDEr-D 0.0000 at that step") == 1
+    assert "(1 image, 1 reference)" in str(summary)
+    worse = replace(summary, best_step=0, losses={0: -0.0, 1: -1e-9}, num_skipped_rows=1)
+    assert "The validation loss never improved on 0.0000" in str(worse) and "-0.0" not in str(worse)
+    assert "\n1 row could not be used" in str(worse)
+
+
 def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(
     blip_folder, data, tmp_path, monkeypatch
 ):

@@ -151,7 +151,7 @@ def _score_name(name: str) -> str:
 
 
 def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:z.4f}"
 
 
 def _samples(folder: RunFolder, adapter: Adapter) -> str:

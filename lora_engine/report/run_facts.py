@@ -112,7 +112,8 @@ def headline(run: RunRecord) -> str:
         when = f"step {step:,}" if step else "before training"
         return f"The validation loss {when} is {figure(best)} nats per token."
     criterion = str(run.config.get("best_by", "loss"))
-    is_by_score = criterion != "loss" and criterion in run.scores
+    # If all are 0, as those of one image are by definition, the lower loss has decided.
+    is_by_score = criterion != "loss" and any(run.validation(criterion).values)
     name = score_name(criterion) if is_by_score else "validation loss"
     if step == first_step:
         never = "has not yet" if run.is_running else "never"

@@ -310,10 +310,10 @@ class Run:
                 **({} if scores is None else scores.as_dict()),
             )
             is_best = self.best.offer(step, loss, scores)
-            found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}{captions.remark}"
-            by = {"loss": "lowest loss", "cider_d": "highest CIDEr-D"}[self.best.by]
+            found = "" if scores is None else f", CIDEr-D {scores.cider_d:z.3f}{captions.remark}"
+            by = "lowest loss" if self.best.by == "loss" or captions.remark else "highest CIDEr-D"
             best = f" ({by} so far)" if is_best and step else ""
-            logger.info(f"step {step}: validation loss {loss:.4f}{found}{best}")
+            logger.info(f"step {step}: validation loss {loss:z.4f}{found}{best}")
             captions.write(self.folder, step)
             if is_best:
                 captions.write_best(self.folder, step)
