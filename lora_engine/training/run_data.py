@@ -149,7 +149,7 @@ def _divide(pairs: Pairs, train: Pairs, config: TrainingConfig) -> tuple[Pairs, 
     if "val" in splits and train is not pairs and not is_val:
         unused = sum(splits.values()) - splits["val"] - len(train)
         logger.info(
-            f"splits: {len(train):,} rows to train on, {splits['val']:,} for validation"
+            f"splits: {counted(len(train), 'row')} to train on, {splits['val']:,} for validation"
             + (f", {unused:,} of other splits unused" if unused else "")
         )
         return train, of_splits(pairs, ["val"])
@@ -260,7 +260,7 @@ def _warn_of_captions_without_words(config: TrainingConfig, val: Pairs, name: st
     rest = len(wordless) - MAX_ROWS_SHOWN
     more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
     logger.warning(
-        f"{len(wordless):,} validation captions have no words to compare and are not scored: "
+        f"{counted(len(wordless), 'validation caption')} without words to compare, not scored: "
         f"{', '.join(map(val.location, wordless[:MAX_ROWS_SHOWN]))}{more}"
     )
 
