@@ -104,7 +104,7 @@ ANSWERED = [
         "lora_engine.inject(model, ['q_proj'])", ValueError,
         "here use the group attention (dense, key, query, value); groups: attention, feed_forward",
     ),
-    ("lora_engine.train(model=folder, data=rows, lora_targets=['up_proj'])", ValueError, "feed_forw"),
+    ("lora_engine.inject(model, ['up_proj'])", ValueError, "the group feed_forward (dense)"),
     ("lora_engine.inject(captioner, ['query'])", AttributeError, "use captioner.model, which"),
     ("lora_engine.inject(model, ['query'], r=8)", TypeError, "'r'; it is rank here"),
     ("lora_engine.merge(captioner)", AttributeError, "use captioner.model, which has it"),
@@ -211,8 +211,8 @@ def test_keywords_of_other_libraries_are_never_ours_and_name_one_that_exists():
 
 # Flags in messages that are no setting of `train`: of commands in them, and of other programs.
 OF_COMMANDS = {
-    "adapter", "data", "force", "from", "ipc", "json", "local", "nproc_per_node", "out", "python", "shm",
-    "sort", "spec", "url_field",
+    "adapter", "data", "force", "from", "ipc", "json", "local", "nproc_per_node", "out", "python",
+    "shm", "sort", "spec", "url_field",
 }
 
 

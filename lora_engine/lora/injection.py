@@ -29,7 +29,7 @@ from lora_engine.terminal import counted
 # What layers of a group are called in other architectures.
 _ELSEWHERE = {
     "attention": "q_proj k_proj v_proj o_proj out_proj qkv qkv_proj c_attn q_attn query key value "
-                 "query_key_value in_proj_weight",
+                 "query_key_value",
     "feed_forward": "gate_proj up_proj down_proj gate_up_proj fc1 fc2 c_fc dense_h_to_4h "
                     "dense_4h_to_h wi wo lin1 lin2",
 }
