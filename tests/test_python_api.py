@@ -19,6 +19,7 @@ from PIL import Image
 import lora_engine
 from lora_engine.__main__ import run_verb
 from lora_engine.features.encoder import encode_pixels
+from lora_engine.lora.adapter import read_adapter
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as loop_module
 from lora_engine.training import python_run
@@ -230,6 +231,15 @@ def test_a_saved_adapter_names_its_base(blip_folder, captioner, pictures, tmp_pa
     saved = lora_engine.load_captioner(adapter=tmp_path / "saved", prompt=captioner.prompt)
     assert saved.name == str(blip_folder)
     assert saved.caption(pictures) == captioner.caption(pictures)
+
+
+def test_saving_replaces_an_adapter_and_keeps_other_files(captioner, tmp_path):
+    model = captioner.model
+    lora_engine.save_adapter(model, tmp_path / "saved", provenance={"prompt": "a first one"})
+    (tmp_path / "saved/notes.txt").write_text("mine")
+    lora_engine.save_adapter(model, tmp_path / "saved", provenance={"prompt": "a second one"})
+    assert read_adapter(tmp_path / "saved").prompt == "a second one"
+    assert (tmp_path / "saved/notes.txt").read_text() == "mine"
 
 
 def test_a_base_named_relatively_is_not_looked_for_here(captioner, tmp_path, monkeypatch):
