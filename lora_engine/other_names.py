@@ -1,4 +1,4 @@
-"""What flags, verbs and Python names of other trainers and captioning tools are called here."""
+"""What other trainers and captioning tools call our flags, verbs, keywords and Python names."""
 
 from collections.abc import Collection
 
@@ -131,6 +131,21 @@ PYTHON = {
     "save_adapter": "save_pretrained save save_lora_weights",
     "load_adapter": "load_lora_weights set_peft_model_state_dict",
     "ImageCaptioner": "Captioner",
+}
+# Keywords of the package's functions (and values), where they are not named like a flag, or where
+# FLAGS has another meaning for a name.
+KEYWORDS = {
+    "images": "image img image_path image_paths file path inputs input raw_image pixel_values",
+    "config": "args training_args training_arguments settings",
+    "data": "train_dataset train_dataloader rows pairs",
+    "validation": "eval_dataset val_dataset eval_data val val_dataloader",
+    "callback": "callbacks",
+    "device": "device_map",
+    "temperature 1": "use_nucleus_sampling",
+    "min_new_tokens": "min_length",
+    "num_return_sequences": "num_captions",
+    "return_scores": "output_scores return_dict_in_generate",
+    "targets": "modules",
 }
 
 

@@ -80,6 +80,11 @@ def _shortened(text: str, limit: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 image", "1,200 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line, cut to `limit` characters; its type where it is empty."""
     text = " ".join(str(error).split())

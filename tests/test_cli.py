@@ -68,7 +68,7 @@ def flags(folder: Path | None, data: Path, **changes) -> list[str]:
     ("[]", ["rows.json: an empty list"]),
     ('[\n\n{"text": " ", "image": "a.png"}]', ['rows.json:3: row 1: the caption is empty']),
     ('[{"text": "a", "image": "absent.png"}]',
-     ["rows.json: 1 of 1 rows checked name an image that does not exist",
+     ["rows.json: no image file for 1 of 1 row checked",
       "--max_bad_share 0.05", "absent.png"]),
 ])
 @pytest.mark.parametrize("which", ["train_data_path", "val_data_path"])

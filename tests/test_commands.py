@@ -441,7 +441,7 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_captioned(
     status, out, err = command(verbs.run_verb, *given, tmp_path)
     assert status == 1 and [line.split("\t")[0] for line in out.splitlines()] == names[2:]
     assert f"skipped {tmp_path}/0.tar: not a tar archive" in err
-    assert "1 rows could not be used; skipped.jsonl lists them" in err
+    assert "1 row could not be used; skipped.jsonl lists them" in err
     (line,) = json_lines(Path("skipped.jsonl"))
     assert line["row"] == f"{tmp_path}/0.tar"
     for name in ("captions.jsonl", "skipped.jsonl"):
@@ -591,7 +591,7 @@ def test_coco_annotations_are_read_and_bad_images_counted(
         "--image_folder", tmp_path, "--coco_out", "out.json", "--out", "each.jsonl",
     )
     assert status == 1
-    assert "skipped" in err and "2.png" in err and "1 images could not be read" in err
+    assert "skipped" in err and "2.png" in err and "1 image could not be read" in err
     assert "2 images of" in out and "4 references" in out and "difference" not in out
     assert [line["image_id"] for line in json.loads(Path("out.json").read_text())] == [10, 11]
     (skipped,) = json_lines(Path("skipped.jsonl"))

@@ -352,7 +352,7 @@ def test_end_and_pad_ids_need_not_be_the_checkpoints(pair):
 
 def test_captions_longer_than_the_decoders_positions_are_an_error(pair):
     with pytest.raises(ValueError, match=(
-        f"prompt of 1 tokens and max_new_tokens={MAX_POSITIONS} need {MAX_POSITIONS + 1} "
+        f"prompt of 1 token and max_new_tokens={MAX_POSITIONS} need {MAX_POSITIONS + 1} "
         f"positions, but the decoder has {MAX_POSITIONS}"
     )):
         ours(pair, max_new_tokens=MAX_POSITIONS)

@@ -479,6 +479,8 @@ def test_rslora_scaling_uses_each_layers_own_rank():
     (["qeury"], {},
      "'qeury' matches no linear layer; close matches: query.*groups: attention, mlp"),
     (["atention"], {}, "close matches: attention"),
+    (["q_proj"], {}, r"'q_proj' matches .*; here use the group attention \(query, value\); groups"),
+    (["up_proj"], {}, "linear layers: dense, query, query_norm"),  # no group feed_forward
     (["xxxxxxxx"], {}, "linear layers: dense, query, query_norm, subquery, value"),
     (["query", "norm"], {}, "'norm' matches no linear layer"),  # a module, but not a linear one
     (["body"], {}, "matches no linear layer"),

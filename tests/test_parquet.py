@@ -141,7 +141,7 @@ def test_null_images_are_problems_and_null_captions_are_complained_about(tmp_pat
     first, null, third, last = rows_of(path)
     assert first.image == Member("row 1", 0, 0)
     assert null == Problem(2, '"image" is null, expected an image: remove the row')
-    assert "null" in caption_complaint(third.captions[0])
+    assert "is missing" in caption_complaint(third.captions[0])
     assert isinstance(last, Problem) and last.where == 4
     with pytest.raises(ValueError, match="null"):
         ParquetImages(path, "image", RowGroups()).read(0, 1)

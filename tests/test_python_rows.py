@@ -8,6 +8,7 @@ from PIL import Image
 
 from lora_engine.data.images import ImageError, open_image
 from lora_engine.data.python_rows import PythonImages, image_bytes, image_column, read
+from lora_engine.data.read_pairs import read_pairs
 from lora_engine.data.rows import AnnotationError, Item, Member, Problem, SourceOptions
 
 pytest.importorskip("pyarrow")
@@ -91,7 +92,7 @@ def test_a_pil_image_is_turned_by_its_exif_and_not_changed(tmp_path):
         (PIXELS.transpose(2, 0, 1), ["transpose(1, 2, 0)"]),
         (PIXELS[:, :, :2], ["(11, 13, 2)", "(height, width, 3)"]),
         (np.zeros((0, 4, 3), np.uint8), ["(0, 4, 3)"]),
-        (None, ["null", "expected a path"]),
+        (None, ["is None, expected a path"]),
         (3, ["3", "expected a path"]),
         (Image.new("F", (2, 2)), ["mode F"]),
     ],
@@ -105,10 +106,22 @@ def test_images_that_cannot_be_used_are_problems(image, words):
         PythonImages([(image, "b")], "").read(0)
 
 
-@pytest.mark.parametrize("row", [None, "a.jpg", ("a.jpg",), ("a.jpg", "a", "b"), 3, PIXELS])
-def test_rows_that_are_not_pairs_are_problems(row):
+@pytest.mark.parametrize("row, found", [
+    (None, "None"), ("a.jpg", "'a.jpg'"), (3, "3"), (PIXELS, "an object of the type ndarray"),
+    (("a.jpg",), "1 value"), (["a.jpg", "a", "b"], "3 values"),
+])
+def test_rows_that_are_not_pairs_are_problems(row, found):
     (problem,) = read([row], AUTO)
-    assert problem.where == 1 and "expected (image, caption)" in problem.reason
+    assert problem.where == 1
+    assert problem.reason.startswith(f"found {found}, expected (image, caption)")
+
+
+def test_a_row_is_located_once_and_by_its_number():
+    pairs = read_pairs([(PIXELS, "a"), (PIXELS, None), (PIXELS, "b")], max_bad_share=1.0)
+    assert list(map(str, pairs.bad)) == [
+        "row 2: the caption is missing: fill it in or remove the row"
+    ]
+    assert [pairs.location(row) for row in range(2)] == ["row 1", "row 3"]
 
 
 def test_captions_are_one_or_several():
@@ -160,7 +173,7 @@ def test_a_dataset_gives_its_original_bytes(tmp_path):
     assert isinstance(null, Problem) and null.where == 4
     images = PythonImages(dataset, image_column(dataset, AUTO))
     assert [images.read(number) for number in (1, 2, 4)] == [png(pictures[i]) for i in (2, 1, 0)]
-    with pytest.raises(ValueError, match="null"):
+    with pytest.raises(ValueError, match="the image is missing"):
         images.read(3)
     with pytest.raises(AnnotationError, match="expected a list"):
         list(read(dataset.to_iterable_dataset(), AUTO))

@@ -131,6 +131,9 @@ def test_an_axis_has_several_round_ticks(low, high):
     ("cider_d", [3.0, 2.0, 2.2], [0.5, 0.6, 0.8],
      "The adapter of step 10 of 10 is the best by CIDEr-D: the validation loss went from 3.000 to "
      "2.200 nats per token; CIDEr-D rose from 0.5000 to 0.8000."),
+    ("cider_d", [3.0, 2.0], [0.0, 0.0],
+     "The adapter of step 5 of 5 is the best by validation loss: the validation loss went from "
+     "3.000 to 2.000 nats per token; CIDEr-D stayed at 0.000."),
     ("loss", [3.0, 2.0, 2.2], [0.5, 0.6, 0.8],
      "The adapter of step 5 of 10 is the best by validation loss: the validation loss went from "
      "3.000 to 2.000 nats per token; CIDEr-D rose from 0.5000 to 0.6000."),

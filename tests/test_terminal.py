@@ -15,11 +15,16 @@ from pictures import read_annotations, settings, write_pictures
 from lora_engine import __main__ as verbs
 from lora_engine.captioning.captioner import Caption
 from lora_engine.report.metrics_log import MetricsLogger
-from lora_engine.terminal import MAX_LINE, MAX_TEXT, escaped, one_line, printable
+from lora_engine.terminal import MAX_LINE, MAX_TEXT, counted, escaped, one_line, printable
 from lora_engine.training.loop import train
 
 HOSTILE = "a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
 SHOWN = r"a\x1b[2J\x07\x9b31m\x7f\u202e\u2028b"
+
+
+def test_one_thing_is_singular():
+    numbers = [counted(number, "source file") for number in (0, 1, 2, 1200)]
+    assert numbers == ["0 source files", "1 source file", "2 source files", "1,200 source files"]
 
 
 def is_control(character: str) -> bool:

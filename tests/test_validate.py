@@ -79,7 +79,7 @@ def test_rows_that_training_would_skip_are_reported(command, folder):
     path = write(folder, rows)
     status, out, err = command(verbs.run_verb, "validate", "--data", path, "--json", "found.json")
     assert status == PROBLEMS and "1 of 40 rows cannot be used; training skips them" in out
-    assert f"2 captions have no words to compare:\n  {path}:5\n  {path}:22\n" in out
+    assert f"2 captions without words to compare:\n  {path}:5\n  {path}:22\n" in out
     assert json.loads(Path("found.json").read_text())["rows_without_words"] == [
         f"{path}:5", f"{path}:22"
     ]
@@ -102,7 +102,7 @@ def test_images_shared_with_the_validation_data_are_counted(command, folder):
         verbs.run_verb, "validate", "--data", folder / "train.json",
         "--val_data", folder / "val.json",
     )
-    assert status == OK and "3 images of" in out and "are in --data" in out
+    assert status == OK and "3 images of" in out and "also in --data" in out
 
 
 def test_the_number_of_processes_does_not_change_the_findings(command, folder, monkeypatch):
@@ -169,8 +169,8 @@ def test_rows_of_the_validation_file_that_cannot_be_used_are_listed(command, fol
         "--json", report,
     )
     assert status == PROBLEMS
-    assert f"1 captions have no words to compare:\n  {val}:2\n" in out
-    assert f"validation  1 rows cannot be used:\n  {val}:3: row 3: the caption is empty" in out
+    assert f"1 caption without words to compare:\n  {val}:2\n" in out
+    assert f"validation  1 row cannot be used:\n  {val}:3: row 3: the caption is empty" in out
     found = json.loads(report.read_text())
     assert found["rows_without_words"] == [f"{val}:2"] and len(found["val_data_problems"]) == 1
 

@@ -127,7 +127,7 @@ def test_rows_that_cannot_be_used_are_skipped_named_and_listed(
         assert f"skipped {line['row']}: {line['reason']}" in out
     assert f"2 rows could not be used; {summary.path / 'skipped.jsonl'} lists them" in out
     places = ", ".join(f"{tmp_path / 'val.json'}:{line}" for line in (6, 10))
-    assert f"2 validation captions have no words to compare and are not scored: {places}\n" in err
+    assert f"2 validation captions without words to compare, not scored: {places}\n" in err
     assert lines_of(summary.path, "validation")[0]["num_images"] == 18
     assert read_run(summary.path).skipped.keys() == set(listed)
 
@@ -166,7 +166,7 @@ def test_validation_without_any_word_trains_and_scores_nothing(
     (tmp_path / "val.json").write_text(json.dumps([row | {"text": "..."} for row in rows]))
     config = settings(blip_folder, tmp_path, tmp_path / "run", max_steps=1)
     summary = train(config)
-    assert "4 validation captions have no words" in capsys.readouterr().err
+    assert "4 validation captions without words" in capsys.readouterr().err
     assert not summary.scores and len(summary.samples) == 2
     with pytest.raises(ValueError, match="--best_by cider_d needs captions with words .*val.json"):
         train(replace(config, output_path=str(tmp_path / "other"), best_by="cider_d"))
@@ -198,6 +198,33 @@ def test_the_adapter_of_the_highest_score_is_kept_if_asked_for(
     assert read_adapter(summary.path / "adapter").provenance["step"] == str(best)
     assert f"best CIDEr-D 0.9000 at step {best} of 4; before training it was 0.5000" in str(summary)
     assert f"validation loss {summary.losses[best]:.4f} at that step" in str(summary)
+
+
+def test_with_one_validation_image_the_best_is_told_by_its_loss(
+    blip_folder, data, tmp_path, capsys
+):
+    one = tmp_path / "one.json"
+    row = read_annotations(data / "val.json")[-1]
+    one.write_text(json.dumps([{"text": row.text, "image": row.image}]))
+    summary = train(replace(
+        settings(blip_folder, data, tmp_path / "run", max_steps=1, lr=1e-2, best_by="cider_d"),
+        val_data_path=str(one),
+    ))
+    out = capsys.readouterr().out
+    assert summary.best_step == 1 and "(lowest loss so far)" in out
+    assert " images, 1 validation caption of 1\n" in out
+    report = (summary.path / "report.html").read_text(encoding="utf-8")
+    for words in (
+        "is the best by validation loss", "Finished after 1 step.", ">After 1 step<",
+        "1 validation image with 1 reference,", "1 caption of 1 image: ",
+    ):
+        assert words in report, words
+    assert f"best validation loss {summary.losses[1]:.4f} at step 1 of 1; before" in str(summary)
+    assert str(summary).count("CIDEr-D 0.0000 at that step") == 1
+    assert "(1 image, 1 reference)" in str(summary)
+    worse = replace(summary, best_step=0, losses={0: -0.0, 1: -1e-9}, num_skipped_rows=1)
+    assert "The validation loss never improved on 0.0000" in str(worse) and "-0.0" not in str(worse)
+    assert "\n1 row could not be used" in str(worse)
 
 
 def test_an_adapter_whose_loss_is_not_finite_is_never_the_best(

@@ -108,8 +108,7 @@ def check_base(captioner: Captioner, adapter: Adapter, *, force: bool) -> None:
         return
     if not force:
         raise AdapterError(
-            f"{complaint}; load its own base model (--model), or accept this one with --force "
-            f"(in Python force=True)"
+            f"{complaint}; load its own base model (--model), or accept this one with --force"
         )
     logger.warning(f"{complaint}; expect worse captions")
 

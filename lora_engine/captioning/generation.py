@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_engine.captioning.generation_settings import GenerationSettings
 from lora_engine.models import CaptioningModel
 from lora_engine.models.attention import KeyValueCache
+from lora_engine.terminal import counted
 
 _NEVER = -1e9  # Hugging Face's score of what must not be chosen
 
@@ -94,8 +95,9 @@ def generate_tokens(
     max_positions = model.decoder.max_positions
     if longest > max_positions:
         raise ValueError(
-            f"a prompt of {len(prompt_ids)} tokens and max_new_tokens={settings.max_new_tokens} "
-            f"need {longest} positions, but the decoder has {max_positions}"
+            f"a prompt of {counted(len(prompt_ids), 'token')} and "
+            f"max_new_tokens={settings.max_new_tokens} need {longest} positions, but the decoder "
+            f"has {max_positions}"
         )
     prompt = torch.tensor([prompt_ids], device=features.device).expand(len(features), -1)
     if settings.num_beams > 1:

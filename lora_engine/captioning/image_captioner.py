@@ -34,6 +34,7 @@ from lora_engine.devices import (
 )
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import EncoderPrecision
+from lora_engine.keywords import known_keywords
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner
 
@@ -73,6 +74,7 @@ class ScoredCaption(NamedTuple):
     score: float
 
 
+@known_keywords(model="name_or_path")
 def load_captioner(
     name_or_path: str | Path | None = None,
     *,
@@ -174,6 +176,7 @@ class ImageCaptioner:
         """The captioner without adapters, with the same prompt; it shares all other weights."""
         return self._make_base()
 
+    @known_keywords()
     def caption(
         self,
         images: ImageLike | Iterable[ImageLike],

@@ -33,6 +33,7 @@ from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import SMALL_FILES
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.models.weights import read_weights, weight_files
+from lora_engine.terminal import counted
 
 # Files of the base that are not copied. An index is written again if one is needed. transformers
 # would load an adapter beside the weights on top of the merged ones.
@@ -71,7 +72,7 @@ class Parity:
         return (
             f"largest logit difference {self.difference:.2g} (allowed in {dtype_name(self.dtype)}: "
             f"{self.allowed:.2g}), greedy captions identical on {self.num_identical} of "
-            f"{self.num_images} images"
+            f"{counted(self.num_images, 'image')}"
         )
 
 

@@ -39,7 +39,7 @@ from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import Captioner
 from lora_engine.models.weights import fingerprint
 from lora_engine.ranks import Ranks, check_equal
-from lora_engine.terminal import printable
+from lora_engine.terminal import counted, printable
 from lora_engine.version import __version__
 
 # These may differ between machines: only the content of the files that they name must be equal.
@@ -246,11 +246,12 @@ class SkippedImages:
         if not self.lines:
             return
         where = "" if self.path is None else f"; {self.path} lists them"
-        counts = {
-            "rows could not be used": self.num_rows,
-            "images could not be read": len(self.lines) - self.num_rows,
-        }
-        parts = [f"{number} {what}" for what, number in counts.items() if number]
+        parts = []
+        if self.num_rows:
+            parts.append(f"{counted(self.num_rows, 'row')} could not be used")
+        if self.num_rows < len(self.lines):
+            num_images = len(self.lines) - self.num_rows
+            parts.append(f"{counted(num_images, 'image')} could not be read")
         print(printable(f"{', '.join(parts)}{where}"), file=sys.stderr)
         if self.path is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)

@@ -39,7 +39,7 @@ from lora_engine.features.store import cache_folder
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import Captioner
 from lora_engine.ranks import Ranks, open_ranks
-from lora_engine.terminal import printable
+from lora_engine.terminal import counted, printable
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +257,9 @@ def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     first = results[_column(BASE, next(iter(settings)))].corpus
     return "\n".join([
-        f"{first.num_images:,} images of {name_of(config.data)}, {first.num_references:,} "
-        f"references ({first.mean_reference_length:.3g} tokens on average), "
+        f"{counted(first.num_images, 'image')} of {name_of(config.data)}, "
+        f"{counted(first.num_references, 'reference')} "
+        f"({first.mean_reference_length:.3g} tokens on average), "
         + (f"{len(settings)} settings" if len(settings) > 1 else _search(*settings.values())),
         "COCO's scores on PTB-style tokens; in brackets 95 % of 1,000 bootstrap samples",
         "",

@@ -27,7 +27,7 @@ from lora_engine.data.workers import load
 from lora_engine.devices import num_processors
 from lora_engine.files import replaced_file
 from lora_engine.models.pretrained import load_tokenizer
-from lora_engine.terminal import printable
+from lora_engine.terminal import counted, printable
 
 PROBLEMS = 1  # exit status: some rows cannot be used
 MAX_SHOWN = 20  # problems on the terminal; --json has all
@@ -230,7 +230,8 @@ class _ImageFiles(Dataset):
 def _summary(config: ValidateConfig, findings: Findings) -> str:
     num_images, num_usable = len(findings.images), len(findings.usable_images)
     lines = [
-        f"{findings.pairs.name}: {findings.num_rows:,} rows, {num_images:,} images",
+        f"{findings.pairs.name}: {counted(findings.num_rows, 'row')}, "
+        f"{counted(num_images, 'image')}",
         f"images      {num_usable:,} can be used, {num_images - num_usable:,} cannot",
     ]
     sizes = [facts.size for facts in findings.usable_images if facts.size is not None]
@@ -258,20 +259,20 @@ def _summary(config: ValidateConfig, findings: Findings) -> str:
             f"not know (emoji, other scripts)"
         )
     lines.append(
-        f"duplicates  {findings.num_repeated_rows:,} rows are the same as another row; "
-        f"{findings.num_repeated_images:,} images have the same content as another file"
+        f"duplicates  {counted(findings.num_repeated_rows, 'row')} equal to another row; "
+        f"{counted(findings.num_repeated_images, 'image')} with the same content as another file"
     )
     if findings.num_shared is not None:
         lines.append(
-            f"shared      {findings.num_shared:,} images of {name_of(config.val_data)} are in "
-            f"--data, too"
+            f"shared      {counted(findings.num_shared, 'image')} of {name_of(config.val_data)} "
+            f"also in --data"
         )
     wordless = findings.wordless
     if wordless:
-        lines.append(f"scores      {len(wordless):,} captions have no words to compare:")
+        lines.append(f"scores      {counted(len(wordless), 'caption')} without words to compare:")
         lines += [f"  {path_and_line}" for path_and_line in wordless[:MAX_SHOWN]]
     if findings.bad_val_rows:
-        lines.append(f"validation  {len(findings.bad_val_rows):,} rows cannot be used:")
+        lines.append(f"validation  {counted(len(findings.bad_val_rows), 'row')} cannot be used:")
         lines += [f"  {bad}" for bad in findings.bad_val_rows[:MAX_SHOWN]]
     return "\n".join(lines + _problem_lines(config, findings))
 

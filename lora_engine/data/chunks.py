@@ -8,6 +8,7 @@ import numpy as np
 
 from lora_engine.data.packed_strings import encoded
 from lora_engine.data.rows import (
+    PYTHON_ROWS,
     BadRow,
     Item,
     Member,
@@ -15,6 +16,7 @@ from lora_engine.data.rows import (
     SourceOptions,
     caption_complaint,
     image_complaint,
+    location,
 )
 from lora_engine.data.sources.file_formats import reader
 from lora_engine.data.sources.parts import Part
@@ -141,12 +143,13 @@ class _Collector:
     def complain(self, number: int, where: int | str, reason: str) -> None:
         path = self.part.path
         if isinstance(where, int):
-            location, reason = f"{path}:{where}", f"row {number}: {reason}"
+            found = location(path, where)
+            reason = reason if path == PYTHON_ROWS else f"row {number}: {reason}"
         elif os.path.isdir(path) or self.part.format == "tar":
-            location = f"{path}/{where}" if where else path  # also of a name that is absolute
+            found = f"{path}/{where}" if where else path  # also of a name that is absolute
         else:
-            location = f"{path}: {where}" if where else path
-        self.bad.append(BadRow(location, reason))
+            found = f"{path}: {where}" if where else path
+        self.bad.append(BadRow(found, reason))
 
 
 def _complaint_unless_blank(caption: Any) -> str | None:

@@ -37,6 +37,7 @@ from lora_engine.data.sampling import evenly_spaced
 from lora_engine.data.shared_database import folder_lock
 from lora_engine.data.sources.parts import Part
 from lora_engine.files import clear_leftovers, read_limited, replaced_folder
+from lora_engine.terminal import counted
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def open_or_read(
                     opened = _open_valid(folder)
                     if opened is None:
                         shutil.rmtree(folder, ignore_errors=True)
-                        logger.info(f"indexing {len(parts):,} source files in {folder}")
+                        logger.info(f"indexing {counted(len(parts), 'source file')} in {folder}")
                         _build(folder, parts, options, **reading)
                         opened = _open(folder)
             return opened

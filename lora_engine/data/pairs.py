@@ -19,7 +19,7 @@ import numpy as np
 from lora_engine.data.columns import Columns, ColumnsError, ColumnWriter, read_columns
 from lora_engine.data.image_table import ImageTable
 from lora_engine.data.packed_strings import PackedStrings, encoded
-from lora_engine.data.rows import BadRow, Row
+from lora_engine.data.rows import BadRow, Row, location
 from lora_engine.files import replaced_folder
 
 _CHUNK = 10_000  # captions that are decoded at a time
@@ -140,13 +140,13 @@ class Pairs(Sequence[Row]):
         return json.loads(ids[self.images.row(image)] or "null")
 
     def location(self, row: int) -> str:
-        """path:line of a row, or the name of its image in formats without lines."""
+        """path:line of a row, or row N from Python; its image's name in formats without lines."""
         line = int(self.source.columns["line"][self.source_row(row)])
         if not line:
             return self[row].image
         ends = [part.end for part in self.source.parts]
         part = self.source.parts[bisect.bisect_right(ends, self.source_row(row))]
-        return f"{part.path}:{line}"
+        return location(part.path, line)
 
     def in_order(self, bad: Iterable[BadRow]) -> list[BadRow]:
         """Sort bad rows by source file and line; those without a line come first, in this order.

@@ -7,6 +7,7 @@ path, the bytes of an image file, a PIL image, or an array of uint8, (height, wi
 
 import io
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,16 +19,16 @@ from lora_engine.data.formats.parquet import bytes_column
 from lora_engine.data.images import apply_orientation, read_image_file
 from lora_engine.data.rows import (
     IMAGE_FIELDS,
+    PYTHON_ROWS,
     AnnotationError,
     Item,
     Member,
     Problem,
     SourceOptions,
     as_item,
-    shown_value,
 )
+from lora_engine.terminal import counted
 
-NAME = "the rows"  # in place of a path, in messages
 EXPECTED_ROW = '(image, caption) or {"image": ..., "text": ...}'
 EXPECTED_IMAGE = (
     "a path, the bytes of an image file, a PIL image or an array of uint8, (height, width, 3)"
@@ -44,20 +45,20 @@ def read(data: Any, options: SourceOptions) -> Iterator[Item | Problem]:
     """
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise AnnotationError(
-            f"{NAME}: found {shown_type(data)}, expected a list of {EXPECTED_ROW}, or a dataset "
-            f"that is not streamed"
+            f"{PYTHON_ROWS}: found {shown_type(data)}, expected a list of {EXPECTED_ROW}, or a "
+            f"dataset that is not streamed"
         )
     if isinstance(data, (str, bytes, dict)):  # also a DatasetDict
         raise AnnotationError(
-            f"{NAME}: found {shown_type(data)}, expected a list of {EXPECTED_ROW}, or a dataset of "
-            f"one split"
+            f"{PYTHON_ROWS}: found {shown_type(data)}, expected a list of {EXPECTED_ROW}, or a "
+            f"dataset of one split"
         )
     if hasattr(data, "iloc"):
         raise AnnotationError(
-            f'{NAME}: found a pandas table, expected a list: give table.to_dict("records")'
+            f'{PYTHON_ROWS}: found a pandas table, expected a list: give table.to_dict("records")'
         )
     if len(data) == 0:
-        raise AnnotationError(f"{NAME}: empty, expected a list of {EXPECTED_ROW}")
+        raise AnnotationError(f"{PYTHON_ROWS}: empty, expected a list of {EXPECTED_ROW}")
     if is_dataset(data):
         yield from _dataset_rows(data, options)
         return
@@ -85,7 +86,7 @@ class PythonImages:
         if is_dataset(self.data):
             value = bytes_column(row.column(self.column))[0].as_py()
             if value is None:
-                raise ValueError(f"row {number + 1}: the image is null")
+                raise ValueError("the image is missing")
             return value
         image = row[0] if isinstance(row, (tuple, list)) else _image_of(row, self.column)
         if isinstance(image, (str, os.PathLike)):
@@ -96,7 +97,7 @@ class PythonImages:
 def image_column(data: Any, options: SourceOptions) -> str:
     """The image column of a dataset, the key that the options name for a list, or ""."""
     if is_dataset(data):
-        return choose_columns(data.features.arrow_schema, options, NAME).image
+        return choose_columns(data.features.arrow_schema, options, PYTHON_ROWS).image
     return options.image_field or ""
 
 
@@ -144,7 +145,10 @@ def _row(row: Any, index: int, options: SourceOptions) -> Item | Problem:
     elif isinstance(row, dict):
         item = as_item(row, where, options)
     else:
-        return Problem(where, f"found {shown_type(row)}, expected {EXPECTED_ROW}")
+        found = shown_type(row)
+        if isinstance(row, (tuple, list)):
+            found = counted(len(row), "value")
+        return Problem(where, f"found {found}, expected {EXPECTED_ROW}")
     if isinstance(item, Problem):
         return item
     image = item.image
@@ -187,7 +191,7 @@ def _image_complaint(image: Any) -> str | None:
 
 def _dataset_rows(data: Any, options: SourceOptions) -> Iterator[Item | Problem]:
     """The rows of a dataset, as its Arrow tables: no image is decoded, or copied."""
-    columns = choose_columns(data.features.arrow_schema, options, NAME)
+    columns = choose_columns(data.features.arrow_schema, options, PYTHON_ROWS)
     names = list(dict.fromkeys([columns.image, *columns.texts()]))
     first_row = 1
     for table in data.with_format("arrow").select_columns(names).iter(ROWS_AT_ONCE):
@@ -203,7 +207,7 @@ def _dataset_rows(data: Any, options: SourceOptions) -> Iterator[Item | Problem]
 
 
 def shown_type(value: Any) -> str:
-    """A value for a message: short ones as JSON, others by their type."""
+    """A value for a message: short ones as Python shows them, others by their type."""
     if value is None or isinstance(value, (str, int, float)):
-        return shown_value(value)
+        return reprlib.repr(value)
     return f"an object of the type {type(value).__name__}"

@@ -17,8 +17,13 @@ from lora_engine.data.images import ImageError, read_image_file
 from lora_engine.data.pair_builder import PairBuilder, pair_columns
 from lora_engine.data.pair_index import open_or_read
 from lora_engine.data.pairs import PairColumns, Pairs
-from lora_engine.data.python_rows import NAME
-from lora_engine.data.rows import MAX_ROWS_SHOWN, AnnotationError, BadRow, SourceOptions
+from lora_engine.data.rows import (
+    MAX_ROWS_SHOWN,
+    PYTHON_ROWS,
+    AnnotationError,
+    BadRow,
+    SourceOptions,
+)
 from lora_engine.data.sources.parts import Part, find_parts
 
 logger = logging.getLogger(__name__)
@@ -83,7 +88,7 @@ def paths_of(data: Any) -> list[str]:
 
 def name_of(data: Any) -> str:
     """What messages call a source."""
-    return ", ".join(paths_of(data)) or NAME
+    return ", ".join(paths_of(data)) or PYTHON_ROWS
 
 
 def _bad_rows_message(
@@ -104,12 +109,12 @@ def _bad_rows_message(
 def _read_python(
     data: Any, options: SourceOptions, needs_captions: bool
 ) -> tuple[PairColumns, list[BadRow]]:
-    part = Part("python", NAME, os.getcwd())
+    part = Part("python", PYTHON_ROWS, os.getcwd())
     builder = PairBuilder(ColumnWriter(None))
     builder.add_part(
         part,
         chunks_of(python_rows.read(data, options), part, needs_captions=needs_captions),
-        ["python", NAME, "", ""],
+        ["python", PYTHON_ROWS, "", ""],
     )
     columns, index = builder.finish()
     containers: list[Container] = [

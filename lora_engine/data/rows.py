@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+PYTHON_ROWS = "the rows"  # what messages call rows from Python, in place of a path
 EXPECTED_ROW = '{"text": "a caption", "image": "path/of/its/image.jpg"}'
 MAX_ROWS_SHOWN = 5
 MAX_KEYS_SHOWN = 8
@@ -95,7 +96,7 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that is skipped: its location, as path:line or path/member, and the reason."""
+    """A row that is skipped: its location, as path:line, path/member or row N, and the reason."""
 
     location: str
     reason: str
@@ -207,6 +208,8 @@ def _first(value: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def caption_complaint(caption: Any) -> str | None:
     """What is wrong with a caption, and how to fix it; None for a usable one."""
+    if caption is None:
+        return "the caption is missing: fill it in or remove the row"
     if not isinstance(caption, str):
         return f"the caption is {shown_value(caption)}, expected a string"
     if not caption.strip():
@@ -235,6 +238,11 @@ def image_complaint(image: Any) -> str | None:
             "the file"
         )
     return None
+
+
+def location(path: str, line: int) -> str:
+    """Where a row is, for messages."""
+    return f"row {line}" if path == PYTHON_ROWS else f"{path}:{line}"
 
 
 def shown_value(value: Any) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.sources.split_names import normal_split
+from lora_engine.terminal import counted
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def hold_out_sampled(pairs: Pairs, *, fraction: float, seed: int) -> tuple[Pairs
 def _number_to_hold_out(num_images: int, fraction: float | None, size: int | None) -> int:
     if num_images < 2:
         raise ValueError(
-            f"cannot hold out validation images: the rows name {num_images} image(s), expected "
-            "at least 2; add images, or pass validation data with --val_data_path"
+            f"cannot hold out validation images: the rows name {counted(num_images, 'image')}, "
+            f"expected at least 2; add images, or pass validation data with --val_data_path"
         )
     if size is not None and size >= num_images:
         raise ValueError(

@@ -13,6 +13,7 @@ from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.machine import SHARED_MEMORY, MachineFolder, is_on_network
 from lora_engine.features.store import FeatureStore, FeatureStoreError, read_rate
 from lora_engine.ranks import OneProcess, Ranks
+from lora_engine.terminal import counted
 
 CacheMode = Literal["auto", "off", "memory", "disk"]
 
@@ -108,7 +109,7 @@ def place_features(
     parts = [f"kept {', '.join(places)}", not_on_disk, _machines(cache)]
     return Placement(
         cache,
-        f"features of {num_images:,} images, {_size(num_images * row_bytes)} as "
+        f"features of {counted(num_images, 'image')}, {_size(num_images * row_bytes)} as "
         f"{encoder.format.dtype} (encoding one takes {_milliseconds(measured.encode_s)}): "
         f"{'; '.join(filter(None, parts))}",
         measured.encode_s,

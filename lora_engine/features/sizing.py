@@ -22,6 +22,7 @@ from lora_engine.features.format import CacheDtype, FeatureFormat
 from lora_engine.features.source import FeatureSource
 from lora_engine.models import CaptioningModel
 from lora_engine.models.pretrained import Captioner
+from lora_engine.terminal import counted
 
 _NUM_LOADED = 8  # images
 _NUM_COMPARED = 4  # images whose features are compared with fp32's
@@ -145,7 +146,7 @@ def _precision_line(encoder: FeatureEncoder, images: ImageTable) -> str:
     error = encoder.relative_error(torch.stack(pixels)) if pixels else math.nan
     return (
         f"the encoder computes in {encoder.precision}: relative error {error:.2%} from fp32 (the "
-        f"features of {len(pixels)} images)"
+        f"features of {counted(len(pixels), 'image')})"
     )
 
 

@@ -124,8 +124,8 @@ def save_adapter(
 ) -> None:
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
-    The settings are those of `adapter_files`. An existing adapter is replaced only when the new one
-    is complete; other files in `folder` are kept.
+    As by PEFT's `save_pretrained`, an adapter that `folder` already holds is replaced, once the new
+    one is complete; other files in it are kept. The settings are those of `adapter_files`.
     """
     write_adapter(folder, adapter_files(
         model,

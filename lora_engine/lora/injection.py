@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_engine.keywords import known_keywords
 from lora_engine.lora.layer import (
     LoRALinear,
     check_settings,
@@ -23,6 +24,15 @@ from lora_engine.lora.layer import (
     widths,
 )
 from lora_engine.lora.patterns import PatternError, first_matches
+from lora_engine.terminal import counted
+
+# What layers of a group are called in other architectures.
+_ELSEWHERE = {
+    "attention": "q_proj k_proj v_proj o_proj out_proj qkv qkv_proj c_attn q_attn query key value "
+                 "query_key_value",
+    "feed_forward": "gate_proj up_proj down_proj gate_up_proj fc1 fc2 c_fc dense_h_to_4h "
+                    "dense_4h_to_h wi wo lin1 lin2",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class InjectionPlan:
     def totals(self) -> str:
         share = 100 * self.num_trainable / (self.num_trainable + self.num_frozen)
         return (
-            f"LoRA on {len(self.modules)} modules: {self.num_trainable:,} trainable, "
+            f"LoRA on {counted(len(self.modules), 'module')}: {self.num_trainable:,} trainable, "
             f"{self.num_frozen:,} frozen parameters ({share:.2f} % trainable)"
         )
 
@@ -78,6 +88,9 @@ class InjectionPlan:
         return "\n".join([*lines, self.totals])
 
 
+@known_keywords(
+    lora_rank="rank", lora_alpha="alpha", lora_dropout="dropout", lora_targets="targets"
+)
 def inject(
     module: nn.Module,
     targets: str | Sequence[str],
@@ -252,8 +265,12 @@ def _nothing_matched(
     tails = {".".join(p[i:]) for p in parts for i in range(len(p)) if not p[i].isdigit()}
     wanted = target.removeprefix("re:")
     near = difflib.get_close_matches(wanted, sorted(tails | set(groups)), n=5, cutoff=0.5)
-    known = sorted({path.rpartition(".")[2] for path in allowed})
-    advice = f"close matches: {', '.join(near)}" if near else f"linear layers: {', '.join(known)}"
+    group = next((name for name in groups if wanted in _ELSEWHERE.get(name, "").split()), None)
+    layers = _matching(allowed, group, groups) if group else allowed
+    known = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
+    advice = f"close matches: {', '.join(near)}" if near else f"linear layers: {known}"
+    if group:
+        advice = f"here use the group {group} ({known})"
     group_names = f"; groups: {', '.join(groups)}" if groups else ""
     return f"LoRA target {target!r} matches no linear layer; {advice}{group_names}"
 

@@ -142,7 +142,7 @@ class MetricsLogger:
     ) -> None:
         """Move the bar, or print a line if the last one is a few seconds old."""
         state = (
-            f"loss {loss:.4f} | lr {learning_rate:.2e} | {images_per_s:.1f} images/s | "
+            f"loss {loss:z.4f} | lr {learning_rate:.2e} | {images_per_s:.1f} images/s | "
             f"waiting for data {100 * data_wait_share:.0f} %"
         )
         if not self._bar.disable:

@@ -16,6 +16,7 @@ from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.run_record import NOT_SCORES, read_records
+from lora_engine.terminal import counted
 from lora_engine.version import __version__
 
 CARD_FILE = "README.md"
@@ -124,7 +125,7 @@ def _origin(adapter: Adapter, environment: dict[str, Any]) -> str:
 
 def _size(environment: dict[str, Any], part: str) -> str:
     captions, images = (environment[f"num_{part}_{kind}"] for kind in ("captions", "images"))
-    return f"{captions:,} captions of {images:,} images"
+    return f"{counted(captions, 'caption')} of {counted(images, 'image')}"
 
 
 def _scores(folder: RunFolder, adapter: Adapter) -> str:
@@ -151,7 +152,7 @@ def _score_name(name: str) -> str:
 
 
 def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:z.4f}"
 
 
 def _samples(folder: RunFolder, adapter: Adapter) -> str:
@@ -216,17 +217,17 @@ def _commands(adapter: Adapter, name: str | None) -> str:
 
 def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, Any]) -> str:
     lora = adapter.config
-    targets = " ".join(config["lora_targets"])
+    targets, modules = " ".join(config["lora_targets"]), len(lora["target_modules"])
     if config["init_adapter"] is not None:
         targets = "those of the initial adapter"
-    batch = f"{config['batch_size']} captions"
+    batch = counted(config["batch_size"], "caption")
     if config["grad_accum_steps"] > 1:
         batch += f", {config['grad_accum_steps']} gradient accumulation steps"
     return table(["", ""], [
         ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],
         ["dropout", f"{lora['lora_dropout']:g}"],
-        ["targets", f"{escape_markdown(targets)} ({len(lora['target_modules'])} modules)"],
+        ["targets", f"{escape_markdown(targets)} ({counted(modules, 'module')})"],
         ["peak learning rate", f"{config['lr']:g}"],
         ["weight decay", f"{config['weight_decay']:g}"],
         ["epochs", f"at most {config['epochs']}"],

@@ -16,6 +16,7 @@ from lora_engine.report.gallery import gallery, thumbnail
 from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_facts import NOTHING, Result
 from lora_engine.report.run_record import RunRecord, read_run
+from lora_engine.terminal import counted
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MAX_REASONS = 10
@@ -62,7 +63,7 @@ def _page_of_one(
     run: RunRecord, reload_s: int, thumbnail: Callable[[str], Markup]
 ) -> Markup:
     names = run_facts.names([run])
-    after = [join([f"After {run.best_step:,} steps"])] if run.best_step else []
+    after = [join([f"After {counted(run.best_step, 'step')}"])] if run.best_step else []
     return _page(
         names[0],
         tag("p", run_facts.subtitle(run), class_="subtitle"),

@@ -96,8 +96,9 @@ def status(run: RunRecord) -> str:
         return f"This run is not finished: it stopped at {step} ({reason})."
     patience = run.config.get("patience")
     if run.last_step < (run.total_steps or 0) and patience:
-        return f"Stopped early, at {step}: no better for {text(patience)} validations (--patience)."
-    return f"Finished after {count(run.last_step)} steps."
+        validations = counted(patience, "validation")
+        return f"Stopped early, at {step}: no better for {validations} (--patience)."
+    return f"Finished after {counted(run.last_step, 'step')}."
 
 
 def headline(run: RunRecord) -> str:
@@ -112,7 +113,8 @@ def headline(run: RunRecord) -> str:
         when = f"step {step:,}" if step else "before training"
         return f"The validation loss {when} is {figure(best)} nats per token."
     criterion = str(run.config.get("best_by", "loss"))
-    is_by_score = criterion != "loss" and criterion in run.scores
+    # If all are 0, as those of one image are by definition, the lower loss has decided.
+    is_by_score = criterion != "loss" and any(run.validation(criterion).values)
     name = score_name(criterion) if is_by_score else "validation loss"
     if step == first_step:
         never = "has not yet" if run.is_running else "never"
@@ -143,8 +145,9 @@ def scored(run: RunRecord) -> str:
     if not known:
         return ""
     return (
-        f"Greedy captions of {count(known[-1]['num_images'])} validation images with "
-        f"{count(known[-1]['num_references'])} references, scored as by COCO's caption evaluation."
+        f"Greedy captions of {counted(known[-1]['num_images'], 'validation image')} with "
+        f"{counted(known[-1]['num_references'], 'reference')}, scored as by COCO's caption "
+        f"evaluation."
     )
 
 
@@ -230,12 +233,12 @@ def main_settings(run: RunRecord) -> dict[str, str]:
         source = given(path) if config.get(path) else "held out from the training data"
         if captions is None:
             return source
-        return f"{count(captions)} captions of {count(images)} images: {source}"
+        return f"{counted(captions, 'caption')} of {counted(images, 'image')}: {source}"
 
     found: dict[str, str] = {}
     if config:
         num_modules = environment.get("num_adapted_modules")
-        modules = "" if num_modules is None else f", {count(num_modules)} modules"
+        modules = "" if num_modules is None else f", {counted(num_modules, 'module')}"
         found |= {
             "Model": given("model"),
             "Training data": data("train_data_path", "train"),
@@ -294,6 +297,10 @@ def figure(value: float | None) -> str:
 
 def count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else text(value)
+
+
+def counted(value: Any, noun: str) -> str:
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def text(value: Any) -> str:

@@ -37,6 +37,7 @@ from lora_engine.files import (
     unused_name,
 )
 from lora_engine.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from lora_engine.terminal import counted
 from lora_engine.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -339,7 +340,8 @@ def keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     if num_damaged:
         copy = unused_name(path.with_name(f"{path.name}.damaged"))
         shutil.copyfile(path, copy)
-        logger.warning(f"{num_damaged} lines of {path} are damaged; {copy} is a copy of the file")
+        damaged = counted(num_damaged, "damaged line")
+        logger.warning(f"{path} has {damaged}; {copy} is a copy of the file")
     if len(kept) < len(lines):
         with replaced_file(path) as new:
             new.write_bytes(b"".join(kept))
@@ -357,7 +359,7 @@ def _complete(path: Path, validations: Sequence[dict[str, Any]]) -> None:
     with replaced_file(path) as new:
         new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     logger.warning(
-        f"{path} was missing or damaged: {len(lost)} validations are written again from the "
+        f"{path} was missing or damaged: {counted(len(lost), 'validation')} written again from the "
         f"checkpoint; lines of training steps cannot be"
     )
 

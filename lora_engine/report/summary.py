@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_engine.captioning.metrics import Scores
 from lora_engine.cli import quoted, this_program
 from lora_engine.report.metrics_log import duration
-from lora_engine.terminal import escaped
+from lora_engine.terminal import counted, escaped
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class TrainingSummary:
                 f"  after      {escaped(sample.after)}",
             ]
         lines += ["", self._verdict()]
-        counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}
-        skipped = [f"{number:,} {name}" for name, number in counts.items() if number]
+        counts = {"row": self.num_skipped_rows, "image": self.num_skipped_images}
+        skipped = [counted(number, name) for name, number in counts.items() if number]
         if skipped:
             lines.append(
                 f"{' and '.join(skipped)} could not be used; {self.path / 'skipped.jsonl'} lists "
@@ -75,26 +75,30 @@ class TrainingSummary:
         figures = {"validation loss": self.losses}
         if self.scores:
             figures["CIDEr-D"] = {step: scores.cider_d for step, scores in self.scores.items()}
-        if self.best_by == "cider_d":
+        # If all are 0, as those of one image are by definition, the lower loss has decided.
+        if self.best_by == "cider_d" and any(figures["CIDEr-D"].values()):
             figures = dict(reversed(figures.items()))
         (name, values), *others = figures.items()
         if self.best_step == 0:
             # An adapter whose values are not finite is not saved.
             is_finite = math.isfinite(self.losses[self.last_step])
             return (
-                f"The {name} never improved on {values[0]:.4f} before training (at the end "
-                f"{values[self.last_step]:.4f}), so adapter/ holds the initial adapter"
+                f"The {name} never improved on {values[0]:z.4f} before training (at the end "
+                f"{values[self.last_step]:z.4f}), so adapter/ holds the initial adapter"
                 f"{' and adapter_last/ the last' if is_finite else ''}. Try another --lr."
             )
         lines = [
-            f"best {name} {values[self.best_step]:.4f} at step {self.best_step} of "
-            f"{self.last_step}; before training it was {values[0]:.4f}"
+            f"best {name} {values[self.best_step]:z.4f} at step {self.best_step} of "
+            f"{self.last_step}; before training it was {values[0]:z.4f}"
         ]
         lines += [
-            f"{name} {values[self.best_step]:.4f} at that step, {values[0]:.4f} before training"
+            f"{name} {values[self.best_step]:z.4f} at that step, {values[0]:z.4f} before training"
             for name, values in others
         ]
         if self.scores:
             scores = self.scores[self.best_step]
-            lines[-1] += f" ({scores.num_images} images, {scores.num_references} references)"
+            lines[-1] += (
+                f" ({counted(scores.num_images, 'image')}, "
+                f"{counted(scores.num_references, 'reference')})"
+            )
         return "\n".join(lines)

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any, Protocol
 
 from lora_engine.report.markdown import escape_markdown, table
-from lora_engine.terminal import one_line
+from lora_engine.terminal import counted, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Tracker:
             )
         elif self._num_dropped:
             logger.warning(
-                f"--track {self.name} was too slow: it lacks {self._num_dropped} events"
+                f"--track {self.name} was too slow: it lacks {counted(self._num_dropped, 'event')}"
             )
 
     def _work(self, start: Callable[[], Service]) -> None:

@@ -111,7 +111,7 @@ class BestAdapter:
             reason += f"; {self.folder.adapter} holds the adapter of another step"
         raise CheckpointError(
             f"the best adapter of this run, of step {self.step}, is lost: {reason}. Resume "
-            f"from another checkpoint (--resume CHECKPOINT), or begin a new run with "
+            f"from another checkpoint (--resume=CHECKPOINT), or begin a new run with "
             f"--init_adapter {checkpoint.path}"
         )
 

@@ -221,7 +221,7 @@ def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
     if named is not None and named.resolve().parent != folder.resolve():
         paths = ", ".join(map(str, checkpoint_paths(folder))) or "none: there are no checkpoints"
         raise CheckpointError(
-            f"--resume {named} is not a checkpoint of the run in {config.output_path}; expected "
+            f"--resume={named} is not a checkpoint of the run in {config.output_path}; expected "
             f"one of {paths}"
         )
     return find_checkpoint(folder, named)

@@ -13,7 +13,7 @@ from typing import Any
 from lora_engine.config import TrainingConfig
 from lora_engine.ranks import Ranks, open_ranks
 from lora_engine.report.summary import TrainingSummary
-from lora_engine.terminal import ConsoleHandler, logging_to
+from lora_engine.terminal import ConsoleHandler, counted, logging_to
 from lora_engine.training.run import Callback, open_run
 from lora_engine.training.setup import prepare
 
@@ -60,7 +60,7 @@ def train(
             for agreed in steps:
                 step = agreed.number
                 if config.patience is not None and run.best.num_worse >= config.patience:
-                    logger.info(f"stopped: no better for {config.patience} validations")
+                    logger.info(f"stopped: no better for {counted(config.patience, 'validation')}")
                     break
                 run.skipped.add(agreed.rows, agreed.skipped)
                 loss = trainer.accumulate(  # forward and backward, and the sum over processes

@@ -15,6 +15,7 @@ from lora_engine.captioning.image_captioner import ImageCaptioner, load_captione
 from lora_engine.config import NEWEST, TrainingConfig, unfit_setting
 from lora_engine.data.python_rows import shown_type
 from lora_engine.data.read_pairs import paths_of
+from lora_engine.keywords import known_keywords
 from lora_engine.ranks import Ranks
 from lora_engine.report.gallery import thumbnail
 from lora_engine.report.html import Markup, join, tag
@@ -35,6 +36,7 @@ FINE_TUNING = TrainingConfig(
 )
 
 
+@known_keywords(TrainingConfig, train_data_path="data", val_data_path="validation")
 def train(
     config: TrainingConfig | None = None,
     *,

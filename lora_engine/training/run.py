@@ -35,7 +35,7 @@ from lora_engine.report.run_folder import RunFolder, environment
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.report.trackers import start_tracker
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
-from lora_engine.terminal import one_line
+from lora_engine.terminal import counted, one_line
 from lora_engine.training.agreement import TrainingStep, agreed_steps
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -310,10 +310,10 @@ class Run:
                 **({} if scores is None else scores.as_dict()),
             )
             is_best = self.best.offer(step, loss, scores)
-            found = "" if scores is None else f", CIDEr-D {scores.cider_d:.3f}{captions.remark}"
-            by = {"loss": "lowest loss", "cider_d": "highest CIDEr-D"}[self.best.by]
+            found = "" if scores is None else f", CIDEr-D {scores.cider_d:z.3f}{captions.remark}"
+            by = "lowest loss" if self.best.by == "loss" or captions.remark else "highest CIDEr-D"
             best = f" ({by} so far)" if is_best and step else ""
-            logger.info(f"step {step}: validation loss {loss:.4f}{found}{best}")
+            logger.info(f"step {step}: validation loss {loss:z.4f}{found}{best}")
             captions.write(self.folder, step)
             if is_best:
                 captions.write_best(self.folder, step)
@@ -417,7 +417,7 @@ class Run:
         if checkpoint.step > self.schedule.total_steps:
             raise CheckpointError(
                 f"{checkpoint.path} is of step {checkpoint.step}, but this run has "
-                f"{self.schedule.total_steps} steps"
+                f"{counted(self.schedule.total_steps, 'step')}"
             )
         restore_moments(self.trainer.optimizer, self.trainer.lora, checkpoint)
         if self.trainer.scaler.is_enabled():
@@ -443,8 +443,8 @@ class Run:
             logger.info(f"with other settings: {', '.join(changes)}")
         if before != now:
             logger.info(
-                f"from here on the learning rate falls as in a run of {now} steps, not {before}: "
-                f"the next step's is {self.schedule.learning_rate(self.step + 1):.3g}"
+                f"from here on the learning rate falls as in a run of {counted(now, 'step')}, not "
+                f"{before}: the next step's is {self.schedule.learning_rate(self.step + 1):.3g}"
             )
 
     def _rows_tried(self) -> list[int]:

@@ -17,7 +17,7 @@ from lora_engine.data.image_table import JoinedImages
 from lora_engine.data.pairs import Pairs
 from lora_engine.data.read_order import block_ends
 from lora_engine.data.read_pairs import name_of, read_pairs
-from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow, SourceOptions
+from lora_engine.data.rows import MAX_ROWS_SHOWN, PYTHON_ROWS, BadRow, SourceOptions
 from lora_engine.data.sampling import evenly_spaced
 from lora_engine.data.sources.split_names import normal_split
 from lora_engine.data.subsets import (
@@ -32,6 +32,7 @@ from lora_engine.data.subsets import (
 from lora_engine.data.tokenization import tokenize
 from lora_engine.features.store import cache_folder
 from lora_engine.models.pretrained import Captioner
+from lora_engine.terminal import counted
 from lora_engine.training.skipped_rows import MIN_SAMPLE, allowed_failures
 
 logger = logging.getLogger(__name__)
@@ -104,23 +105,22 @@ def read_rows(
     )
     pairs = read(data)
     bad = list(pairs.bad)
+    train = _training_split(pairs, config.split)
+    _check_images_exist(name_of(data), train, config.max_bad_share)
     if val_data is not None:
         val_pairs = read(val_data)
         bad += val_pairs.bad
-        train = _training_split(pairs, config.split)
         val = evaluation_split(val_pairs, ["val", "test"])
     elif is_of_earlier_version and config.split is None and config.val_size is None:
         fraction = DEFAULT_FRACTION if config.val_fraction is None else config.val_fraction
         train, val = hold_out_sampled(pairs, fraction=fraction, seed=config.seed)
     else:
-        train, val = _divide(pairs, config)
-    for source, part in ((data, train), (val_data or data, val)):
-        _check_images_exist(name_of(source), part, config.max_bad_share)
+        train, val = _divide(pairs, train, config)
+    _check_images_exist(name_of(val_data or data), val, config.max_bad_share)
     if len(val.images) < FEW_IMAGES:
-        plural = "" if len(val.images) == 1 else "s"
         logger.warning(
-            f"only {len(val.images)} validation image{plural}: their loss and scores say little "
-            f"(--val_size)"
+            f"only {counted(len(val.images), 'validation image')}: their loss and scores say "
+            f"little (--val_size)"
         )
     if len(val.images) == 1 and config.best_by == "cider_d":
         logger.warning(
@@ -141,15 +141,15 @@ def _training_split(pairs: Pairs, asked: str | None) -> Pairs:
     return of_splits(pairs, ["train"]) if "train" in splits else pairs
 
 
-def _divide(pairs: Pairs, config: TrainingConfig) -> tuple[Pairs, Pairs]:
-    """Training and validation rows of one source: by its splits, else held out by image."""
+def _divide(pairs: Pairs, train: Pairs, config: TrainingConfig) -> tuple[Pairs, Pairs]:
+    """Training and validation rows of one source: by its splits, else held out by image of `train`,
+    its `_training_split`."""
     splits = splits_of(pairs)
-    train = _training_split(pairs, config.split)
     is_val = config.split is not None and normal_split(config.split) == "val"
     if "val" in splits and train is not pairs and not is_val:
         unused = sum(splits.values()) - splits["val"] - len(train)
         logger.info(
-            f"splits: {len(train):,} rows to train on, {splits['val']:,} for validation"
+            f"splits: {counted(len(train), 'row')} to train on, {splits['val']:,} for validation"
             + (f", {unused:,} of other splits unused" if unused else "")
         )
         return train, of_splits(pairs, ["val"])
@@ -260,20 +260,24 @@ def _warn_of_captions_without_words(config: TrainingConfig, val: Pairs, name: st
     rest = len(wordless) - MAX_ROWS_SHOWN
     more = f" and {rest:,} more (lora_engine validate --json FILE lists them)" if rest > 0 else ""
     logger.warning(
-        f"{len(wordless):,} validation captions have no words to compare and are not scored: "
+        f"{counted(len(wordless), 'validation caption')} without words to compare, not scored: "
         f"{', '.join(map(val.location, wordless[:MAX_ROWS_SHOWN]))}{more}"
     )
 
 
 def _check_images_exist(name: str, pairs: Pairs, max_share: float) -> None:
     """Check up to MIN_SAMPLE of the rows at once, in case the paths do not lead to the images."""
-    checked = [pairs.image_of_row[i] for i in evenly_spaced(len(pairs), MIN_SAMPLE)]
-    missing = [image for image in checked if not pairs.images.has_file(image)]
+    checked = evenly_spaced(len(pairs), MIN_SAMPLE)
+    missing = [row for row in checked if not pairs.images.has_file(int(pairs.image_of_row[row]))]
     is_sample = len(pairs) > MIN_SAMPLE
     if len(missing) > allowed_failures(len(checked), max_share, is_sample=is_sample):
+        image, where = pairs[missing[0]].image, pairs.location(missing[0])
+        folder = "to the working folder" if name == PYTHON_ROWS else (
+            "to the annotation file; --image_root names another folder"
+        )
         raise ValueError(
-            f"{name}: {len(missing)} of {len(checked)} rows checked name an image that does not "
-            f"exist, more than --max_bad_share {max_share:g}; the first is "
-            f"{pairs.images[missing[0]]} (image paths are absolute or relative to the annotation "
-            f"file; --image_root names another folder)"
+            f"{name}: no image file for {len(missing)} of {counted(len(checked), 'row')} checked, "
+            f"more than --max_bad_share {max_share:g}; the first missing is {image}"
+            f"{f' ({where})' if where != image else ''}. Image paths are absolute or relative "
+            f"{folder}"
         )

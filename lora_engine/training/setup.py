@@ -54,7 +54,7 @@ from lora_engine.report.metrics_log import event_line
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
-from lora_engine.terminal import one_line
+from lora_engine.terminal import counted, one_line
 from lora_engine.training.best_adapter import BestAdapter
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -428,7 +428,8 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     """Log what is trained on what, and where."""
     config, trainer, found = setup.config, setup.trainer, sizes(setup)
     cut = setup.data.train_set.captions.num_truncated
-    truncated = f"; {cut:,} captions cut to {config.max_caption_tokens} tokens" if cut else ""
+    limit = counted(config.max_caption_tokens, "token")
+    truncated = f"; {counted(cut, 'caption')} cut to {limit}" if cut else ""
     logger.info(
         f"model {config.model} on {describe(trainer.device)}, "
         f"{dtype_name(trainer.dtype)}: "
@@ -437,9 +438,10 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
     for name in dict.fromkeys([setup.data.rows.train.name, setup.data.rows.val.name]):
         logger.info(f"data {name}")
     logger.info(
-        f"data {found['num_train_captions']:,} training captions of "
-        f"{found['num_train_images']:,} images, {found['num_val_captions']:,} validation captions "
-        f"of {found['num_val_images']:,}{truncated}"
+        f"data {counted(found['num_train_captions'], 'training caption')} of "
+        f"{counted(found['num_train_images'], 'image')}, "
+        f"{counted(found['num_val_captions'], 'validation caption')} of "
+        f"{found['num_val_images']:,}{truncated}"
     )
     logger.info(setup.plan.grouped())
     logger.info(f"run folder {folder.path}")

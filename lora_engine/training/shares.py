@@ -13,6 +13,7 @@ import lora_engine
 from lora_engine.config import TrainingConfig
 from lora_engine.devices import dtype_name
 from lora_engine.ranks import Ranks, check_equal
+from lora_engine.terminal import counted
 from lora_engine.training.checkpoint import Checkpoint
 from lora_engine.training.trainer import Trainer
 from lora_engine.version import __version__
@@ -44,8 +45,9 @@ def with_micro_batches(
         )
     if number > config.rows_per_step and not is_resumed:
         raise ValueError(
-            f"a step has {config.rows_per_step} captions (--batch_size {config.batch_size} x "
-            f"--grad_accum_steps {config.grad_accum_steps}), too few for {number} micro-batches"
+            f"a step has {counted(config.rows_per_step, 'caption')} "
+            f"(--batch_size {config.batch_size} x --grad_accum_steps {config.grad_accum_steps}), "
+            f"too few for {number} micro-batches"
             f"{f' of {ranks.size} processes' if ranks.size > 1 else ''}; raise one of them, or "
             f"lower {'the number of processes' if ranks.size > 1 else '--micro_batches'}"
         )

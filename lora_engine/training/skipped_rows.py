@@ -11,6 +11,7 @@ from lora_engine.data.batches import CaptionedImages, Skipped
 from lora_engine.data.rows import MAX_ROWS_SHOWN, BadRow
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.stopping import TrainingStopped
+from lora_engine.terminal import counted
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ class SkippedRows:
         for bad in bad_rows[:MAX_ROWS_SHOWN]:
             logger.info(f"skipped {bad}")
         logger.info(
-            f"{len(bad_rows):,} rows cannot be used and are skipped; {self.folder.skipped} lists "
-            f"them"
+            f"skipped {counted(len(bad_rows), 'row')} in all; {self.folder.skipped} lists them"
         )
 
     def restore(self, dataset: CaptionedImages, tried: Iterable[int]) -> None:
