@@ -22,8 +22,9 @@ FLAGS = {
                          "images image input",
     "--val_data_path": "validation_file val_data validation_data eval_file eval_data_path "
                        "eval_dataset validation_dir val_path test_file",
-    "--data": "test_file validation_file dataset dataset_name references refs annotations gt "
-              "images image input",
+    "--data": "val_data_path train_data_path data_path val_data validation_data eval_data "
+              "eval_dataset test_file validation_file dataset dataset_name references refs "
+              "annotations gt images image input",
     "--image_field": "image_column image_column_name",
     "--caption_field": "caption_column text_column caption_column_name",
     "--image_root": "image_dir images_dir image_folder img_dir",
@@ -108,7 +109,7 @@ VERBS = {
     "report": "compare plot show results history",
     "download": "fetch get img2dataset prepare",
     "validate": "check lint verify inspect",
-    "doctor": "env info diagnose system version",
+    "doctor": "env info diagnose system",
     "app": "serve web gradio ui webui chat",
 }
 VERB_REASONS = {

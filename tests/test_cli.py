@@ -194,7 +194,7 @@ def test_after_a_restart_a_run_resumes_if_it_had_a_folder(command, data, monkeyp
     (["train.json"], ["train.json"]),
     (["--batch_size", "many"], ["--batch_size", "'many'"]),
     (["--lr", "1e-5x"], ["--lr", "'1e-5x'"]),
-    (["--lr"], ["--lr", "Missing value"]),
+    (["--lr"], ["error: --lr needs a value"]),
     (["--precision", "fp8"], ["--precision", "'fp8'", "'bf16'"]),
     (["--epochs", "1.5"], ["--epochs is 1.5", "--max_steps"]),
 ])
@@ -406,7 +406,7 @@ def test_help_explains_every_flag(command, main, args, config):
     for name, meaning in meanings.items():
         assert meaning in text and (name in ("images", "runs") or f"--{name}" in text), name
     if config is TrainingConfig:
-        assert "--no_compile" in text and "the embedded demo runs" in text
+        assert "--no_compile" in text and "run the embedded demo" in text
 
 
 # --- whole commands -------------------------------------------------------------------------
