@@ -85,6 +85,11 @@ REASONS = {
     "adapter/ is always that of the best validation (--best_by)": "load_best_model_at_end "
         "save_best_only save_only_model save_safetensors",
     "fp32 is computed in full precision": "tf32",
+    "beam search ends as transformers' does with early_stopping=False": "early_stopping",
+    "beams are searched in one group": "num_beam_groups diversity_penalty",
+    "samples are drawn by temperature, top_k and top_p": "min_p typical_p epsilon_cutoff "
+        "eta_cutoff",
+    "keys and values of earlier tokens are always kept": "use_cache",
     "weights are not quantized; --encoder_precision int8 computes the encoder faster on a CPU":
         "load_in_8bit load_in_4bit quantization quantize bits qlora use_qlora",
     "code from model folders is never run": "trust_remote_code",
