@@ -246,11 +246,13 @@ def test_where_there_is_no_run_yet_resume_begins_it(unbroken, blip_folder, data,
     assert_same_run(tmp_path / "run", unbroken)
 
 
-def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path):
+def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path, capsys):
     run = copy_of(unbroken, tmp_path)
     before = trajectory(run)
     summary = train(go_on(long_run(blip_folder, data, run)))
     assert trajectory(run) == before and summary.last_step == 13
+    told = "is finished (13 of 13 steps); to train on, resume it with a higher --max_steps\n"
+    assert told in capsys.readouterr().out
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:

@@ -437,7 +437,13 @@ class Run:
 
     def _log_resumption(self, checkpoint: Checkpoint) -> None:
         before, now = checkpoint.state["total_steps"], self.schedule.total_steps
-        logger.info(f"resuming after step {self.step} of {now}, from {checkpoint.path}")
+        if self.step < now:
+            logger.info(f"resuming after step {self.step} of {now}, from {checkpoint.path}")
+        else:
+            logger.info(
+                f"the run in {self.folder.path} is finished ({self.step} of {now} steps); to train "
+                f"on, resume it with a higher {' and '.join(self.schedule.limits)}"
+            )
         changes = changes_on_resume(checkpoint.settings, self.setup.config)
         if changes:
             logger.info(f"with other settings: {', '.join(changes)}")
