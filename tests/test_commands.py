@@ -728,6 +728,8 @@ def test_a_java_program_that_fails_costs_a_warning(
     (["--data", "VAL", "--split", "test"], ["--split test: no row", "the splits are val (4 rows)"]),
     (["--data", "VAL", "--data_format", "tra"], ["no format tra; did you mean tar"]),
     (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
+    (["--data", "VAL", "--out", "VAL"], ["val.json would replace the data; give another file"]),
+    (["--data", "VAL", "--coco_out", "VAL"], ["--coco_out", "would replace the data"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
     (["--data", "VAL", "--adapter", "absent"], ["no adapter at absent"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),

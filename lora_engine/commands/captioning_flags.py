@@ -258,12 +258,15 @@ class SkippedImages:
                 new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_writable(flag: str, path: str | None) -> None:
-    """Raises ValueError, before any work is done, if a file cannot be written at `path`."""
+def check_writable(flag: str, path: str | None, *, inputs: Sequence[str] = ()) -> None:
+    """Raises ValueError, before any work is done, if a file cannot be written at `path`, or would
+    replace one of the `inputs`."""
     if path is None:
         return
     out = Path(path)
     if out.exists() and not out.is_file():
         raise ValueError(f"{flag} {out} is not a regular file; give one that may be replaced")
+    if any(out.exists() and os.path.exists(path) and out.samefile(path) for path in inputs):
+        raise ValueError(f"{flag} {out} would replace the data; give another file")
     if not out.parent.is_dir():
         raise ValueError(f"{flag} {out}: there is no folder {out.parent}; create it first")

@@ -63,7 +63,8 @@ class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
     """Adapter: a run folder, an adapter folder, or owner/name on the Hub; its base model is scored
     for comparison. Repeat the flag to compare several adapters."""
     out: str | None = None
-    """Write one JSON line per image, with its captions and their scores, to this file."""
+    """Write one JSON line per image, with its captions and their scores, to this file; replaces it
+    if it exists."""
     coco_out: str | None = None
     """Write the captions (the adapter's, if there is one) in COCO's results format to this file."""
     meteor_spice: bool = False
@@ -133,8 +134,8 @@ def evaluate(args: list[str]) -> int:
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     config.check()
     if ranks.is_main:
-        check_writable("--out", config.out)
-        check_writable("--coco_out", config.coco_out)
+        for flag, path in (("--out", config.out), ("--coco_out", config.coco_out)):
+            check_writable(flag, path, inputs=paths_of(config.data))
         if config.meteor_spice:
             check_java()
     config.take_share(ranks)
