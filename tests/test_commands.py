@@ -119,6 +119,7 @@ def test_an_adapters_prompt_is_used_and_can_be_replaced(
         status, out, _ = command(verbs.run_verb, "caption", "--adapter", adapter, image, *given)
         texts[prompt] = caption_by_hand(vit_gpt2_folder, image, adapter, prompt=prompt)
         assert (status, out) == (0, f"{image}\t{texts[prompt]}\n")
+        assert not prompt or not texts[prompt].startswith(prompt)
     assert len(set(texts.values())) > 1
 
 

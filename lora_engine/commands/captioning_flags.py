@@ -60,7 +60,8 @@ class CaptioningConfig:
     batch_size: Annotated[int, Range(ge=1)] = 16
     """Images per batch."""
     prompt: str | None = None
-    """Words for the captions to continue. Default: the prompt that the adapter was trained with."""
+    """Words for the captions to continue, not repeated in them. Default: the prompt that the
+    adapter was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
     encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
