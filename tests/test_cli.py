@@ -8,6 +8,7 @@ import logging
 import pwd
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -424,15 +425,19 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
     assert (status, err) == (0, "")
     assert "adapter     run/adapter\n" in out
-    printed = out.strip().splitlines()[-1].split()
-    assert Path(printed[2]) == Path(sys.executable)
-    assert printed[3:6] == ["-m", "lora_engine", "caption"]
     adapter = Path("run") / "adapter"
-    assert printed[6:8] == ["--adapter", str(adapter)]
+    printed, *others = (shlex.split(line)[2:] for line in out.strip().splitlines()[-3:])
+    assert Path(printed[0]) == Path(sys.executable)
+    assert printed[1:6] == ["-m", "lora_engine", "caption", "--adapter", str(adapter)]
+    assert [words[3:] for words in others] == [
+        ["evaluate", "--adapter", str(adapter), "--data", str(data / "val.json")],
+        ["merge", "--adapter", str(adapter), "--out", "run-merged"],
+    ]
     best_step = int(read_adapter(adapter).provenance["step"])
     samples = json_lines(Path("run") / "samples.jsonl")
     sample = [line for line in samples if line["step"] == best_step][-1]
-    status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
+    assert printed[6] == sample["image"]
+    status, out, err = command(verbs.run_verb, *printed[3:])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{escaped(' '.join(sample['caption'].split()))}\n"
 

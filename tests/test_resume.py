@@ -251,7 +251,7 @@ def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path,
     before = trajectory(run)
     summary = train(go_on(long_run(blip_folder, data, run)))
     assert trajectory(run) == before and summary.last_step == 13
-    told = "is finished (13 of 13 steps); to train on, resume it with a higher --max_steps\n"
+    told = "is finished (step 13 of 13); to train on, resume it with a higher --max_steps\n"
     assert told in capsys.readouterr().out
 
 
