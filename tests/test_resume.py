@@ -530,7 +530,8 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
     unbroken, blip_folder, data, tmp_path, phase, number
 ):
     run = tmp_path / "run"
-    flags = [f"--{name}={value}" for name, value in _flags(long_run(blip_folder, data, run))]
+    config = long_run(blip_folder, data, run, num_workers=2)
+    flags = [f"--{name}={value}" for name, value in _flags(config)]
 
     def signalled():
         owner, name, call = PHASES[phase]
@@ -543,7 +544,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
             return real(*args, **kwargs)
 
         setattr(owner, name, send)
-        sys.argv = ["program", *flags, "--num_workers", "2"]
+        sys.argv = ["program", *flags]
         return cli.run(blip_cc3m.main)
 
     ended = in_child(signalled, tmp_path / "log")
