@@ -1,7 +1,7 @@
 """A training run for the tests of torchrun: python -m rank_run JSON
 
 args         of recipes.finetune
-more_args    of single processes, by rank
+given        another [flag, value] of single processes, by rank
 signal       sent once, [step, rank or "launcher", number]: after that many steps, by that process
 hung_s       the time without a beat after which a process is lost
 join_s       the time for all processes to start
@@ -55,8 +55,13 @@ def main(request: dict) -> int:
     ranks.JOIN_S = request.get("join_s", ranks.JOIN_S)
     if "signal" in request and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         send_signal(*request["signal"])
-    more_args = request.get("more_args", {}).get(os.environ["RANK"], [])
-    return finetune.main([*request["args"], *more_args])
+    args = request["args"]
+    given = request.get("given", {}).get(os.environ["RANK"])
+    if given is not None:
+        flag, value = given
+        at = args.index(flag) if flag in args else len(args)
+        args[at : at + 2] = [flag, value]
+    return finetune.main(args)
 
 
 if __name__ == "__main__":
