@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import checkpoints
+import hypothesis
 import pytest
 import torch
 from command_lines import plain
@@ -25,6 +26,10 @@ from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.stopping import SIGNALS
 from lora_engine.training import run as run_module
 from lora_engine.training import run_data, validation_captions
+
+# The same examples each time; a busy machine takes longer for one than any deadline.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 # One thread: these models are so small that sharing the work costs several times the work, the
 # more so on a busy machine. Children inherit the environment.

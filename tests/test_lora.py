@@ -413,7 +413,7 @@ NAMES = ["query", "value", "dense", "out"]
 paths = st.lists(st.sampled_from([*NAMES, "0", "layer", "mlp"]), min_size=0, max_size=3)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     tree_paths=st.lists(st.tuples(paths, st.sampled_from(NAMES)), min_size=1, max_size=6),
     targets=st.lists(

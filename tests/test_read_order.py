@@ -36,7 +36,7 @@ def test_blocks_end_at_shards_and_after_some_megabytes():
     assert block_ends(images, np.arange(0)).tolist() == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 99)
 )

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_engine.data.formats import (
@@ -148,7 +148,6 @@ def test_a_file_has_one_format_by_its_beginning(name, head, expected):
 STARTS = ("", "[", "{", '[{"', '{"images":[{"', "image,text\n", "image\ttext\n", "1.jpg#0\t")
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     st.sampled_from(STARTS),
     st.text(st.sampled_from('{}[]":,\\\t\n\r |;#ab0\x00\ud83d😀'), max_size=60),
