@@ -125,8 +125,8 @@ def save_adapter(
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
     PiSSA and OLoRA change the frozen weights: their adapters are saved as LoRA of twice the rank,
-    for the base as it was. The settings are those of `adapter_files`. An existing adapter is replaced only when the new one
-    is complete; other files in `folder` are kept.
+    for the base as it was. The settings are those of `adapter_files`. An existing adapter is
+    replaced only when the new one is complete; other files in `folder` are kept.
     """
     write_adapter(folder, adapter_files(
         model,
@@ -205,8 +205,8 @@ def load_adapter(
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
     `adapter` is one that was read, or what `find_adapter` accepts. Ranks and scaling come from its
-    configuration. For further training, `dropout` replaces the adapter's own, and `use_lorafa` freezes
-    its A matrices.
+    configuration. For further training, `dropout` replaces the adapter's own, and `use_lorafa`
+    freezes its A matrices.
 
     Raises AdapterError, before anything is changed, if the adapter changes more than LoRA layers
     can (`beyond_lora`), if a matrix does not have the shape given by model and configuration, or if

@@ -5,7 +5,7 @@
     orthogonal   A and B with orthogonal rows and columns, so that B A is zero
     pissa        principal singular vectors of W        https://arxiv.org/abs/2404.02948
     olora        the first columns of W's QR factors    https://arxiv.org/abs/2406.01775
-    eva          principal components of the layer's inputs, B zero (eva.py)
+    eva          principal components of the layer's inputs, B zero (training/eva.py)
 
 PiSSA and OLoRA begin with an update that is not zero, and take it out of the frozen weight: the
 layer computes what its base computed, up to rounding.
@@ -16,16 +16,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-INITIALIZATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora", "eva")
+INITIALIZATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 CHANGES_WEIGHT = ("pissa", "olora")
 
 
 def check_initialization(how: str, rank: int, in_features: int, out_features: int) -> None:
     """Raises ValueError for an initialization that is unknown, or impossible with this rank."""
-    if how not in INITIALIZATIONS:
-        hint = " (B other than zero is not supported)" if how is False else ""
+    if how == "eva":
         raise ValueError(
-            f"init_lora_weights is {how!r}{hint}; expected {', '.join(INITIALIZATIONS)}"
+            "init_lora_weights eva needs training data: it is a setting of training; inject with "
+            "default, and call initialize_eva of lora_engine.training.eva"
+        )
+    if how not in INITIALIZATIONS:
+        hint = " (B other than zero is not supported)" if how == "False" else ""
+        raise ValueError(
+            f"init_lora_weights is {how!r}{hint}; expected {', '.join(INITIALIZATIONS)} or eva"
         )
     if how == "orthogonal" and rank % 2:
         raise ValueError(f"init_lora_weights orthogonal needs an even rank, not {rank}")
@@ -39,8 +44,7 @@ def check_initialization(how: str, rank: int, in_features: int, out_features: in
 def initial_matrices(how: str, weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A (R, in) and B (out, R) for a weight (out, in), in its dtype and on its device.
 
-    Random ones are drawn from torch's global generator. With "eva" A is that of "default", until
-    `initialize_eva` replaces it.
+    Random ones are drawn from torch's global generator.
     """
     num_out, num_in = weight.shape
     if how == "pissa":

@@ -97,9 +97,9 @@ def inject(
     `targets` and `layers_to_transform`, the numbers of the decoder's layers to adapt, are matched
     as in `select`. `rank_pattern` and `alpha_pattern` give some layers another rank or alpha: the
     key is one of the module's `lora_groups`, or by PEFT's rule a regular expression that matches
-    the path or what follows a dot in it. The variants are those of `LoRALinear`; `eva` needs
-    `initialize_eva` afterwards. Matrices are drawn from torch's global generator in the order of
-    the module tree. Afterwards only the new ones require a gradient.
+    the path or what follows a dot in it. The variants are those of `LoRALinear`. Matrices are
+    drawn from torch's global generator in the order of the module tree. Afterwards only the new
+    ones require a gradient.
 
     Before anything is changed, raises ValueError as `select` does, for a pattern that is no regular
     expression, takes too long to match or matches nothing, for a rank, a dropout or an
@@ -108,12 +108,13 @@ def inject(
     """
     paths = select(module, targets, layers_to_transform)
     groups: Mapping[str, str] = getattr(module, "lora_groups", {})
-    rank_pattern, alpha_pattern = (
-        {groups.get(name, name): value for name, value in (pattern or {}).items()}
-        for pattern in (rank_pattern, alpha_pattern)
-    )
-    ranks = by_pattern(rank_pattern, paths, default=rank, must_match="rank_pattern")
-    alphas = by_pattern(alpha_pattern, paths, default=alpha, must_match="alpha_pattern")
+
+    def values(name: str, pattern: Mapping | None, default: float) -> dict[str, Any]:
+        pattern = {groups.get(key, key): value for key, value in (pattern or {}).items()}
+        return by_pattern(pattern, paths, default=default, must_match=name)
+
+    ranks = values("rank_pattern", rank_pattern, rank)
+    alphas = values("alpha_pattern", alpha_pattern, alpha)
     return adapt(
         module,
         ranks,
@@ -138,7 +139,7 @@ def adapt(
     init_lora_weights: str | bool = "default",
 ) -> InjectionPlan:
     """`inject` for the layers whose ranks and alphas are given by path."""
-    how = "default" if init_lora_weights is True else init_lora_weights
+    how = "default" if init_lora_weights is True else str(init_lora_weights)
     for path, rank in ranks.items():
         base = module.get_submodule(path)
         check_settings(rank, dropout)
