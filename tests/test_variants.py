@@ -1,6 +1,7 @@
 """Variants of LoRA: initial values, steps, saved adapters and merging are those of PEFT."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +25,7 @@ from lora_engine.lora.injection import inject, lora_layers, lora_parameters, mer
 from lora_engine.lora.layer import LoRALinear, project
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.training.eva import initialize_eva
 from lora_engine.training.optim import FlatLoRAParameters
 from lora_engine.training.trainer import Trainer
 
@@ -84,6 +86,16 @@ def logits(model: nn.Module) -> Tensor:
     return model.head(model.decode(TOKENS[:, :-1], model.encode(PIXELS)))
 
 
+def a_batch(captioner: Captioner, tokens: Tensor = TOKENS) -> FeatureBatch:
+    with torch.no_grad():
+        features = captioner.model.encode(PIXELS[: len(tokens)])
+    rows = [*range(len(tokens))]
+    targets = tokens[:, 1:].flatten()
+    return FeatureBatch(
+        tokens[:, :-1], torch.arange(len(targets)), targets, len(targets), rows, rows, [], features
+    )
+
+
 def train(
     captioner: Captioner, loraplus_lr_ratio: float | None = None, **settings
 ) -> Iterator[float]:
@@ -92,12 +104,7 @@ def train(
         captioner.model.train(), device=torch.device("cpu"), dtype=torch.float32, lr=LR,
         max_grad_norm=0.0, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=0.0,
     )
-    with torch.no_grad():
-        features = captioner.model.encode(PIXELS)
-    rows = [0, 1, 2, 3]
-    batch = FeatureBatch(
-        TOKENS[:, :-1], torch.arange(24), TOKENS[:, 1:].flatten(), 24, rows, rows, [], features
-    )
+    batch = a_batch(captioner)
     for step in range(NUM_STEPS):
         loss = trainer.accumulate([batch], step)
         trainer.update(loss, lr=LR)
@@ -191,6 +198,62 @@ def test_a_run_that_changed_the_frozen_weights_is_restored_to_the_bit(folder, tm
     assert torch.equal(logits(again.model), logits(captioner.model))
     for name, parameter in lora_parameters(captioner.model).items():
         assert torch.equal(parameter, lora_parameters(again.model)[name]), name
+
+
+# --- EVA -----------------------------------------------------------------------------------
+
+
+def test_eva_finds_pefts_components(folder):
+    captioner = load_captioner(folder)
+    inject(captioner.model, ["attention"], rank=3, dropout=0.0)
+    initialize_eva(captioner.model, [a_batch(captioner)], device=torch.device("cpu"))
+    layers = dict(lora_layers(captioner.model))
+    theirs = get_peft_model(hugging_face(folder), LoraConfig(
+        r=3, target_modules=list(layers), init_lora_weights="eva", eva_config=EvaConfig(rho=1.0),
+        fan_in_fan_out=captioner.family != "blip",
+    ))
+    name = "input_ids" if captioner.family == "blip" else "decoder_input_ids"
+    inputs = {"pixel_values": PIXELS, name: TOKENS[:, :-1]}
+    found = get_eva_state_dict(
+        theirs, [inputs] * 2, show_progress_bar=False,
+        forward_fn=lambda model, inputs: model(**inputs),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0].flatten(0, -2),
+    )
+    assert len(found) == len(layers)
+    with torch.no_grad():
+        features = captioner.model.encode(PIXELS).flatten(0, 1)
+    features -= features.mean(dim=0)
+    for key, components in found.items():
+        path = key.removeprefix("base_model.model.").partition(".lora_A")[0]
+        ours = layers[path].lora_A.detach()
+        if re.search(r"cross.*\.(key|value|c_attn)", path):
+            # PEFT's method is too approximate for features of which no direction stands out.
+            best = torch.linalg.svdvals(features)[:3].square().sum()
+            assert (features @ ours.T).square().sum() > 0.999 * best
+        else:
+            similarity = (ours @ components.float().T).abs()
+            torch.testing.assert_close(similarity, torch.eye(3), rtol=0, atol=0.02, msg=path)
+
+
+def test_eva_ignores_padding_and_counts_tokens(folder):
+    captioner = load_captioner(folder)
+    inject(captioner.model, TARGETS, rank=4, dropout=0.0)
+    padded = a_batch(captioner)
+    valid = torch.tensor([0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 19, 20])  # 3 of 6 tokens in a row
+    padded = padded._replace(target_positions=valid, target_ids=padded.target_ids[valid])
+    short = a_batch(captioner, TOKENS[:, :4])
+    found = []
+    for batch in (padded, short):
+        torch.manual_seed(0)
+        initialize_eva(captioner.model, [batch], device=torch.device("cpu"))
+        found.append({name: p.clone() for name, p in lora_parameters(captioner.model).items()})
+    for name, matrix in found[0].items():
+        torch.testing.assert_close(matrix.abs(), found[1][name].abs(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="needs at least 4 tokens, the rank; found 1"):
+        one = a_batch(captioner, TOKENS[:1, :2])
+        initialize_eva(captioner.model, [one], device=torch.device("cpu"))
+    assert not any(layer._forward_pre_hooks for _, layer in lora_layers(captioner.model))
 
 
 # --- one layer ------------------------------------------------------------------------------
