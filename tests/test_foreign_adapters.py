@@ -48,7 +48,6 @@ KINDS: dict[str, tuple[dict, str]] = {
                             "word_embeddings"], "use_dora": True},
         "changes the vision encoder",
     ),
-    "dora_decoder": ({"target_modules": NAMES, "use_dora": True}, "is a DoRA adapter"),
     "bias_all": ({"target_modules": NAMES, "bias": "all"}, "changes the vision encoder"),
     "bias_lora": (
         {"target_modules": NAMES, "bias": "lora_only"}, "replaces tensors of the base (bias"
