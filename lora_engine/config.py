@@ -49,6 +49,9 @@ class Range:
         return f"{self.ge} or more" if words == [f"at least {self.ge}"] else " and ".join(words)
 
 
+Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"]
+
+
 def check_ranges(settings: Any, prefix: str = "--") -> None:
     """Raises ValueError that names the first flag of a dataclass whose value is out of range."""
     hints = get_type_hints(type(settings), include_extras=True)
@@ -131,9 +134,7 @@ class TrainingConfig:
     """Train the magnitude of each output besides its direction (DoRA)."""
     use_lorafa: bool = False
     """Train the B matrices alone (LoRA-FA): less memory, and half the optimizer's state."""
-    init_lora_weights: Literal[
-        "default", "gaussian", "orthogonal", "pissa", "olora", "eva"
-    ] = "default"
+    init_lora_weights: Initialization = "default"
     """Initial LoRA matrices. pissa and olora: parts of the frozen weights, which are taken out of
     them; eva: principal components of the layers' inputs on the first training images."""
     loraplus_lr_ratio: Annotated[float | None, Range(gt=0)] = None
