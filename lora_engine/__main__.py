@@ -39,7 +39,7 @@ def run_verb(args: list[str]) -> int:
             print(f"  {name:<10} {purpose}")
         print("\npython -m lora_engine VERB --help lists the flags of a verb")
         return 0 if args else cli.USAGE_ERROR
-    if args[0] in ("--version", "-V"):
+    if args[0] in ("--version", "-V", "version"):
         print(f"lora_engine {__version__}")
         return 0
     if args[0] not in SHARED_OUT:
@@ -65,6 +65,7 @@ def _command(verb: str) -> Callable[[list[str]], int]:
 def _demo(args: list[str]) -> int:
     name, *flags = args if args and not args[0].startswith("-") else ["blip", *args]
     flag = next((arg for arg in flags if arg.startswith(("--train", "--val_d", "--val-d"))), None)
+    name = name.replace("-", "_")
     if name not in DEMOS or flag is not None:
         with open_ranks():
             if flag is not None:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -112,36 +112,86 @@ def _drop_unwritable_output() -> None:
 def parse(settings: type[T], args: Sequence[str], *, prog: str, description: str, **more: Any) -> T:
     """Fill a dataclass from flags, which may be spelled with underscores or hyphens.
 
-    Raises ValueError as `given_fields` does. For other mistakes and for --help, tyro prints its own
-    message and exits.
+    Raises ValueError as `given_fields` does, for a required flag that is missing, and for what tyro
+    refuses. For --help, tyro prints and exits.
     """
     import tyro
 
-    given_fields(settings, args)
-    return tyro.cli(
-        settings, args=args, prog=prog, description=description, use_underscores=True, **more
-    )
+    see = f"see {prog.replace('python -m lora_engine', this_program())} --help"
+    given = given_fields(settings, args)
+    if "default" not in more and not {"--help", "-h"} & {*args}:
+        missing = [flag for flag in _required(settings) if flag.removeprefix("--") not in given]
+        if missing:
+            raise ValueError(f"{prog.split()[-1]} needs {' and '.join(missing)}; {see}")
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.cli(
+                settings, args=args, prog=prog, description=description, use_underscores=True,
+                **more,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    raise ValueError(f"{_complaint(told.getvalue())}; {see}")
+
+
+# What tyro says, and how we say it; anything else is passed on.
+_COMPLAINTS = {
+    r"Error parsing (\S+): .*could not convert string to float: (.+)":
+        r"\1 is \2; it must be a number",
+    r"Error parsing (\S+): .*invalid literal for int\(\) with base 10: (.+)":
+        r"\1 is \2; it must be a whole number",
+    r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.":
+        r"\2 is \1; it must be one of \3",
+    r"Unrecognized options: (.+)": r"unrecognized arguments \1: values follow their flags",
+}
+
+
+def _complaint(box: str) -> str:
+    """tyro's error message in one line, without its frame, title and further sections."""
+    sections = re.split("[─-]{4,}", re.sub("[│╭╮╰╯]", " ", box))  # on some terminals ASCII
+    text = " ".join(sections[1 if len(sections) > 1 else 0].split())
+    for pattern, ours in _COMPLAINTS.items():
+        if re.fullmatch(pattern, text):
+            return re.sub(pattern, ours, text)
+    return text
+
+
+def _required(settings: type) -> list[str]:
+    """The flags that have no default."""
+    positional = _fields_marked(settings, "Positional")
+    return [
+        f"--{field.name}" for field in dataclasses.fields(settings)
+        if field.default is dataclasses.MISSING and field.name not in positional
+    ]
+
+
+def _fields_marked(settings: type, mark: str) -> set[str]:
+    """The fields whose type has a mark of tyro's, such as Positional."""
+    import tyro
+
+    hints = get_type_hints(settings, include_extras=True)
+    return {
+        name for name, hint in hints.items()
+        if getattr(tyro.conf, mark) in getattr(hint, "__metadata__", ())
+    }
 
 
 def given_fields(settings: type, args: Sequence[str]) -> list[str]:
     """The fields of a dataclass that a command line sets.
 
-    Raises ValueError for a flag that does not exist, and suggests the one that does what another
-    tool's does, or close matches.
+    Raises ValueError for a flag that lacks its value or is given twice, and for one that does not
+    exist: suggests the one that does what another tool's does, or close matches.
     """
-    import tyro
-
-    hints = get_type_hints(settings, include_extras=True)
     fields = {f"--{field.name}": field for field in dataclasses.fields(settings)}
-    positional = {
-        flag for flag, field in fields.items()
-        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
-    }
+    positional = {f"--{name}" for name in _fields_marked(settings, "Positional")}
+    repeatable = _fields_marked(settings, "UseAppendAction")
     fields |= {
         f"--no_{field.name}": field for field in [*fields.values()] if field.type is bool
     }
-    given = []
-    for arg, following in zip(args, [*args[1:], ""]):
+    given: list[str] = []
+    for arg, following in zip(args, [*args[1:], None]):
         flag, equals, _ = arg.partition("=")
         if re.fullmatch(r"-[a-zA-Z]\w+", flag):  # one hyphen
             flag = f"-{flag}"
@@ -156,8 +206,15 @@ def given_fields(settings: type, args: Sequence[str]) -> list[str]:
         if not arg.startswith("--"):
             raise ValueError(f"{arg} needs two hyphens: {flag}")
         name = fields[spelling].name
-        if fields[spelling].type is bool and (equals or following.lower() in ("true", "false")):
-            raise ValueError(f"{flag} takes no value: give --{name} or --no_{name}")
+        if fields[spelling].type is bool:
+            if equals or following is not None and following.lower() in ("true", "false"):
+                raise ValueError(f"{flag} takes no value: give --{name} or --no_{name}")
+        elif not equals and (following is None or re.match(r"--[a-zA-Z]", following)):
+            raise ValueError(f"{flag} needs a value")
+        if name in given and name not in repeatable:
+            several = "tuple" in str(fields[spelling].type)
+            advice = "give all its values behind one" if several else "give it once"
+            raise ValueError(f"--{name} is given twice; {advice}")
         given.append(name)
     return given
 

@@ -73,7 +73,7 @@ class TrainingConfig:
     train_data_path: str | tuple[str, ...] | None = None
     """Training data: files, folders or patterns (shards/{00000..00575}.tar). Reads JSON, CSV, COCO,
     Karpathy's splits, Flickr, captions beside images, WebDataset tars, Parquet, Hugging Face
-    datasets (docs/data.md). Without it, the embedded demo runs."""
+    datasets (docs/data.md). Without it, the recipes run the embedded demo."""
     val_data_path: str | tuple[str, ...] | None = None
     """Validation data. Default: the validation split of the training data, else a part of its
     images."""

@@ -22,8 +22,9 @@ FLAGS = {
                          "images image input",
     "--val_data_path": "validation_file val_data validation_data eval_file eval_data_path "
                        "eval_dataset validation_dir val_path test_file",
-    "--data": "test_file validation_file dataset dataset_name references refs annotations gt "
-              "images image input",
+    "--data": "val_data_path train_data_path data_path val_data validation_data eval_data "
+              "eval_dataset test_file validation_file dataset dataset_name references refs "
+              "annotations gt images image input",
     "--image_field": "image_column image_column_name",
     "--caption_field": "caption_column text_column caption_column_name",
     "--image_root": "image_dir images_dir image_folder img_dir",
@@ -90,6 +91,11 @@ REASONS = {
     "adapter/ is always that of the best validation (--best_by)": "load_best_model_at_end "
         "save_best_only save_only_model save_safetensors",
     "fp32 is computed in full precision": "tf32",
+    "beam search ends as transformers' does with early_stopping=False": "early_stopping",
+    "beams are searched in one group": "num_beam_groups diversity_penalty",
+    "samples are drawn by temperature, top_k and top_p": "min_p typical_p epsilon_cutoff "
+        "eta_cutoff",
+    "keys and values of earlier tokens are always kept": "use_cache",
     "weights are not quantized; --encoder_precision int8 computes the encoder faster on a CPU":
         "load_in_8bit load_in_4bit quantization quantize bits qlora use_qlora",
     "code from model folders is never run": "trust_remote_code",
@@ -114,7 +120,7 @@ VERBS = {
     "report": "compare plot show results history",
     "download": "fetch get img2dataset prepare",
     "validate": "check lint verify inspect",
-    "doctor": "env info diagnose system version",
+    "doctor": "env info diagnose system",
     "app": "serve web gradio ui webui chat",
 }
 VERB_REASONS = {

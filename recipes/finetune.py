@@ -24,7 +24,8 @@ Both start this recipe; the first is also installed as lora-engine train.
   CIDEr-D first falls while the captions change their style, at 5e-4 for two epochs: hence a
   patience of three. Without warm-up, BLIP reached 8.62 at 5e-3.
 
-Without data paths, the embedded demo runs, with a learning rate of 5e-3 and 8 epochs.
+Without data paths, the recipe runs the embedded demo, with a learning rate of 5e-3 and 8 epochs;
+lora-engine train needs them.
 """
 
 import sys

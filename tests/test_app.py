@@ -39,9 +39,15 @@ def write_adapter(folder: Path, family: str) -> str:
 # --- the command line -----------------------------------------------------------------------
 
 
-def test_without_gradio_the_message_says_what_to_install(refused, monkeypatch):
+def test_without_gradio_the_message_says_what_to_install_as_the_documentation_does(
+    refused, monkeypatch
+):
     monkeypatch.setattr("lora_engine.commands.app.find_spec", lambda name: None)
-    refused(run_app, words=["error: app needs gradio: pip install 'lora_engine[app]'"])
+    install = "pip install -e '.[app]'"
+    refused(run_app, words=[f"error: app needs gradio: {install} in the clone of lora_engine"])
+    root = Path(__file__).parents[1]
+    for page in ("README.md", "docs/captioning.md"):
+        assert install in (root / page).read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import logging
 import pwd
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -194,7 +195,7 @@ def test_after_a_restart_a_run_resumes_if_it_had_a_folder(command, data, monkeyp
     (["train.json"], ["train.json"]),
     (["--batch_size", "many"], ["--batch_size", "'many'"]),
     (["--lr", "1e-5x"], ["--lr", "'1e-5x'"]),
-    (["--lr"], ["--lr", "Missing value"]),
+    (["--lr"], ["error: --lr needs a value"]),
     (["--precision", "fp8"], ["--precision", "'fp8'", "'bf16'"]),
     (["--epochs", "1.5"], ["--epochs is 1.5", "--max_steps"]),
 ])
@@ -409,7 +410,7 @@ def test_help_explains_every_flag(command, main, args, config):
     for name, meaning in meanings.items():
         assert meaning in text and (name in ("images", "runs") or f"--{name}" in text), name
     if config is TrainingConfig:
-        assert "--no_compile" in text and "the embedded demo runs" in text
+        assert "--no_compile" in text and "run the embedded demo" in text
 
 
 # --- whole commands -------------------------------------------------------------------------
@@ -427,15 +428,19 @@ def test_a_recipe_trains_and_the_printed_command_captions(
     status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
     assert (status, err) == (0, "")
     assert "adapter     run/adapter\n" in out
-    printed = out.strip().splitlines()[-1].split()
-    assert Path(printed[2]) == Path(sys.executable)
-    assert printed[3:6] == ["-m", "lora_engine", "caption"]
     adapter = Path("run") / "adapter"
-    assert printed[6:8] == ["--adapter", str(adapter)]
+    printed, *others = (shlex.split(line)[2:] for line in out.strip().splitlines()[-3:])
+    assert Path(printed[0]) == Path(sys.executable)
+    assert printed[1:6] == ["-m", "lora_engine", "caption", "--adapter", str(adapter)]
+    assert [words[3:] for words in others] == [
+        ["evaluate", "--adapter", str(adapter), "--data", str(data / "val.json")],
+        ["merge", "--adapter", str(adapter), "--out", "run-merged"],
+    ]
     best_step = int(read_adapter(adapter).provenance["step"])
     samples = json_lines(Path("run") / "samples.jsonl")
     sample = [line for line in samples if line["step"] == best_step][-1]
-    status, out, err = command(verbs.run_verb, *printed[5:8], sample["image"])
+    assert printed[6] == sample["image"]
+    status, out, err = command(verbs.run_verb, *printed[3:])
     assert (status, err) == (0, "")
     assert out == f"{sample['image']}\t{escaped(' '.join(sample['caption'].split()))}\n"
 

@@ -119,6 +119,7 @@ def test_an_adapters_prompt_is_used_and_can_be_replaced(
         status, out, _ = command(verbs.run_verb, "caption", "--adapter", adapter, image, *given)
         texts[prompt] = caption_by_hand(vit_gpt2_folder, image, adapter, prompt=prompt)
         assert (status, out) == (0, f"{image}\t{texts[prompt]}\n")
+        assert not prompt or not texts[prompt].startswith(prompt)
     assert len(set(texts.values())) > 1
 
 
@@ -183,7 +184,8 @@ def test_an_unreadable_image_is_named_and_the_others_are_captioned(
 @pytest.mark.parametrize("args, words", [
     (["captoin"], ["there is no verb 'captoin'; did you mean caption?"]),
     (["caption", "--adaptor", "x", "y.png"], ["no flag --adaptor; did you mean --adapter?"]),
-    (["caption", "--num_beams", "0", "y.png"], ["--num_beams is 0", "1 or more"]),
+    (["caption", "--num_beams", "0", "y.png"], ["--num_beams is 0", "at least 1"]),
+    (["caption", "--num_beams", "100000", "y.png"], ["--num_beams is 100000", "at most 1000"]),
     (["caption", "--batch_size", "-1", "y.png"], ["--batch_size is -1"]),
     (["caption", "--max_new_tokens", "0", "y.png"], ["--max_new_tokens is 0"]),
     (["caption", "--num_beams", "two", "y.png"], ["--num_beams", "'two'"]),
@@ -573,6 +575,25 @@ def test_settings_of_generation_are_scored_side_by_side(
     assert below.split() == 2 * ["base", "adapter", "difference"]
 
 
+def test_adapters_are_scored_side_by_side(command, data, blip_folder, blip_adapter, tmp_path):
+    adapters = [blip_adapter, adapter_folder(blip_folder, tmp_path / "other", seed=2)]
+    status, out, err = command(
+        verbs.run_verb, "evaluate", "--data", data / "val.json", "--out", "each.jsonl",
+        *(part for adapter in adapters for part in ("--adapter", adapter)),
+    )
+    assert (status, err) == (0, "")
+    above, below = out.splitlines()[3:5]
+    assert above.split() == list(map(str, adapters))
+    assert below.split() == ["base", *2 * ["adapter", "difference"]]
+    line = json_lines(Path("each.jsonl"))[0]
+    named = {"base": None} | {f"adapter {path}": path for path in adapters}
+    captions = {name: " ".join(line[name]["caption"].split()) for name in named}
+    assert captions == {
+        name: caption_by_hand(blip_folder, line["image"], path) for name, path in named.items()
+    }
+    assert len({*captions.values()}) == 3
+
+
 def test_coco_annotations_are_read_and_bad_images_counted(
     command, data, blip_folder, tmp_path
 ):
@@ -708,14 +729,22 @@ def test_a_java_program_that_fails_costs_a_warning(
     (["--data", "VAL", "--split", "test"], ["--split test: no row", "the splits are val (4 rows)"]),
     (["--data", "VAL", "--data_format", "tra"], ["no format tra; did you mean tar"]),
     (["--data", "VAL", "--out", "no/such.jsonl"], ["--out no/such.jsonl", "create it first"]),
+    (["--data", "VAL", "--out", "VAL"], ["val.json would replace the data; give another file"]),
+    (["--data", "VAL", "--coco_out", "VAL"], ["--coco_out", "would replace the data"]),
     (["--data", "VAL", "--coco_out", "."], ["--coco_out . is not a regular file"]),
     (["--data", "VAL", "--adapter", "absent"], ["no adapter at absent"]),
     (["--data", "VAL", "--batch_size", "0"], ["--batch_size is 0"]),
     (["--data", "VAL", "--generate", "beams=2"], ["--generate beams=2: there is no setting"]),
+    (["--data", "VAL", "--generate", "do_sample=true"], ["temperature=1, turns sampling on"]),
+    (["--data", "VAL", "--generate", "max_length=20"], ["it is max_new_tokens here"]),
+    (["--data", "VAL", "--generate", "early_stopping=true"], ["with early_stopping=False"]),
     (["--data", "VAL", "--generate", "top_k=2"], ["--generate top_k=2: top_k is for sampling"]),
     (["--data", "VAL", *2 * ["--generate", "num_beams=2"]], ["num_beams=2 is given twice"]),
     (["--data", "VAL", "--coco_out", "x.json", "--generate", "num_beams=2", "--generate",
       "num_beams=3"], ["several --generate"]),
+    (["--data", "VAL", "--coco_out", "x.json", "--adapter", "a", "--adapter", "b"],
+     ["several --adapter"]),
+    (["--data", "VAL", *2 * ["--adapter", "a"]], ["--adapter a a: give each of them once"]),
     (["--data", "VAL", "--num_beams", "2", "--num_return_sequences", "2"],
      ["--num_return_sequences is 2, but one caption of each image is scored"]),
 ])

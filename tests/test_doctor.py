@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def examined(command, monkeypatch):
     """Runs doctor while requests to the Hub raise or return `hub`; it measures only if asked."""
+
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))  # the other tests'
+
     def run(*flags, hub=URLError("no route"), measure="--no_speed"):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -49,6 +52,19 @@ def test_a_healthy_machine_has_no_problem(examined):
     assert "PROBLEM" not in out and out.endswith("nothing here would stop a run\n")
     assert "torch " in out and "answers" in out
     assert list(examined.work.iterdir()) == []
+
+
+@pytest.mark.parametrize("load", [0.5, 2.5, None])
+def test_measurements_on_a_busy_machine_come_with_a_note(examined, monkeypatch, load):
+    monkeypatch.setattr(doctor_module, "_MEASUREMENTS", doctor_module._MEASUREMENTS[:1])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    if load is None:  # Windows
+        monkeypatch.delattr("os.getloadavg")
+    else:
+        monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    status, out, _ = examined(measure="--speed")
+    assert status == 0
+    assert ("note    load        load average 2.5 on 2 processors" in out) == (load == 2.5)
 
 
 def test_a_hub_out_of_reach_is_a_note_with_what_to_do(examined):

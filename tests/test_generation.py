@@ -294,7 +294,7 @@ def test_generate_has_the_settings_as_keywords():
 
 @pytest.mark.parametrize("settings, message", [
     ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
-    ({"num_beams": 0}, "num_beams is 0; it must be 1 or more"),
+    ({"num_beams": 0}, "num_beams is 0; it must be at least 1 and at most 1000"),
     ({"min_new_tokens": 31}, r"min_new_tokens is 31; it must be from 0 to max_new_tokens \(30\)"),
     ({"num_beams": 2.0}, "num_beams is 2.0; it must be a whole number"),
     ({"num_beams": "2"}, "num_beams is '2'; it must be a whole number"),
@@ -332,7 +332,7 @@ def test_settings_are_changed_by_text():
         max_new_tokens=9, num_beams=4, length_penalty=0.5
     )
     for text, message in (
-        ("beams=4", "no setting 'beams'; expected num_beams, max_new_tokens"),
+        ("colors=4", "no setting 'colors'; expected num_beams, max_new_tokens"),
         ("num_beams=4.5", "num_beams is '4.5'; it must be a whole number"),
         ("temperature=hot", "temperature is 'hot'; it must be a number"),
         ("", "no setting ''"),

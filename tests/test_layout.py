@@ -2,10 +2,13 @@
 
 import ast
 import runpy
+import shutil
+import subprocess
 import sys
 import traceback
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -102,6 +105,23 @@ def test_only_pretrained_imports_transformers():
 
 def test_the_top_of_the_package_stays_small():
     assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+def test_an_editable_install_is_found_before_a_folder_of_the_same_name(tmp_path):
+    """From the folder that holds the clone, `lora_engine` is also a folder without __init__.py."""
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("lora_engine", "recipes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    shutil.copy(PACKAGE / "version.py", tmp_path / "lora_engine")
+    build = "from setuptools import build_meta; build_meta.build_editable('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as file:
+        (paths,) = (file.read(name) for name in file.namelist() if name.endswith(".pth"))
+    assert paths.decode().strip() == str(tmp_path)  # a line of Python would come too late
 
 
 def test_from_a_recipe_to_backward_there_are_at_most_four_frames(

@@ -188,11 +188,12 @@ def test_what_is_not_supported_is_said(tmp_path, kind, changes, words):
         load_captioner(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["blip-2", "git", "llava"])
+@pytest.mark.parametrize("model_type", ["blip-2", "git", "llava", "bert"])
 def test_other_captioners_are_answered_with_what_is_supported(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(PretrainedError, match=(
-        f"model_type '{model_type}'; expected 'blip' or 'vision-encoder-decoder' "
+        f"model_type '{model_type}', which is not a captioner supported here; "
+        "expected 'blip' or 'vision-encoder-decoder' "
         r"\(BlipForConditionalGeneration, VisionEncoderDecoderModel\)$"
     )):
         load_captioner(tmp_path)

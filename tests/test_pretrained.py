@@ -685,7 +685,7 @@ def test_a_shard_that_is_not_a_regular_file_is_named(blip):
     ("vision_config", {"image_size": 0}, "image size (0, 0)"),
     ("vision_config", {"patch_size": -16}, "patch_size is -16"),
     ("vision_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
-    (None, {"model_type": ["blip"]}, "model_type ['blip']; expected 'blip'"),
+    (None, {"model_type": ["blip"]}, "model_type ['blip'], which is not a captioner"),
     (None, {"model_type": {"a": 1}}, "model_type {'a': 1}"),
     (None, {"architectures": 5}, "architectures 5"),
     (None, {"architectures": {"a": "b"}}, "architectures {'a': 'b'}"),

@@ -45,7 +45,8 @@ def args_of(model: Path, data: Path, run: Path, *more: str) -> list[str]:
         "batch_size": 8, "micro_batches": 4, "lr": 1e-2, "lora_dropout": 0.1, "log_every": 1,
         "eval_every": 6, "max_bad_share": 0.2, "num_threads": 1, "device": "cpu",
     }
-    return [str(part) for name, value in values.items() for part in (f"--{name}", value)] + [*more]
+    given = [(f"--{name}", value) for name, value in values.items() if f"--{name}" not in more]
+    return [str(part) for flag in given for part in flag] + [*more]
 
 
 def start(num_processes: int, args: list[str], *, launcher: tuple[str, ...] = (), **request):

@@ -263,11 +263,13 @@ def test_where_there_is_no_run_yet_resume_begins_it(unbroken, blip_folder, data,
     assert_same_run(tmp_path / "run", unbroken)
 
 
-def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path):
+def test_a_finished_run_has_nothing_to_do(unbroken, blip_folder, data, tmp_path, capsys):
     run = copy_of(unbroken, tmp_path)
     before = trajectory(run)
     summary = train(go_on(long_run(blip_folder, data, run)))
     assert trajectory(run) == before and summary.last_step == 13
+    told = "is finished (step 13 of 13); to train on, resume it with a higher --max_steps\n"
+    assert told in capsys.readouterr().out
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
@@ -545,7 +547,8 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
     unbroken, blip_folder, data, tmp_path, phase, number
 ):
     run = tmp_path / "run"
-    flags = [f"--{name}={value}" for name, value in _flags(long_run(blip_folder, data, run))]
+    config = long_run(blip_folder, data, run, num_workers=2)
+    flags = [f"--{name}={value}" for name, value in _flags(config)]
 
     def signalled():
         owner, name, call = PHASES[phase]
@@ -558,7 +561,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint_and_the_report(
             return real(*args, **kwargs)
 
         setattr(owner, name, send)
-        sys.argv = ["program", *flags, "--num_workers", "2"]
+        sys.argv = ["program", *flags]
         return cli.run(blip_cc3m.main)
 
     ended = in_child(signalled, tmp_path / "log")

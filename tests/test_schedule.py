@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_engine.training.schedule import learning_rate
+from lora_engine.config import TrainingConfig
+from lora_engine.training.schedule import Schedule, learning_rate
 
 
 def curve(warmup_steps, total_steps, peak=1.0):
@@ -35,3 +36,11 @@ def test_every_step_has_a_rate_above_zero_and_at_most_the_peak(warmup_steps, tot
     assert rates[top:] == sorted(rates[top:], reverse=True)
     if warmup_steps < total_steps:
         assert max(rates) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("max_steps, limits", [
+    (None, ["--epochs"]), (5, ["--max_steps"]), (6, ["--epochs", "--max_steps"]), (7, ["--epochs"]),
+])
+def test_the_flags_that_set_the_number_of_steps_are_known(max_steps, limits):
+    config = TrainingConfig(model="m", epochs=2, batch_size=1, max_steps=max_steps)
+    assert Schedule(config, num_rows=3).limits == limits

@@ -250,10 +250,26 @@ def test_the_messages_open_with_the_data_and_the_modules_and_end_with_the_outcom
     assert f"LoRA on {num_layers} modules: " in text
     final = f"best validation loss {trained.summary.losses[10]:.4f} at step 10 of 10"
     assert final in text and text.rstrip().endswith(
-        f"python -m lora_engine caption --adapter {trained.summary.path / 'adapter'} "
-        f"IMAGE_OR_FOLDER ..."
+        f"python -m lora_engine merge --adapter {trained.summary.path / 'adapter'} "
+        f"--out {trained.summary.path}-merged"
     )
     assert f"before     {escaped(trained.summary.samples[0].before)}" in text
+
+
+def test_commands_that_lack_a_file_have_a_placeholder_or_are_left_out(trained):
+    text = str(replace(trained.summary, samples=(), val_flags=()))
+    *_, caption, merge = text.splitlines()
+    assert caption.endswith(f"--adapter {trained.summary.path / 'adapter'} IMAGE_OR_FOLDER ...")
+    assert "to merge" in merge and "to score" not in text
+
+
+def test_the_command_to_score_reads_the_data_as_the_run_did(trained):
+    config = replace(trained.config, val_data_path=("a b", "c"), image_root="d")
+    flags = run_module._val_flags(config)
+    assert flags == ("--data", "a b", "c", "--image_root", "d")
+    summary = replace(trained.summary, val_flags=flags)
+    assert "--data 'a b' c --image_root d\n" in str(summary)
+    assert run_module._val_flags(replace(config, val_data_path=None)) == ()
 
 
 def test_the_validation_loss_is_the_mean_over_all_targets_in_evaluation_mode(trained):

@@ -22,6 +22,7 @@ from lora_engine.version import __version__
 # What was typed behind lora-engine, and words of the answer.
 TYPED = [
     ("--version", f"lora_engine {__version__}"),
+    ("version", f"lora_engine {__version__}"),
     ("help", "VERB --help"),
     ("finetune --train_data_path t.json", "there is no verb 'finetune'; it is train here"),
     ("fit", "it is train here"),
@@ -62,6 +63,16 @@ TYPED = [
     ("train --load_in_4bit", "--encoder_precision int8"),
     ("train --epochs 0.5", "--max_steps ends a run within an epoch"),
     ("train --epochs=.5", "--epochs is .5"),
+    ("train", "no data to train on: give it with --train_data_path"),
+    ("train --lr 1e-3", "-m lora_engine demo"),
+    ("train train.json", "unrecognized arguments train.json: values follow their flags; see"),
+    ("train --lr abc", "--lr is 'abc'; it must be a number; see "),
+    ("train --lr 1e-4x", "-m lora_engine train --help"),
+    ("train --max_steps all", "--max_steps is 'all'; it must be a whole number; see"),
+    ("train --precision fp8", "--precision is 'fp8'; it must be one of 'auto', 'fp32', 'bf16', "),
+    ("train --lr --epochs 3", "--lr needs a value"),
+    ("train --lr 1e-4 --lr=1e-5", "--lr is given twice; give it once"),
+    ("train --train-data-path a.tar --train_data_path b.tar", "give all its values behind one"),
     ("train --train_data_path https://example.org/t.json", "t.json is a web address: download"),
     ("train --val_data_path v.json", "--val_data_path needs a --train_data_path"),
     ("demo --train_data_path t.json", "use the verb train"),
@@ -76,6 +87,9 @@ TYPED = [
     ("caption https://example.org/x.jpg --model m", "download the file first"),
     ("caption x.jpg --model m --device mps", "--device mps (Apple's GPU) is not supported"),
     ("evaluate --references r.json", "it is --data here"),
+    ("evaluate --val_data_path v.json", "it is --data here"),
+    ("evaluate runs/mine v.json", "evaluate needs --data; see"),
+    ("merge runs/mine merged", "merge needs --adapter and --out; see "),
     ("merge --adapter no_such --output_dir merged", "it is --out here"),
     ("merge --adapter no_such --out merged", "no adapter at no_such: expected a run folder"),
 ]
@@ -84,7 +98,7 @@ TYPED = [
 @pytest.mark.parametrize("typed, answer", TYPED, ids=[typed for typed, _ in TYPED])
 def test_what_users_of_other_tools_type_is_answered(command, typed, answer):
     status, out, err = command(verbs.run_verb, *typed.split())
-    is_asked_for = typed in ("--version", "help")
+    is_asked_for = typed in ("--version", "version", "help")
     assert status == (0 if is_asked_for else cli.USAGE_ERROR)
     told = out if is_asked_for else err
     assert answer in plain(told) and (is_asked_for or len(told.splitlines()) == 1)
@@ -92,16 +106,18 @@ def test_what_users_of_other_tools_type_is_answered(command, typed, answer):
 
 
 @pytest.mark.parametrize("typed", [
-    "train --num-beams 3", "train --help", "demo vit_gpt2 --print_config", "demo --print_config",
-    "train --print-config --learning-rate 1",
+    "train --num-beams 3", "train --help", "demo vit-gpt2 --print_config", "demo --print_config",
+    "train --print-config --learning-rate 1", "train --print_config",
 ])
 def test_verbs_that_are_recipes(command, typed):
     status, out, err = command(verbs.run_verb, *typed.split())
     if "--help" in typed:
         assert status == 0 and "usage: python -m lora_engine train " in plain(out)
     elif typed.startswith("demo"):
-        family = "vit_gpt2" if "vit_gpt2" in typed else "blip"
+        family = "vit_gpt2" if "vit-gpt2" in typed else "blip"
         assert status == 0 and f'/demo/{family}"' in out and '"lr": 0.005' in out
+    elif typed == "train --print_config":  # not the demo's settings
+        assert status == 0 and '"lr": 0.0002' in out
     else:
         assert status == cli.USAGE_ERROR and "there is no flag" in err
 

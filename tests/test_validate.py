@@ -146,6 +146,7 @@ def test_a_long_list_of_problems_is_truncated_with_a_note(command, folder):
     (["--data", "none.json"], "none.json: no such file"),
     (["--data", "empty.json"], "an empty list"),
     (["--data", "empty.json", "--num_workers", "0"], "--num_workers is 0"),
+    (["--data", "empty.json", "--json", "empty.json"], "--json empty.json would replace the data"),
     (["--data", "empty.json", "--json", "no/such/folder.json"], "there is no folder no/such"),
     (["--data", "utf16.json"], "not UTF-8"),
 ])

@@ -1,11 +1,13 @@
 """The settings of generation: what they mean, the values they accept, and which go together."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, get_type_hints
 
 from lora_engine.config import Range, check_ranges
+from lora_engine.other_names import FLAGS, REASONS, ours_for, reason_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class GenerationSettings:
     sampling on.
     """
 
-    num_beams: Annotated[int, Range(ge=1)] = 1
+    num_beams: Annotated[int, Range(ge=1, le=1000)] = 1
     """Number of beams; 1 is greedy search."""
     max_new_tokens: Annotated[int, Range(ge=1)] = 30
     """Maximum length of a caption, in tokens."""
@@ -104,7 +106,7 @@ class GenerationSettings:
             name, _, value = map(str.strip, change.partition("="))
             name = name.removeprefix("--").replace("-", "_")
             if name not in kinds:
-                raise ValueError(f"there is no setting {name!r}; expected {', '.join(kinds)}")
+                raise ValueError(f"there is no setting {name!r}; {_advice(name, kinds)}")
             is_int = kinds[name] is int
             try:
                 values[name] = int(value) if is_int else float(value)
@@ -122,3 +124,13 @@ class GenerationSettings:
             or self.min_new_tokens > 0
             or self.temperature is not None
         )
+
+
+def _advice(name: str, known: Collection[str]) -> str:
+    """What to use in place of a setting that does not exist."""
+    if name == "do_sample":
+        return "a temperature, such as temperature=1, turns sampling on"
+    ours = ours_for(name, FLAGS, [f"--{setting}" for setting in known])
+    if ours is not None:
+        return f"it is {ours.removeprefix('--')} here"
+    return reason_for(name, REASONS) or f"expected {', '.join(known)}"

@@ -37,8 +37,8 @@ class AppConfig:
     revision: str | None = None
     """Revision of a Hub model."""
     prompt: str | None = None
-    """Words for the captions to continue. Default: the prompt that each adapter was trained with,
-    and for the base model that of the first adapter."""
+    """Words for the captions to continue, not repeated in them. Default: the prompt that each
+    adapter was trained with, and for the base model that of the first adapter."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
     device: str | None = None
@@ -74,7 +74,10 @@ def serving(config: AppConfig) -> Iterator[str]:
     """
     check_ranges(config)
     if find_spec("gradio") is None:  # importing it takes seconds
-        raise ValueError("app needs gradio: pip install 'lora_engine[app]'")
+        raise ValueError(
+            "app needs gradio: pip install -e '.[app]' in the clone of lora_engine (pip then "
+            "replaces Pillow by an older version)"
+        )
     captioners = _load(config)
     with tempfile.TemporaryDirectory(prefix="lora_engine_app_") as folder:
         # gradio reads these when it is imported, and at every upload.

@@ -60,7 +60,8 @@ class CaptioningConfig:
     batch_size: Annotated[int, Range(ge=1)] = 16
     """Images per batch."""
     prompt: str | None = None
-    """Words for the captions to continue. Default: the prompt that the adapter was trained with."""
+    """Words for the captions to continue, not repeated in them. Default: the prompt that the
+    adapter was trained with."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of matmuls. auto: bf16 (fp16 on older GPUs) on CUDA, otherwise fp32."""
     encoder_precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -258,12 +259,15 @@ class SkippedImages:
                 new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def check_writable(flag: str, path: str | None) -> None:
-    """Raises ValueError, before any work is done, if a file cannot be written at `path`."""
+def check_writable(flag: str, path: str | None, *, inputs: Sequence[str] = ()) -> None:
+    """Raises ValueError, before any work is done, if a file cannot be written at `path`, or would
+    replace one of the `inputs`."""
     if path is None:
         return
     out = Path(path)
     if out.exists() and not out.is_file():
         raise ValueError(f"{flag} {out} is not a regular file; give one that may be replaced")
+    if any(out.exists() and os.path.exists(path) and out.samefile(path) for path in inputs):
+        raise ValueError(f"{flag} {out} would replace the data; give another file")
     if not out.parent.is_dir():
         raise ValueError(f"{flag} {out}: there is no folder {out.parent}; create it first")

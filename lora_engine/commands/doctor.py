@@ -289,6 +289,14 @@ def _data(config: DoctorConfig) -> Iterator[Finding]:
 # --- measurements ------------------------------------------------------------------------------
 
 
+def _load(config: DoctorConfig) -> Iterator[Finding]:
+    processors = os.cpu_count() or 1  # all of the machine, whose load it is
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+    if load > processors:
+        yield Finding("note", "load", f"load average {load:.1f} on {processors} processors: other "
+                      f"programs slow down what is measured below")
+
+
 def _matrices(config: DoctorConfig) -> Iterator[Finding]:
     import torch
 
@@ -394,4 +402,4 @@ def _number(rate: float) -> str:
 
 
 _CHECKS = (_versions, _device, _memory, _disks, _images, _hub, _data)
-_MEASUREMENTS = (_matrices, _decoding, _reading, _speed)
+_MEASUREMENTS = (_load, _matrices, _decoding, _reading, _speed)

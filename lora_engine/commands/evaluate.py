@@ -59,11 +59,12 @@ class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
     """Images with reference captions, in any format that training reads."""
     split: str | None = None
     """Split to score. Default: test or val, if there are splits."""
-    adapter: str | None = None
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Adapter: a run folder, an adapter folder, or owner/name on the Hub; its base model is scored
-    for comparison."""
+    for comparison. Repeat the flag to compare several adapters."""
     out: str | None = None
-    """Write one JSON line per image, with its captions and their scores, to this file."""
+    """Write one JSON line per image, with its captions and their scores, to this file; replaces it
+    if it exists."""
     coco_out: str | None = None
     """Write the captions (the adapter's, if there is one) in COCO's results format to this file."""
     meteor_spice: bool = False
@@ -75,10 +76,18 @@ class EvaluateConfig(GenerationSettings, CaptioningConfig, SourceConfig):
     def check(self) -> None:
         super().check()
         self.settings()
-        if len(self.generate) > 1 and self.coco_out is not None:
-            raise ValueError(
-                "--coco_out takes one caption per image, but there are several --generate"
-            )
+        if len(set(self.adapter)) < len(self.adapter):
+            raise ValueError(f"--adapter {' '.join(self.adapter)}: give each of them once")
+        for flag in ("adapter", "generate"):
+            if len(getattr(self, flag)) > 1 and self.coco_out is not None:
+                raise ValueError(
+                    f"--coco_out takes one caption per image, but there are several --{flag}"
+                )
+
+    def adapter_names(self) -> list[str]:
+        """What the adapters are called in the results: one alone is "adapter"."""
+        several = len(self.adapter) > 1
+        return [f"{ADAPTER} {name}" if several else ADAPTER for name in self.adapter]
 
     def settings(self) -> dict[str, GenerationSettings]:
         """The settings to compare by their --generate; the only ones by "".
@@ -125,8 +134,8 @@ def evaluate(args: list[str]) -> int:
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     config.check()
     if ranks.is_main:
-        check_writable("--out", config.out)
-        check_writable("--coco_out", config.coco_out)
+        for flag, path in (("--out", config.out), ("--coco_out", config.coco_out)):
+            check_writable(flag, path, inputs=paths_of(config.data))
         if config.meteor_spice:
             check_java()
     config.take_share(ranks)
@@ -194,12 +203,12 @@ def _folder_of(data: str | tuple[str, ...]) -> str:
 
 
 def _captioners(config: EvaluateConfig) -> dict[str, Captioner]:
-    """The base and, if there is one, the adapter on it, both with the same prompt."""
+    """The base and the adapters on it, by name; the base continues the first adapter's prompt."""
     base, adapted = load_captioners(
-        config.model, [] if config.adapter is None else [config.adapter],
-        revision=config.revision, prompt=config.prompt, force=config.force,
+        config.model, config.adapter, revision=config.revision, prompt=config.prompt,
+        force=config.force,
     )
-    return dict(zip((BASE, ADAPTER), (base, *adapted)))
+    return dict(zip((BASE, *config.adapter_names()), (base, *adapted)))
 
 
 def _caption(
@@ -238,20 +247,20 @@ def _column(name: str, changes: str) -> str:
 
 def _table(config: EvaluateConfig, results: dict[str, CaptionScores]) -> str:
     settings = config.settings()
-    columns: dict[str, dict[str, str]] = {}
+    columns: list[tuple[str, str, dict[str, str]]] = []  # (a line above, head, cells by score)
     for changes in settings:
         base = results[_column(BASE, changes)]
-        columns[_column(BASE, changes)] = _scores(base)
-        adapter = results.get(_column(ADAPTER, changes))
-        if adapter is not None:
-            columns[_column(ADAPTER, changes)] = _scores(adapter)
-            columns[_column("difference", changes)] = _differences(base, adapter)
-    heads = [name.partition(" ") for name in columns]
-    rows = [["", *(head[0] for head in heads)]]
-    if len(settings) > 1:  # a line above, with the settings of each group of columns
-        rows.insert(0, ["", *(head[2] if head[0] == BASE else "" for head in heads)])
+        columns.append((changes, BASE, _scores(base)))
+        for name in config.adapter_names():
+            adapted = results[_column(name, changes)]
+            columns.append((name.removeprefix(ADAPTER).strip(), ADAPTER, _scores(adapted)))
+            columns.append(("", "difference", _differences(base, adapted)))
+    above, heads, scores = zip(*columns)
+    rows = [["", *heads]]
+    if any(above):
+        rows.insert(0, ["", *above])
     rows += [
-        [title, *(column.get(score, "") for column in columns.values())]
+        [title, *(column.get(score, "") for column in scores)]
         for score, title in SCORE_NAMES.items()
     ]
     widths = [max(map(len, cells)) for cells in zip(*rows)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_engine.cli import given_fields, parse, quoted
+from lora_engine.cli import given_fields, parse, quoted, this_program
 from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
 from lora_engine.files import read_limited
 from lora_engine.ranks import open_ranks
@@ -28,7 +28,8 @@ def run_recipe(
     demo: TrainingConfig,
     family: str | None = None,
 ) -> int:
-    """Train with a recipe's `settings`, or with its `demo` settings if there is no training data.
+    """Train with a recipe's `settings`, or with its `demo` settings if there is no training data
+    (and it was not started by the verb train, which then raises ValueError).
 
     With --resume, the settings of the run come before those of the recipe (but see
     `REACHES_OUTSIDE`); the flags on the command line come before both. `family` is the model type
@@ -51,15 +52,21 @@ def run_recipe(
         if given.get("resume", parsed.resume) is not None and output_path is not None:
             stored = _stored_settings(Path(output_path), given, defaults=(settings, demo))
         config = dataclasses.replace(settings, **{**stored, **given})
-        is_demo = config.train_data_path is None
+        has_data = config.train_data_path is not None
+        is_demo = not has_data and verb != "train"
+        if config.val_data_path is not None and not has_data:
+            raise ValueError("--val_data_path needs a --train_data_path, too")
         if is_demo:
-            if config.val_data_path is not None:
-                raise ValueError("--val_data_path needs a --train_data_path, too")
             config = dataclasses.replace(demo, **{**stored, **given})
         if config.print_config:
             print(json.dumps(config.as_dict(), indent=2))
             return 0
         config.check()
+        if verb == "train" and not has_data:
+            raise ValueError(
+                f"no data to train on: give it with --train_data_path (docs/data.md lists the "
+                f"formats), or try the embedded demo: {this_program()} demo"
+            )
         if is_demo:
             from lora_engine.report.run_folder import RunFolder
 

@@ -59,7 +59,8 @@ class ValidateConfig(SourceConfig):
     def check(self) -> None:
         """Raises ValueError that names the flag of the first value that is not accepted."""
         check_ranges(self)
-        check_writable("--json", self.json)
+        inputs = [*paths_of(self.data), *paths_of(self.val_data)]
+        check_writable("--json", self.json, inputs=inputs)
 
 
 class ImageFacts(NamedTuple):

@@ -193,7 +193,8 @@ def _read_config(folder: Path, family: str | None) -> Any:
     if model_type not in expected:
         known = FAMILIES.get(model_type) if isinstance(model_type, str) else None
         raise PretrainedError(
-            f"{path} says model_type {shortened(model_type)}; expected "
+            f"{path} says model_type {shortened(model_type)}"
+            f"{'' if known else ', which is not a captioner supported here'}; expected "
             f"{' or '.join(repr(name) for name in expected)} ({_class_names(expected)})"
             + (f"; recipes.{known.recipe} trains that family" if known else "")
         )

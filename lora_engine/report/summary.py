@@ -27,7 +27,8 @@ class TrainingSummary:
 
     `losses` are the validation losses (nats per valid target token) by step, from step 0 on;
     `scores` those of the captions, if any were scored. `best_step` is the best by `best_by`,
-    "loss" or "cider_d". `seconds` is the wall-clock time of the whole run.
+    "loss" or "cider_d". `seconds` is the wall-clock time of the whole run. `val_flags` tell
+    `evaluate` where the validation data is, if it has a path of its own.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class TrainingSummary:
     num_skipped_rows: int
     samples: tuple[Sample, ...]
     seconds: float
+    val_flags: tuple[str, ...] = ()
 
     @property
     def last_step(self) -> int:
@@ -67,9 +69,22 @@ class TrainingSummary:
             f"loss curve  {self.path / 'loss_curve.png'}",
             f"report      {self.path / 'report.html'}",
             f"took        {duration(self.seconds)}",
-            f"to caption  {this_program()} caption --adapter {quoted(str(self.path / 'adapter'))} "
-            f"IMAGE_OR_FOLDER ...",
+            *self._next_commands(),
         ])
+
+    def _next_commands(self) -> list[str]:
+        """What may be run next, on this run's own files."""
+        images = [quoted(s.image) for s in self.samples if os.path.isfile(s.image)]
+        program, adapter = this_program(), quoted(str(self.path / "adapter"))
+        lines = [
+            f"to caption  {program} caption --adapter {adapter} "
+            f"{images[0] if images else 'IMAGE_OR_FOLDER ...'}"
+        ]
+        if self.val_flags:
+            data = quoted(*self.val_flags)
+            lines.append(f"to score    {program} evaluate --adapter {adapter} {data}")
+        merged = quoted(f"{self.path}-merged")
+        return [*lines, f"to merge    {program} merge --adapter {adapter} --out {merged}"]
 
     def _verdict(self) -> str:
         figures = {"validation loss": self.losses}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_engine.config import changes_on_resume
+from lora_engine.config import TrainingConfig, changes_on_resume
 from lora_engine.data.batches import (
     CaptionedImages,
     SampleIndex,
@@ -20,7 +20,7 @@ from lora_engine.data.batches import (
     training_steps,
     validation_order,
 )
-from lora_engine.data.read_pairs import read_by_name
+from lora_engine.data.read_pairs import paths_of, read_by_name
 from lora_engine.devices import describe, peak_memory_bytes
 from lora_engine.features.loader import FeatureLoader
 from lora_engine.features.source import FeatureSource
@@ -451,7 +451,13 @@ class Run:
 
     def _log_resumption(self, checkpoint: Checkpoint) -> None:
         before, now = checkpoint.state["total_steps"], self.schedule.total_steps
-        logger.info(f"resuming after step {self.step} of {now}, from {checkpoint.path}")
+        if self.step < now:
+            logger.info(f"resuming after step {self.step} of {now}, from {checkpoint.path}")
+        else:
+            logger.info(
+                f"the run in {self.folder.path} is finished (step {self.step} of {now}); to train "
+                f"on, resume it with a higher {' and '.join(self.schedule.limits)}"
+            )
         changes = changes_on_resume(checkpoint.settings, self.setup.config)
         if changes:
             logger.info(f"with other settings: {', '.join(changes)}")
@@ -507,4 +513,17 @@ class Run:
             num_skipped_rows=len(self.setup.data.rows.bad),
             samples=self.validation.captions.compare(self.best.step),
             seconds=self.seconds,
+            val_flags=_val_flags(self.setup.config),
         )
+
+
+def _val_flags(config: TrainingConfig) -> tuple[str, ...]:
+    """The flags with which `evaluate` reads the validation data; none if it has no path."""
+    if config.val_data_path is None:
+        return ()
+    flags = ["--data", *paths_of(config.val_data_path)]
+    for name in ("data_format", "image_field", "caption_field", "image_root"):
+        value = getattr(config, name)
+        if value not in (None, "auto"):
+            flags += [f"--{name}", value]
+    return tuple(flags)

@@ -33,6 +33,15 @@ class Schedule:
         total = self.config.epochs * self.steps_per_epoch
         return total if self.config.max_steps is None else min(total, self.config.max_steps)
 
+    @property
+    def limits(self) -> list[str]:
+        """The flags that set the number of steps."""
+        steps = {
+            "--epochs": self.config.epochs * self.steps_per_epoch,
+            "--max_steps": self.config.max_steps,
+        }
+        return [flag for flag, limit in steps.items() if limit == self.total_steps]
+
     def position(self, step: int) -> tuple[int, int]:
         """(epochs, steps of the epoch after them) that are done after `step` steps."""
         return divmod(step, self.steps_per_epoch)
