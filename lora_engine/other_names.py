@@ -114,6 +114,7 @@ REASONS = {
 VERBS = {
     "train": "finetune fine-tune fine_tune fit training lora run sft resume",
     "demo": "example quickstart try tutorial",
+    "tune": "hpo sweep hyperopt optimize search hparams grid tuning",
     "caption": "generate predict infer inference describe captions captioning sample",
     "evaluate": "eval test score metrics benchmark evaluation",
     "merge": "export merge_and_unload save convert fuse merge-lora export-model",

@@ -73,7 +73,7 @@ def run_recipe(
             if ranks.is_main:
                 RunFolder.check_free(config.output_path, resume=config.resume is not None)
             with ranks.machine_first():
-                config = _with_scenes(config)
+                config = with_scenes(config)
         from lora_engine.training.loop import train
 
         train(config, family=family, ranks=ranks)
@@ -137,7 +137,7 @@ def _stored_settings(
     return stored
 
 
-def _with_scenes(config: TrainingConfig) -> TrainingConfig:
+def with_scenes(config: TrainingConfig) -> TrainingConfig:
     """Draw the demo's data into a folder, from which it is read like any other."""
     from lora_engine.demo.scenes import write_scenes
 
