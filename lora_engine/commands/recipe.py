@@ -36,7 +36,7 @@ def run_recipe(
     that the recipe is for, None for all.
     """
     with open_ranks() as ranks:
-        args = _normalized(args)
+        args = normalized(args)
         verb = sys.argv[1] if sys.argv[1:2] in (["train"], ["demo"]) else None
         prog = f"python -m recipes.{name}" if verb is None else f"python -m lora_engine {verb}"
         parsed = parse(
@@ -80,7 +80,7 @@ def run_recipe(
         return 0
 
 
-def _normalized(args: Sequence[str]) -> list[str]:
+def normalized(args: Sequence[str]) -> list[str]:
     """The command line with --license for its older spelling and a value for a bare --resume.
 
     Raises ValueError for a fraction of an epoch.

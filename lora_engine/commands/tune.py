@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lora_engine import cli
-from lora_engine.commands.recipe import with_scenes
+from lora_engine.commands.recipe import normalized, with_scenes
 from lora_engine.config import Range, TrainingConfig, check_ranges
 from lora_engine.demo import demo_settings
 from lora_engine.report.page import write_report
@@ -16,6 +16,7 @@ from lora_engine.training import tuning
 from lora_engine.training.python_run import FINE_TUNING
 from lora_engine.training.tuning import Result
 
+NUM_COMPARED = 6
 PROG = "python -m lora_engine tune"
 Variant = Literal["lora", "rslora", "dora", "lorafa", "loraplus", "pissa", "olora", "eva"]
 
@@ -46,7 +47,7 @@ def tune(args: list[str]) -> int:
         "a search.",
     )
     check_ranges(flags)
-    config = _training_config(rest)
+    config = _training_config(normalized(rest))
     folder = Path(config.output_path or "runs/tune")
     candidates = tuning.candidates_of(
         config,
@@ -56,9 +57,12 @@ def tune(args: list[str]) -> int:
     )
     results = tuning.tune(config, candidates, minutes=flags.minutes, folder=folder)
     last = max(result.rung for result in results)
-    finals = sorted((r for r in results if r.rung == last), key=lambda r: -r.score)
-    write_report([r.path for r in results if r.rung >= last - 1], folder / "report.html")
-    print(printable(_text(finals[0], config, folder)))
+    winner = max((r for r in results if r.rung == last), key=lambda r: r.score)
+    text = _text(winner, config)
+    # The winner first; of the earlier rungs the best few.
+    compared = sorted(results, key=lambda r: (r is not winner, -r.rung, -r.score))[:NUM_COMPARED]
+    write_report([r.path for r in compared], folder / "report.html", note=text)
+    print(printable(f"\n{text}\nreport    {folder / 'report.html'}"))
     return 0
 
 
@@ -87,8 +91,8 @@ def _training_config(args: Sequence[str]) -> TrainingConfig:
     return with_scenes(dataclasses.replace(demo_settings(FINE_TUNING, "blip"), **given))
 
 
-def _text(winner: Result, config: TrainingConfig, folder: Path) -> str:
-    """What is printed at the end."""
+def _text(winner: Result, config: TrainingConfig) -> str:
+    """What the search has found."""
     figures = f"validation loss {winner.loss:.4f}"
     if winner.cider_d is not None:
         figures += f", CIDEr-D {winner.cider_d:.4f}"
@@ -96,10 +100,8 @@ def _text(winner: Result, config: TrainingConfig, folder: Path) -> str:
         config, **winner.candidate.settings(config), output_path=None, resume=None
     )
     return "\n".join([
-        "",
         f"best      {winner.candidate}: {figures}",
         f"adapter   {Path(winner.path, 'adapter')}",
-        f"report    {folder / 'report.html'}",
         f"to train  {cli.this_program()} train {cli.quoted(*_flags(found))}",
     ])
 

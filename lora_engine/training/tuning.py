@@ -1,13 +1,14 @@
-"""Successive halving: many settings for a few steps, the best third of them for three times as many.
+"""Successive halving: many settings for a few steps, the best third of them for three times as
+many, and so on.
 
 Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
-https://arxiv.org/abs/1502.07943. Every run of a rung is a whole run of its own, with its own warm-up
-and decay, so that those of the last rung are full-length runs and their adapters final. Features are
-kept from run to run, so that nothing frozen is computed again.
+https://arxiv.org/abs/1502.07943. Every run is a whole one, with its own warm-up and decay, so that
+the last one has the length that was asked for, and its adapter is final. Features are kept from run
+to run, so that nothing frozen is computed again.
 
 Which runs there will be is decided once, by the time that the first two have taken, and stored in
-tune.json, as are the results. From then on everything is a function of settings and data: a search that is killed and
-continued finds the same.
+tune.json, as are the results. All else is a function of settings and data: a search that is killed
+and continued finds the same.
 """
 
 import dataclasses
@@ -92,11 +93,18 @@ class Result:
 def candidates_of(
     config: TrainingConfig, lrs: Sequence[float], ranks: Sequence[int], variants: Sequence[str]
 ) -> list[Candidate]:
-    """All combinations in a random order that depends on the seed, `config`'s own one first."""
+    """All combinations in a random order that depends on the seed, the settings of `config` first,
+    if they are among them.
+
+    Raises ValueError if there are fewer than two.
+    """
+    found = list(dict.fromkeys(map(Candidate._make, product(lrs, ranks, variants))))
+    if len(found) < 2:
+        raise ValueError("there is nothing to choose from: give two or more --lrs, --ranks or "
+                         "--variants")
+    random.Random(config.seed).shuffle(found)
     own = Candidate(config.lr, config.lora_rank, "lora")
-    others = [c for c in map(Candidate._make, product(lrs, ranks, variants)) if c != own]
-    random.Random(config.seed).shuffle(others)
-    return [own, *others]
+    return sorted(found, key=lambda candidate: candidate != own)
 
 
 def rung_steps(total_steps: int) -> list[int]:
@@ -108,10 +116,10 @@ def rung_steps(total_steps: int) -> list[int]:
 
 
 def rungs_of(num_candidates: int, total_steps: int) -> list[Rung]:
-    steps = rung_steps(total_steps)
-    return [
-        Rung(math.ceil(num_candidates / FACTOR**k), num) for k, num in enumerate(steps[:-1])
-    ] + [Rung(1 if len(steps) > 1 else num_candidates, steps[-1])]
+    """The rungs of a search; of several, the last one is a single run."""
+    *first, last = rung_steps(total_steps)
+    rungs = [Rung(math.ceil(num_candidates / FACTOR**k), num) for k, num in enumerate(first)]
+    return [*rungs, Rung(1 if rungs else num_candidates, last)]
 
 
 def plan_rungs(
@@ -154,7 +162,19 @@ def tune(
         for found in done:
             if (found.rung, found.candidate) == (rung, candidate):
                 return found
-        done.append(_run(config, candidate, rung, num_steps, folder))
+        settings = dataclasses.replace(
+            config,
+            **candidate.settings(config),
+            output_path=str(folder / f"rung-{rung}" / str(candidate)),
+            resume=NEWEST,
+            max_steps=num_steps,
+        )
+        if num_steps < total_steps:
+            warmup_steps = min(config.warmup_steps, num_steps // 10)
+            settings = dataclasses.replace(
+                settings, warmup_steps=warmup_steps, eval_every=num_steps, patience=None
+            )
+        done.append(_run(settings, candidate, rung, folder))
         search["results"] = list(map(dataclasses.asdict, done))
         _write(folder, search)
         return done[-1]
@@ -187,6 +207,8 @@ def _opened_search(
     config: TrainingConfig, candidates: Sequence[Candidate], folder: Path
 ) -> dict[str, Any]:
     """What tune.json holds of the search in `folder`, new or to be continued."""
+    if config.push_to_hub is not None:
+        raise ValueError("--push_to_hub: tune trains many adapters; upload the one you choose")
     settings = json.loads(json.dumps(config.as_dict() | {"output_path": None}))
     wanted = {"settings": settings, "candidates": [list(candidate) for candidate in candidates]}
     path = folder / SEARCH_FILE
@@ -216,20 +238,8 @@ def _opened_search(
     return search
 
 
-def _run(
-    config: TrainingConfig, candidate: Candidate, rung: int, num_steps: int, folder: Path
-) -> Result:
+def _run(settings: TrainingConfig, candidate: Candidate, rung: int, folder: Path) -> Result:
     begin_s = time.monotonic()
-    settings = dataclasses.replace(
-        config,
-        **candidate.settings(config),
-        output_path=str(folder / f"rung-{rung}" / str(candidate)),
-        resume=NEWEST,
-        max_steps=num_steps,
-        warmup_steps=min(config.warmup_steps, num_steps // 10),
-        eval_every=num_steps,
-        patience=None,
-    )
     try:
         with _quiet():
             summary = train(settings)
@@ -243,7 +253,7 @@ def _run(
         time.monotonic() - begin_s,
     )
     logger.info(
-        f"{candidate!s:<24} {num_steps:>6} steps  loss {loss:.4f}"
+        f"{candidate!s:<24} {settings.max_steps:>6} steps  loss {loss:.4f}"
         + ("" if result.cider_d is None else f"  CIDEr-D {result.cider_d:.4f}")
     )
     return result
@@ -252,13 +262,11 @@ def _run(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what a single run says about itself, except for warnings."""
-    package = logging.getLogger("lora_engine")
-    before = package.level
-    package.setLevel(logging.WARNING)
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
-        package.setLevel(before)
+        logging.disable(logging.NOTSET)
 
 
 def _step_s(run: Path, rows_per_step: int) -> float:
