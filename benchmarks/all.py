@@ -22,6 +22,7 @@ BENCHMARKS = {  # name: arguments of the command
     "memory": ["memory"],
     "cross_attention": ["cross_attention"],
     "lora_linear": ["lora_linear"],
+    "variants": ["variants"],
     "generate": ["generate"],
     "features": ["features"],
     "checkpointing": ["checkpointing"],

@@ -7,10 +7,11 @@ only our engine does not pay for them.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,14 +49,20 @@ class Case:
     batch_size: int
     lora_dropout: float = 0.0
 
-    def ours(self, *, compile: bool = False, encoder: EncoderPrecision = "auto") -> Ours:
+    def ours(
+        self,
+        *,
+        compile: bool = False,
+        encoder: EncoderPrecision = "auto",
+        variant: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Ours:
         return Ours(
             self.folder, self.rows, self.settings, device=self.device, dtype=self.dtype,
             batch_size=self.batch_size, lora_dropout=self.lora_dropout, compile=compile,
-            encoder=encoder,
+            encoder=encoder, variant=variant,
         )
 
-    def peer(self, name: str) -> Callable[[int], float]:
+    def peer(self, name: str, **more: Any) -> Callable[[int], float]:
         """A peer from PEERS: a function that trains an epoch -> captions/s."""
         from benchmarks import peers
 
@@ -67,7 +74,8 @@ class Case:
             rows, batch_size = Rows(num_rows, self.settings.size, model=self.model), _B0_BATCH_SIZE
         return getattr(peers, builder)(
             self.folder, rows, self.settings, model=self.model, device=self.device,
-            dtype=self.dtype, batch_size=batch_size, lora_dropout=self.lora_dropout, **options,
+            dtype=self.dtype, batch_size=batch_size, lora_dropout=self.lora_dropout,
+            **options, **more,
         )
 
 

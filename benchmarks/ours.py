@@ -8,10 +8,11 @@ files is in the wall-clock figure of throughput.py.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +63,7 @@ class Ours:
         compile: bool = False,
         encoder: EncoderPrecision = "auto",
         num_ahead: int = 3,
+        variant: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.rows = rows
         self.device = device
@@ -75,7 +77,8 @@ class Ours:
         model = load_model(folder)
         torch.manual_seed(seed)
         inject(
-            model, ["attention", "feed_forward"], rank=RANK, alpha=ALPHA, dropout=lora_dropout
+            model, ["attention", "feed_forward"],
+            rank=RANK, alpha=ALPHA, dropout=lora_dropout, **variant,
         )
         self.model = place_model(
             model, device, dtype, compile=compile, encoder_precision=encoder

@@ -247,9 +247,13 @@ def feature_loop(
     batch_size: int,
     lora_dropout: float = 0.0,
     seed: int = 0,
+    variant: Mapping[str, Any] = MappingProxyType({}),
 ) -> Peer:
-    """B3: B2 on features that are encoded here once (with SDPA) and kept in `dtype`."""
-    captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed)
+    """B3: B2 on features that are encoded here once (with SDPA) and kept in `dtype`.
+
+    `variant` are settings of LoraConfig; with `use_lorafa` the A matrices are frozen.
+    """
+    captioner = _lora_model(folder, model, device, dtype, lora_dropout, seed, variant)
     encoder, decoder = _halves(captioner, model)
     features = _encode(encoder, rows, settings, device, dtype)
 
@@ -323,7 +327,13 @@ def compiled_loop(
 
 
 def _lora_model(
-    folder: Path, model: str, device: torch.device, dtype: torch.dtype, dropout: float, seed: int
+    folder: Path,
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout: float,
+    seed: int,
+    variant: Mapping[str, Any] = MappingProxyType({}),
 ) -> peft.PeftModel:
     """The checkpoint with new adapters, in training mode; `seed` also seeds torch."""
     is_blip = model == "blip"
@@ -335,7 +345,11 @@ def _lora_model(
     adapted = peft.get_peft_model(captioner, peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=_TARGETS[model],
         fan_in_fan_out=not is_blip,
+        **{name: value for name, value in variant.items() if name != "use_lorafa"},
     ))
+    if "use_lorafa" in variant:
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]

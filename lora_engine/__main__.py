@@ -19,6 +19,7 @@ from lora_engine.version import __version__
 VERBS = {  # a recipe for train and demo, else a function of the same name in commands/
     "train": "train an adapter on your image-caption pairs, with the settings of recipes.finetune",
     "demo": "train the embedded demo; demo vit_gpt2 trains the one of the other family",
+    "tune": "choose learning rate, rank and variant of LoRA by many short runs",
     "caption": "caption images with a trained adapter",
     "evaluate": "score captions against references, with and without an adapter",
     "merge": "merge an adapter into its base model, as a plain Hugging Face folder",

@@ -49,6 +49,9 @@ class Range:
         return f"{self.ge} or more" if words == [f"at least {self.ge}"] else " and ".join(words)
 
 
+Initialization = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"]
+
+
 def check_ranges(settings: Any, prefix: str = "--") -> None:
     """Raises ValueError that names the first flag of a dataclass whose value is out of range."""
     hints = get_type_hints(type(settings), include_extras=True)
@@ -118,6 +121,24 @@ class TrainingConfig:
     lora_targets: tuple[str, ...] = ("attention", "feed_forward")
     """Linear layers to adapt: the groups attention and feed_forward, module names matched as in
     PEFT, or re:REGEX matched against whole module paths."""
+    lora_layers: tuple[int, ...] = ()
+    """Numbers of the decoder's layers to adapt, such as 8 9 10 11. Default: all."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks for some layers, NAME=RANK: a group, a module name, or a regular expression that
+    matches a module path or the end of it, as in PEFT."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas for some layers, NAME=ALPHA."""
+    use_rslora: bool = False
+    """Scale updates by lora_alpha / sqrt(lora_rank) (rsLoRA)."""
+    use_dora: bool = False
+    """Train the magnitude of each output besides its direction (DoRA)."""
+    use_lorafa: bool = False
+    """Train the B matrices alone (LoRA-FA): less memory, and half the optimizer's state."""
+    init_lora_weights: Initialization = "default"
+    """Initial LoRA matrices. pissa and olora: parts of the frozen weights, which are taken out of
+    them; eva: principal components of the layers' inputs on the first training images."""
+    loraplus_lr_ratio: Annotated[float | None, Range(gt=0)] = None
+    """Learning rate of the B matrices, as a multiple of --lr (LoRA+); try 4 to 16. Default: 1."""
     init_adapter: str | None = None
     """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha and
     targets replace those given here."""
@@ -226,7 +247,32 @@ class TrainingConfig:
             )
         if self.resume is not None and self.output_path is None:
             raise ValueError("--resume needs the --output_path of the run to continue")
+        if self.init_adapter is not None and self.init_lora_weights != "default":
+            raise ValueError(
+                f"--init_lora_weights {self.init_lora_weights} begins a new adapter, "
+                f"--init_adapter continues one: give one of them"
+            )
+        self.patterns("rank_pattern")
+        self.patterns("alpha_pattern")
         self.save_interval()
+
+    def patterns(self, name: str) -> dict[str, Any]:
+        """--rank_pattern or --alpha_pattern as numbers by name."""
+        kind = {"rank_pattern": int, "alpha_pattern": float}[name]
+        found = {}
+        for item in getattr(self, name):
+            pattern, _, number = item.rpartition("=")
+            try:
+                value = kind(number)
+                if not pattern or not 0 < value < float("inf"):
+                    raise ValueError
+            except ValueError:
+                example = {"rank_pattern": "attention=16", "alpha_pattern": "attention=64"}[name]
+                raise ValueError(
+                    f"--{name} {item!r} is not NAME={name.split('_')[0].upper()}, such as {example}"
+                ) from None
+            found[pattern] = value
+        return found
 
     def as_dict(self) -> dict:
         """Plain values for config.json, without those that concern a single command line."""
@@ -279,7 +325,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint in (int, float):
         is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
         return is_number and abs(value) < 2**63
@@ -320,7 +366,9 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     now = config.as_dict()
     now = json.loads(json.dumps(now))  # with lists for tuples, as before
     # What earlier versions did, where they had no setting for it.
-    before = {"read_order": "random", "encoder_precision": "auto", **before}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = json.loads(json.dumps(defaults | {"model": None, "read_order": "random"}))
+    before = defaults | before
     differing = [
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]

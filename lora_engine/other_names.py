@@ -33,6 +33,12 @@ FLAGS = {
     "--lora_alpha": "alpha network_alpha",
     "--lora_dropout": "dropout",
     "--lora_targets": "target_modules lora_target_modules lora_target targets",
+    "--lora_layers": "layers_to_transform num_lora_layers",
+    "--use_rslora": "rslora",
+    "--use_dora": "dora",
+    "--use_lorafa": "lora_fa lorafa freeze_a",
+    "--init_lora_weights": "init_weights lora_init init_lora pissa",
+    "--loraplus_lr_ratio": "lora_plus_lr_ratio loraplus lora_plus lr_ratio",
     "--init_adapter": "adapter adapter_name_or_path lora_weights peft_model checkpoint lora",
     "--adapter": "lora lora_path lora_weights peft_model peft_model_id adapter_path checkpoint "
                  "ckpt adapter_name_or_path weights run checkpoint_path",
@@ -80,7 +86,7 @@ REASONS = {
         "nproc_per_node multi_gpu world_size ddp_find_unused_parameters",
     "every run trains and validates": "do_train do_eval do_predict evaluate predict_with_generate",
     "every run trains LoRA; the encoder is frozen": "use_peft use_lora peft lora_enable "
-        "freeze_encoder freeze_vision_model freeze_vision use_dora peft_type",
+        "freeze_encoder freeze_vision_model freeze_vision peft_type",
     "all bias, embedding and norm weights stay frozen": "bias lora_bias modules_to_save",
     "adapter/ is always that of the best validation (--best_by)": "load_best_model_at_end "
         "save_best_only save_only_model save_safetensors",
@@ -108,6 +114,7 @@ REASONS = {
 VERBS = {
     "train": "finetune fine-tune fine_tune fit training lora run sft resume",
     "demo": "example quickstart try tutorial",
+    "tune": "hpo sweep hyperopt optimize search hparams grid tuning",
     "caption": "generate predict infer inference describe captions captioning sample",
     "evaluate": "eval test score metrics benchmark evaluation",
     "merge": "export merge_and_unload save convert fuse merge-lora export-model",

@@ -100,7 +100,7 @@ def make_with_peft(folder: Path, adapter_folder: Path, **settings) -> PeftModel:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"rslora": True}, PATTERNS, PATTERNS | {"rslora": True},
+    {}, {"use_rslora": True}, PATTERNS, PATTERNS | {"use_rslora": True},
 ], ids=["plain", "rslora", "patterns", "patterns_rslora"])
 def test_peft_loads_our_adapter_with_our_logits(captioner_folder, tmp_path, settings):
     captioner = adapted(captioner_folder, **settings)
@@ -138,7 +138,7 @@ def test_we_load_pefts_adapter_with_pefts_logits(captioner_folder, tmp_path, set
 
 
 def test_our_adapter_loads_into_the_same_model(captioner_folder, tmp_path):
-    ours = adapted(captioner_folder, **PATTERNS, rslora=True, dropout=0.2)
+    ours = adapted(captioner_folder, **PATTERNS, use_rslora=True, dropout=0.2)
     again = load_captioner(captioner_folder)
     load_adapter(again.model, save(ours, tmp_path / "adapter"))
     matrices = lora_parameters(ours.model)
@@ -427,6 +427,9 @@ def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
     ({"alpha_pattern": {"(": 8}}, "does not fit"),
     ({"target_modules": "("}, "does not fit"),
     ({"target_modules": None}, "target_modules does not cover"),
+    ({"use_newest": True}, "use_newest is True; only LoRA, rsLoRA and DoRA are supported"),
+    ({"newest_config": {"a": 1}}, "newest_config is {'a': 1}; only LoRA"),
+    ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
 ])
 def test_a_wrong_setting_is_refused(blip_folder, folder, changes, message):
     configure(folder, **changes)

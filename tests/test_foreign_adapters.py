@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[dict, str]] = {
                             "word_embeddings"], "use_dora": True},
         "changes the vision encoder",
     ),
-    "dora_decoder": ({"target_modules": NAMES, "use_dora": True}, "is a DoRA adapter"),
+    "dora_decoder": ({"target_modules": NAMES, "use_dora": True}, "nothing"),
     "bias_all": ({"target_modules": NAMES, "bias": "all"}, "changes the vision encoder"),
     "bias_lora": (
         {"target_modules": NAMES, "bias": "lora_only"}, "replaces tensors of the base (bias"
@@ -124,7 +124,7 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 # --- what PEFT computes ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[1:])
+@pytest.mark.parametrize("kind", [kind for kind, (_, says) in KINDS.items() if says != "nothing"])
 def test_captions_are_pefts_and_training_on_is_refused_in_a_sentence(captioner_folder, made, kind):
     folder, theirs = made(kind)
     base = load_captioner(captioner_folder)

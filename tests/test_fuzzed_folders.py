@@ -147,7 +147,10 @@ def fuzz(
 def fuzz_adapters(base: Path, tmp: Path, *, seconds: float, seed: int) -> Fuzzed:
     model = load_captioner(base).model
     adapted = copy.deepcopy(model)
-    inject(adapted, ["attention"], rank=2, rank_pattern={".*query": 3}, alpha_pattern={"value": 5})
+    inject(
+        adapted, ["attention"], rank=2, rank_pattern={".*(query|q_attn)": 3},
+        alpha_pattern={"value|c_proj": 5},
+    )
     for matrix in lora_parameters(adapted).values():
         torch.nn.init.normal_(matrix, std=0.1)
     save_adapter(adapted, tmp / "adapter", base_model="owner/base", provenance={"prompt": "a"})

@@ -102,7 +102,7 @@ def test_formula_equals_pefts(make_base, rslora):
         copy.deepcopy(base), "default", config, r=RANK, lora_alpha=7, fan_in_fan_out=is_conv1d,
         is_target_conv_1d_layer=is_conv1d,
     )
-    ours = adapted(base, alpha=7, rslora=rslora)
+    ours = adapted(base, alpha=7, use_rslora=rslora)
     with torch.no_grad():
         assert ours.lora_A.shape == theirs.lora_A["default"].weight.shape
         assert ours.lora_B.shape == theirs.lora_B["default"].weight.shape
@@ -125,7 +125,7 @@ def test_formula_of_conv1d_is_that_of_the_transposed_linear():
 
 def test_scaling_is_alpha_over_rank_or_over_its_root():
     assert LoRALinear(linear(), rank=4, alpha=32).scaling == 8
-    assert LoRALinear(linear(), rank=4, alpha=32, rslora=True).scaling == 16
+    assert LoRALinear(linear(), rank=4, alpha=32, use_rslora=True).scaling == 16
     ours = adapted(linear(), alpha=6)
     x = torch.randn(5, IN)
     base = F.linear(x, ours.weight, ours.bias)
@@ -468,7 +468,7 @@ def test_rank_and_alpha_patterns_follow_pefts_rule():
 
 def test_rslora_scaling_uses_each_layers_own_rank():
     tree = Tree()
-    plan = inject(tree, ["query"], rank=4, alpha=8, rslora=True, rank_pattern={"0.query": 16})
+    plan = inject(tree, ["query"], rank=4, alpha=8, use_rslora=True, rank_pattern={"0.query": 16})
     assert [module.scaling for module in plan.modules] == [8 / 4, 8 / 2]
 
 

@@ -104,12 +104,15 @@ def test_several_processes_give_the_bits_of_one(
     assert all("run folder" not in output for _, output in ended[1:])  # rank 0 speaks for all
 
 
-def test_another_family_and_accumulation_give_the_same_bits(vit_gpt2_folder, pictures, tmp_path):
+def test_another_family_accumulation_and_variants_give_the_same_bits(
+    vit_gpt2_folder, pictures, tmp_path
+):
     found = []
     for name in ("one", "two"):
         args = args_of(
             vit_gpt2_folder, pictures, tmp_path / name, "--batch_size", "4",
-            "--grad_accum_steps", "2",
+            "--grad_accum_steps", "2", "--use_dora", "--init_lora_weights", "eva",
+            "--loraplus_lr_ratio", "4",
         )
         if name == "one":
             assert finetune.main(args) == 0

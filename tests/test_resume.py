@@ -158,6 +158,23 @@ def test_a_run_that_an_earlier_version_began_keeps_its_held_out_images(
     assert held_out != {line["image"] for line in json_lines(tmp_path / "new" / "samples.jsonl")}
 
 
+@pytest.mark.parametrize("variant", [
+    {"init_lora_weights": "pissa", "use_dora": True, "loraplus_lr_ratio": 4.0, "use_rslora": True,
+     "lora_rank": 3, "rank_pattern": ("feed_forward=2",)},
+    {"init_lora_weights": "eva", "use_lorafa": True, "lora_layers": (1,)},
+])
+def test_a_killed_run_of_a_variant_is_bit_identical_to_the_one_that_was_not(
+    blip_folder, data, tmp_path, variant
+):
+    short = {"max_steps": 8} | variant
+    train(long_run(blip_folder, data, tmp_path / "whole", **short))
+    config = long_run(blip_folder, data, tmp_path / "run", **short)
+    ended = in_child(killing(config, 6), tmp_path / "log")
+    assert ended.status == -signal.SIGKILL, ended.output
+    train(go_on(config))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("family", ["blip", "vit_gpt2"])
 def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
     request, unbroken, data, tmp_path, family

@@ -36,7 +36,7 @@ def run_recipe(
     that the recipe is for, None for all.
     """
     with open_ranks() as ranks:
-        args = _normalized(args)
+        args = normalized(args)
         verb = sys.argv[1] if sys.argv[1:2] in (["train"], ["demo"]) else None
         prog = f"python -m recipes.{name}" if verb is None else f"python -m lora_engine {verb}"
         parsed = parse(
@@ -73,14 +73,14 @@ def run_recipe(
             if ranks.is_main:
                 RunFolder.check_free(config.output_path, resume=config.resume is not None)
             with ranks.machine_first():
-                config = _with_scenes(config)
+                config = with_scenes(config)
         from lora_engine.training.loop import train
 
         train(config, family=family, ranks=ranks)
         return 0
 
 
-def _normalized(args: Sequence[str]) -> list[str]:
+def normalized(args: Sequence[str]) -> list[str]:
     """The command line with --license for its older spelling and a value for a bare --resume.
 
     Raises ValueError for a fraction of an epoch.
@@ -137,7 +137,7 @@ def _stored_settings(
     return stored
 
 
-def _with_scenes(config: TrainingConfig) -> TrainingConfig:
+def with_scenes(config: TrainingConfig) -> TrainingConfig:
     """Draw the demo's data into a folder, from which it is read like any other."""
     from lora_engine.demo.scenes import write_scenes
 

@@ -36,8 +36,8 @@ from lora_engine.lora.adapter_weights import (
 )
 from lora_engine.lora.injection import (
     InjectionPlan,
+    adapt,
     by_pattern,
-    inject,
     linear_layers,
     lora_layers,
     lora_parameters,
@@ -125,7 +125,9 @@ def save_adapter(
     """Write the LoRA matrices of `model` as a PEFT adapter folder, both files or none.
 
     As by PEFT's `save_pretrained`, an adapter that `folder` already holds is replaced, once the new
-    one is complete; other files in it are kept. The settings are those of `adapter_files`.
+    one is complete; other files in it are kept. PiSSA and OLoRA change the frozen weights: their
+    adapters are saved as LoRA of twice the rank, for the base as it was. The settings are those of
+    `adapter_files`.
     """
     write_adapter(folder, adapter_files(
         model,
@@ -166,8 +168,10 @@ def adapter_files(
     # PEFT decides by the module, and warns if the file disagrees.
     config["fan_in_fan_out"] = getattr(model, "fan_in_fan_out", False)
     tensors = {
-        f"base_model.model.{name}.weight": matrix.detach().float().cpu().contiguous()
-        for name, matrix in lora_parameters(model).items()
+        # PEFT stores a magnitude vector without the .weight that it has as a module.
+        f"base_model.model.{name}{'' if matrix.dim() == 1 else '.weight'}":
+            matrix.detach().float().cpu().contiguous()
+        for name, matrix in _saved_parameters(layers).items()
     }
     bad = [name for name, matrix in tensors.items() if not matrix.isfinite().all()]
     if bad:
@@ -193,12 +197,17 @@ def read_adapter(folder: str | Path, *, weights_file: str = WEIGHTS_FILE) -> Ada
 
 
 def load_adapter(
-    model: nn.Module, adapter: Adapter | str | Path, *, dropout: float | None = None
+    model: nn.Module,
+    adapter: Adapter | str | Path,
+    *,
+    dropout: float | None = None,
+    use_lorafa: bool = False,
 ) -> InjectionPlan:
     """Inject an adapter into a model without LoRA layers and load its matrices.
 
     `adapter` is one that was read, or what `find_adapter` accepts. Ranks and scaling come from its
-    configuration. For further training, `dropout` replaces the adapter's own.
+    configuration. For further training, `dropout` replaces the adapter's own, and `use_lorafa`
+    freezes its A matrices.
 
     Raises AdapterError, before anything is changed, if the adapter changes more than LoRA layers
     can (`beyond_lora`), if a matrix does not have the shape given by model and configuration, or if
@@ -216,15 +225,15 @@ def load_adapter(
     try:
         select(model, paths)
         _check_fit(model, adapter, paths)
-        plan = inject(
+        paths = [path for path in linear_layers(model) if path in paths]
+        plan = adapt(
             model,
-            [f"re:{re.escape(path)}" for path in paths],
-            rank=config["r"],
-            rank_pattern=config.get("rank_pattern"),
-            alpha=config["lora_alpha"],
-            alpha_pattern=config.get("alpha_pattern"),
+            by_pattern(config.get("rank_pattern"), paths, default=config["r"]),
+            by_pattern(config.get("alpha_pattern"), paths, default=config["lora_alpha"]),
             dropout=config.get("lora_dropout", 0.0) if dropout is None else dropout,
-            rslora=bool(config.get("use_rslora")),
+            use_rslora=bool(config.get("use_rslora")),
+            use_dora=bool(config.get("use_dora")),
+            use_lorafa=use_lorafa,
         )
     except ValueError as error:
         raise MisfitError(
@@ -233,7 +242,8 @@ def load_adapter(
         ) from None
     with torch.no_grad():
         for name, parameter in lora_parameters(model).items():
-            parameter.copy_(adapter.matrices[name])
+            stored = (adapter.others if parameter.dim() == 1 else adapter.matrices)[name]
+            parameter.copy_(stored.view_as(parameter))
     return plan
 
 
@@ -267,8 +277,6 @@ def beyond_lora(model: nn.Module, adapter: Adapter) -> str | None:
         part = parts.get(path.partition(".")[0])
         if decoder is not None and part is not None and part is not decoder:
             return "changes the vision encoder, which is frozen here"
-    if config.get("use_dora"):
-        return "is a DoRA adapter, which is not trained here"
     if config.get("lora_bias"):
         return "has LoRA layers with a bias, which are not trained here"
     if replaced or config.get("bias") not in (None, "none") or config.get("modules_to_save"):
@@ -295,6 +303,11 @@ def _check_fit(model: nn.Module, adapter: Adapter, paths: list[str]) -> None:
             found = tuple(matrices[f"{path}.lora_{letter}"].shape)
             if found != shape:
                 complaints.append(f"{path}.lora_{letter} is {found}, expected {shape}")
+        magnitude = adapter.others.get(f"{path}.lora_magnitude_vector")
+        if magnitude is not None and magnitude.numel() != num_out:
+            complaints.append(
+                f"{path}.lora_magnitude_vector has {magnitude.numel()} values, expected {num_out}"
+            )
     if complaints:
         raise ValueError(in_one_line(complaints))
 
@@ -305,6 +318,42 @@ def in_one_line(complaints: list[str]) -> str:
     return complaints[0] + more
 
 
+def _saved_parameters(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """The parameters of LoRA layers by name, as they are saved.
+
+    With A_0 and B_0, whose update PiSSA and OLoRA have taken out of W, that is
+
+        W - s B_0 A_0 + s B A = W + s [B, -B_0] [A; A_0]
+    """
+    saved: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        named: dict[str, Tensor] = dict(layer.lora_parameters())
+        if layer.initial_matrices is not None:
+            A, B = layer.initial_matrices
+            named["lora_A"] = torch.cat([layer.lora_A, A.to(layer.lora_A.device)])
+            named["lora_B"] = torch.cat([layer.lora_B, -B.to(layer.lora_B.device)], dim=1)
+        saved |= {f"{path}.{name}": tensor for name, tensor in named.items()}
+    return saved
+
+
+def restore_initial(model: nn.Module, adapter: Adapter) -> None:
+    """Give the new LoRA layers of a run with PiSSA or OLoRA, of which `adapter` was saved, the
+    matrices and frozen weights that the run had.
+
+    The layers must have the run's ranks, and the base's weights.
+    """
+    for path, layer in lora_layers(model):
+        with torch.no_grad():
+            A, first_A = adapter.matrices[f"{path}.lora_A"].split(layer.rank)
+            B, first_B = adapter.matrices[f"{path}.lora_B"].split(layer.rank, dim=1)
+            layer.subtract_initial(first_A.to(layer.lora_A), -first_B.to(layer.lora_B))
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+            if layer.lora_magnitude_vector is not None:
+                magnitude = adapter.others[f"{path}.lora_magnitude_vector"]
+                layer.lora_magnitude_vector.copy_(magnitude)
+
+
 def _peft_config(
     layers: Mapping[str, LoRALinear],
     base_model: str | None,
@@ -313,7 +362,13 @@ def _peft_config(
 ) -> dict[str, Any]:
     """PEFT's configuration; ranks and alphas that differ from the first layer's are patterns."""
     first = next(iter(layers.values()))
-    rank, alpha = first.rank, first.alpha
+    is_converted = first.initial_matrices is not None
+    ranks = {path: x.rank * (2 if is_converted else 1) for path, x in layers.items()}
+    alphas = {
+        # With twice the rank, and without rsLoRA, this alpha gives the same scaling.
+        path: x.scaling * ranks[path] if is_converted else x.alpha for path, x in layers.items()
+    }
+    rank, alpha = (next(iter(values.values())) for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "auto_mapping": {
@@ -329,13 +384,10 @@ def _peft_config(
         "lora_dropout": first.dropout,
         # Full paths: in PEFT a short name such as "dense" would also match the vocabulary head.
         "target_modules": list(layers),
-        "rank_pattern": {re.escape(p): x.rank for p, x in layers.items() if x.rank != rank},
-        "alpha_pattern": {
-            re.escape(p): x.alpha for p, x in layers.items() if x.alpha != alpha
-        },
-        # The alphas above already include rsLoRA's scaling.
-        "use_rslora": False,
-        "use_dora": False,
+        "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(p): a for p, a in alphas.items() if a != alpha},
+        "use_rslora": first.use_rslora and not is_converted,
+        "use_dora": first.lora_magnitude_vector is not None,
         "bias": "none",
         "lora_bias": False,
         "init_lora_weights": True,

@@ -37,6 +37,14 @@ _UNSUPPORTED: dict[str, tuple] = {
 }
 
 
+# Settings of these forms change what an adapter computes; those known here do not, or are above.
+_VARIANT = re.compile("use_.*|.*_config")
+_KNOWN = frozenset((
+    "use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "megatron_config", "runtime_config", *_UNSUPPORTED,
+))
+
+
 class AdapterError(ValueError):
     """An adapter folder that cannot be read or used."""
 
@@ -59,13 +67,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type \"LORA\"")
     _check_settings(path, config)
-    for name, supported in _UNSUPPORTED.items():
-        if name in config and config[name] not in supported:
-            raise AdapterError(
-                f"{path}: {name} is {shortened(config[name])}; only LoRA, rsLoRA and DoRA are "
-                f"supported. Merge it with PEFT (merge_and_unload, then save_pretrained), and use "
-                f"the result as --model"
-            )
+    refused = [
+        name for name, value in config.items()
+        if value not in _UNSUPPORTED.get(name, (value,))
+        or value and _VARIANT.fullmatch(name) and name not in _KNOWN
+    ]
+    for name in refused:
+        initial = "init_lora_weights"
+        hint = " (or save it with path_initial_model_for_weight_conversion)"
+        raise AdapterError(
+            f"{path}: {name} is {shortened(config[name])}; only LoRA, rsLoRA and DoRA are "
+            f"supported. Merge it with PEFT (merge_and_unload, then save_pretrained), and use "
+            f"the result as --model{hint if name == initial else ''}"
+        )
     return config
 
 

@@ -15,7 +15,7 @@ from lora_engine.lora.adapter import Adapter, in_one_line
 from lora_engine.lora.adapter_config import MisfitError, targeted
 from lora_engine.lora.adapter_weights import adapted_paths
 from lora_engine.lora.injection import by_pattern
-from lora_engine.lora.layer import LinearParts, dora_weight, lora_scaling
+from lora_engine.lora.layer import LinearParts, lora_scaling
 
 
 class Checkpoint(NamedTuple):
@@ -73,7 +73,7 @@ def merged_tensors(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Tensor
     complaints = []
     for path in paths:
         weights, biases = names[f"{path}.weight"], names.get(f"{path}.bias", [])
-        scaling = lora_scaling(alphas[path], ranks[path], rslora=bool(config.get("use_rslora")))
+        scaling = lora_scaling(alphas[path], ranks[path], use_rslora=bool(config.get("use_rslora")))
         weight = changed.get(weights[0], base[weights[0]])
         try:
             merged = _merged(weight, adapter, path, ranks[path], scaling, checkpoint.transposed)
@@ -112,14 +112,14 @@ def _merged(
             raise ValueError(
                 f"{path}.{kind[:-1]}{letter} is {tuple(matrix.shape)}, expected {shape}"
             )
-    rows = rows + LinearParts(rows, None, A, B, scaling).update()
+    rows = LinearParts(rows, None, A, B, scaling=scaling).adapted_weight()
     magnitude = adapter.others.get(f"{path}.lora_magnitude_vector")
     if magnitude is not None:
         if magnitude.numel() != len(rows):
             raise ValueError(
                 f"{path}.lora_magnitude_vector has {magnitude.numel()} values, expected {len(rows)}"
             )
-        rows = dora_weight(rows, magnitude.float().flatten())
+        rows = rows * (magnitude.float().flatten() / rows.norm(dim=1)).unsqueeze(1)
     return (rows.T if is_transposed else rows).reshape(weight.shape).contiguous()
 
 

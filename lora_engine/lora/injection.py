@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_engine.keywords import known_keywords
+from lora_engine.lora.initialization import check_initialization
 from lora_engine.lora.layer import (
     LoRALinear,
     check_settings,
@@ -44,10 +45,8 @@ class AdaptedModule:
     out_features: int
     rank: int
     scaling: float
-
-    @property
-    def num_parameters(self) -> int:
-        return self.rank * (self.in_features + self.out_features)
+    num_parameters: int
+    """Trainable ones."""
 
 
 @dataclass(frozen=True)
@@ -98,60 +97,108 @@ def inject(
     rank: int = 8,
     alpha: float = 32.0,
     dropout: float = 0.1,
-    rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    use_lorafa: bool = False,
+    init_lora_weights: str | bool = "default",
 ) -> InjectionPlan:
     """Freeze `module` and replace its targeted linear layers by `LoRALinear`, in place.
 
-    `targets` are matched as in `select`. `rank_pattern` and `alpha_pattern` give some layers
-    another rank or alpha, by PEFT's rule: the key, a regular expression, matches the path or what
-    follows a dot in it. A matrices are drawn from torch's global generator in the order of the
-    module tree. Afterwards only the new matrices require a gradient.
+    `targets` and `layers_to_transform`, the numbers of the decoder's layers to adapt, are matched
+    as in `select`. `rank_pattern` and `alpha_pattern` give some layers another rank or alpha: the
+    key is one of the module's `lora_groups`, or by PEFT's rule a regular expression that matches
+    the path or what follows a dot in it. The variants are those of `LoRALinear`. Matrices are
+    drawn from torch's global generator in the order of the module tree. Afterwards only the new
+    ones require a gradient.
 
     Before anything is changed, raises ValueError as `select` does, for a pattern that is no regular
-    expression or takes too long to match, for a rank below 1 or a dropout outside [0, 1), and for a
-    targeted layer with hooks or a replaced `forward`.
+    expression, takes too long to match or matches nothing, for a rank, a dropout or an
+    initialization that `LoRALinear` refuses, and for a targeted layer with hooks or a replaced
+    `forward`.
     """
-    paths = select(module, targets)
-    ranks = by_pattern(rank_pattern, paths, default=rank)
-    alphas = by_pattern(alpha_pattern, paths, default=alpha)
-    for layer_rank in ranks.values():
-        check_settings(layer_rank, dropout)
-    for path in paths:
-        if is_intercepted(module.get_submodule(path)):
+    paths = select(module, targets, layers_to_transform)
+    groups: Mapping[str, str] = getattr(module, "lora_groups", {})
+
+    def values(name: str, pattern: Mapping | None, default: float) -> dict[str, Any]:
+        pattern = {groups.get(key, key): value for key, value in (pattern or {}).items()}
+        return by_pattern(pattern, paths, default=default, must_match=name)
+
+    ranks = values("rank_pattern", rank_pattern, rank)
+    alphas = values("alpha_pattern", alpha_pattern, alpha)
+    return adapt(
+        module,
+        ranks,
+        alphas,
+        dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        use_lorafa=use_lorafa,
+        init_lora_weights=init_lora_weights,
+    )
+
+
+def adapt(
+    module: nn.Module,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    dropout: float,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    use_lorafa: bool = False,
+    init_lora_weights: str | bool = "default",
+) -> InjectionPlan:
+    """`inject` for the layers whose ranks and alphas are given by path."""
+    how = "default" if init_lora_weights is True else str(init_lora_weights)
+    for path, rank in ranks.items():
+        base = module.get_submodule(path)
+        check_settings(rank, dropout)
+        check_initialization(how, rank, *widths(base))
+        if is_intercepted(base):
             raise ValueError(
                 f"{path} has hooks, a replaced forward or a compiled call, which an adapter would "
                 f"drop; remove them, and add them to the LoRA layer after inject()"
             )
     module.requires_grad_(False)
     adapted = []
-    for path in paths:
+    for path, rank in ranks.items():
         parent_path, _, name = path.rpartition(".")
         parent = module.get_submodule(parent_path)
         layer = LoRALinear(
             getattr(parent, name),
-            rank=ranks[path],
+            rank=rank,
             alpha=alphas[path],
             dropout=dropout,
-            rslora=rslora,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            use_lorafa=use_lorafa,
+            init_lora_weights=how,
         )
         setattr(parent, name, layer)
-        adapted.append(
-            AdaptedModule(path, layer.in_features, layer.out_features, layer.rank, layer.scaling)
-        )
+        num_trained = sum(p.numel() for p in layer.lora_parameters().values() if p.requires_grad)
+        adapted.append(AdaptedModule(
+            path, layer.in_features, layer.out_features, rank, layer.scaling, num_trained
+        ))
     return InjectionPlan(tuple(adapted), *count_parameters(module))
 
 
-def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def select(
+    module: nn.Module,
+    targets: str | Sequence[str],
+    layers_to_transform: Sequence[int] | None = None,
+) -> list[str]:
     """Paths of the linear layers that `targets` match, in the order of the module tree.
 
     A single string is one regular expression over the whole path. In a sequence, each item is a
     group of the module's `lora_groups`, a regular expression after "re:", or a name as in PEFT: it
-    equals the path, or the path ends with "." + name.
+    equals the path, or the path ends with "." + name. `layers_to_transform` keeps those in layers
+    of these numbers, the first number in a path.
 
     Raises ValueError for a target that matches nothing (with close matches) or only layers that may
-    not be adapted, and for a module that already has adapters.
+    not be adapted, for a layer that does not exist, and for a module that already has adapters.
     """
     if next(lora_layers(module), None) is not None:
         raise ValueError("this module already has LoRA layers; inject once, with all targets")
@@ -168,7 +215,22 @@ def select(module: nn.Module, targets: str | Sequence[str]) -> list[str]:
         if not hits:
             raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
         selected.update(hits)
-    return [path for path in allowed if path in selected]
+    numbers = {path: number for path in selected if (number := _layer_number(path)) is not None}
+    wanted = set(layers_to_transform or numbers.values())
+    if missing := sorted(wanted - set(numbers.values())):
+        raise ValueError(
+            f"there is no layer {missing[0]} to adapt; the targets are in layers "
+            f"{', '.join(map(str, sorted(set(numbers.values())))) or '(none)'}"
+        )
+    return [
+        path for path in allowed
+        if path in selected and (not layers_to_transform or numbers.get(path) in wanted)
+    ]
+
+
+def _layer_number(path: str) -> int | None:
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(match[1]) if match else None
 
 
 def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -189,12 +251,13 @@ def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Every LoRA matrix by its name, `<path>.lora_A` before `<path>.lora_B`."""
-    matrices = {}
-    for path, layer in lora_layers(module):
-        matrices[f"{path}.lora_A"] = layer.lora_A
-        matrices[f"{path}.lora_B"] = layer.lora_B
-    return matrices
+    """Every parameter of every LoRA layer by its name: `<path>.lora_A`, `<path>.lora_B`, and with
+    DoRA `<path>.lora_magnitude_vector`."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in lora_layers(module)
+        for name, parameter in layer.lora_parameters().items()
+    }
 
 
 def merge(module: nn.Module) -> None:
@@ -232,10 +295,23 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
                     setattr(child, name, nn.Parameter(cast, requires_grad=False))
 
 
-def by_pattern(patterns: Mapping | None, paths: Sequence[str], *, default) -> dict[str, Any]:
-    """Each path's value: that of the first matching pattern, by PEFT's rule (see `inject`)."""
+def by_pattern(
+    patterns: Mapping | None, paths: Sequence[str], *, default, must_match: str | None = None
+) -> dict[str, Any]:
+    """Each path's value: that of the first matching pattern, by PEFT's rule (see `inject`).
+
+    Raises ValueError for a pattern that gives no path its value, if they `must_match`, by their
+    name in the message.
+    """
     patterns = patterns or {}
     found = first_matches(patterns, paths, or_tail=True)
+    unused = [pattern for pattern in patterns if pattern not in found.values()]
+    if must_match and unused:
+        known = sorted({path.rpartition(".")[2] for path in paths})
+        raise ValueError(
+            f"{must_match}: {shortened(unused[0])} matches no adapted layer (or an earlier pattern "
+            f"does); their names are {', '.join(known)}"
+        )
     return {path: patterns[found[path]] if path in found else default for path in paths}
 
 

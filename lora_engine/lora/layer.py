@@ -1,20 +1,21 @@
 """LoRA: the layer and its formula.
 
     x ─┬────────────── W (frozen) ──────────────┐
-       └─ dropout ── A (R, in) ── B (out, R) ───+── out
+       └─ dropout ── A (R, in) ── B (out, R) ───+── * c ── + b ── out
 
-    out = W x + b + scaling * B A dropout(x)        scaling = alpha / rank
+    out = c * (W x + scaling * B A dropout(x)) + b      scaling = alpha / rank
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685;
-scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732. Conventions (initial
+LoRA has no c (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
+https://arxiv.org/abs/2106.09685). In DoRA (https://arxiv.org/abs/2402.09353) c scales each output
+to a trained magnitude m: c = m / |W + scaling * B A|, with the norm of each row, which is constant
+for the gradient. scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732; an A
+that stays as it was drawn is LoRA-FA, https://arxiv.org/abs/2308.03303. Conventions (initial
 values, dropout on the input, matching of targets) are those of huggingface/peft; adapters load in
 either library.
 
 `LinearParts` describes a layer's terms, from which forward passes (`project`), cross-attention
-(`low_rank_inputs`, `FeatureProjection`) and merging (`LinearParts.update`) compute. A variant
-that only changes these terms, as rsLoRA's scaling does, changes `linear_parts` alone. One with
-another forward pass, such as DoRA, also changes `_Projections`, and cross_attention.py must call
-its layers.
+(`low_rank_inputs`, `FeatureProjection`) and merging (`LinearParts.adapted_weight`) compute. A
+variant changes these terms, in `linear_parts`, and nothing else.
 
 Axes: M rows of the input, R rank.
 """
@@ -29,6 +30,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_engine.lora.dropout import add_kept_part, dropout_mask, kept_part
+from lora_engine.lora.initialization import (
+    CHANGES_WEIGHT,
+    check_initialization,
+    initial_matrices,
+)
 from lora_engine.lora.matmul import (
     compute_dtype,
     feature_matmul,
@@ -40,9 +46,9 @@ from lora_engine.lora.matmul import (
 )
 
 
-def lora_scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
+def lora_scaling(alpha: float, rank: int, *, use_rslora: bool = False) -> float:
     """alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def update_bound(alpha: float, rank: int, largest_A: float, largest_B: float) -> float:
@@ -57,12 +63,19 @@ class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update (arXiv:2106.09685, section 4.1).
 
     Shares the weight and bias of `base` without copying them. `base` is an `nn.Linear`, weight
-    (out, in), or transformers' `Conv1D`, weight (in, out). `lora_A` (R, in) is initialized as in
-    PEFT and `lora_B` (out, R) is zero, so a new layer computes what `base` computed. Both stay
-    fp32 whatever the frozen weight's dtype (fp64 with an fp64 weight).
+    (out, in), or transformers' `Conv1D`, weight (in, out). `lora_A` (R, in), `lora_B` (out, R) and
+    with DoRA `lora_magnitude_vector` (out,) are fp32 whatever the frozen weight's dtype (fp64 with
+    an fp64 weight). `init_lora_weights` is described in initialization.py; a new layer computes
+    what `base` computed. `use_lorafa` freezes `lora_A`.
+
+    After PiSSA or OLoRA the frozen weight is no longer that of `base`, but what is left of it
+    without `initial_matrices`, the first A and B.
     """
 
+    lora_magnitude_vector: nn.Parameter | None
+    initial_matrices: tuple[Tensor, Tensor] | None = None
     _unmerged_weight: Tensor | None
+    _squared_norms: Tensor | None
 
     def __init__(
         self,
@@ -71,7 +84,10 @@ class LoRALinear(nn.Module):
         rank: int,
         alpha: float,
         dropout: float = 0.0,
-        rslora: bool = False,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        use_lorafa: bool = False,
+        init_lora_weights: str = "default",
     ) -> None:
         super().__init__()
         check_settings(rank, dropout)
@@ -79,30 +95,58 @@ class LoRALinear(nn.Module):
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.weight_is_transposed = is_conv1d(base)
         self.in_features, self.out_features = widths(base)
+        check_initialization(init_lora_weights, rank, self.in_features, self.out_features)
         self.rank = rank
+        self.alpha = alpha
         self.dropout = dropout
-        self.scaling = lora_scaling(alpha, rank, rslora=rslora)
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.use_rslora = use_rslora
+        self.scaling = lora_scaling(alpha, rank, use_rslora=use_rslora)
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        weight = self.weight.detach().to(dtype)
+        weight = weight.T if self.weight_is_transposed else weight  # (out, in)
+        A, B = initial_matrices(init_lora_weights, weight, rank, self.scaling)
+        self.lora_A = nn.Parameter(A, requires_grad=not use_lorafa)
+        self.lora_B = nn.Parameter(B)
         # Copies in the compute dtype; the optimizer refreshes them when it changes the matrices.
         self.cast_matrices: tuple[Tensor, Tensor] | None = None
-        # A non-persistent buffer moves with the layer, but is in neither parameters nor state dict.
+        # Non-persistent buffers move with the layer, but are in neither parameters nor state dict.
         self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.register_buffer("_squared_norms", None, persistent=False)
+        self.lora_magnitude_vector = None
+        if init_lora_weights in CHANGES_WEIGHT:
+            self.subtract_initial(A.clone(), B.clone())
+        if use_dora:
+            self._squared_norms = self._rows(dtype).square().sum(dim=1)
+            self.lora_magnitude_vector = nn.Parameter(self.adapted_norms())
+
+    @torch.no_grad()
+    def subtract_initial(self, A: Tensor, B: Tensor) -> None:
+        """Take the update of the first A and B out of the frozen weight (PiSSA, OLoRA)."""
+        self.initial_matrices = A, B
+        rest = self._rows(A.dtype) - self.scaling * (B @ A)
+        rest = rest.T if self.weight_is_transposed else rest
+        self.weight = nn.Parameter(rest.to(self.weight.dtype).contiguous(), requires_grad=False)
+        if self._squared_norms is not None:
+            self._squared_norms = self._rows(A.dtype).square().sum(dim=1)
+
+    def _rows(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight (out, in) in `dtype`, whatever its layout."""
+        weight = self.weight.detach().to(dtype)
+        return weight.T if self.weight_is_transposed else weight
 
     @property
     def merged(self) -> bool:
         return self._unmerged_weight is not None
 
-    @property
-    def alpha(self) -> float:
-        """The alpha for which alpha / rank is the scaling, with rsLoRA too."""
-        return self.scaling * self.rank
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """lora_A, lora_B, and with DoRA lora_magnitude_vector."""
+        parameters = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            parameters["lora_magnitude_vector"] = self.lora_magnitude_vector
+        return parameters
 
     @property
     def active_dropout(self) -> float:
@@ -119,10 +163,27 @@ class LoRALinear(nn.Module):
         """
         if self.cast_matrices is not None and self.cast_matrices[0].dtype == dtype:
             cast_A, cast_B = self.cast_matrices
-            if cast_A.requires_grad:
+            if cast_B.requires_grad:
                 return cast_A, cast_B
             return _Cast.apply(self.lora_A, cast_A), _Cast.apply(self.lora_B, cast_B)
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+    @torch.no_grad()
+    def adapted_norms(self, weight: Tensor | None = None) -> Tensor:
+        """|W + scaling * B A| of each row, (out,), with W in the dtype of `weight` (out, in).
+
+        Without the sum, which is as large as W: with P = W A^T (out, R) it is the root of
+
+            |w|^2 + b . (2 scaling P + scaling^2 b A A^T)       for rows w of W, p of P, b of B.
+        """
+        assert self._squared_norms is not None
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        weight = self._rows(A.dtype) if weight is None else weight
+        P = frozen_linear(A.to(weight.dtype), weight).to(A.dtype).T
+        squared = self._squared_norms + (
+            B * torch.addmm(P, B, A @ A.T, beta=2 * self.scaling, alpha=self.scaling**2)
+        ).sum(dim=1)
+        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -138,11 +199,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + scaling * B A in the layout and dtype of W, computed in fp32 and rounded once."""
+        """c * (W + scaling * B A) in the layout and dtype of W, computed in fp32, rounded once."""
         if self.merged:
             return self.weight
-        parts = linear_parts(self, self.lora_A.dtype)
-        merged = parts.weight + parts.update()
+        merged = linear_parts(self, self.lora_A.dtype).adapted_weight()
         merged = merged.T if self.weight_is_transposed else merged
         return merged.to(self.weight.dtype).contiguous()
 
@@ -160,29 +220,23 @@ class LoRALinear(nn.Module):
 
 
 class LinearParts(NamedTuple):
-    """The terms of x W^T + b + scaling * dropout(x) A^T B^T, in one dtype.
+    """The terms of c (x W^T + scaling * dropout(x) A^T B^T) + b, in one dtype.
 
-    A and B are None without an adapter.
+    A and B are None without an adapter, c without DoRA.
     """
 
     weight: Tensor  # (out, in)
     bias: Tensor | None  # (out,)
     lora_A: Tensor | None = None  # (R, in)
     lora_B: Tensor | None = None  # (out, R)
+    out_scale: Tensor | None = None  # c (out,)
     scaling: float = 0.0
 
-    def update(self) -> Tensor:
-        """scaling * B A (out, in), which merging adds to W."""
+    def adapted_weight(self) -> Tensor:
+        """c * (W + scaling * B A) (out, in)."""
         assert self.lora_A is not None and self.lora_B is not None
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-
-def dora_weight(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's weight m W / |W| with the norm of each row (arXiv:2402.09353, section 4).
-
-    W (out, in) includes the update scaling * B A; m is (out,).
-    """
-    return weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+        adapted = self.weight + self.scaling * (self.lora_B @ self.lora_A)
+        return adapted if self.out_scale is None else self.out_scale.unsqueeze(1) * adapted
 
 
 def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
@@ -195,7 +249,10 @@ def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
     weight = weight.T if layer.weight_is_transposed else weight
     if layer.merged:
         return LinearParts(weight, bias)
-    return LinearParts(weight, bias, *layer.matrices(dtype), layer.scaling)
+    out_scale = None
+    if layer.lora_magnitude_vector is not None:
+        out_scale = (layer.lora_magnitude_vector / layer.adapted_norms(weight)).to(dtype)
+    return LinearParts(weight, bias, *layer.matrices(dtype), out_scale, layer.scaling)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -241,7 +298,7 @@ def _project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     parts = [linear_parts(layer, dtype) for layer in layers]
     kept, kept_share = _dropout_mask(rows, layers)
     scalings = tuple(part.scaling / kept_share for part in parts)
-    tensors = (tensor for part in parts for tensor in part[:4])
+    tensors = (tensor for part in parts for tensor in part[:5])
     outs = _Projections.apply(rows, kept, scalings, *tensors)
     return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
@@ -284,22 +341,26 @@ def _dropout_mask(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor | None
 
 
 class _Projections(torch.autograd.Function):
-    """Y_i = X W_i^T + b_i + s_i d(X) A_i^T B_i^T, where d keeps some elements (arXiv:2106.09685).
+    """Y_i = c_i (X W_i^T + s_i d(X) A_i^T B_i^T) + b_i, where d keeps some elements of X.
 
     The backward pass is written by hand: autograd would save X twice, with dropout and without,
-    and run a low-rank matmul for each layer. With G_i = s_i dY_i B_i it is
+    and run a low-rank matmul for each layer. With Z_i what c_i is multiplied by (c_i = 1 without
+    DoRA), dZ_i = c_i dY_i and G_i = s_i dZ_i B_i it is
 
-        dX = sum dY_i W_i + d(sum G_i A_i)     dA_i = G_i^T d(X)     dB_i = s_i dY_i^T (d(X) A_i^T)
+        dX = sum dZ_i W_i + d(sum G_i A_i)     dA_i = G_i^T d(X)     dB_i = s_i dZ_i^T (d(X) A_i^T)
+        dc_i = the sum of dY_i Z_i over the rows
 
-    W and b are frozen and get no gradient; X gets one only where it needs one.
+    W and b are frozen and get no gradient; X and A get one only where they need one.
     """
 
     @staticmethod
     def forward(ctx, X: Tensor, kept: Tensor | None, scalings: tuple[float, ...], *tensors):
-        Ws, biases, As, Bs = (tensors[i::4] for i in range(4))
+        Ws, biases, As, Bs, cs = (tensors[i::5] for i in range(5))
         ctx.scalings = scalings
         ctx.ranks = [0 if A is None else len(A) for A in As]
-        Ys = [frozen_linear(X, W, bias) for W, bias in zip(Ws, biases)]
+        Ys = [
+            frozen_linear(X, W, bias if c is None else None) for W, bias, c in zip(Ws, biases, cs)
+        ]
         A = low_rank = None
         if any(ctx.ranks):
             A = _joined([A for A in As if A is not None])
@@ -307,36 +368,48 @@ class _Projections(torch.autograd.Function):
             for Y, part, B, s in zip(Ys, low_rank.split(ctx.ranks, dim=1), Bs, scalings):
                 if B is not None:
                     Y.addmm_(part, B.T, alpha=s)
-        # Without an adapter no gradient needs the input.
-        ctx.save_for_backward(None if A is None else X, kept, A, low_rank, *Ws, *Bs)
+        Zs = [None if c is None else Z for Z, c in zip(Ys, cs)]
+        Ys = [Y if c is None else _scaled(Y, c, bias) for Y, c, bias in zip(Ys, cs, biases)]
+        # Without a trained A no gradient needs the input.
+        ctx.trains_A = any(ctx.needs_input_grad[5::5])
+        ctx.save_for_backward(X if ctx.trains_A else None, kept, A, low_rank, *Ws, *Bs, *cs, *Zs)
         return tuple(Ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dYs):
         X, kept, A, low_rank, *rest = ctx.saved_tensors
-        Ws, Bs = rest[: len(dYs)], rest[len(dYs) :]
+        count = len(dYs)
+        Ws, Bs, cs, Zs = (rest[i * count : (i + 1) * count] for i in range(4))
+        dcs = [None if Z is None else (dY * Z).sum(dim=0) for dY, Z in zip(dYs, Zs)]
+        dZs = [dY if c is None else dY * c for dY, c in zip(dYs, cs)]
         dX: Tensor | None = None
-        dAs: Sequence[Tensor | None] = [None] * len(dYs)
-        dBs: Sequence[Tensor | None] = [None] * len(dYs)
+        dAs: Sequence[Tensor | None] = [None] * count
+        dBs: Sequence[Tensor | None] = [None] * count
         if ctx.needs_input_grad[0]:
-            dX = sum_of_matmuls(dYs, Ws)
+            dX = sum_of_matmuls(dZs, Ws)
         if A is not None:
-            adapted = [(dY, B, s) for dY, B, s in zip(dYs, Bs, ctx.scalings) if B is not None]
-            G = _joined([scaled_matmul(dY, B, s) for dY, B, s in adapted], dim=1)  # (M, sum of R)
-            dAs = (G.T @ kept_part(X, kept)).split(ctx.ranks)
+            if dX is not None or ctx.trains_A:
+                adapted = [(dZ, B, s) for dZ, B, s in zip(dZs, Bs, ctx.scalings) if B is not None]
+                G = _joined([scaled_matmul(dZ, B, s) for dZ, B, s in adapted], dim=1)  # (M, R)
+            if ctx.trains_A:
+                dAs = (G.T @ kept_part(X, kept)).split(ctx.ranks)
             parts = low_rank.split(ctx.ranks, dim=1)
             dBs = [
-                None if B is None else scaled_weight_gradient(dY, part, s)
-                for dY, B, part, s in zip(dYs, Bs, parts, ctx.scalings)
+                None if B is None else scaled_weight_gradient(dZ, part, s)
+                for dZ, B, part, s in zip(dZs, Bs, parts, ctx.scalings)
             ]
             if dX is not None:
                 dX = dX.addmm_(G, A) if kept is None else add_kept_part(dX, G @ A, kept)
-        matrices = [
-            (None, None, dA, dB) if rank else (None, None, None, None)
-            for dA, dB, rank in zip(dAs, dBs, ctx.ranks)
+        gradients = [
+            (None, None, dA if rank else None, dB, dc)
+            for dA, dB, dc, rank in zip(dAs, dBs, dcs, ctx.ranks)
         ]
-        return dX, None, None, *(gradient for layer in matrices for gradient in layer)
+        return dX, None, None, *(gradient for layer in gradients for gradient in layer)
+
+
+def _scaled(Z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    return Z * c if bias is None else torch.addcmul(bias, Z, c)
 
 
 def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -9,7 +9,8 @@ so a caption of T tokens costs T small products instead of P large ones: multi-q
 E as keys and values, like DeepSeek-V2's "absorbed" attention (arXiv:2405.04434, section 2.1.2). A
 key bias would add q_h b_k,h, the same number for all keys, which the softmax ignores. LoRA on keys
 and values, with U = dropout(E) A^T and s the scaling, adds s (q_h B_k,h) U_k^T to the scores and
-s (probs U_v) B_v,h^T to the context. E is frozen and gets no gradient.
+s (probs U_v) B_v,h^T to the context. DoRA's factors c of the outputs multiply the queries, for
+(c k) q = k (c q), and the context. E is frozen and gets no gradient.
 
 Axes: B images, N = B * G rows (G rows per image), T caption tokens, P image tokens, E width of the
 features, D width of the decoder, H heads, K head width, R rank.
@@ -37,13 +38,14 @@ from lora_engine.models.attention import KeyValueCache, LayerCache, split_heads
 
 
 class FeatureProjection(NamedTuple):
-    """Keys or values as a function of the features: E W^T + b + scaling * U B^T."""
+    """Keys or values as a function of the features: c (E W^T + scaling * U B^T) + b."""
 
     weight: Tensor  # (D, E)
     bias: Tensor | None  # (D,)
     low_rank: Tensor | None = None  # U (B, P, R)
     lora_B: Tensor | None = None  # (D, R)
     scaling: float = 1.0
+    out_scale: Tensor | None = None  # c (D,), of DoRA
 
     def scaled_B(self) -> Tensor:
         """scaling * B (D, R)."""
@@ -52,13 +54,13 @@ class FeatureProjection(NamedTuple):
 
     def chunk(self, count: int) -> "list[FeatureProjection]":
         """Split a fused layer by its outputs; the parts share its low-rank product U."""
-        weights, biases, lora_Bs = (
+        weights, biases, lora_Bs, out_scales = (
             [None] * count if x is None else x.chunk(count)
-            for x in (self.weight, self.bias, self.lora_B)
+            for x in (self.weight, self.bias, self.lora_B, self.out_scale)
         )
         return [
-            FeatureProjection(weight, bias, self.low_rank, lora_B, self.scaling)
-            for weight, bias, lora_B in zip(weights, biases, lora_Bs)
+            FeatureProjection(weight, bias, self.low_rank, lora_B, self.scaling, out_scale)
+            for weight, bias, lora_B, out_scale in zip(weights, biases, lora_Bs, out_scales)
         ]
 
 
@@ -158,6 +160,8 @@ def attend(
     num_rows, num_tokens, width = query.shape
     num_queries = num_rows // len(features) * (num_tokens if cache is None else cache.num_tokens)
     rows = _by_image(query, features)
+    if key.out_scale is not None:  # there are fewer queries than keys
+        rows, key = rows * key.out_scale, key._replace(out_scale=None)
     if absorbs(
         (num_queries, width), features.shape[1:], num_heads,
         with_backward=torch.is_grad_enabled(), on_cpu=is_on_cpu(features),
@@ -180,9 +184,9 @@ def _feature_projections(
     for layer, low_rank in zip(layers, low_ranks, strict=True):
         parts = linear_parts(layer, dtype)
         lora_B = None if low_rank is None else parts.lora_B
-        projections.append(
-            FeatureProjection(parts.weight, parts.bias, low_rank, lora_B, parts.scaling)
-        )
+        projections.append(FeatureProjection(
+            parts.weight, parts.bias, low_rank, lora_B, parts.scaling, parts.out_scale
+        ))
     return projections if len(projections) == 2 else projections[0].chunk(2)
 
 
@@ -228,7 +232,10 @@ def absorbed(
     num_heads: int,
     dropout: float,
 ) -> Tensor:
-    """Scaled queries (B, T, D) -> context (B, T, D), without keys and values."""
+    """Scaled queries (B, T, D) -> context (B, T, D), without keys and values.
+
+    DoRA's factors of the keys, if any, are in the queries.
+    """
     num_images, heads = len(query), (num_heads, -1)
     query = rearrange(query, "b t (h k) -> (b t) h k", h=num_heads)
     W_k, W_v = key.weight.unflatten(0, heads), value.weight.unflatten(0, heads)  # (H, K, E)
@@ -255,6 +262,8 @@ def absorbed(
         low_rank = by_head(batched_matmul(probs, value.low_rank.transpose(1, 2)))
         lora_B = value.scaled_B().unflatten(0, heads)
         context = context + torch.einsum("mhr,hkr->mhk", low_rank, lora_B)
+    if value.out_scale is not None:
+        context = context * value.out_scale.unflatten(0, heads)
     if value.bias is not None:
         bias = value.bias.unflatten(0, heads)  # (H, K)
         if dropout:  # the probabilities of a query then no longer sum to 1
@@ -286,7 +295,10 @@ def _projected(
 
 def _apply(projection: FeatureProjection, features: Tensor) -> Tensor:
     """Keys or values (B, P, D); in place where possible, as they are large."""
-    weight, bias, low_rank, lora_B, scaling = projection
+    weight, bias, low_rank, lora_B, scaling, out_scale = projection
+    if out_scale is not None:
+        outs = _apply(projection._replace(bias=None, out_scale=None), features)
+        return outs * out_scale if bias is None else torch.addcmul(bias, outs, out_scale)
     rows = features.flatten(0, 1)
     if low_rank is not None and not is_on_cpu(features):
         rows = _AdaptedFeatures.apply(rows, low_rank.flatten(0, 1), weight, bias, lora_B, scaling)

@@ -14,6 +14,7 @@ from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter, read_adapter
 from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escape_markdown, table
+from lora_engine.report.run_facts import variants
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.run_record import NOT_SCORES, read_records
 from lora_engine.terminal import counted
@@ -227,6 +228,7 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
         ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],
         ["dropout", f"{lora['lora_dropout']:g}"],
+        *([["variant", escape_markdown(", ".join(kinds))]] if (kinds := variants(config)) else []),
         ["targets", f"{escape_markdown(targets)} ({counted(modules, 'module')})"],
         ["peak learning rate", f"{config['lr']:g}"],
         ["weight decay", f"{config['weight_decay']:g}"],

@@ -30,12 +30,14 @@ def write_report(
     running: Sequence[str | Path] = (),
     reload_s: int = 60,
     thumbnail: Callable[[str], Markup] = thumbnail,
+    note: str = "",
 ) -> None:
     """Write one HTML file about a run folder, or about several side by side.
 
     An existing file is replaced only once the new one is complete. Images that can no longer be
     read are shown as gray boxes. `running` are those of the runs that are still training; the page
-    of a single one reloads itself every `reload_s` seconds. `thumbnail` as for `gallery`.
+    of a single one reloads itself every `reload_s` seconds. `thumbnail` as for `gallery`. A `note`
+    stands above the comparison of several.
 
     Raises ValueError for a folder that holds no run, for a damaged file in one (with its line),
     and for a run that is given twice.
@@ -50,7 +52,7 @@ def write_report(
     if len(records) == 1:
         page = _page_of_one(records[0], reload_s, thumbnail)
     else:
-        page = _page_of_several(records, thumbnail)
+        page = _page_of_several(records, thumbnail, note)
     with replaced_file(out_path) as new:
         # File names may hold bytes that are not text.
         new.write_text(page.source, encoding="utf-8", errors="backslashreplace")
@@ -82,7 +84,7 @@ def _page_of_one(
 
 
 def _page_of_several(
-    runs: Sequence[RunRecord], thumbnail: Callable[[str], Markup]
+    runs: Sequence[RunRecord], thumbnail: Callable[[str], Markup], note: str
 ) -> Markup:
     names = run_facts.names(runs)
     labels = [join([color_chip(run_color(index)), name]) for index, name in enumerate(names)]
@@ -94,6 +96,7 @@ def _page_of_several(
     pictures = gallery(labels, [run.images for run in runs], thumbnail)
     return _page(
         f"{len(runs)} runs compared",
+        *([tag("pre", note)] if note else []),
         tag("ul", *(tag("li", label) for label in labels), class_="legend"),
         *_notices(notices),
         _section(

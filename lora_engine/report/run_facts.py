@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -245,7 +245,7 @@ def main_settings(run: RunRecord) -> dict[str, str]:
             "Validation data": data("val_data_path", "val"),
             "Adapted layers": f"{given('lora_targets')}{modules}",
             "Rank": f"{given('lora_rank')}, alpha {given('lora_alpha')}, dropout "
-            f"{given('lora_dropout')}",
+            f"{given('lora_dropout')}{''.join(f', {name}' for name in variants(config))}",
             "Epochs": given("epochs"),
             "Batch size": f"{given('batch_size')}, gradient accumulation steps: "
             f"{given('grad_accum_steps')}",
@@ -322,3 +322,20 @@ def _total(run: RunRecord) -> str:
 
 def _bytes(value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def variants(config: Mapping[str, Any]) -> list[str]:
+    """What a run's settings say about its variant of LoRA, beyond rank, alpha and dropout."""
+    given = {key: config.get(key) for key in (
+        "rank_pattern", "alpha_pattern", "lora_layers", "loraplus_lr_ratio"
+    )}
+    how = config.get("init_lora_weights") or "default"
+    names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_lorafa": "LoRA-FA"}
+    return [
+        *(name for key, name in names.items() if config.get(key)),
+        *([f"initialization {how}"] if how != "default" else []),
+        *(
+            f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in given.items() if value
+        ),
+    ]

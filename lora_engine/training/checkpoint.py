@@ -273,12 +273,16 @@ def checkpoint_bytes(num_elements: int) -> int:
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state of the one flat tensor: exp_avg and exp_avg_sq (N,), step ()."""
-    (parameter,) = optimizer.param_groups[0]["params"]
-    if not optimizer.state[parameter]:  # before the first step
-        zeros = torch.zeros_like(parameter)
+    """AdamW's state of the flat tensor: exp_avg and exp_avg_sq (N,), step ()."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer.state[p] for p in parameters]
+    if not all(states):  # before the first step
+        zeros = torch.cat([torch.zeros_like(p) for p in parameters])
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": torch.zeros(())}
-    return dict(optimizer.state[parameter])
+    averages = {
+        name: torch.cat([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")
+    }
+    return averages | {"step": states[0]["step"]}
 
 
 def restore_moments(
@@ -297,10 +301,13 @@ def restore_moments(
     for name, value in checkpoint.moments.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: {name} is not finite")
-    device = lora.values.device
-    optimizer.state[lora.values] = {
-        name: value.to(device) for name, value in checkpoint.moments.items()
-    }
+    moments = {name: value.to(lora.values.device) for name, value in checkpoint.moments.items()}
+    sizes = [len(group) for group in lora.groups]
+    averages = (moments[name].split(sizes) for name in ("exp_avg", "exp_avg_sq"))
+    for group, exp_avg, exp_avg_sq in zip(lora.groups, *averages):
+        optimizer.state[group] = {
+            "step": moments["step"].clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq
+        }
 
 
 def _refuse_moment(name: str, described: Described) -> str | None:

@@ -78,8 +78,8 @@ class CheckpointWriter:
         folder = self.folder.checkpoints
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
-            (lora,) = optimizer.param_groups[0]["params"]  # one flat tensor
-            check_space(folder, needed=checkpoint_bytes(lora.numel()) + digests.nbytes)
+            num_elements = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+            check_space(folder, needed=checkpoint_bytes(num_elements) + digests.nbytes)
             self.folder.sync()  # up to this step, where a resumed run begins to log again
             self._digests_checksum = write_digests(
                 folder / DIGESTS_FILE, digests, self._digests_checksum

@@ -13,19 +13,33 @@ _ALIGNMENT = 64  # elements: every matrix begins at a multiple, as fast kernels 
 
 
 class FlatLoRAParameters:
-    """All LoRA matrices as views of one fp32 tensor, and their gradients as views of another.
+    """All trained LoRA parameters as views of one fp32 tensor, and their gradients as views of
+    another.
 
     One kernel then computes the gradient's norm, one clips it and one takes the step, instead of
     several for every matrix. With a compute dtype other than the matrices' own, the layers also get
     views of one copy in that dtype, which `refresh` updates: one cast per step.
 
+    `groups` are parts of `values` with learning rates of their own, `rates` times the run's: a
+    single one, or with `lr_ratio` A matrices and the rest, whose rate is `lr_ratio` times as high
+    (LoRA+, https://arxiv.org/abs/2402.12354).
+
     Build it after the model is on its device: `.to()` on a model and `zero_grad()` on its
     parameters replace the views by separate tensors.
     """
 
-    def __init__(self, layers: Iterable[LoRALinear], dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: Iterable[LoRALinear], dtype: torch.dtype, *, lr_ratio: float | None = None
+    ) -> None:
         layers = list(layers)
-        matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+        named = [
+            (name, parameter)
+            for layer in layers
+            for name, parameter in layer.lora_parameters().items() if parameter.requires_grad
+        ]
+        if lr_ratio is not None:
+            named.sort(key=lambda item: item[0] != "lora_A")
+        matrices = [parameter for _, parameter in named]
         padded = [-(-matrix.numel() // _ALIGNMENT) * _ALIGNMENT for matrix in matrices]
         first = matrices[0]
         self._sizes = padded
@@ -34,6 +48,16 @@ class FlatLoRAParameters:
         self.gradient_and_loss = first.new_zeros(sum(padded) + 1)
         self.values.grad, self.loss = self.gradient_and_loss.split([sum(padded), 1])
         self.cast = None if dtype == first.dtype else torch.zeros_like(self.values, dtype=dtype)
+        self.groups, self.rates = [self.values], [1.0]
+        num_A = sum(size for size, (name, _) in zip(padded, named) if name == "lora_A")
+        if lr_ratio is not None and num_A:
+            sizes = [num_A, sum(padded) - num_A]
+            self.rates = [1.0, lr_ratio]
+            self.groups = [nn.Parameter(part) for part in self.values.detach().split(sizes)]
+            for group, gradient in zip(self.groups, self.gradient.split(sizes)):
+                group.grad = gradient
+        elif lr_ratio is not None:
+            self.rates = [lr_ratio]
 
         def views(flat: Tensor) -> list[Tensor]:
             return [
@@ -48,10 +72,12 @@ class FlatLoRAParameters:
             matrix.data = value
             matrix.grad = gradient
         if self.cast is not None:
-            casts = views(self.cast)
-            for layer, cast_A, cast_B in zip(layers, casts[::2], casts[1::2]):
-                layer.cast_matrices = cast_A, cast_B
-            self._cast_views = casts
+            self._cast_views = views(self.cast)
+            cast_of = dict(zip(matrices, self._cast_views))
+            for layer in layers:
+                A, B = layer.lora_A, layer.lora_B
+                cast_A = cast_of[A] if A in cast_of else A.detach().to(dtype)
+                layer.cast_matrices = cast_A, cast_of[B]
         self.refresh()
 
     @property
@@ -111,8 +137,14 @@ def build_optimizer(
     """
     on_gpu = lora.values.is_cuda
     optimizer = torch.optim.AdamW(
-        [lora.values],
-        lr=torch.tensor(lr, device=lora.values.device) if on_gpu else lr,
+        [
+            {
+                "params": [group],
+                "lr": torch.tensor(lr * rate, device=group.device) if on_gpu else lr * rate,
+                "rate": rate,
+            }
+            for group, rate in zip(lora.groups, lora.rates)
+        ],
         weight_decay=weight_decay,
         fused=True,
         capturable=on_gpu,
@@ -126,6 +158,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of the next step; in place for a tensor, so that a CUDA graph sees it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(lr * group["rate"])
         else:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]

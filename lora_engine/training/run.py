@@ -43,6 +43,7 @@ from lora_engine.training.checkpoint import (
     restore_moments,
 )
 from lora_engine.training.checkpoint_writer import CheckpointWriter
+from lora_engine.training.eva import NUM_ROWS, initialize_eva
 from lora_engine.training.meter import Meter
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.setup import (
@@ -103,6 +104,8 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
         run = Run(setup, schedule, folder, metrics=metrics, features=features, stop=stop)
         if setup.checkpoint is not None:
             run.restore(setup.checkpoint)
+        elif config.init_lora_weights == "eva":
+            run.initialize_eva()
         try:
             yield run
             facts["total_s"] = run.seconds
@@ -232,6 +235,17 @@ class Run:
                 splitter=self.trainer.splitter,
                 is_save_due=self.checkpoints.is_due,
             )
+
+    def initialize_eva(self) -> None:
+        """Set the A matrices by the images of the first steps; the same in all processes."""
+        plans, order, num_images = self._plans(0), [], 0
+        while num_images < NUM_ROWS and (plan := next(plans, None)) is not None:
+            order += [batch for batch in plan.micro_batches if batch]
+            num_images += len(plan.rows)
+        logger.info(f"computing principal components of layer inputs on {num_images} captions")
+        with closing(iter(self._loader(self.setup.data.train_set, order))) as batches:
+            initialize_eva(self.trainer.model, batches, device=self.trainer.device)
+        self.trainer.lora.refresh()
 
     def _plans(self, num_done_steps: int) -> Iterator[StepRows]:
         config, train_set = self.setup.config, self.setup.data.train_set

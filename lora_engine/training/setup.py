@@ -41,9 +41,7 @@ from lora_engine.features.sizing import size_up
 from lora_engine.features.source import FeatureSource, open_features
 from lora_engine.features.store import cache_folder
 from lora_engine.files import check_space
-from lora_engine.lora.adapter import load_adapter, naming_base, read_adapter
-from lora_engine.lora.adapter_folder import find_adapter
-from lora_engine.lora.injection import InjectionPlan, inject
+from lora_engine.lora.injection import InjectionPlan
 from lora_engine.lora.matmul import describe_kernels
 from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
@@ -55,6 +53,7 @@ from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
 from lora_engine.terminal import counted, one_line
+from lora_engine.training.add_lora import add_lora
 from lora_engine.training.best_adapter import BestAdapter
 from lora_engine.training.checkpoint import (
     Checkpoint,
@@ -175,6 +174,7 @@ def prepare(
         dtype=dtype,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
         max_grad_norm=config.max_grad_norm,
         label_smoothing=config.label_smoothing,
         seed=config.seed,
@@ -220,37 +220,6 @@ def check_same_run(
             f"cannot be checked; they are recorded from now on"
         )
     return digests
-
-
-def add_lora(
-    captioner: Captioner, config: TrainingConfig, checkpoint: Checkpoint | None
-) -> InjectionPlan:
-    """Inject new adapters, those of --init_adapter, or those of the checkpoint to resume from."""
-    model = captioner.model
-    if checkpoint is not None:
-        return load_adapter(model, checkpoint.adapter, dropout=config.lora_dropout)
-    if config.init_adapter is None:
-        return inject(
-            model,
-            config.lora_targets,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-        )
-    adapter = read_adapter(find_adapter(config.init_adapter))
-    if "prompt" in adapter.provenance and adapter.prompt != config.prompt:
-        raise ValueError(
-            f"the adapter in {config.init_adapter} was trained with --prompt {adapter.prompt!r}, "
-            f"this run has {config.prompt!r}; give the same one"
-        )
-    with naming_base(adapter, captioner.name):
-        plan = load_adapter(model, adapter, dropout=config.lora_dropout)
-    complaint = adapter.foreign_base(captioner.name, captioner.fingerprints)
-    if complaint is not None:
-        raise ValueError(
-            f"--init_adapter {complaint}; train on its own base ({adapter.base_model})"
-        )
-    return plan
 
 
 def place_model(

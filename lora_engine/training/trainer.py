@@ -37,6 +37,7 @@ class Trainer:
         dtype: torch.dtype,
         lr: float,
         weight_decay: float = 0.01,
+        loraplus_lr_ratio: float | None = None,
         max_grad_norm: float = 1.0,
         label_smoothing: float = 0.0,
         seed: int = 0,
@@ -52,7 +53,9 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.label_smoothing = label_smoothing
         self.seed = seed
-        self.lora = FlatLoRAParameters((layer for _, layer in lora_layers(model)), dtype)
+        self.lora = FlatLoRAParameters(
+            (layer for _, layer in lora_layers(model)), dtype, lr_ratio=loraplus_lr_ratio
+        )
         self.optimizer = build_optimizer(self.lora, lr=lr, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.splitter = BatchSplitter()
@@ -148,7 +151,8 @@ class Trainer:
 
     def _changed_by_a_step(self) -> list[Tensor]:
         cast = [] if self.lora.cast is None else [self.lora.cast]
-        moments = list(self.optimizer.state[self.lora.values].values())
+        states = (self.optimizer.state[group] for group in self.lora.groups)
+        moments = [moment for state in states for moment in state.values()]
         return [self.lora.values, self.lora.gradient_and_loss, *cast, *moments]
 
     def _clear_gradients(self) -> None:

@@ -1,0 +1,127 @@
+"""tune: what it plans, that it halves, and that a search that is killed finds the same."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from forking import in_child
+from pictures import settings, write_pictures
+
+from lora_engine.__main__ import run_verb
+from lora_engine.training import tuning
+from lora_engine.training.tuning import Candidate, Rung, candidates_of, plan_rungs, rungs_of
+
+
+def test_rungs_halve_by_three_and_the_last_is_one_full_run():
+    assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(1, 504)]
+    assert rungs_of(4, 100) == [Rung(4, 34), Rung(1, 100)]
+    assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(1, 10_000)]
+    assert rungs_of(3, 30) == [Rung(3, 30)], "too short to divide"
+
+
+def test_the_plan_has_as_many_candidates_as_the_time_allows(caplog):
+    def total_s(rungs: list[Rung]) -> float:
+        return sum(n * (5 + 0.1 * steps) for n, steps in rungs)
+
+    first_two_s = 2 * (5 + 0.1 * 56)
+    for budget_s in (120, 180, 400):
+        rungs = plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=budget_s)
+        more = rungs_of(rungs[0].num_candidates + 1, 504)
+        assert total_s(rungs) - first_two_s <= budget_s < total_s(more) - first_two_s
+    assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1e6) == rungs_of(20, 504)
+    assert not caplog.records
+    assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1) == rungs_of(2, 504)
+    assert "--minutes is too short" in caplog.text
+
+
+def test_the_own_settings_come_first_and_alpha_follows_the_rank(blip_folder, tmp_path):
+    config = settings(blip_folder, tmp_path, tmp_path, lr=0.1, lora_rank=4, lora_alpha=8.0)
+    found = candidates_of(config, [1.0, 0.1], [2, 4], ["dora", "lora"])
+    assert len(set(found)) == 8 and found[0] == Candidate(0.1, 4, "lora")
+    assert found == candidates_of(config, [1.0, 0.1], [2, 4], ["dora", "lora"])
+    assert Candidate(1.0, 2, "dora").settings(config) == {
+        "lr": 1.0, "lora_rank": 2, "lora_alpha": 4.0, "use_dora": True,
+    }
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        candidates_of(config, [1.0], [2], ["lora"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder, num_images=12)
+    write_pictures(folder, num_images=3, name="val.json")
+    return folder
+
+
+def args(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "tune", "--model", str(model), "--train_data_path", str(data / "train.json"),
+        "--val_data_path", str(data / "val.json"), "--output_path", str(folder),
+        "--cache_dir", str(folder.with_name("cache")), "--batch_size", "4", "--epochs", "3",
+        "--lrs", "1e-3", "1e-2", "--ranks", "2", "--variants", "lora", "dora", *more,
+    ]
+
+
+def found_in(folder: Path) -> list:
+    results = json.loads((folder / "tune.json").read_text())["results"]
+    keys = ("rung", "candidate", "score", "loss", "cider_d")
+    return [[result[key] for key in keys] for result in results]
+
+
+def test_a_search_that_is_killed_and_continued_finds_the_same(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuning, "MIN_STEPS", 3)
+    assert run_verb(args(blip_folder, data, tmp_path / "whole")) == 0
+    out = capsys.readouterr().out
+    results = found_in(tmp_path / "whole")
+    assert [result[0] for result in results] == [0, 0, 0, 0, 1]
+    best = max(results[:4], key=lambda result: result[2])
+    assert results[4][1] == best[1], "the best of the first rung gets the full run"
+    lr, rank, variant = best[1]
+    assert f"best      {variant}-r{rank}-lr{lr:g}: validation loss" in out
+    assert f" train --model {blip_folder} " in out and f"--lora_rank {rank} " in out
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "to train" in page and f"{variant}-r{rank}-lr{lr:g}" in page
+
+    def killed() -> None:
+        train, calls = tuning.train, []
+
+        def train_or_die(config):
+            calls.append(config)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return train(config)
+
+        tuning.train = train_or_die
+        run_verb(args(blip_folder, data, tmp_path / "killed"))
+
+    assert in_child(killed, tmp_path / "log").status == -signal.SIGKILL
+    assert len(found_in(tmp_path / "killed")) == 3
+    with pytest.raises(ValueError, match="already holds a search; add --resume"):
+        run_verb(args(blip_folder, data, tmp_path / "killed"))
+    with pytest.raises(ValueError, match="has another batch_size; give the same flags"):
+        changed = args(blip_folder, data, tmp_path / "killed", "--resume")
+        changed[changed.index("--batch_size") + 1] = "3"
+        run_verb(changed)
+    assert run_verb(args(blip_folder, data, tmp_path / "killed", "--resume")) == 0
+    assert found_in(tmp_path / "killed") == results
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--minutes", "0"], "--minutes is 0.0; it must be above 0"),
+    (["--variants", "lora", "lokr"], "must be one of"),
+    (["--learning_rate", "1"], "it is --lr here"),
+    (["--init_adapter", "a"], "leave --init_adapter out"),
+    (["--push_to_hub", "a/b"], "upload the one you choose"),
+])
+def test_wrong_flags_are_answered(blip_folder, data, tmp_path, more, message):
+    given = args(blip_folder, data, tmp_path / "run", *more)
+    if "--variants" in more:
+        del given[given.index("--variants") : given.index("--variants") + 3]
+    with pytest.raises(ValueError, match=message):
+        run_verb(given)
+    assert not (tmp_path / "run").exists()
