@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_engine.captioning.metrics import Scores
 from lora_engine.cli import quoted, this_program
@@ -21,13 +22,22 @@ class Sample:
     after: str
 
 
+class BestAverage(NamedTuple):
+    """The best moving average of the adapter: its step, loss, and scores if there are any."""
+
+    step: int
+    loss: float
+    scores: Scores | None
+
+
 @dataclass(frozen=True)
 class TrainingSummary:
     """The outcome of a run; `str` of it is what is printed at the end.
 
     `losses` are the validation losses (nats per valid target token) by step, from step 0 on;
     `scores` those of the captions, if any were scored. `best_step` is the best by `best_by`,
-    "loss" or "cider_d". `seconds` is the wall-clock time of the whole run.
+    "loss" or "cider_d". `seconds` is the wall-clock time of the whole run. `average` is the best
+    moving average, if there is one.
     """
 
     path: Path
@@ -39,6 +49,7 @@ class TrainingSummary:
     num_skipped_rows: int
     samples: tuple[Sample, ...]
     seconds: float
+    average: BestAverage | None = None
 
     @property
     def last_step(self) -> int:
@@ -53,7 +64,7 @@ class TrainingSummary:
                 f"  before     {escaped(sample.before)}",
                 f"  after      {escaped(sample.after)}",
             ]
-        lines += ["", self._verdict()]
+        lines += ["", self._verdict(), *self._better_average()]
         counts = {"rows": self.num_skipped_rows, "images": self.num_skipped_images}
         skipped = [f"{number:,} {name}" for name, number in counts.items() if number]
         if skipped:
@@ -70,6 +81,20 @@ class TrainingSummary:
             f"to caption  {this_program()} caption --adapter {quoted(str(self.path / 'adapter'))} "
             f"IMAGE_OR_FOLDER ...",
         ])
+
+    def _better_average(self) -> list[str]:
+        """Where the moving average is, if it is better than the best adapter."""
+        if self.average is None:
+            return []
+        step, loss, scores = self.average
+        name, theirs, is_better = "validation loss", loss, loss < self.losses[self.best_step]
+        if self.best_by == "cider_d" and scores is not None and self.best_step in self.scores:
+            name, theirs = "CIDEr-D", scores.cider_d
+            is_better = theirs > self.scores[self.best_step].cider_d
+        path = self.path / "adapter_ema"
+        return [
+            f"the moving average is better, {name} {theirs:.4f} at step {step}: it is in {path}"
+        ] if is_better else []
 
     def _verdict(self) -> str:
         figures = {"validation loss": self.losses}

@@ -64,6 +64,7 @@ class CheckpointWriter:
         is_validated: bool,
         best: BestAdapter,
         optimizer: torch.optim.Optimizer,
+        best_average: BestAdapter | None,
         digests: np.ndarray,
         state: Mapping[str, Any],
     ) -> bool:
@@ -79,7 +80,9 @@ class CheckpointWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
             (lora,) = optimizer.param_groups[0]["params"]  # one flat tensor
-            check_space(folder, needed=checkpoint_bytes(lora.numel()) + digests.nbytes)
+            check_space(folder, needed=digests.nbytes + checkpoint_bytes(
+                lora.numel(), has_average=best_average is not None
+            ))
             self.folder.sync()  # up to this step, where a resumed run begins to log again
             self._digests_checksum = write_digests(
                 folder / DIGESTS_FILE, digests, self._digests_checksum
@@ -90,6 +93,8 @@ class CheckpointWriter:
                 best_files=best.files,
                 optimizer=optimizer,
                 state=state,
+                average=None if best_average is None else best_average.average,
+                average_files=None if best_average is None else best_average.files,
             )
         except (OSError, AdapterError) as error:
             logger.warning(f"no checkpoint of step {step}: {error}")

@@ -64,6 +64,7 @@ from lora_engine.training.checkpoint import (
     checkpoint_bytes,
     checkpoint_to_resume,
 )
+from lora_engine.training.moving_average import MovingAverage
 from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
@@ -139,6 +140,7 @@ def prepare(
             val_data=val_data,
             is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
         )
+    Schedule(config, len(rows.train)).check()
     if config.read_order == "auto":
         config = with_read_order(config, rows, ranks)
     device = resolve_device(config.device, local_rank=ranks.local_rank, local_size=ranks.local_size)
@@ -175,6 +177,8 @@ def prepare(
         dtype=dtype,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
         label_smoothing=config.label_smoothing,
         seed=config.seed,
@@ -305,7 +309,9 @@ def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
     try:
         check_space(
             Path(config.output_path or "runs"),
-            needed=num_kept * checkpoint_bytes(plan.num_trainable),
+            needed=num_kept * checkpoint_bytes(
+                plan.num_trainable, has_average=config.ema_decay is not None
+            ),
         )
     except OSError as error:
         raise ValueError(f"no space for {num_kept} checkpoints: {error}") from None
@@ -390,13 +396,17 @@ def feature_loader(
     )
 
 
-def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
-    """The tracker of a run's best adapter, with what its files record about the run."""
+def best_adapter(
+    setup: RunSetup, folder: RunFolder, average: MovingAverage | None = None
+) -> BestAdapter:
+    """The tracker of a run's best adapter, or best average, with what its files record about the
+    run."""
     captioner = setup.captioner
     is_folder = Path(captioner.name).is_dir()
     return BestAdapter(
         captioner.model,
         folder,
+        average=average,
         by=setup.config.best_by,
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
         hugging_face_class=captioner.hugging_face_class,
@@ -406,6 +416,7 @@ def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
             "data_fingerprint": setup.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
             "prompt": captioner.prompt,
+            **({} if average is None else {"ema_decay": f"{average.decay:g}"}),
         },
     )
 
