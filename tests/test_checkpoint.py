@@ -238,7 +238,7 @@ def test_the_last_and_the_best_are_kept(trainee, tmp_path):
     for step in (1, 2, 3, 4, 5):
         trainee.write(tmp_path, step)
     (tmp_path / "notes").mkdir()
-    remove_old_checkpoints(tmp_path, keep_last=2, best_step=2)
+    remove_old_checkpoints(tmp_path, keep_last=2, kept_steps=(2, None))
     assert [path.name[-1] for path in checkpoint_paths(tmp_path)] == ["2", "4", "5"]
     assert (tmp_path / "notes").exists()
 

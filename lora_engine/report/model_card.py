@@ -15,7 +15,7 @@ from lora_engine.lora.adapter import Adapter, read_adapter
 from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.run_folder import RunFolder
-from lora_engine.report.run_record import NOT_SCORES, read_records
+from lora_engine.report.run_record import is_score, read_records
 from lora_engine.version import __version__
 
 CARD_FILE = "README.md"
@@ -137,7 +137,7 @@ def _scores(folder: RunFolder, adapter: Adapter) -> str:
     rows = [
         [_score_name(name), _score(first.get(name)), _score(value)]
         for name, value in best.items()
-        if (name == "loss" or name not in NOT_SCORES) and isinstance(value, (int, float))
+        if (name == "loss" or is_score(name)) and isinstance(value, (int, float))
     ]
     of = f"step {best_step:,} of {last_step:,}, epoch {best['epoch']:.3g}"
     scores = table(["validation", "before training", f"this adapter ({of})"], rows)
@@ -228,6 +228,7 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
         ["dropout", f"{lora['lora_dropout']:g}"],
         ["targets", f"{escape_markdown(targets)} ({len(lora['target_modules'])} modules)"],
         ["peak learning rate", f"{config['lr']:g}"],
+        ["schedule of the learning rate", config["lr_schedule"]],
         ["weight decay", f"{config['weight_decay']:g}"],
         ["epochs", f"at most {config['epochs']}"],
         ["batch", batch],

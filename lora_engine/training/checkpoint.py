@@ -15,7 +15,7 @@ position, so that a resumed run equals an uninterrupted one bit for bit.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,10 +221,13 @@ def find_checkpoint(folder: Path, named: Path | None = None) -> Checkpoint | Non
     return None
 
 
-def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
-    """Keep the last `keep_last`, the newest of which must be known to be intact, and the best."""
+def remove_old_checkpoints(
+    folder: Path, *, keep_last: int, kept_steps: Collection[int | None]
+) -> None:
+    """Keep the last `keep_last`, the newest of which must be known to be intact, and others of
+    `kept_steps`."""
     for path in checkpoint_paths(folder)[:-keep_last]:
-        if checkpoint_step(path) != best_step:
+        if checkpoint_step(path) not in kept_steps:
             with suppress(OSError):  # the folder may contain other files, and then stays
                 for name in (MANIFEST_FILE, BEST_FILE, AVERAGE_FILE, *_FILES):
                     (path / name).unlink(missing_ok=True)

@@ -184,7 +184,11 @@ class Run:
         self.best_average = None if average is None else best_adapter(setup, folder, average)
         every_steps, every_s = config.save_interval()
         self.checkpoints = CheckpointWriter(
-            folder, every_steps=every_steps, every_s=every_s, keep_last=config.keep_last
+            folder,
+            every_steps=every_steps,
+            every_s=every_s,
+            keep_last=config.keep_last,
+            kept_step=schedule.decay_start if config.lr_schedule == "wsd" else None,
         )
         self.skipped = SkippedRows(
             folder, max_share=config.max_bad_share, num_rows=len(data.train_set)

@@ -64,9 +64,10 @@ class Schedule:
         return total if self.config.max_steps is None else min(total, self.config.max_steps)
 
     def check(self) -> None:
-        """Warn of a warm-up that is longer than the run, as in a first trial with --max_steps.
+        """Warn of a warm-up that is longer than the run, as in a first trial with --max_steps, and
+        log where the decay of wsd begins.
 
-        Raises ValueError if it leaves too few steps for the decay of wsd.
+        Raises ValueError if there are too few steps for that.
         """
         total, warmup = self.total_steps, self.warmup_steps
         if warmup > total:
@@ -75,13 +76,19 @@ class Schedule:
                 f"rate only rises, to {self.learning_rate(total):.3g}; lower --warmup_steps, or "
                 f"give --warmup_ratio instead"
             )
+        if self.config.lr_schedule != "wsd":
+            return
         decay, rounding = self._wanted_decay_steps, self.config.warmup_ratio is not None
-        if self.config.lr_schedule == "wsd" and warmup + decay > total + rounding:
+        if warmup + decay > total + rounding:
             raise ValueError(
                 f"the warm-up of {warmup} steps and the decay of {decay} are longer than the run "
                 f"of {total}: lower {'--warmup_ratio' if rounding else '--warmup_steps'} or "
                 f"--decay_ratio"
             )
+        logger.info(
+            f"the learning rate falls over the last {self.decay_steps} of {total} steps; the "
+            f"checkpoint of step {self.decay_start}, before that, is kept"
+        )
 
     def position(self, step: int) -> tuple[int, int]:
         """(epochs, steps of the epoch after them) that are done after `step` steps."""
@@ -99,6 +106,11 @@ class Schedule:
             return 0
         left = max(self.total_steps - self.warmup_steps, 0)
         return min(self._wanted_decay_steps, left) if self.config.lr_schedule == "wsd" else left
+
+    @property
+    def decay_start(self) -> int:
+        """The last step before the decay."""
+        return self.total_steps - self.decay_steps
 
     @property
     def _wanted_decay_steps(self) -> int:

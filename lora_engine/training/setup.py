@@ -306,6 +306,7 @@ def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -
 def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
     """Raises ValueError if the disk has no space for the checkpoints that the run will keep."""
     num_kept = config.keep_last + 2  # the best, and one that is being written
+    num_kept += config.lr_schedule == "wsd"  # the one before the decay
     try:
         check_space(
             Path(config.output_path or "runs"),
