@@ -331,6 +331,9 @@ def test_the_recipe_to_copy_has_settings_for_lora(command, data):
     config = printed_config(command, finetune.main, "--train_data_path", data / "train.json")
     assert (config["lr"], config["epochs"], config["warmup_steps"]) == (2e-4, 5, 20)
     assert (config["best_by"], config["patience"]) == ("cider_d", 3)
+    flags = "--train_data_path", data / "train.json", "--warmup_ratio", "0.1"
+    config = printed_config(command, finetune.main, *flags)
+    assert (config["warmup_steps"], config["warmup_ratio"]) == (0, 0.1)  # not both
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -423,7 +426,7 @@ def test_a_recipe_trains_and_the_printed_command_captions(
 ):
     monkeypatch.setattr(validation_captions, "MAX_NEW_TOKENS", 30)  # as `caption` does
     model = request.getfixturevalue(f"{family}_folder")
-    status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
+    status, out, err = command(recipe.main, *flags(model, data, lr=1e-2, warmup_steps=0))
     assert (status, err) == (0, "")
     assert "adapter     run/adapter\n" in out
     printed = out.strip().splitlines()[-1].split()

@@ -1,4 +1,4 @@
-"""The learning-rate curves: up in a line, down as the schedule says, no step that learns nothing."""
+"""The learning-rate curves: up in a line, down as a schedule says, no step that learns nothing."""
 
 import math
 
