@@ -240,8 +240,8 @@ class TrainingConfig:
             )
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError(
-                "--warmup_steps and --warmup_ratio both say how long the learning rate rises: give "
-                "one of them"
+                "--warmup_steps and --warmup_ratio both set the length of the warm-up: give one of "
+                "them"
             )
         if self.min_lr > self.lr:
             raise ValueError(
@@ -323,11 +323,9 @@ def _fits(value: Any, hint: Any) -> bool:
 def one_warmup(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a person has given: one length of the warm-up replaces a default of the other.
     """
-    if given.get("warmup_ratio") is not None and "warmup_steps" not in given:
-        return {**given, "warmup_steps": 0}
-    if "warmup_steps" in given and "warmup_ratio" not in given:
-        return {**given, "warmup_ratio": None}
-    return dict(given)
+    if given.get("warmup_ratio") is not None:
+        return {"warmup_steps": 0, **given}
+    return {"warmup_ratio": None, **given} if "warmup_steps" in given else dict(given)
 
 
 # --- resuming -------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ def test_a_checkpoint_holds_the_moving_average_and_the_best_one(trainee, tmp_pat
     average.values.normal_()
     expected = average.values.clone()
     validations = a_state(1)["validations"]
-    path = trainee.write(tmp_path, 1, average=average, average_validations=validations)
+    settings = {"ema_decay": 0.5}
+    path = trainee.write(
+        tmp_path, 1, average=average, average_validations=validations, settings=settings
+    )
     read = read_checkpoint(path)
     assert read.average_files == adapter_files(
         trainee.model, base_model="base", provenance={"step": "best average"}
@@ -130,12 +133,16 @@ def test_a_checkpoint_holds_the_moving_average_and_the_best_one(trainee, tmp_pat
         restore_moments(trainee.optimizer, trainee.lora, read)
     for state in ({"losses": {"1": 1.0}}, {"losses": 3}, {"best_step": 1}):
         path = trainee.write(
-            tmp_path, 1, average=average, average_validations={**validations, **state}
+            tmp_path, 1, average=average, average_validations={**validations, **state},
+            settings=settings,
         )
-        with pytest.raises(CheckpointError, match="state.json: "):
+        with pytest.raises(CheckpointError, match="state.json: average_validations: "):
             read_checkpoint(path)
-    with pytest.raises(CheckpointError, match="only a part of a run with --ema_decay"):
-        read_checkpoint(trainee.write(tmp_path, 1, average_validations=validations))
+    with pytest.raises(CheckpointError, match="state.json: average_validations: is None"):
+        read_checkpoint(trainee.write(tmp_path, 1, average=average, settings=settings))
+    path = trainee.write(tmp_path, 1, average_validations=validations, settings=settings)
+    with pytest.raises(CheckpointError, match="lacks best_average.safetensors, but the run has"):
+        read_checkpoint(path)
 
 
 def test_the_same_state_is_the_same_bytes(trainee, tmp_path):

@@ -114,7 +114,7 @@ def test_shares_of_the_steps_are_rounded_up_as_in_transformers():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"warmup_steps": 3, "warmup_ratio": 0.1}, "--warmup_steps and --warmup_ratio both say"),
+    ({"warmup_steps": 3, "warmup_ratio": 0.1}, "--warmup_steps and --warmup_ratio both set"),
     ({"min_lr": 2.0}, "--min_lr 2 is above --lr 1"),
     ({"min_lr": 0.1, "lr_schedule": "constant"}, "--lr_schedule constant has none"),
     ({"decay_ratio": 0.1, "lr_schedule": "cosine"}, "belongs to --lr_schedule wsd; cosine does"),

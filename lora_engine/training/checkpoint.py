@@ -176,8 +176,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
         if best_files is None and state["validations"]["best_step"] == checkpoint_step(path):
             best_files = _adapter_files(path, WEIGHTS_FILE)
-        if (average_files is None) != ("average_validations" not in state):
-            raise CheckpointError(f"{path} has only a part of a run with --ema_decay")
+        if average_files is None and state["settings"].get("ema_decay") is not None:
+            raise CheckpointError(f"{path} lacks {AVERAGE_FILE}, but the run has --ema_decay")
         return Checkpoint(path, read_adapter(path), best_files, average_files, moments, state)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no {Path(error.filename).name}") from None

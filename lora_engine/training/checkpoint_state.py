@@ -29,13 +29,14 @@ def state_complaint(state: Any, *, step: int) -> str | None:
     if state["total_steps"] < step:
         return f"total_steps is {state['total_steps']}, expected {step} or more"
     complaint = _validations_complaint(state["validations"], step)
-    if complaint is None and "average_validations" in state:
-        average = state["average_validations"]
+    if complaint is None and state["settings"].get("ema_decay") is not None:
+        average = state.get("average_validations")
         complaint = _VALIDATIONS(average) or _validations_complaint(average, step)
         if complaint is None and average["losses"].keys() != state["validations"]["losses"].keys():
-            complaint = "average_validations are of other steps than validations"
+            complaint = "is of other steps than validations"
+        complaint = complaint and f"average_validations: {complaint}"
     if complaint is not None:
-        return complaint.removeprefix(".")
+        return complaint
     if (state["compute_dtype"] == "torch.float16") != bool(state["scaler"]):
         return f"scaler is {state['scaler']}, but compute_dtype is {state['compute_dtype']}"
     steps = {"0", str(state["validations"]["best_step"])}
