@@ -80,7 +80,8 @@ def run_steps(trainer: Trainer, shapes=SHAPES, first: int = 0) -> list[torch.Ten
         batches = [a_batch(trainer.model, *shape, seed=10 * step + part) for part in range(2)]
         loss = trainer.accumulate(batches, step)
         results += [loss, trainer.update(loss, lr=LR / (1 + step))]
-    return [*results, *(tensor.detach().clone() for tensor in trainer._changed_by_a_step())]
+    changed = [*trainer._changed_by_a_step(), trainer.average.values]
+    return [*results, *(tensor.detach().clone() for tensor in changed)]
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:

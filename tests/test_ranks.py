@@ -296,6 +296,7 @@ def test_a_checkpoint_counts_once_the_writer_has_it(outcome, is_remembered):
     run = SimpleNamespace(
         step=3, has_begun=True, _is_consistent=True, _state=dict,
         best=SimpleNamespace(losses={}),
+        best_average=None,
         trainer=SimpleNamespace(optimizer=None),
         setup=SimpleNamespace(data=SimpleNamespace(digests=None)),
         metrics=SimpleNamespace(forget=lambda: None),
