@@ -445,7 +445,8 @@ def test_from_before_its_decay_a_wsd_run_continues_as_the_longer_run_it_becomes(
     blip_folder, data, tmp_path, capsys
 ):
     """The checkpoint of that step is kept for it."""
-    settings = {"lr_schedule": "wsd", "decay_ratio": 0.4, "save_every": "99", "keep_last": 1}
+    settings = {"lr_schedule": "wsd", "decay_ratio": 0.4, "save_every": "99", "keep_last": 1,
+                "eval_captions": 0, "num_samples": 0}
     train(long_run(blip_folder, data, tmp_path / "longer", **settings))
     config = long_run(blip_folder, data, tmp_path / "run", **settings)
     shorter = train(replace(config, max_steps=8))

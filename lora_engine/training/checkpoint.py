@@ -292,10 +292,10 @@ def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConf
         )
 
 
-def checkpoint_bytes(num_elements: int, *, has_average: bool) -> int:
-    """Approximate size of a checkpoint: two adapters and two moments of `num_elements` each, and
-    with a moving average two more."""
-    return 4 * (6 if has_average else 4) * num_elements + _SPARE_BYTES
+def checkpoint_bytes(num_elements: int) -> int:
+    """Approximate size of a checkpoint: three adapters, two moments and a moving average of
+    `num_elements` each."""
+    return 4 * 6 * num_elements + _SPARE_BYTES
 
 
 # --- the optimizer's state ------------------------------------------------------------------

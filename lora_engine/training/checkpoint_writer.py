@@ -88,9 +88,7 @@ class CheckpointWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)  # even if the run folder was removed
             (lora,) = optimizer.param_groups[0]["params"]  # one flat tensor
-            check_space(folder, needed=digests.nbytes + checkpoint_bytes(
-                lora.numel(), has_average=best_average is not None
-            ))
+            check_space(folder, needed=checkpoint_bytes(lora.numel()) + digests.nbytes)
             self.folder.sync()  # up to this step, where a resumed run begins to log again
             self._digests_checksum = write_digests(
                 folder / DIGESTS_FILE, digests, self._digests_checksum

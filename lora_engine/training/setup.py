@@ -310,9 +310,7 @@ def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
     try:
         check_space(
             Path(config.output_path or "runs"),
-            needed=num_kept * checkpoint_bytes(
-                plan.num_trainable, has_average=config.ema_decay is not None
-            ),
+            needed=num_kept * checkpoint_bytes(plan.num_trainable),
         )
     except OSError as error:
         raise ValueError(f"no space for {num_kept} checkpoints: {error}") from None
