@@ -362,10 +362,9 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
     now = config.as_dict()
     now = json.loads(json.dumps(now))  # with lists for tuples, as before
     # What earlier versions did, where they had no setting for it.
-    before = {
-        "read_order": "random", "encoder_precision": "auto", "lr_schedule": "linear", "min_lr": 0.0,
-        "adam_beta1": 0.9, "adam_beta2": 0.999, **before,
-    }
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = json.loads(json.dumps(defaults | {"model": None, "read_order": "random"}))
+    before = defaults | before
     differing = [
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]

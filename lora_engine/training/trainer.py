@@ -161,8 +161,8 @@ class Trainer:
     @property
     def _num_steps(self) -> Tensor:
         """The number of steps that AdamW has taken, (), on the device; it skips some."""
-        state = self.optimizer.state[self.lora.values]
-        return state["step"] if state else torch.zeros((), device=self.device)
+        counts = [state["step"] for state in self.optimizer.state.values() if state]
+        return counts[0] if counts else torch.zeros((), device=self.device)
 
     def _changed_by_a_step(self) -> list[Tensor]:
         cast = [] if self.lora.cast is None else [self.lora.cast]
