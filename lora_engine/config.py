@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 NEWEST = "newest"  # what a bare --resume means
 
+LearningRateSchedule = Literal["linear", "cosine", "constant", "wsd"]
+
 
 @dataclass(frozen=True)
 class Range:
@@ -144,8 +146,25 @@ class TrainingConfig:
     targets replace those given here."""
     weight_decay: Annotated[float, Range(ge=0)] = 0.01
     """AdamW's weight decay on the LoRA matrices."""
+    adam_beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Annotated[float, Range(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    lr_schedule: LearningRateSchedule = "linear"
+    """Learning rate after the warm-up. linear, cosine: falls over all steps. constant: stays. wsd:
+    stays, and falls over the last steps (--decay_ratio); a run can be made longer later."""
     warmup_steps: Annotated[int, Range(ge=0)] = 0
     """Optimizer steps over which the learning rate rises linearly to --lr."""
+    warmup_ratio: Annotated[float | None, Range(ge=0, le=1)] = None
+    """Share of the steps over which the learning rate rises, instead of --warmup_steps."""
+    decay_ratio: Annotated[float | None, Range(gt=0, le=1)] = None
+    """Share of the steps over which the learning rate falls with --lr_schedule wsd. Default: 0.2.
+    """
+    min_lr: Annotated[float, Range(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    ema_decay: Annotated[float | None, Range(ge=0, lt=1)] = None
+    """Also keep an exponential moving average of the adapter over steps with this decay, such as
+    0.999. It is validated, too, and the best is saved in adapter_ema/. Default: no average."""
     max_grad_norm: Annotated[float, Range(ge=0)] = 1.0
     """Clip gradients to this norm; 0 disables clipping."""
     label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0
@@ -240,6 +259,21 @@ class TrainingConfig:
                 f"--license is {self.license!r}; expected an identifier as the Hub spells it, "
                 f"such as apache-2.0, mit, cc-by-4.0 or other"
             )
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError(
+                "--warmup_steps and --warmup_ratio both set the length of the warm-up: give one of "
+                "them"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}, from which the rate falls"
+            )
+        if self.min_lr and self.lr_schedule == "constant":
+            raise ValueError("--min_lr ends a decay; --lr_schedule constant has none")
+        if self.decay_ratio is not None and self.lr_schedule != "wsd":
+            raise ValueError(
+                f"--decay_ratio belongs to --lr_schedule wsd; {self.lr_schedule} does not use it"
+            )
         if self.val_fraction is not None and self.val_size is not None:
             raise ValueError(
                 "--val_fraction and --val_size both say how many images to hold out: give one of "
@@ -330,6 +364,14 @@ def _fits(value: Any, hint: Any) -> bool:
         is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
         return is_number and abs(value) < 2**63
     return isinstance(value, hint)
+
+
+def one_warmup(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a person has given: one length of the warm-up replaces a default of the other.
+    """
+    if given.get("warmup_ratio") is not None:
+        return {"warmup_steps": 0, **given}
+    return {"warmup_ratio": None, **given} if "warmup_steps" in given else dict(given)
 
 
 # --- resuming -------------------------------------------------------------------------------

@@ -42,7 +42,15 @@ FLAGS = {
     "--init_adapter": "adapter adapter_name_or_path lora_weights peft_model checkpoint lora",
     "--adapter": "lora lora_path lora_weights peft_model peft_model_id adapter_path checkpoint "
                  "ckpt adapter_name_or_path weights run checkpoint_path",
-    "--warmup_steps": "warmup_ratio lr_warmup_steps num_warmup_steps warmup",
+    "--warmup_steps": "lr_warmup_steps num_warmup_steps warmup",
+    "--warmup_ratio": "lr_warmup_ratio warmup_fraction warmup_proportion pct_start",
+    "--lr_schedule": "lr_scheduler_type lr_scheduler scheduler scheduler_type schedule "
+                     "learning_rate_schedule lr_decay lr_decay_style",
+    "--min_lr": "min_learning_rate lr_min eta_min lr_end end_lr final_lr",
+    "--decay_ratio": "lr_decay_ratio cooldown_ratio cooldown_fraction decay_fraction",
+    "--adam_beta1": "beta1 beta_1",
+    "--adam_beta2": "beta2 beta_2",
+    "--ema_decay": "ema use_ema model_ema model_ema_decay",
     "--max_grad_norm": "max_norm grad_clip gradient_clip_val clip_grad_norm",
     "--label_smoothing": "label_smoothing_factor",
     "--max_caption_tokens": "max_seq_length max_length max_target_length max_seq_len cutoff_len "
@@ -75,10 +83,9 @@ FLAGS = {
 REASONS = {
     "images are given without a flag: caption photo.jpg folder/":
         "image images img input inputs image_path image_dir input_dir image_file file i",
-    "the learning rate rises over --warmup_steps and falls linearly": "lr_scheduler_type "
-        "lr_scheduler scheduler lr_decay min_lr lr_schedule",
-    "the optimizer is AdamW with PyTorch's betas": "optim optimizer adam_beta1 adam_beta2 "
-        "adam_epsilon use_8bit_adam beta1 beta2 momentum",
+    "the optimizer is AdamW; --adam_beta1, --adam_beta2 and --weight_decay set it": "optim "
+        "optimizer adam_epsilon use_8bit_adam momentum betas",
+    "--min_lr is the final learning rate itself": "min_lr_ratio min_lr_rate lr_scheduler_kwargs",
     "a run never overwrites another: give a new --output_path": "overwrite_output_dir "
         "overwrite",
     "torchrun --nproc_per_node N -m lora_engine ... starts several processes": "local_rank "

@@ -32,6 +32,7 @@ from lora_engine.training.checkpoint import (
     restore_moments,
     write_checkpoint,
 )
+from lora_engine.training.moving_average import MovingAverage
 from lora_engine.training.optim import FlatLoRAParameters, build_optimizer
 
 FILES = [
@@ -66,7 +67,9 @@ class Trainee:
         self.lora.gradient.normal_()
         self.optimizer.step()
 
-    def write(self, folder: Path, step: int, **state) -> Path:
+    def write(
+        self, folder: Path, step: int, average: MovingAverage | None = None, **state
+    ) -> Path:
         path = folder / checkpoint_name(step)
         files = adapter_files(self.model, base_model="base")
         write_checkpoint(
@@ -74,6 +77,10 @@ class Trainee:
             adapter_files=files,
             best_files=adapter_files(self.model, base_model="base", provenance={"step": "0"}),
             optimizer=self.optimizer,
+            average=average,
+            average_files=None if average is None else adapter_files(
+                self.model, base_model="base", provenance={"step": "best average"}
+            ),
             state={**a_state(step), **state},
         )
         return path
@@ -103,6 +110,39 @@ def test_a_checkpoint_holds_what_was_written(trainee, tmp_path):
     restore_moments(trainee.optimizer, trainee.lora, read)
     after = trainee.optimizer.state[trainee.lora.values]
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_holds_the_moving_average_and_the_best_one(trainee, tmp_path):
+    average = MovingAverage(trainee.lora, 0.5)
+    average.values.normal_()
+    expected = average.values.clone()
+    validations = a_state(1)["validations"]
+    settings = {"ema_decay": 0.5}
+    path = trainee.write(
+        tmp_path, 1, average=average, average_validations=validations, settings=settings
+    )
+    read = read_checkpoint(path)
+    assert read.average_files == adapter_files(
+        trainee.model, base_model="base", provenance={"step": "best average"}
+    )
+    assert read.validations() == [(0, 1.0, {"ema_loss": 1.0})]
+    average.values.zero_()
+    restore_moments(trainee.optimizer, trainee.lora, read, average)
+    assert torch.equal(average.values, expected)
+    with pytest.raises(CheckpointError, match="this run has"):
+        restore_moments(trainee.optimizer, trainee.lora, read)
+    for state in ({"losses": {"1": 1.0}}, {"losses": 3}, {"best_step": 1}):
+        path = trainee.write(
+            tmp_path, 1, average=average, average_validations={**validations, **state},
+            settings=settings,
+        )
+        with pytest.raises(CheckpointError, match="state.json: average_validations: "):
+            read_checkpoint(path)
+    with pytest.raises(CheckpointError, match="state.json: average_validations: is None"):
+        read_checkpoint(trainee.write(tmp_path, 1, average=average, settings=settings))
+    path = trainee.write(tmp_path, 1, average_validations=validations, settings=settings)
+    with pytest.raises(CheckpointError, match="lacks best_average.safetensors, but the run has"):
+        read_checkpoint(path)
 
 
 def test_the_same_state_is_the_same_bytes(trainee, tmp_path):
@@ -238,7 +278,7 @@ def test_the_last_and_the_best_are_kept(trainee, tmp_path):
     for step in (1, 2, 3, 4, 5):
         trainee.write(tmp_path, step)
     (tmp_path / "notes").mkdir()
-    remove_old_checkpoints(tmp_path, keep_last=2, best_step=2)
+    remove_old_checkpoints(tmp_path, keep_last=2, kept_steps=(2, None))
     assert [path.name[-1] for path in checkpoint_paths(tmp_path)] == ["2", "4", "5"]
     assert (tmp_path / "notes").exists()
 

@@ -314,7 +314,9 @@ def test_the_defaults_are_those_of_the_published_runs(command, data, recipe, mod
         "lora_layers": [], "rank_pattern": [], "alpha_pattern": [], "use_rslora": False,
         "use_dora": False, "use_lorafa": False, "init_lora_weights": "default",
         "loraplus_lr_ratio": None,
-        "weight_decay": 0.01, "warmup_steps": 0, "max_grad_norm": 1.0, "label_smoothing": 0.0,
+        "weight_decay": 0.01, "adam_beta1": 0.9, "adam_beta2": 0.999, "lr_schedule": "linear",
+        "warmup_steps": 0, "warmup_ratio": None, "decay_ratio": None, "min_lr": 0.0,
+        "ema_decay": None, "max_grad_norm": 1.0, "label_smoothing": 0.0,
         "prompt": "", "max_caption_tokens": 64, "precision": "auto",
         "encoder_precision": "auto", "compile": False,
         "cuda_graphs": True, "gradient_checkpointing": False, "device": None, "num_workers": None,
@@ -333,6 +335,9 @@ def test_the_recipe_to_copy_has_settings_for_lora(command, data):
     config = printed_config(command, finetune.main, "--train_data_path", data / "train.json")
     assert (config["lr"], config["epochs"], config["warmup_steps"]) == (2e-4, 5, 20)
     assert (config["best_by"], config["patience"]) == ("cider_d", 3)
+    flags = "--train_data_path", data / "train.json", "--warmup_ratio", "0.1"
+    config = printed_config(command, finetune.main, *flags)
+    assert (config["warmup_steps"], config["warmup_ratio"]) == (0, 0.1)  # not both
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -425,7 +430,7 @@ def test_a_recipe_trains_and_the_printed_command_captions(
 ):
     monkeypatch.setattr(validation_captions, "MAX_NEW_TOKENS", 30)  # as `caption` does
     model = request.getfixturevalue(f"{family}_folder")
-    status, out, err = command(recipe.main, *flags(model, data, lr=1e-2))
+    status, out, err = command(recipe.main, *flags(model, data, lr=1e-2, warmup_steps=0))
     assert (status, err) == (0, "")
     assert "adapter     run/adapter\n" in out
     adapter = Path("run") / "adapter"

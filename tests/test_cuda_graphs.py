@@ -45,7 +45,8 @@ def make_trainer(folder, *, graphs: bool, dtype=torch.float32) -> Trainer:
     model = load_captioner(folder).model
     inject(model, ["attention"], rank=4, alpha=8, dropout=0.1)
     trainer = Trainer(
-        place_model(model, CPU, dtype), device=CPU, dtype=dtype, lr=LR, num_micro_batches=2
+        place_model(model, CPU, dtype), device=CPU, dtype=dtype, lr=LR, num_micro_batches=2,
+        ema_decay=0.9,
     )
     # As on a GPU, where a graph reads the rate of each step.
     trainer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
@@ -73,13 +74,14 @@ SHAPES = [(4, 8), (4, 8), (4, 8), (4, 12), (4, 8), (4, 12), (2, 8), (4, 12), (4,
 
 
 def run_steps(trainer: Trainer, shapes=SHAPES, first: int = 0) -> list[torch.Tensor]:
-    """Losses, norms, and what the steps leave: matrices, gradient and loss, and moments."""
+    """Losses, norms, and what the steps leave: matrices, gradient, loss, average and moments."""
     results = []
     for step, shape in enumerate(shapes, first):
         batches = [a_batch(trainer.model, *shape, seed=10 * step + part) for part in range(2)]
         loss = trainer.accumulate(batches, step)
         results += [loss, trainer.update(loss, lr=LR / (1 + step))]
-    return [*results, *(tensor.detach().clone() for tensor in trainer._changed_by_a_step())]
+    changed = [*trainer._changed_by_a_step(), trainer.average.values]
+    return [*results, *(tensor.detach().clone() for tensor in changed)]
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:

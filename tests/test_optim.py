@@ -1,6 +1,7 @@
 """The optimizer is AdamW as the paper writes it, and a step that is not finite is no step."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -192,3 +193,59 @@ def test_layers_compute_with_one_cast_a_step_and_gradients_stay_fp32():
             made[0](x).float().square().sum().backward()
         assert made[0].lora_A.grad.dtype == torch.float32 and made[0].lora_A.grad.any()
         trainer.update(FINITE, lr=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("poisoned", [None, "loss", "gradient", "gradient, with a scaler"])
+def test_the_moving_average_is_that_of_tensorflow_over_the_steps_that_count(poisoned, dtype):
+    trainer, parameters = a_trainer(dtype=dtype, ema_decay=0.3)
+    plain, others = a_trainer(dtype=dtype)
+    if poisoned == "gradient, with a scaler":
+        trainer.scaler, plain.scaler = (torch.amp.GradScaler("cpu", init_scale=1.0) for _ in "ab")
+        for one in (trainer, plain):
+            one.scaler.scale(torch.ones(()))
+    for mine, its in zip(parameters, others):
+        its.data.copy_(mine)
+    values = trainer.lora.values
+    expected, count = values.detach().double(), 0
+    for step in range(6):
+        for one, matrices in ((trainer, parameters), (plain, others)):
+            give_gradients(matrices, step)
+            loss = FINITE
+            if step in (0, 3) and poisoned == "loss":
+                loss = torch.tensor(float("nan"))
+            elif step in (0, 3) and poisoned:
+                matrices[1].grad[2, 0] = float("inf")
+            one.update(loss, lr=0.1)
+        if not (step in (0, 3) and poisoned):
+            count += 1
+            decay = min(0.3, (1 + count) / (10 + count))
+            expected = decay * expected + (1 - decay) * values.detach().double()
+        torch.testing.assert_close(trainer.average.values.double(), expected)
+    assert count == (4 if poisoned else 6) and torch.equal(values, plain.lora.values)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_average_takes_the_place_of_the_parameters_and_gives_it_back(fails):
+    made = layers()
+    trainer, parameters = a_trainer(made, dtype=torch.bfloat16, ema_decay=0.9)
+    give_gradients(parameters, 0)
+    trainer.update(FINITE, lr=0.1)
+
+    def state():
+        return [made[0].lora_B.detach().clone(), made[0].matrices(torch.bfloat16)[1].clone()]
+
+    before = state()
+    with pytest.raises(OSError) if fails else nullcontext(), trainer.average.in_place():
+        within = state()
+        assert not torch.equal(within[0], before[0]) and not torch.equal(within[1], before[1])
+        assert torch.equal(within[0].bfloat16(), within[1])
+        assert torch.equal(trainer.average.values, trainer.lora.values)
+        if fails:
+            raise OSError
+    assert all(map(torch.equal, state(), before))
+
+
+def test_betas_reach_adamw():
+    trainer, _ = a_trainer(betas=(0.5, 0.75))
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.75)

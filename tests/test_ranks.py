@@ -112,13 +112,14 @@ def test_another_family_accumulation_and_variants_give_the_same_bits(
         args = args_of(
             vit_gpt2_folder, pictures, tmp_path / name, "--batch_size", "4",
             "--grad_accum_steps", "2", "--use_dora", "--init_lora_weights", "eva",
-            "--loraplus_lr_ratio", "4",
+            "--loraplus_lr_ratio", "4", "--ema_decay", "0.9",
         )
         if name == "one":
             assert finetune.main(args) == 0
         else:
             assert [status for status, _ in forked(2, args, tmp_path)] == [0, 0]
-        found.append(results(tmp_path / name))
+        average = tmp_path / name / "adapter_ema" / "adapter_model.safetensors"
+        found.append((results(tmp_path / name), average.read_bytes()))
     assert found[0] == found[1]
 
 
@@ -296,6 +297,7 @@ def test_a_checkpoint_counts_once_the_writer_has_it(outcome, is_remembered):
     run = SimpleNamespace(
         step=3, has_begun=True, _is_consistent=True, _state=dict,
         best=SimpleNamespace(losses={}),
+        best_average=None,
         trainer=SimpleNamespace(optimizer=None),
         setup=SimpleNamespace(data=SimpleNamespace(digests=None)),
         metrics=SimpleNamespace(forget=lambda: None),

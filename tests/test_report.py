@@ -14,6 +14,7 @@ from lora_engine.report import live
 from lora_engine.report.gallery import thumbnail
 from lora_engine.report.line_chart import _ticks
 from lora_engine.report.live import LiveReport
+from lora_engine.report.loss_curve import draw_loss_curve
 from lora_engine.report.page import write_report
 from lora_engine.report.run_facts import figure, headline
 from lora_engine.report.run_folder import RunFolder
@@ -94,6 +95,25 @@ def test_a_report_shows_the_outcome_of_a_run(tmp_path):
     assert sorted(order, key=page.text.index) == order
     assert page.text.count("epoch") >= 5 and page.text.count("step") >= 5  # names of axes
     assert sum(tag == "polyline" for tag, _ in page.elements) >= 7
+
+
+def test_a_report_shows_the_moving_average_beside_the_adapter(tmp_path):
+    run = write_run(tmp_path / "run")
+    plain = report(run, out=tmp_path / "report.html")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "validation":
+            line |= {"ema_loss": abs(line["step"] - 5) + 0.123, "ema_cider_d": 9.875}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run, out=tmp_path / "report.html")
+    for words in ("Moving average, step 5", "0.1230", "9.875", "validation of the moving average"):
+        assert words in page.text and words not in plain.text
+    assert "ema_" not in page.text
+    num_lines, num_before = (
+        sum(tag == "polyline" for tag, _ in one.elements) for one in (page, plain)
+    )
+    assert num_lines == num_before + 3  # the loss in two sizes, and the score
+    draw_loss_curve(run / "metrics.jsonl", tmp_path / "curve.png")
 
 
 def test_words_that_training_has_changed_are_marked(tmp_path):

@@ -100,7 +100,9 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert last[0].name == last[1].name
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
-    for name in ("adapter/adapter_model.safetensors", "captions.jsonl", "samples.jsonl"):
+    names = ["adapter/adapter_model.safetensors", "captions.jsonl", "samples.jsonl"]
+    names += ["adapter_ema/adapter_model.safetensors"] * (run / "adapter_ema").exists()
+    for name in names:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     names = [sorted(path.name for path in folder.iterdir()) for folder in (run, other)]
     assert names[0] == names[1]
@@ -137,7 +139,8 @@ def test_a_run_that_an_earlier_version_began_keeps_its_held_out_images(
 ):
     """Its settings lack those of the data, among them val_size; 5 % were held out by default."""
     new = {"data_format", "image_field", "caption_field", "image_root", "split", "read_order",
-           "val_size"}
+           "val_size", "lr_schedule", "min_lr", "warmup_ratio", "decay_ratio", "adam_beta1",
+           "adam_beta2", "ema_decay"}
     as_dict = TrainingConfig.as_dict
     config = long_run(blip_folder, data, tmp_path / "run", val_data_path=None, max_steps=7, **given)
     whole = replace(config, output_path=str(tmp_path / "whole"))
@@ -179,13 +182,14 @@ def test_a_killed_run_of_a_variant_is_bit_identical_to_the_one_that_was_not(
 def test_killed_three_times_a_run_is_bit_identical_to_the_one_that_was_not(
     request, unbroken, data, tmp_path, family
 ):
-    """Each time in the middle of an epoch and of a line of metrics, with other workers."""
+    """Each time in the middle of an epoch and of a line of metrics, with other workers; the other
+    family with a moving average, which is best at another step."""
     model = request.getfixturevalue(f"{family}_folder")
-    expected = unbroken
+    expected, changes = unbroken, {}
     if family != "blip":
-        expected = tmp_path / "expected"
-        train(long_run(model, data, expected))
-    config = long_run(model, data, tmp_path / "run")
+        expected, changes = tmp_path / "expected", {"ema_decay": 0.9, "lr_schedule": "cosine"}
+        train(long_run(model, data, expected, **changes))
+    config = long_run(model, data, tmp_path / "run", **changes)
     for attempt, (at_step, num_workers) in enumerate([(4, 2), (3, 0), (6, 1)]):
         config = go_on(config, num_workers=num_workers)
         ended = in_child(killing(config, at_step), tmp_path / "log")
@@ -244,8 +248,11 @@ def test_killed_before_its_first_step_a_run_begins_anew(unbroken, blip_folder, d
 def test_a_run_in_half_precision_goes_on_as_exactly(
     blip_folder, data, tmp_path, precision
 ):
-    """fp16's loss scale, too: it grows or halves with the steps that went before."""
-    whole = long_run(blip_folder, data, tmp_path / "whole", precision=precision, max_steps=7)
+    """The moving average and fp16's loss scale, too, which grows or halves with the steps before.
+    """
+    whole = long_run(
+        blip_folder, data, tmp_path / "whole", precision=precision, max_steps=7, ema_decay=0.5
+    )
     train(whole)
     config = replace(whole, output_path=str(tmp_path / "run"))
     stopped_after(config, 4)
@@ -402,7 +409,8 @@ def halfway(blip_folder, data, tmp_path_factory) -> Path:
     {"lora_targets": ("query",)}, {"lora_dropout": 0.0}, {"warmup_steps": 0},
     {"max_grad_norm": 0.5}, {"label_smoothing": 0.1}, {"prompt": "a"}, {"max_caption_tokens": 9},
     {"eval_every": 3}, {"best_by": "cider_d"}, {"epochs": 2},
-    {"max_steps": 12}, {"cache_dtype": "int8"}, {"weight_decay": 0.5},
+    {"max_steps": 12}, {"cache_dtype": "int8"}, {"weight_decay": 0.5}, {"lr_schedule": "wsd"},
+    {"ema_decay": 0.9}, {"adam_beta2": 0.99},
 ], ids=str)
 def test_a_setting_that_would_change_the_run_is_refused_by_name(
     halfway, blip_folder, data, tmp_path, change
@@ -443,7 +451,7 @@ def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
     train(go_on(long_run(blip_folder, data, run), epochs=5, max_steps=None))
     said = capsys.readouterr().out
     assert "--epochs 4 -> 5, --max_steps 13 -> none" in said
-    assert "as in a run of 20 steps, not 13" in said
+    assert "the learning rate is that of a run of 20 steps, not 13 (--lr_schedule linear)" in said
     lines = json_lines(run / "metrics.jsonl")
     rates = {line["step"]: line["learning_rate"] for line in lines if line["event"] == "train"}
     assert rates[5] == pytest.approx(1e-3 * 9 / 10)  # of 13 steps, 3 of them warming up
@@ -452,6 +460,30 @@ def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
     again = TrainingConfig.from_dict(json.loads((run / "config.json").read_text()))
     assert again.epochs == 5
     train(replace(again, resume="newest"))  # what the run has now is what holds
+
+
+def test_from_before_its_decay_a_wsd_run_continues_as_the_longer_run_it_becomes(
+    blip_folder, data, tmp_path, capsys
+):
+    """The checkpoint of that step is kept for it."""
+    settings = {"lr_schedule": "wsd", "decay_ratio": 0.4, "save_every": "99", "keep_last": 1,
+                "eval_captions": 0, "num_samples": 0}
+    train(long_run(blip_folder, data, tmp_path / "longer", **settings))
+    config = long_run(blip_folder, data, tmp_path / "run", **settings)
+    shorter = train(replace(config, max_steps=8))
+    assert "falls over the last 4 of 8 steps; the checkpoint of step 4" in capsys.readouterr().out
+    lines = json_lines(shorter.path / "metrics.jsonl")
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["event"] == "train"}
+    assert rates == {4: 1e-3, 5: 1e-3, 8: pytest.approx(1e-3 * (1 - 0.75**0.5))}
+    train(replace(config, resume=str(shorter.path / "checkpoints" / "step-00000004")))
+    assert "that of a run of 13 steps, not 8 (--lr_schedule wsd): the next step's is 0.001" in (
+        capsys.readouterr().out
+    )
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "longer")
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (
+        tmp_path / "longer" / weights
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("change", [

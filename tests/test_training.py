@@ -625,6 +625,34 @@ def test_the_best_of_several_validations_is_kept(blip_folder, data, tmp_path, mo
     )
 
 
+def test_the_moving_average_is_validated_and_saved_beside_the_adapter(blip_folder, data, tmp_path):
+    config = settings(
+        blip_folder, data, tmp_path / "run", max_steps=4, eval_every=2, ema_decay=0.9, lr=1e-3,
+        eval_captions=4,
+    )
+    summary = train(config)
+    lines = [line for line in json_lines(summary.path / "metrics.jsonl")
+             if line["event"] == "validation"]
+    assert lines[0]["ema_loss"] == lines[0]["loss"]
+    assert all(line["ema_loss"] > line["loss"] for line in lines[1:])  # it lags behind
+    adapter = read_adapter(summary.path / "adapter_ema")
+    assert adapter.provenance["step"] == "4" and adapter.provenance["ema_decay"] == "0.9"
+    again = train(replace(
+        config, output_path=str(tmp_path / "again"), max_steps=1, ema_decay=None,
+        init_adapter=str(summary.path / "adapter_ema"),
+    ))
+    first = json_lines(again.path / "metrics.jsonl")[0]
+    assert {name: lines[-1][f"ema_{name}"] for name in ("loss", "cider_d", "mean_length")} == {
+        name: first[name] for name in ("loss", "cider_d", "mean_length")
+    }
+    assert "moving average" not in str(summary)
+    better = replace(summary, average=summary.average._replace(loss=1.0))
+    assert (
+        f"the moving average is better, validation loss 1.0000 at step 4: it is in "
+        f"{summary.path / 'adapter_ema'}"
+    ) in str(better)
+
+
 def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
     adapter = trained.summary.path / "adapter"
     done = run(replace(

@@ -136,6 +136,7 @@ ANSWERED = [
     ("lora_engine.train(data=rows[:1])", ValueError, "pass validation data with `validation`"),
     ("lora_engine.train(data=rows, epochs=0.5)", ValueError, "epochs is 0.5, expected int"),
     ("lora_engine.train(data=rows, precision='float16')", ValueError, "expected Literal['auto'"),
+    ("lora_engine.train(data=rows, lr_schedule='cos')", ValueError, "'linear', 'cosine', 'const"),
     ("lora_engine.train(data=[('x.png',)])", ValueError, 'expected (image, caption) or {"image":'),
     ("lora_engine.train(data=[{'image': 'x.png'}])", ValueError, 'no "text" among its keys'),
     ("lora_engine.train(data=[(torch.rand(3, 8, 8), 'a')])", ValueError, "type Tensor, expected a"),

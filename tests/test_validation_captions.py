@@ -252,5 +252,8 @@ def test_a_run_that_becomes_no_better_stops_when_patience_ends(
         max_bad_share=0.2,
     ))
     assert (summary.best_step, summary.last_step) == (3, 5)
-    assert "stopped: no better for 2 validations" in capsys.readouterr().out
+    assert "stopped: no better for 2 validations; adapter/ holds the best adapter, of step 3" in (
+        capsys.readouterr().out
+    )
+    assert read_adapter(summary.path / "adapter").provenance["step"] == "3"
     assert read_adapter(summary.path / "adapter_last").provenance["step"] == "5"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_engine.cli import given_fields, parse, quoted, this_program
-from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig
+from lora_engine.config import NEWEST, REACHES_OUTSIDE, TrainingConfig, one_warmup
 from lora_engine.files import read_limited
 from lora_engine.ranks import open_ranks
 
@@ -42,7 +42,9 @@ def run_recipe(
         parsed = parse(
             TrainingConfig, args, prog=prog, description=description, default=settings
         )
-        given = {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
+        given = one_warmup(
+            {field: getattr(parsed, field) for field in given_fields(TrainingConfig, args)}
+        )
         output_path = parsed.output_path
         if ranks.num_restarts:  # by torchrun, after a failure
             output_path = output_path or ranks.remembered()

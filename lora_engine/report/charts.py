@@ -9,7 +9,7 @@ from functools import partial
 from lora_engine.report import run_facts
 from lora_engine.report.html import Markup, tag
 from lora_engine.report.line_chart import Line, line_chart
-from lora_engine.report.run_record import RunRecord
+from lora_engine.report.run_record import AVERAGE, RunRecord
 from lora_engine.report.series import Series, smoothed, smoothing_window
 
 NUM_COLORS = 8  # in report.css
@@ -38,7 +38,7 @@ def charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Markup]:
         run_facts.score_name(key): [
             Line(run.validation(key), name, run_color(index), True, run.best_step)
             for index, (run, name) in enumerate(zip(runs, names))
-        ]
+        ] + _average_lines(runs, key)
         for key in run_facts.score_keys(runs)
     }
     training = {
@@ -81,7 +81,15 @@ def _loss_lines(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Line]:
         lines.append(
             Line(run.validation("loss"), f"{name}, validation", color, True, run.best_step)
         )
-    return lines
+    return lines + _average_lines(runs, "loss")
+
+
+def _average_lines(runs: Sequence[RunRecord], key: str) -> list[Line]:
+    """A result of the moving average; where several runs are compared, that of none."""
+    if len(runs) > 1 or runs[0].best_average_step is None:
+        return []
+    series = runs[0].validation(f"{AVERAGE}{key}")
+    return [Line(series, "moving average", f"{run_color(2)} thin", True)]
 
 
 def _legend(runs: Sequence[RunRecord]) -> list[Markup]:
@@ -94,6 +102,9 @@ def _legend(runs: Sequence[RunRecord]) -> list[Markup]:
     return [
         tag("span", color_chip(run_color(0)), f"training{average}", class_="key"),
         tag("span", color_chip(run_color(1)), "validation", class_="key"),
+        *([] if runs[0].best_average_step is None else [
+            tag("span", color_chip(run_color(2)), "validation of the moving average", class_="key")
+        ]),
         best,
     ]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_engine.files import replaced_file
 from lora_engine.report.run_facts import figure, model_name
 from lora_engine.report.run_record import (
+    AVERAGE,
     epochs_per_step,
     logged_series,
     read_object,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TRAINING_COLOR = "#2a78b5"
 VALIDATION_COLOR = "#c8501e"
+AVERAGE_COLOR = "#3c8d40"
 TEXT_COLOR = "#333333"
 MAX_NAME_LENGTH = 40  # characters, of the model and of the run
 
@@ -46,6 +48,7 @@ def draw_loss_curve(metrics_path: str | Path, out_path: str | Path) -> None:
     records = read_records(metrics_path, event=str)
     training = logged_series(records, "train", "loss")
     validation = logged_series(records, "validation", "loss")
+    average = logged_series(records, "validation", f"{AVERAGE}loss")
     if not training.steps and not validation.steps:
         raise ValueError(f"{metrics_path}: no training or validation losses to draw")
     config = read_object(Path(metrics_path).with_name("config.json"))
@@ -56,8 +59,10 @@ def draw_loss_curve(metrics_path: str | Path, out_path: str | Path) -> None:
         _draw_training(axes, training)
     if validation.steps:
         _draw_validation(axes, validation)
+    if average.steps:
+        axes.plot(*average, color=AVERAGE_COLOR, linewidth=1.6, label="validation, moving average")
     axes.set_xlim(*x_limits([training, validation]))
-    axes.set_ylim(*y_limits(whole=[validation], trimmed=[training]))
+    axes.set_ylim(*y_limits(whole=[validation, average], trimmed=[training]))
     _label_axes(axes, epochs_per_step(records))
     whose = [model_name(config), f"run {Path(metrics_path).resolve().parent.name}"]
     axes.set_title(

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +13,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from lora_engine.captioning.metrics import SCORE_NAMES
 from lora_engine.files import append_line, is_still_at, open_to_append
 from lora_engine.report.run_folder import keep_lines
+from lora_engine.report.run_record import AVERAGE
 from lora_engine.report.trackers import Tracker
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import ConsoleHandler, logging_to
@@ -206,6 +208,12 @@ def event_line(event: str, **values: Any) -> dict[str, Any]:
         if isinstance(value, float):
             values[name] = float(f"{value:.7g}") if math.isfinite(value) else None
     return {"event": event, **values}
+
+
+def averaged(loss: float, scores: Mapping[str, float]) -> dict[str, float]:
+    """The results of the moving average of an adapter, as a validation line names them."""
+    results = {"loss": loss} | {name: scores[name] for name in SCORE_NAMES if name in scores}
+    return {f"{AVERAGE}{name}": value for name, value in results.items()}
 
 
 def duration(seconds: float) -> str:

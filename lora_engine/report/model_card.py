@@ -16,7 +16,7 @@ from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.run_facts import variants
 from lora_engine.report.run_folder import RunFolder
-from lora_engine.report.run_record import NOT_SCORES, read_records
+from lora_engine.report.run_record import is_score, read_records
 from lora_engine.terminal import counted
 from lora_engine.version import __version__
 
@@ -139,7 +139,7 @@ def _scores(folder: RunFolder, adapter: Adapter) -> str:
     rows = [
         [_score_name(name), _score(first.get(name)), _score(value)]
         for name, value in best.items()
-        if (name == "loss" or name not in NOT_SCORES) and isinstance(value, (int, float))
+        if (name == "loss" or is_score(name)) and isinstance(value, (int, float))
     ]
     of = f"step {best_step:,} of {last_step:,}, epoch {best['epoch']:.3g}"
     scores = table(["validation", "before training", f"this adapter ({of})"], rows)
@@ -231,6 +231,7 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
         *([["variant", escape_markdown(", ".join(kinds))]] if (kinds := variants(config)) else []),
         ["targets", f"{escape_markdown(targets)} ({counted(modules, 'module')})"],
         ["peak learning rate", f"{config['lr']:g}"],
+        ["schedule of the learning rate", config["lr_schedule"]],
         ["weight decay", f"{config['weight_decay']:g}"],
         ["epochs", f"at most {config['epochs']}"],
         ["batch", batch],

@@ -15,7 +15,7 @@ from lora_engine.report.charts import charts, color_chip, run_color
 from lora_engine.report.gallery import gallery, thumbnail
 from lora_engine.report.html import Markup, join, tag
 from lora_engine.report.run_facts import NOTHING, Result
-from lora_engine.report.run_record import RunRecord, read_run
+from lora_engine.report.run_record import AVERAGE, RunRecord, read_run
 from lora_engine.terminal import counted
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -179,21 +179,28 @@ def _tiles(run: RunRecord) -> Markup:
 
 
 def _scores(run: RunRecord) -> list[Markup]:
-    """Loss and scores before training, with the best adapter, and at the end."""
+    """Loss and scores before training, with the best adapter, at the end, and with the best moving
+    average."""
     losses = run.validation("loss")
     if not losses.steps:
         return []
     best_step, last_step = run.best_step, losses.steps[-1]
-    columns = {"Before training": losses.steps[0]}
+    columns = {"Before training": ("", losses.steps[0])}
     if best_step != losses.steps[0]:
         so_far = " so far" if run.is_running else ""
-        columns[f"Best{so_far}, step {best_step:,}"] = best_step
-    if last_step not in columns.values():
-        columns[f"Last, step {last_step:,}"] = last_step
+        columns[f"Best{so_far}, step {best_step:,}"] = ("", best_step)
+    if ("", last_step) not in columns.values():
+        columns[f"Last, step {last_step:,}"] = ("", last_step)
+    if run.best_average_step is not None:
+        name = f"Moving average, step {run.best_average_step:,}"
+        columns[name] = (AVERAGE, run.best_average_step)
     rows = [
         (
             join([name, tag("small", run_facts.MEANINGS.get(key, ""))]),
-            [run_facts.figure(run_facts.score_at(run, key, step)) for step in columns.values()],
+            [
+                run_facts.figure(run_facts.score_at(run, f"{prefix}{key}", step))
+                for prefix, step in columns.values()
+            ],
         )
         for key, name in {
             "loss": "Validation loss",

@@ -239,6 +239,10 @@ def main_settings(run: RunRecord) -> dict[str, str]:
     if config:
         num_modules = environment.get("num_adapted_modules")
         modules = "" if num_modules is None else f", {counted(num_modules, 'module')}"
+        warmup = f"{given('warmup_steps')} warmup steps"
+        if config.get("warmup_ratio") is not None:
+            warmup = f"warmup ratio {given('warmup_ratio')}"
+        schedule = text(config.get("lr_schedule", "linear"))
         found |= {
             "Model": given("model"),
             "Training data": data("train_data_path", "train"),
@@ -249,7 +253,7 @@ def main_settings(run: RunRecord) -> dict[str, str]:
             "Epochs": given("epochs"),
             "Batch size": f"{given('batch_size')}, gradient accumulation steps: "
             f"{given('grad_accum_steps')}",
-            "Learning rate": f"{given('lr')}, {given('warmup_steps')} warmup steps",
+            "Learning rate": f"{given('lr')}, {warmup}, {schedule}",
             "Seed": given("seed"),
         }
         optional = {

@@ -6,6 +6,7 @@
     captions.jsonl     scored captions                  report.html       all of it, for people
     adapter/           the best by --best_by            adapter_last/     the last, if not the best
     checkpoints/       to resume from                   .lock             while a run is running
+    adapter_ema/       the best moving average, with --ema_decay
     adapter_hub/       adapter/ as it is pushed, if that differs
     tensorboard/, wandb/                                what --track wrote
 """
@@ -50,7 +51,8 @@ FILES = frozenset((
     "skipped.jsonl", "loss_curve.png", "report.html", ".lock",
 ))
 FOLDERS = frozenset((
-    "adapter", "adapter_last", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard", "wandb",
+    "adapter", "adapter_last", "adapter_ema", "adapter_hub", CHECKPOINTS_FOLDER, "tensorboard",
+    "wandb",
 ))
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss_curve.png")
 _BEFORE_THE_FIRST_LINE = frozenset((
@@ -88,6 +90,7 @@ class RunFolder:
         self.skipped = path / "skipped.jsonl"
         self.adapter = path / "adapter"
         self.last_adapter = path / "adapter_last"
+        self.average_adapter = path / "adapter_ema"
         self.hub_adapter = path / "adapter_hub"
         self.checkpoints = path / CHECKPOINTS_FOLDER
         self._lock = _Lock(path / ".lock")
@@ -125,7 +128,7 @@ class RunFolder:
         """Remove what a run that ended before its first step has left behind."""
         for name in FILES - {".lock"}:
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.adapter, self.last_adapter):
+        for folder in (self.adapter, self.last_adapter, self.average_adapter):
             for name in _ADAPTER_FILES:
                 (folder / name).unlink(missing_ok=True)
             with suppress(OSError):  # it does not exist, or contains other files

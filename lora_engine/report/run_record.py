@@ -15,6 +15,7 @@ _MAX_BYTES = 2**30  # per file: a run folder may come from anyone
 NOT_SCORES = frozenset((
     "event", "step", "epoch", "loss", "num_images", "num_references", "mean_reference_length",
 ))
+AVERAGE = "ema_"  # before the names of the loss and the scores of the moving average
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,20 @@ class RunRecord:
     def scores(self) -> list[str]:
         """Names of the scores that validations measured, in the order of their lines."""
         keys = (key for line in self.validations for key in line)
-        names = dict.fromkeys(key for key in keys if key not in NOT_SCORES)
+        names = dict.fromkeys(key for key in keys if is_score(key))
         return [name for name in names if self.validation(name).steps]
 
     @cached_property
     def best_step(self) -> int:
         """The step of the saved adapter: the first with the best validation, else 0."""
         return _best_step(self.validations, self.config)
+
+    @property
+    def best_average_step(self) -> int | None:
+        """The step of the saved moving average; None for a run without one."""
+        if not self.validation(f"{AVERAGE}loss").steps:
+            return None
+        return _best_step(self.validations, self.config, AVERAGE)
 
     @cached_property
     def last_step(self) -> int:
@@ -180,10 +188,15 @@ def logged_series(records: list[dict[str, Any]], event: str, key: str) -> Series
     return Series([step for step, _ in found], [value for _, value in found])
 
 
-def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> int:
-    metrics = [line for line in metrics if is_number(line.get("loss"))]
-    losses = logged_series(metrics, "validation", "loss")
-    scores = logged_series(metrics, "validation", str(config.get("best_by", "loss")))
+def is_score(key: str) -> bool:
+    """Whether a key of a validation line is that of a score of the adapter."""
+    return key not in NOT_SCORES and not key.startswith(AVERAGE)
+
+
+def _best_step(metrics: list[dict[str, Any]], config: dict[str, Any], prefix: str = "") -> int:
+    metrics = [line for line in metrics if is_number(line.get(f"{prefix}loss"))]
+    losses = logged_series(metrics, "validation", f"{prefix}loss")
+    scores = logged_series(metrics, "validation", f"{prefix}{config.get('best_by', 'loss')}")
     if config.get("best_by", "loss") != "loss" and scores.steps:
         highest = max(scores.values)
         best = [step for step, value in zip(scores.steps, scores.values) if value == highest]

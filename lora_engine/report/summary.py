@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_engine.captioning.metrics import Scores
 from lora_engine.cli import quoted, this_program
@@ -21,6 +22,14 @@ class Sample:
     after: str
 
 
+class BestAverage(NamedTuple):
+    """The best moving average of the adapter: its step, loss, and scores if there are any."""
+
+    step: int
+    loss: float
+    scores: Scores | None
+
+
 @dataclass(frozen=True)
 class TrainingSummary:
     """The outcome of a run; `str` of it is what is printed at the end.
@@ -28,7 +37,8 @@ class TrainingSummary:
     `losses` are the validation losses (nats per valid target token) by step, from step 0 on;
     `scores` those of the captions, if any were scored. `best_step` is the best by `best_by`,
     "loss" or "cider_d". `seconds` is the wall-clock time of the whole run. `val_flags` tell
-    `evaluate` where the validation data is, if it has a path of its own.
+    `evaluate` where the validation data is, if it has a path of its own. `average` is the best
+    moving average, if there is one.
     """
 
     path: Path
@@ -41,6 +51,7 @@ class TrainingSummary:
     samples: tuple[Sample, ...]
     seconds: float
     val_flags: tuple[str, ...] = ()
+    average: BestAverage | None = None
 
     @property
     def last_step(self) -> int:
@@ -55,7 +66,7 @@ class TrainingSummary:
                 f"  before     {escaped(sample.before)}",
                 f"  after      {escaped(sample.after)}",
             ]
-        lines += ["", self._verdict()]
+        lines += ["", self._verdict(), *self._better_average()]
         counts = {"row": self.num_skipped_rows, "image": self.num_skipped_images}
         skipped = [counted(number, name) for name, number in counts.items() if number]
         if skipped:
@@ -85,6 +96,20 @@ class TrainingSummary:
             lines.append(f"to score    {program} evaluate --adapter {adapter} {data}")
         merged = quoted(f"{self.path}-merged")
         return [*lines, f"to merge    {program} merge --adapter {adapter} --out {merged}"]
+
+    def _better_average(self) -> list[str]:
+        """Where the moving average is, if it is better than the best adapter."""
+        if self.average is None:
+            return []
+        step, loss, scores = self.average
+        name, theirs, is_better = "validation loss", loss, loss < self.losses[self.best_step]
+        if self.best_by == "cider_d" and scores is not None and self.best_step in self.scores:
+            name, theirs = "CIDEr-D", scores.cider_d
+            is_better = theirs > self.scores[self.best_step].cider_d
+        path = self.path / "adapter_ema"
+        return [
+            f"the moving average is better, {name} {theirs:.4f} at step {step}: it is in {path}"
+        ] if is_better else []
 
     def _verdict(self) -> str:
         figures = {"validation loss": self.losses}

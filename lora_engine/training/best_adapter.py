@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from lora_engine.lora.adapter import (
 from lora_engine.models import CaptioningModel
 from lora_engine.report.run_folder import RunFolder, checkpoint_name
 from lora_engine.training.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from lora_engine.training.moving_average import MovingAverage
 
 
 class BestAdapter:
     """Selects the best adapter and saves it in the run's adapter/; the last, where it is another
-    one, goes to adapter_last/.
+    one, goes to adapter_last/. With an `average` it selects the best of that, for adapter_ema/.
 
     `by` is "loss" or the name of a score; of equal scores the lower loss decides. `losses` are the
     validation losses by step, `scores` those of captions. The adapter before training counts too:
@@ -37,10 +39,13 @@ class BestAdapter:
         *,
         by: str,
         provenance: dict[str, str],
+        average: MovingAverage | None = None,
         **settings: Any,
     ) -> None:
         self.model = model
         self.folder = folder
+        self.average = average
+        self.path = folder.adapter if average is None else folder.average_adapter
         self.by = by
         self.provenance = provenance
         self.settings = settings
@@ -64,7 +69,7 @@ class BestAdapter:
         if is_best:
             self.step = step
             self.files = self.files_after(step)
-            self.folder.write_adapter(self.folder.adapter, self.files)
+            self.folder.write_adapter(self.path, self.files)
         return is_best
 
     def _worth(self, step: int) -> tuple[float, ...]:
@@ -79,15 +84,15 @@ class BestAdapter:
         else:  # a run that was resumed from here may have left one
             shutil.rmtree(self.folder.last_adapter, ignore_errors=True)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the best adapter as of this checkpoint; a discarded later step may have written
-        another. Call `load_state_dict` first.
+    def restore(self, checkpoint: Checkpoint, files: Mapping[str, bytes] | None) -> None:
+        """Restore the best adapter as of this checkpoint, which has its `files`; a discarded later
+        step may have written another. Call `load_state_dict` first.
 
         Raises CheckpointError if no intact copy of it is left.
         """
-        self.files = checkpoint.best_files or self._find_best(checkpoint)
-        if any(_content(self.folder.adapter / name) != data for name, data in self.files.items()):
-            self.folder.write_adapter(self.folder.adapter, self.files)
+        self.files = dict(files or self._find_best(checkpoint))
+        if any(_content(self.path / name) != data for name, data in self.files.items()):
+            self.folder.write_adapter(self.path, self.files)
 
     def _find_best(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """The best adapter's files, for a checkpoint of an earlier version that lacks them."""
@@ -119,7 +124,12 @@ class BestAdapter:
         """Contents of the files of the adapter as it is after `step`, by name."""
         loss = f"{self.losses[step]:.7g}" if step in self.losses else ""
         provenance = {**self.provenance, "step": str(step), "validation_loss": loss}
-        return adapter_files(self.model, **self.settings, provenance=provenance)
+        with self.in_place():
+            return adapter_files(self.model, **self.settings, provenance=provenance)
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Within the context the model has the adapter that this selects from."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -2,8 +2,9 @@
 
     checkpoints/step-00000100/
         adapter_model.safetensors, adapter_config.json    PEFT's format: usable as an adapter
-        optimizer.safetensors                             AdamW's moments
+        optimizer.safetensors                             AdamW's moments, the moving average
         best_adapter.safetensors                          the best adapter, if it is another one
+        best_average.safetensors                          the best averaged adapter, if there is one
         state.json                                        position, settings, fingerprints, history
         manifest.json                                     size and SHA-256 of each of these
 
@@ -14,7 +15,7 @@ position, so that a resumed run equals an uninterrupted one bit for bit.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from lora_engine.lora.adapter import (
     read_adapter,
 )
 from lora_engine.lora.tensor_files import Described, read_tensors, tensor_bytes
+from lora_engine.report.metrics_log import averaged
 from lora_engine.report.run_folder import (
     CHECKPOINTS_FOLDER,
     checkpoint_paths,
@@ -42,12 +44,14 @@ from lora_engine.report.run_folder import (
     is_checkpoint_name,
 )
 from lora_engine.training.checkpoint_state import FORMAT, state_complaint
+from lora_engine.training.moving_average import MovingAverage
 from lora_engine.training.optim import FlatLoRAParameters
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best_adapter.safetensors"
+AVERAGE_FILE = "best_average.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 
@@ -65,12 +69,14 @@ class Checkpoint:
     """An intact checkpoint: the adapter, AdamW's moments, and everything else as JSON.
 
     `best_files` are the files of the best adapter; None in a checkpoint of an earlier version,
-    unless its own adapter is the best.
+    unless its own adapter is the best. `average_files` are those of the best averaged adapter, if
+    the run has a moving average.
     """
 
     path: Path
     adapter: Adapter
     best_files: dict[str, bytes] | None
+    average_files: dict[str, bytes] | None
     moments: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -89,12 +95,16 @@ class Checkpoint:
 
     def validations(self) -> list[tuple[int, float, dict[str, float]]]:
         """(step, loss, known scores) of each validation so far, as metrics.jsonl has them."""
-        found = self.state["validations"]
+        def known_scores(validations: dict[str, Any], step: str) -> dict[str, float]:
+            scores = validations["scores"].get(step, {})
+            return {name: value for name, value in scores.items() if value is not None}
+
+        found, average = self.state["validations"], self.state.get("average_validations")
         return [
-            (int(step), loss, {
-                name: value for name, value in found["scores"].get(step, {}).items()
-                if value is not None
-            })
+            (int(step), loss, known_scores(found, step) | (
+                {} if average is None
+                else averaged(average["losses"][step], known_scores(average, step))
+            ))
             for step, loss in found["losses"].items()
         ]
 
@@ -106,13 +116,18 @@ def write_checkpoint(
     best_files: Mapping[str, bytes],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    average: MovingAverage | None = None,
+    average_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint atomically: after a crash there is all of it, or none.
 
-    `adapter_files` are those of `adapter.adapter_files`, `best_files` those of the best adapter.
-    Raises OSError, with nothing left behind.
+    `adapter_files` are those of `adapter.adapter_files`, `best_files` those of the best adapter,
+    `average` is the moving average of the parameters, and `average_files` those of the best
+    averaged adapter. Raises OSError, with nothing left behind.
     """
     moments = {name: value.cpu() for name, value in moments_of(optimizer).items()}
+    if average is not None:
+        moments["average"] = average.values.cpu()
     contents = {
         **adapter_files,
         OPTIMIZER_FILE: tensor_bytes(moments, {}),
@@ -120,6 +135,8 @@ def write_checkpoint(
     }
     if best_files[WEIGHTS_FILE] != adapter_files[WEIGHTS_FILE]:
         contents[BEST_FILE] = best_files[WEIGHTS_FILE]
+    if average_files is not None:
+        contents[AVERAGE_FILE] = average_files[WEIGHTS_FILE]
     manifest = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in contents.items()
@@ -136,7 +153,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such folder, expected a checkpoint (step-...)")
     try:
         manifest = _object(path / MANIFEST_FILE)
-        if manifest.keys() - {BEST_FILE} != _FILES:
+        if manifest.keys() - {BEST_FILE, AVERAGE_FILE} != _FILES:
             raise CheckpointError(
                 f"{path / MANIFEST_FILE} names {', '.join(sorted(manifest))}; expected "
                 f"{', '.join(sorted(_FILES))}"
@@ -153,16 +170,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
         # Windows removes no file that is still mapped.
         moments = {name: moment.clone() for name, moment in moments.items()}
-        best_files = None
-        if BEST_FILE in manifest or state["validations"]["best_step"] == checkpoint_step(path):
-            weights = BEST_FILE if BEST_FILE in manifest else WEIGHTS_FILE
-            if weights == BEST_FILE:
-                read_adapter(path, weights_file=weights)  # raises unless it is an adapter
-            best_files = {
-                name: (path / file).read_bytes()
-                for name, file in ((WEIGHTS_FILE, weights), (CONFIG_FILE, CONFIG_FILE))
-            }
-        return Checkpoint(path, read_adapter(path), best_files, moments, state)
+        best_files, average_files = (
+            _adapter_files(path, name) if name in manifest else None
+            for name in (BEST_FILE, AVERAGE_FILE)
+        )
+        if best_files is None and state["validations"]["best_step"] == checkpoint_step(path):
+            best_files = _adapter_files(path, WEIGHTS_FILE)
+        if average_files is None and state["settings"].get("ema_decay") is not None:
+            raise CheckpointError(f"{path} lacks {AVERAGE_FILE}, but the run has --ema_decay")
+        return Checkpoint(path, read_adapter(path), best_files, average_files, moments, state)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no {Path(error.filename).name}") from None
     except OSError as error:
@@ -171,6 +187,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
     except ValueError as error:  # an adapter's or a tensor file's
         raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _adapter_files(path: Path, weights_file: str) -> dict[str, bytes]:
+    """The files of one of the adapters in a checkpoint, which all have the same configuration."""
+    read_adapter(path, weights_file=weights_file)  # raises unless it is an adapter
+    return {
+        name: (path / file).read_bytes()
+        for name, file in ((WEIGHTS_FILE, weights_file), (CONFIG_FILE, CONFIG_FILE))
+    }
 
 
 def find_checkpoint(folder: Path, named: Path | None = None) -> Checkpoint | None:
@@ -196,12 +221,15 @@ def find_checkpoint(folder: Path, named: Path | None = None) -> Checkpoint | Non
     return None
 
 
-def remove_old_checkpoints(folder: Path, *, keep_last: int, best_step: int) -> None:
-    """Keep the last `keep_last`, the newest of which must be known to be intact, and the best."""
+def remove_old_checkpoints(
+    folder: Path, *, keep_last: int, kept_steps: Collection[int | None]
+) -> None:
+    """Keep the last `keep_last`, the newest of which must be known to be intact, and others of
+    `kept_steps`."""
     for path in checkpoint_paths(folder)[:-keep_last]:
-        if checkpoint_step(path) != best_step:
+        if checkpoint_step(path) not in kept_steps:
             with suppress(OSError):  # the folder may contain other files, and then stays
-                for name in (MANIFEST_FILE, BEST_FILE, *_FILES):
+                for name in (MANIFEST_FILE, BEST_FILE, AVERAGE_FILE, *_FILES):
                     (path / name).unlink(missing_ok=True)
                 path.rmdir()
 
@@ -265,8 +293,9 @@ def check_dtype(checkpoint: Checkpoint, dtype: torch.dtype, config: TrainingConf
 
 
 def checkpoint_bytes(num_elements: int) -> int:
-    """Approximate size of a checkpoint: two adapters and two moments of `num_elements` each."""
-    return 4 * 4 * num_elements + _SPARE_BYTES
+    """Approximate size of a checkpoint: three adapters, two moments and a moving average of
+    `num_elements` each."""
+    return 4 * 6 * num_elements + _SPARE_BYTES
 
 
 # --- the optimizer's state ------------------------------------------------------------------
@@ -286,13 +315,18 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_moments(
-    optimizer: torch.optim.Optimizer, lora: FlatLoRAParameters, checkpoint: Checkpoint
+    optimizer: torch.optim.Optimizer,
+    lora: FlatLoRAParameters,
+    checkpoint: Checkpoint,
+    average: MovingAverage | None = None,
 ) -> None:
-    """Give the optimizer the moments of a checkpoint.
+    """Give the optimizer the moments of a checkpoint, and `average` its values.
 
     Raises CheckpointError if they do not fit the parameters `lora`.
     """
     shapes = {"exp_avg": lora.values.shape, "exp_avg_sq": lora.values.shape, "step": ()}
+    if average is not None:
+        shapes["average"] = lora.values.shape
     found = {name: tuple(value.shape) for name, value in checkpoint.moments.items()}
     if found != {name: tuple(shape) for name, shape in shapes.items()}:
         raise CheckpointError(
@@ -302,6 +336,8 @@ def restore_moments(
         if not value.isfinite().all():
             raise CheckpointError(f"{checkpoint.path / OPTIMIZER_FILE}: {name} is not finite")
     moments = {name: value.to(lora.values.device) for name, value in checkpoint.moments.items()}
+    if average is not None:
+        average.values.copy_(moments["average"])
     sizes = [len(group) for group in lora.groups]
     averages = (moments[name].split(sizes) for name in ("exp_avg", "exp_avg_sq"))
     for group, exp_avg, exp_avg_sq in zip(lora.groups, *averages):
@@ -311,11 +347,11 @@ def restore_moments(
 
 
 def _refuse_moment(name: str, described: Described) -> str | None:
-    num_axes = {"exp_avg": 1, "exp_avg_sq": 1, "step": 0}
+    num_axes = {"exp_avg": 1, "exp_avg_sq": 1, "average": 1, "step": 0}
     if name not in num_axes or described.dtype != "F32" or (
         len(described.shape) != num_axes[name]
     ):
-        return f"is {described}; expected exp_avg and exp_avg_sq, F32 vectors, and step"
+        return f"is {described}; expected exp_avg, exp_avg_sq and average, F32 vectors, and step"
     return None
 
 

@@ -28,20 +28,33 @@ def state_complaint(state: Any, *, step: int) -> str | None:
         return f"step is {state['step']}, its folder's name says {step}"
     if state["total_steps"] < step:
         return f"total_steps is {state['total_steps']}, expected {step} or more"
-    losses, best_step = state["validations"]["losses"], state["validations"]["best_step"]
-    steps = {"0", str(best_step)}
-    if not steps <= losses.keys() or any(int(name) > step for name in losses):
+    complaint = _validations_complaint(state["validations"], step)
+    if complaint is None and state["settings"].get("ema_decay") is not None:
+        average = state.get("average_validations")
+        complaint = _VALIDATIONS(average) or _validations_complaint(average, step)
+        if complaint is None and average["losses"].keys() != state["validations"]["losses"].keys():
+            complaint = "is of other steps than validations"
+        complaint = complaint and f"average_validations: {complaint}"
+    if complaint is not None:
+        return complaint
+    if (state["compute_dtype"] == "torch.float16") != bool(state["scaler"]):
+        return f"scaler is {state['scaler']}, but compute_dtype is {state['compute_dtype']}"
+    steps = {"0", str(state["validations"]["best_step"])}
+    if state["captions"].keys() != steps:
+        found = reprlib.repr(list(state["captions"]))
+        return f"captions are of steps {found}, expected {sorted(steps)}"
+    return None
+
+
+def _validations_complaint(validations: Any, step: int) -> str | None:
+    losses, best_step = validations["losses"], validations["best_step"]
+    if not {"0", str(best_step)} <= losses.keys() or any(int(name) > step for name in losses):
         return (
             f"validations.losses are of steps {reprlib.repr(list(losses))}; expected 0, best_step "
             f"({best_step}) and none after {step}"
         )
-    if (state["compute_dtype"] == "torch.float16") != bool(state["scaler"]):
-        return f"scaler is {state['scaler']}, but compute_dtype is {state['compute_dtype']}"
-    if any(name not in losses for name in state["validations"]["scores"]):
+    if any(name not in losses for name in validations["scores"]):
         return "validations.scores are of other steps than validations.losses"
-    if state["captions"].keys() != steps:
-        found = reprlib.repr(list(state["captions"]))
-        return f"captions are of steps {found}, expected {sorted(steps)}"
     return None
 
 
@@ -150,6 +163,12 @@ _SCORES = _object(**{
     name: _whole() if hint is int else _optional(_number())
     for name, hint in get_type_hints(Scores).items()
 })
+_VALIDATIONS = _object(
+    losses=_mapping(_number(finite=False), key=_STEP),
+    scores=_mapping(_SCORES, key=_STEP),
+    best_step=_whole(),
+    num_worse=_whole(),
+)
 _STATE = _object(
     format=_one_of(1, FORMAT),
     step=_whole(),
@@ -159,12 +178,7 @@ _STATE = _object(
     compute_dtype=_one_of("torch.float32", "torch.bfloat16", "torch.float16"),
     scaler=_scaler,
     micro_batch_rows=_optional(_whole(1)),
-    validations=_object(
-        losses=_mapping(_number(finite=False), key=_STEP),
-        scores=_mapping(_SCORES, key=_STEP),
-        best_step=_whole(),
-        num_worse=_whole(),
-    ),
+    validations=_VALIDATIONS,
     captions=_mapping(
         _list(_tuple(_whole(), _of_type(str, "text"), _of_type(bool, "true or false"))), key=_STEP
     ),

@@ -27,16 +27,24 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes each state of a run once, every so many steps or seconds, and removes old checkpoints.
 
-    `step` is that of the newest checkpoint, if there is one.
+    `step` is that of the newest checkpoint, if there is one. A checkpoint of `kept_step` is written
+    and stays.
     """
 
     def __init__(
-        self, folder: RunFolder, *, every_steps: float, every_s: float, keep_last: int
+        self,
+        folder: RunFolder,
+        *,
+        every_steps: float,
+        every_s: float,
+        keep_last: int,
+        kept_step: int | None = None,
     ) -> None:
         self.folder = folder
         self.every_steps = every_steps
         self.every_s = every_s
         self.keep_last = keep_last
+        self.kept_step = kept_step
         self.step: int | None = None
         self._is_validated = False
         self._digests_checksum = b""
@@ -51,7 +59,7 @@ class CheckpointWriter:
         is_time = time.monotonic() - self._last_s >= self.every_s
         if is_time:  # several processes ask for the next step before this one's is written
             self._last_s = time.monotonic()
-        return step % self.every_steps == 0 or is_time
+        return step % self.every_steps == 0 or step == self.kept_step or is_time
 
     def has(self, step: int, *, is_validated: bool) -> bool:
         """Whether the newest checkpoint is of `step`, with its validation done or not."""
@@ -64,6 +72,7 @@ class CheckpointWriter:
         is_validated: bool,
         best: BestAdapter,
         optimizer: torch.optim.Optimizer,
+        best_average: BestAdapter | None,
         digests: np.ndarray,
         state: Mapping[str, Any],
     ) -> bool:
@@ -90,11 +99,15 @@ class CheckpointWriter:
                 best_files=best.files,
                 optimizer=optimizer,
                 state=state,
+                average=None if best_average is None else best_average.average,
+                average_files=None if best_average is None else best_average.files,
             )
         except (OSError, AdapterError) as error:
             logger.warning(f"no checkpoint of step {step}: {error}")
             return False
-        remove_old_checkpoints(folder, keep_last=self.keep_last, best_step=best.step)
+        remove_old_checkpoints(
+            folder, keep_last=self.keep_last, kept_steps=(best.step, self.kept_step)
+        )
         return True
 
     def note(self, step: int, *, is_validated: bool) -> None:

@@ -60,7 +60,10 @@ def train(
             for agreed in steps:
                 step = agreed.number
                 if config.patience is not None and run.best.num_worse >= config.patience:
-                    logger.info(f"stopped: no better for {counted(config.patience, 'validation')}")
+                    logger.info(
+                        f"stopped: no better for {counted(config.patience, 'validation')}; "
+                        f"adapter/ holds the best adapter, of step {run.best.step}"
+                    )
                     break
                 run.skipped.add(agreed.rows, agreed.skipped)
                 loss = trainer.accumulate(  # forward and backward, and the sum over processes

@@ -129,7 +129,11 @@ class FlatLoRAParameters:
 
 
 def build_optimizer(
-    lora: FlatLoRAParameters, *, lr: float, weight_decay: float
+    lora: FlatLoRAParameters,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) in one fused kernel; moments are fp32 like the matrices.
 
@@ -146,6 +150,7 @@ def build_optimizer(
             for group, rate in zip(lora.groups, lora.rates)
         ],
         weight_decay=weight_decay,
+        betas=betas,
         fused=True,
         capturable=on_gpu,
     )

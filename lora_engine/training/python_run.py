@@ -12,7 +12,13 @@ from types import NoneType
 from typing import Any, Literal
 
 from lora_engine.captioning.image_captioner import ImageCaptioner, load_captioner
-from lora_engine.config import NEWEST, TrainingConfig, unfit_setting
+from lora_engine.config import (
+    NEWEST,
+    LearningRateSchedule,
+    TrainingConfig,
+    one_warmup,
+    unfit_setting,
+)
 from lora_engine.data.python_rows import shown_type
 from lora_engine.data.read_pairs import paths_of
 from lora_engine.keywords import known_keywords
@@ -46,6 +52,9 @@ def train(
     epochs: int | None = None,
     max_steps: int | None = None,
     lr: float | None = None,
+    lr_schedule: LearningRateSchedule | None = None,
+    warmup_steps: int | None = None,
+    weight_decay: float | None = None,
     batch_size: int | None = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
@@ -70,10 +79,11 @@ def train(
     a part of its images.
 
     What is not given is as in `config`, which has every setting of a recipe; without it, as in
-    recipes/finetune.py: BLIP base, 5 epochs, a learning rate of 2e-4, batches of 32, LoRA of rank 8
-    and alpha 32 with dropout 0.1 on attention and feed-forward layers, seed 42, and the adapter
-    with the best CIDEr-D. `resume=True` continues the run in `output_path`, with the same arguments
-    as before; a path continues from that checkpoint.
+    recipes/finetune.py: BLIP base, 5 epochs, a learning rate of 2e-4 that rises over 20 steps and
+    then falls linearly, batches of 32, LoRA of rank 8 and alpha 32 with dropout 0.1 on attention
+    and feed-forward layers, seed 42, and the adapter with the best CIDEr-D. `resume=True` continues
+    the run in `output_path`, with the same arguments as before; a path continues from that
+    checkpoint.
 
     `callback` is called with each line of metrics.jsonl, a dictionary, as it is logged (of several
     processes, in the one that writes). An error in it ends the run as Ctrl-C does, with a
@@ -98,6 +108,7 @@ def train(
     validation = val_data if validation is None else validation
     given = {
         "model": model, "epochs": epochs, "max_steps": max_steps, "lr": lr,
+        "lr_schedule": lr_schedule, "warmup_steps": warmup_steps, "weight_decay": weight_decay,
         "batch_size": batch_size, "lora_rank": lora_rank, "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout, "lora_targets": lora_targets, "output_path": output_path,
         "resume": NEWEST if resume is True else resume or None, "seed": seed, "device": device,
@@ -127,7 +138,9 @@ def _with_settings(config: TrainingConfig, given: Mapping[str, Any]) -> Training
 
     Raises ValueError for a value of the wrong type.
     """
-    settings = vars(config) | {name: value for name, value in given.items() if value is not None}
+    settings = vars(config) | one_warmup(
+        {name: value for name, value in given.items() if value is not None}
+    )
     if isinstance(settings["lora_targets"], str):
         settings["lora_targets"] = [settings["lora_targets"]]
     for name, value in settings.items():

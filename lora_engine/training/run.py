@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_engine.captioning.metrics import Scores
 from lora_engine.config import TrainingConfig, changes_on_resume
 from lora_engine.data.batches import (
     CaptionedImages,
@@ -29,10 +30,10 @@ from lora_engine.ranks import dealt, share
 from lora_engine.report.hub import push_adapter
 from lora_engine.report.live import LiveReport
 from lora_engine.report.loss_curve import draw_loss_curve
-from lora_engine.report.metrics_log import MetricsLogger
+from lora_engine.report.metrics_log import MetricsLogger, averaged
 from lora_engine.report.model_card import write_model_card
 from lora_engine.report.run_folder import RunFolder, environment
-from lora_engine.report.summary import TrainingSummary
+from lora_engine.report.summary import BestAverage, TrainingSummary
 from lora_engine.report.trackers import start_tracker
 from lora_engine.stopping import Interrupted, StopSignal, TrainingStopped, signals_held
 from lora_engine.terminal import counted, one_line
@@ -182,9 +183,15 @@ class Run:
         self.loader: FeatureLoader | None = None  # of the training images
         self.meter = Meter(metrics, schedule, has_grad_scaler=self.trainer.scaler.is_enabled())
         self.best = best_adapter(setup, folder)
+        average = self.trainer.average
+        self.best_average = None if average is None else best_adapter(setup, folder, average)
         every_steps, every_s = config.save_interval()
         self.checkpoints = CheckpointWriter(
-            folder, every_steps=every_steps, every_s=every_s, keep_last=config.keep_last
+            folder,
+            every_steps=every_steps,
+            every_s=every_s,
+            keep_last=config.keep_last,
+            kept_step=schedule.decay_start if config.lr_schedule == "wsd" else None,
         )
         self.skipped = SkippedRows(
             folder, max_share=config.max_bad_share, num_rows=len(data.train_set)
@@ -309,11 +316,16 @@ class Run:
         self._is_consistent = True
 
     def validate(self) -> None:
-        """Validate the current step, record the results, and save the adapter if it is the best.
+        """Validate the current step, record the results, and save the adapter if it is the best;
+        the same for the moving average.
 
         Raises as `Validation.measure`, before anything is written.
         """
-        step, captions = self.step, self.validation.captions
+        step, captions, best_average = self.step, self.validation.captions, self.best_average
+        ema: tuple[float, Scores | None] | None = None
+        if best_average is not None:
+            with best_average.in_place():  # first, so that the captions of this step are replaced
+                ema = self.validation.measure(step)
         loss, scores = self.validation.measure(step)
         with self.atomic():
             self.metrics.record(
@@ -321,13 +333,18 @@ class Run:
                 step=step,
                 epoch=step / self.schedule.steps_per_epoch,
                 loss=loss,
-                **({} if scores is None else scores.as_dict()),
+                **_known(scores),
+                **({} if ema is None else averaged(ema[0], _known(ema[1]))),
             )
             is_best = self.best.offer(step, loss, scores)
-            found = "" if scores is None else f", CIDEr-D {scores.cider_d:z.3f}{captions.remark}"
             by = "lowest loss" if self.best.by == "loss" or captions.remark else "highest CIDEr-D"
             best = f" ({by} so far)" if is_best and step else ""
-            logger.info(f"step {step}: validation loss {loss:z.4f}{found}{best}")
+            remark = captions.remark if scores else ""
+            found = f"loss {loss:z.4f}{_cider_d(scores)}{remark}{best}"
+            if best_average is not None and ema is not None:
+                best_average.offer(step, *ema)
+                found += f"; moving average: loss {ema[0]:z.4f}{_cider_d(ema[1])}"
+            logger.info(f"step {step}: validation {found}")
             captions.write(self.folder, step)
             if is_best:
                 captions.write_best(self.folder, step)
@@ -367,6 +384,7 @@ class Run:
             self.step,
             is_validated=is_validated,
             best=self.best,
+            best_average=self.best_average,
             optimizer=self.trainer.optimizer,
             digests=self.setup.data.digests,
             state=self._state(),
@@ -420,6 +438,9 @@ class Run:
             "scaler": self.trainer.scaler.state_dict(),
             "micro_batch_rows": self.trainer.splitter.num_rows,
             "validations": self.best.state_dict(),
+            **({} if self.best_average is None else {
+                "average_validations": self.best_average.state_dict()
+            }),
             "captions": self.validation.captions.state_dict(self.best.step),
             "meter": self.meter.state_dict(),
             "seconds": self.seconds,
@@ -433,7 +454,8 @@ class Run:
                 f"{checkpoint.path} is of step {checkpoint.step}, but this run has "
                 f"{counted(self.schedule.total_steps, 'step')}"
             )
-        restore_moments(self.trainer.optimizer, self.trainer.lora, checkpoint)
+        trainer = self.trainer
+        restore_moments(trainer.optimizer, trainer.lora, checkpoint, trainer.average)
         if self.trainer.scaler.is_enabled():
             self.trainer.scaler.load_state_dict(state["scaler"])
         self.trainer.splitter.num_rows = state["micro_batch_rows"]
@@ -445,7 +467,10 @@ class Run:
         self.checkpoints.restore(checkpoint)
         self._log_resumption(checkpoint)
         self.skipped.restore(self.setup.data.train_set, self._rows_tried())
-        self.best.restore(checkpoint)
+        self.best.restore(checkpoint, checkpoint.best_files)
+        if self.best_average is not None:
+            self.best_average.load_state_dict(state["average_validations"])
+            self.best_average.restore(checkpoint, checkpoint.average_files)
         self.validation.captions.write_best(self.folder, self.best.step)
         self.report.update()
 
@@ -463,8 +488,9 @@ class Run:
             logger.info(f"with other settings: {', '.join(changes)}")
         if before != now:
             logger.info(
-                f"from here on the learning rate falls as in a run of {counted(now, 'step')}, not "
-                f"{before}: the next step's is {self.schedule.learning_rate(self.step + 1):.3g}"
+                f"from here on the learning rate is that of a run of {counted(now, 'step')}, not "
+                f"{before} (--lr_schedule {self.setup.config.lr_schedule}): the next step's is "
+                f"{self.schedule.learning_rate(self.step + 1):.3g}"
             )
 
     def _rows_tried(self) -> list[int]:
@@ -503,12 +529,18 @@ class Run:
                 logger.warning(f"{name} could not be written: {type(error).__name__}: {error}")
 
     def summarize(self) -> TrainingSummary:
+        average = self.best_average
         return TrainingSummary(
             path=self.folder.path,
             losses=self.best.losses,
             scores=self.best.scores,
             best_by=self.best.by,
             best_step=self.best.step,
+            average=None if average is None else BestAverage(
+                average.step,
+                average.losses[average.step],
+                average.scores.get(average.step),
+            ),
             num_skipped_images=self.skipped.num_images,
             num_skipped_rows=len(self.setup.data.rows.bad),
             samples=self.validation.captions.compare(self.best.step),
@@ -527,3 +559,11 @@ def _val_flags(config: TrainingConfig) -> tuple[str, ...]:
         if value not in (None, "auto"):
             flags += [f"--{name}", value]
     return tuple(flags)
+
+
+def _known(scores: Scores | None) -> dict[str, float]:
+    return {} if scores is None else scores.as_dict()
+
+
+def _cider_d(scores: Scores | None) -> str:
+    return "" if scores is None else f", CIDEr-D {scores.cider_d:z.3f}"

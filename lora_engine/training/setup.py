@@ -63,6 +63,7 @@ from lora_engine.training.checkpoint import (
     checkpoint_bytes,
     checkpoint_to_resume,
 )
+from lora_engine.training.moving_average import MovingAverage
 from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
@@ -138,6 +139,7 @@ def prepare(
             val_data=val_data,
             is_of_earlier_version=checkpoint is not None and "val_size" not in checkpoint.settings,
         )
+    Schedule(config, len(rows.train)).check()
     if config.read_order == "auto":
         config = with_read_order(config, rows, ranks)
     device = resolve_device(config.device, local_rank=ranks.local_rank, local_size=ranks.local_size)
@@ -175,6 +177,8 @@ def prepare(
         lr=config.lr,
         weight_decay=config.weight_decay,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
+        betas=(config.adam_beta1, config.adam_beta2),
+        ema_decay=config.ema_decay,
         max_grad_norm=config.max_grad_norm,
         label_smoothing=config.label_smoothing,
         seed=config.seed,
@@ -271,6 +275,7 @@ def _compile(model: CaptioningModel, device: torch.device, dtype: torch.dtype) -
 def check_space_for_run(config: TrainingConfig, plan: InjectionPlan) -> None:
     """Raises ValueError if the disk has no space for the checkpoints that the run will keep."""
     num_kept = config.keep_last + 2  # the best, and one that is being written
+    num_kept += config.lr_schedule == "wsd"  # the one before the decay
     try:
         check_space(
             Path(config.output_path or "runs"),
@@ -359,13 +364,17 @@ def feature_loader(
     )
 
 
-def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
-    """The tracker of a run's best adapter, with what its files record about the run."""
+def best_adapter(
+    setup: RunSetup, folder: RunFolder, average: MovingAverage | None = None
+) -> BestAdapter:
+    """The tracker of a run's best adapter, or best average, with what its files record about the
+    run."""
     captioner = setup.captioner
     is_folder = Path(captioner.name).is_dir()
     return BestAdapter(
         captioner.model,
         folder,
+        average=average,
         by=setup.config.best_by,
         base_model=str(Path(captioner.name).resolve()) if is_folder else captioner.name,
         hugging_face_class=captioner.hugging_face_class,
@@ -375,6 +384,7 @@ def best_adapter(setup: RunSetup, folder: RunFolder) -> BestAdapter:
             "data_fingerprint": setup.fingerprints["training_data"],
             "label_convention": "each position predicts the next token; one end token",
             "prompt": captioner.prompt,
+            **({} if average is None else {"ema_decay": f"{average.decay:g}"}),
         },
     )
 

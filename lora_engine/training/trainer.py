@@ -16,6 +16,7 @@ from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.training.cuda_graphs import CudaGraphs
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.micro_batches import BatchSplitter
+from lora_engine.training.moving_average import MovingAverage
 from lora_engine.training.optim import FlatLoRAParameters, build_optimizer, set_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 class Trainer:
     """Owns what a step changes: LoRA parameters, AdamW's moments, the loss scale, CUDA graphs.
+
+    With `ema_decay`, `average` is the moving average of the parameters.
 
     A step is `accumulate` over its `num_micro_batches`, which `ranks` share out, then `update`.
     Build the trainer when the model has its adapters and is on `device`; `dtype` is that of
@@ -38,6 +41,8 @@ class Trainer:
         lr: float,
         weight_decay: float = 0.01,
         loraplus_lr_ratio: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        ema_decay: float | None = None,
         max_grad_norm: float = 1.0,
         label_smoothing: float = 0.0,
         seed: int = 0,
@@ -56,7 +61,10 @@ class Trainer:
         self.lora = FlatLoRAParameters(
             (layer for _, layer in lora_layers(model)), dtype, lr_ratio=loraplus_lr_ratio
         )
-        self.optimizer = build_optimizer(self.lora, lr=lr, weight_decay=weight_decay)
+        self.optimizer = build_optimizer(
+            self.lora, lr=lr, weight_decay=weight_decay, betas=betas
+        )
+        self.average = None if ema_decay is None else MovingAverage(self.lora, ema_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.splitter = BatchSplitter()
         self.graphs: CudaGraphs | None = None
@@ -140,7 +148,11 @@ class Trainer:
         if not self.scaler.is_enabled():
             is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
             self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+        if self.average is not None:
+            num_before = self._num_steps.clone()
         self.scaler.step(self.optimizer)
+        if self.average is not None:
+            self.average.update(self._num_steps, num_before)
         if not self.scaler.is_enabled():
             # A graph's memory is freed when nothing refers to it.
             del self.optimizer.found_inf  # type: ignore[attr-defined]
@@ -149,11 +161,18 @@ class Trainer:
         self.lora.refresh()
         return grad_norm
 
+    @property
+    def _num_steps(self) -> Tensor:
+        """The number of steps that AdamW has taken, (), on the device; it skips some."""
+        counts = [state["step"] for state in self.optimizer.state.values() if state]
+        return counts[0] if counts else torch.zeros((), device=self.device)
+
     def _changed_by_a_step(self) -> list[Tensor]:
         cast = [] if self.lora.cast is None else [self.lora.cast]
+        average = [] if self.average is None else [self.average.values]
         states = (self.optimizer.state[group] for group in self.lora.groups)
         moments = [moment for state in states for moment in state.values()]
-        return [self.lora.values, self.lora.gradient_and_loss, *cast, *moments]
+        return [self.lora.values, self.lora.gradient_and_loss, *cast, *average, *moments]
 
     def _clear_gradients(self) -> None:
         """Undo what an attempt that ran out of memory has begun."""
