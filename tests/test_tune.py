@@ -14,10 +14,10 @@ from lora_engine.training import tuning
 from lora_engine.training.tuning import Candidate, Rung, candidates_of, plan_rungs, rungs_of
 
 
-def test_rungs_halve_by_three_and_the_last_is_one_full_run():
-    assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(1, 504)]
-    assert rungs_of(4, 100) == [Rung(4, 34), Rung(1, 100)]
-    assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(1, 10_000)]
+def test_rungs_divide_by_three_and_the_last_has_two_full_runs():
+    assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(2, 504)]
+    assert rungs_of(4, 100) == [Rung(4, 34), Rung(2, 100)]
+    assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(2, 10_000)]
     assert rungs_of(3, 30) == [Rung(3, 30)], "too short to divide"
 
 
@@ -61,7 +61,8 @@ def args(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
         "tune", "--model", str(model), "--train_data_path", str(data / "train.json"),
         "--val_data_path", str(data / "val.json"), "--output_path", str(folder),
         "--cache_dir", str(folder.with_name("cache")), "--batch_size", "4", "--epochs", "3",
-        "--lrs", "1e-3", "1e-2", "--ranks", "2", "--variants", "lora", "dora", *more,
+        "--lr", "1e-5", "--lrs", "1e-5", "1e-2", "--ranks", "2", "--variants", "lora", "dora",
+        "--lora_rank", "2", *more,
     ]
 
 
@@ -78,12 +79,15 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert run_verb(args(blip_folder, data, tmp_path / "whole")) == 0
     out = capsys.readouterr().out
     results = found_in(tmp_path / "whole")
-    assert [result[0] for result in results] == [0, 0, 0, 0, 1]
-    best = max(results[:4], key=lambda result: result[2])
-    assert results[4][1] == best[1], "the best of the first rung gets the full run"
-    lr, rank, variant = best[1]
+    assert [result[0] for result in results] == [0, 0, 0, 0, 1, 1]
+    own, *others = results[:4]
+    best = max(others, key=lambda result: result[2])
+    assert own[1] == results[4][1] == [1e-5, 2, "lora"]
+    assert results[5][1] == best[1], "the best of the first rung gets a full run"
+    lr, rank, variant = max(results[4:], key=lambda result: result[2])[1]
+    assert lr == 1e-2
     assert f"best      {variant}-r{rank}-lr{lr:g}: validation loss" in out
-    assert f" train --model {blip_folder} " in out and f"--lora_rank {rank} " in out
+    assert f" train --model {blip_folder} " in out and f"--lr {lr:g} --lora_rank {rank}" in out
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "to train" in page and f"{variant}-r{rank}-lr{lr:g}" in page
 

@@ -3,8 +3,9 @@ many, and so on.
 
 Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
 https://arxiv.org/abs/1502.07943. Every run is a whole one, with its own warm-up and decay, so that
-the last one has the length that was asked for, and its adapter is final. Features are kept from run
-to run, so that nothing frozen is computed again.
+the last ones have the length that was asked for, and their adapters are final. They are two: the
+settings as they are, and the best of the others. Features are kept from run to run, so that nothing
+frozen is computed again.
 
 Which runs there will be is decided once, by the time that the first two have taken, and stored in
 tune.json, as are the results. All else is a function of settings and data: a search that is killed
@@ -58,6 +59,11 @@ class Candidate(NamedTuple):
     rank: int
     variant: str
 
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "Candidate":
+        """That of the settings as they are."""
+        return cls(config.lr, config.lora_rank, "lora")
+
     def __str__(self) -> str:
         return f"{self.variant}-r{self.rank}-lr{self.lr:g}"
 
@@ -103,8 +109,7 @@ def candidates_of(
         raise ValueError("there is nothing to choose from: give two or more --lrs, --ranks or "
                          "--variants")
     random.Random(config.seed).shuffle(found)
-    own = Candidate(config.lr, config.lora_rank, "lora")
-    return sorted(found, key=lambda candidate: candidate != own)
+    return sorted(found, key=lambda candidate: candidate != Candidate.of(config))
 
 
 def rung_steps(total_steps: int) -> list[int]:
@@ -116,10 +121,10 @@ def rung_steps(total_steps: int) -> list[int]:
 
 
 def rungs_of(num_candidates: int, total_steps: int) -> list[Rung]:
-    """The rungs of a search; of several, the last one is a single run."""
+    """The rungs of a search; of several, the last one is two runs."""
     *first, last = rung_steps(total_steps)
     rungs = [Rung(math.ceil(num_candidates / FACTOR**k), num) for k, num in enumerate(first)]
-    return [*rungs, Rung(1 if rungs else num_candidates, last)]
+    return [*rungs, Rung(2 if rungs else num_candidates, last)]
 
 
 def plan_rungs(
@@ -195,8 +200,11 @@ def tune(
         _write(folder, search)
     rungs = [Rung(*rung) for rung in search["rungs"]]
     logger.info("runs: " + ", ".join(f"{n} of {steps} steps" for n, steps in rungs))
+    own = Candidate.of(config)
     left = list(candidates)
     for number, (num_candidates, num_steps) in enumerate(rungs):
+        if num_steps == total_steps:  # what is found must be better than the settings as they are
+            left.sort(key=lambda candidate: candidate != own)
         results = [result(number, candidate, num_steps) for candidate in left[:num_candidates]]
         results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
         left = [found.candidate for found in results]
