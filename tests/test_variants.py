@@ -21,7 +21,14 @@ from lora_engine.data.batches import FeatureBatch
 from lora_engine.lora import layer as layer_module
 from lora_engine.lora.adapter import load_adapter, read_adapter, restore_initial, save_adapter
 from lora_engine.lora.initialization import INITIALIZATIONS
-from lora_engine.lora.injection import inject, lora_layers, lora_parameters, merge, unmerge
+from lora_engine.lora.injection import (
+    cast_frozen,
+    inject,
+    lora_layers,
+    lora_parameters,
+    merge,
+    unmerge,
+)
 from lora_engine.lora.layer import LoRALinear, project
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
@@ -198,6 +205,25 @@ def test_a_run_that_changed_the_frozen_weights_is_restored_to_the_bit(folder, tm
     assert torch.equal(logits(again.model), logits(captioner.model))
     for name, parameter in lora_parameters(captioner.model).items():
         assert torch.equal(parameter, lora_parameters(again.model)[name]), name
+
+
+def gradient(folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Tensor:
+    """The flat gradient of a first step, with dropout."""
+    captioner = adapted(folder, **{"dropout": 0.3} | VARIANTS["dora_pissa"])
+    cast_frozen(captioner.model, dtype)
+    captioner.model.decoder.gradient_checkpointing = settings.pop("checkpointing", False)
+    trainer = Trainer(
+        captioner.model.train(), device=torch.device("cpu"), dtype=dtype, lr=LR, **settings
+    )
+    trainer.accumulate([a_batch(captioner)], 0)
+    return trainer.lora.gradient.clone()
+
+
+def test_checkpointing_gives_the_same_gradient_and_bf16_nearly_so(folder):
+    expected = gradient(folder)
+    torch.testing.assert_close(gradient(folder, checkpointing=True), expected)
+    half = gradient(folder, torch.bfloat16)
+    assert torch.cosine_similarity(half, expected, dim=0) > 0.99
 
 
 # --- EVA -----------------------------------------------------------------------------------
