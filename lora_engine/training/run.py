@@ -244,15 +244,17 @@ class Run:
             )
 
     def initialize_eva(self) -> None:
-        """Set the A matrices by the images of the first steps; the same in all processes."""
-        plans, order, num_images = self._plans(0), [], 0
-        while num_images < NUM_ROWS and (plan := next(plans, None)) is not None:
+        """Set the A matrices by the rows of the first steps; the same in all processes."""
+        plans, order, num_rows = self._plans(0), [], 0
+        while num_rows < NUM_ROWS and (plan := next(plans, None)) is not None:
             order += [batch for batch in plan.micro_batches if batch]
-            num_images += len(plan.rows)
-        logger.info(f"computing principal components of layer inputs on {num_images} captions")
+            num_rows += len(plan.rows)
+        logger.info(f"computing principal components of layer inputs on {num_rows} captions")
         with closing(iter(self._loader(self.setup.data.train_set, order))) as batches:
             initialize_eva(self.trainer.model, batches, device=self.trainer.device)
         self.trainer.lora.refresh()
+        if self.trainer.average is not None:
+            self.trainer.average.values.copy_(self.trainer.lora.values.detach())
 
     def _plans(self, num_done_steps: int) -> Iterator[StepRows]:
         config, train_set = self.setup.config, self.setup.data.train_set
