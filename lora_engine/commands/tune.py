@@ -42,7 +42,7 @@ def tune(args: list[str]) -> int:
         TuneConfig, own, prog=PROG,
         description="Choose learning rate, rank and variant by successive halving: many settings "
         "for a few steps, the best third of them for three times as many, and so on; the last two "
-        "runs are full ones, of the settings as they are and of the best others. All flags of "
+        "runs are full ones: the settings as they are, and the best of the others. All flags of "
         "train, such as --train_data_path and --model, are settings of every run; without data, "
         "the embedded demo is tuned. --output_path DIR --resume continues a search.",
     )
