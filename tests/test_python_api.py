@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ from PIL import Image
 import lora_engine
 from lora_engine.__main__ import run_verb
 from lora_engine.features.encoder import encode_pixels
+from lora_engine.lora.injection import lora_parameters
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as loop_module
 from lora_engine.training import python_run
@@ -189,7 +191,8 @@ def test_adapters_are_swapped_without_reading_the_base_again(
     weights = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
     encoder = captioner._encoder
 
-    monkeypatch.setattr("lora_engine.models.pretrained.read_weights", None)
+    for module in ("models.pretrained", "captioning.adapted_captioner"):
+        monkeypatch.setattr(f"lora_engine.{module}.read_checkpoint", None)
     found = []
     for name in names:
         captioner.load_adapter(name)
