@@ -116,9 +116,9 @@ def blend(
     for adapter in adapters:
         _check_plain(adapter)
         _check_same_base(adapters[0], adapter)
-    prompts = {a.folder: a.prompt for a in adapters if "prompt" in a.provenance}
-    if len(set(prompts.values())) > 1:
-        told = ", ".join(f"{prompt!r} ({folder})" for folder, prompt in prompts.items())
+    prompts = [(a.prompt, a.folder) for a in adapters if "prompt" in a.provenance]
+    if len({prompt for prompt, _ in prompts}) > 1:
+        told = ", ".join(f"{prompt!r} ({folder})" for prompt, folder in prompts)
         raise AdapterError(f"the adapters were trained with different prompts: {told}")
     terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for adapter, weight in zip(adapters, weights):
