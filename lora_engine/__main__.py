@@ -23,6 +23,7 @@ VERBS = {  # a recipe for train and demo, else a function of the same name in co
     "caption": "caption images with a trained adapter",
     "evaluate": "score captions against references, with and without an adapter",
     "merge": "merge an adapter into its base model, as a plain Hugging Face folder",
+    "blend": "add up adapters of one base with weights, as one adapter",
     "report": "write the results of a run, or compare several, as one HTML file",
     "download": "download the images of a list of links, such as CC3M's, with img2dataset",
     "validate": "read every row and image of a data set and list those that cannot be used",

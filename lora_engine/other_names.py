@@ -125,6 +125,7 @@ VERBS = {
     "caption": "generate predict infer inference describe captions captioning sample",
     "evaluate": "eval test score metrics benchmark evaluation",
     "merge": "export merge_and_unload save convert fuse merge-lora export-model",
+    "blend": "average soup combine merge-adapters merge_adapters mix weighted add_weighted_adapter",
     "report": "compare plot show results history",
     "download": "fetch get img2dataset prepare",
     "validate": "check lint verify inspect",

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +21,7 @@ import lora_engine
 from lora_engine.__main__ import run_verb
 from lora_engine.features.encoder import encode_pixels
 from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.injection import lora_parameters
 from lora_engine.terminal import escaped
 from lora_engine.training import loop as loop_module
 from lora_engine.training import python_run
@@ -173,6 +175,45 @@ def test_the_base_shares_the_weights_and_no_adapter(blip_folder, pictures, adapt
     theirs = dict(captioner.base.model.named_parameters())
     mine = dict(captioner.model.named_parameters())
     assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in theirs)
+
+
+def test_adapters_are_swapped_without_reading_the_base_again(
+    blip_folder, pictures, adapter, tmp_path, monkeypatch
+):
+    other = lora_engine.load_captioner(blip_folder).model
+    lora_engine.inject(other, ["crossattention.self.value"], rank=5)
+    for matrix in lora_parameters(other).values():
+        torch.nn.init.normal_(matrix, std=0.5)
+    lora_engine.save_adapter(other, tmp_path / "b", provenance={"prompt": "a cat"})
+    names = adapter, tmp_path / "b"
+    expected = [lora_engine.load_captioner(blip_folder, adapter=n).caption(pictures) for n in names]
+    captioner = lora_engine.load_captioner(blip_folder)
+    plain = captioner.caption(pictures, prompt="")
+    weights = {name: tensor.clone() for name, tensor in captioner.model.state_dict().items()}
+    encoder = captioner._encoder
+
+    for module in ("models.pretrained", "captioning.adapted_captioner"):
+        monkeypatch.setattr(f"lora_engine.{module}.read_checkpoint", None)
+    found = []
+    for name in names:
+        captioner.load_adapter(name)
+        found.append(captioner.caption(pictures))
+        with pytest.raises(ValueError, match="no adapter at"):
+            captioner.load_adapter(tmp_path / "none")
+    assert found == expected and captioner.prompt == captioner.base.prompt == "a cat"
+    assert captioner.base.caption(pictures, prompt="") == plain
+    misfit = tmp_path / "misfit"
+    shutil.copytree(tmp_path / "b", misfit)
+    text = (misfit / "adapter_config.json").read_text()
+    (misfit / "adapter_config.json").write_text(text.replace('"r": 5', '"r": 4'))
+    with pytest.raises(ValueError, match="expected"):
+        captioner.load_adapter(misfit)
+    assert captioner.caption(pictures) == expected[1]
+    captioner.unload_adapter()
+    assert captioner.caption(pictures, prompt="") == plain and captioner._encoder is encoder
+    restored = captioner.model.state_dict()
+    assert restored.keys() == weights.keys()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in weights.items())
 
 
 def test_generate_works_on_the_model_as_before(captioner, pictures):

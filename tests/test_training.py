@@ -224,7 +224,7 @@ def test_a_run_folder_holds_what_was_promised_and_nothing_else(trained):
     config["lora_targets"] = tuple(config["lora_targets"])
     assert config.pop("read_order") == "random" and trained.config.read_order == "auto"
     assert config.pop("micro_batches") == 1 and trained.config.micro_batches is None
-    assert loop_module.TrainingConfig(**config) == trained.config
+    assert loop_module.TrainingConfig.from_dict(config) == trained.config
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["compute_dtype"] == "float32"
     with Image.open(folder / "loss_curve.png") as picture:

@@ -18,6 +18,7 @@ def test_rungs_divide_by_three_and_the_last_has_two_full_runs():
     assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(2, 504)]
     assert rungs_of(4, 100) == [Rung(4, 34), Rung(2, 100)]
     assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(2, 10_000)]
+    assert rungs_of(2, 504) == [Rung(2, 56), Rung(2, 504)]
     assert rungs_of(3, 30) == [Rung(3, 30)], "too short to divide"
 
 
@@ -26,7 +27,7 @@ def test_the_plan_has_as_many_candidates_as_the_time_allows(caplog):
         return sum(n * (5 + 0.1 * steps) for n, steps in rungs)
 
     first_two_s = 2 * (5 + 0.1 * 56)
-    for budget_s in (120, 180, 400):
+    for budget_s in (130, 180, 400):
         rungs = plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=budget_s)
         more = rungs_of(rungs[0].num_candidates + 1, 504)
         assert total_s(rungs) - first_two_s <= budget_s < total_s(more) - first_two_s
@@ -62,7 +63,7 @@ def args(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
         "--val_data_path", str(data / "val.json"), "--output_path", str(folder),
         "--cache_dir", str(folder.with_name("cache")), "--batch_size", "4", "--epochs", "3",
         "--lr", "1e-5", "--lrs", "1e-5", "1e-2", "--ranks", "2", "--variants", "lora", "dora",
-        "--lora_rank", "2", *more,
+        "--lora_rank", "2", "--best_by", "loss", *more,
     ]
 
 

@@ -55,7 +55,9 @@ ANSWERED = [
     ("captioner.to('cuda')", AttributeError, 'use load_captioner(..., device="cuda")'),
     ("captioner.half()", AttributeError, 'use load_captioner(..., precision="fp16")'),
     ("captioner.processor(image)", AttributeError, "use captioner.caption(image)"),
-    ("captioner.load_adapter('run')", AttributeError, "use load_captioner(..., adapter=folder)"),
+    ("captioner.set_adapter('run')", AttributeError, "use captioner.load_adapter(folder)"),
+    ("captioner.unload()", AttributeError, "use captioner.unload_adapter()"),
+    ("captioner.load_adapter('no_such')", ValueError, "no adapter at no_such: expected a run fol"),
     ("captioner.save_pretrained('a')", AttributeError, "save_adapter(captioner.model, folder)"),
     ("captioner.print_trainable_parameters()", AttributeError, "use print(lora_engine.inject("),
     ("captioner.state_dict()", AttributeError, "use captioner.model, which has it"),
@@ -126,9 +128,9 @@ ANSWERED = [
         "lora_engine.train(data=rows, gradient_accumulation_steps=2)", TypeError,
         "it is config=TrainingConfig(..., grad_accum_steps=...) here",
     ),
-    ("lora_engine.train(data=rows, weight_decay=0)", TypeError, "Config(..., weight_decay=...) he"),
+    ("lora_engine.train(data=rows, use_dora=True)", TypeError, "Config(..., use_dora=...) he"),
     ("lora_engine.train(data=rows, lora_rnk=8)", TypeError, "did you mean lora_rank?"),
-    ("lora_engine.train(data=rows, lr_scheduler_type='cosine')", TypeError, "`config.warmup_steps"),
+    ("lora_engine.train(data=rows, lr_scheduler_type='cosine')", TypeError, "it is lr_schedule here"),
     ("lora_engine.train(data=rows, sharpness=1)", TypeError, "docstring describes all of them"),
     ("lora_engine.train(data=rows, lr=-1.0)", ValueError, "`lr` is -1.0; it must be above 0"),
     ("lora_engine.train(data=[('x.png', 'a', 'b')])", ValueError, "row 1: found 3 values, expe"),
@@ -212,8 +214,8 @@ def test_keywords_of_other_libraries_are_never_ours_and_name_one_that_exists():
 
 # Flags in messages that are no setting of `train`: of commands in them, and of other programs.
 OF_COMMANDS = {
-    "adapter", "data", "force", "from", "ipc", "json", "local", "nproc_per_node", "out", "python",
-    "shm", "sort", "spec", "url_field",
+    "adapter", "data", "force", "from", "ipc", "json", "local", "lrs", "minutes", "nproc_per_node",
+    "out", "python", "ranks", "shm", "sort", "spec", "url_field", "variants",
 }
 
 

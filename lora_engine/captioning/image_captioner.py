@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -18,7 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_engine.captioning.adapted_captioner import load_captioners, sharing_weights
+from lora_engine.captioning.adapted_captioner import (
+    load_captioners,
+    sharing_weights,
+    with_adapter,
+)
 from lora_engine.captioning.attention_map import WordAttention, word_attention
 from lora_engine.captioning.captioner import caption_ids, mean_log_probabilities
 from lora_engine.captioning.generation_settings import GenerationSettings
@@ -35,6 +39,9 @@ from lora_engine.devices import (
 from lora_engine.features.encoder import FeatureEncoder
 from lora_engine.features.precision import EncoderPrecision
 from lora_engine.keywords import known_keywords
+from lora_engine.lora.adapter import read_adapter
+from lora_engine.lora.adapter_folder import find_adapter
+from lora_engine.models import CaptioningModel
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.pretrained import Captioner
 
@@ -53,11 +60,15 @@ _INSTEAD = {
     "train": "lora_engine.train(model=..., data=...)",
     "save_pretrained": "lora_engine.save_adapter(captioner.model, folder)",
     "save_adapter": "lora_engine.save_adapter(captioner.model, folder)",
-    "load_adapter": "load_captioner(..., adapter=folder)",
+    "set_adapter": "captioner.load_adapter(folder)",
+    "load_lora_weights": "captioner.load_adapter(folder)",
+    "unload": "captioner.unload_adapter()",
+    "unload_lora_weights": "captioner.unload_adapter()",
+    "delete_adapter": "captioner.unload_adapter()",
     "merge_and_unload": "python -m lora_engine merge",
     "print_trainable_parameters": "print(lora_engine.inject(captioner.model, targets))",
     "push_to_hub": "lora_engine.save_adapter(captioner.model, folder) and `hf upload`",
-    "disable_adapter": "captioner.base",
+    "disable_adapter": "captioner.base, or captioner.unload_adapter()",
     "unmerged": "captioner.base",
 }
 
@@ -154,27 +165,61 @@ class ImageCaptioner:
         self.hugging_face_class = captioner.hugging_face_class
         self.tokenizer = captioner.tokenizer
         self.pixels = captioner.pixels
-        self.prompt = captioner.prompt
         self.device = device
+        self._base = base
+        self._settings: dict[str, Any] = {
+            "device": device, "dtype": dtype, "encoder_precision": encoder_precision
+        }
+        # That of the base, if it is shared: an adapter's weights are released with the adapter.
+        is_shared = captioner.model.encoder is base.model.encoder
+        self._encoder = self._encoder_of((base if is_shared else captioner).model.to(device))
+        self._use(captioner)
+
+    def _encoder_of(self, model: CaptioningModel) -> FeatureEncoder:
+        return FeatureEncoder(
+            dataclasses.replace(self._base, model=model),
+            device=self.device,
+            dtype=self._settings["dtype"],
+            precision=self._settings["encoder_precision"],
+        )
+
+    def _use(self, captioner: Captioner) -> None:
+        """Caption with this captioner, the base or one that shares its frozen weights."""
         # A copy that shares all weights: what is injected into it leaves the base as it is.
-        self.model = sharing_weights(captioner.model).to(device)
-        self._captioner = dataclasses.replace(captioner, model=self.model)
-        self._encoder = FeatureEncoder(
-            self._captioner, device=device, dtype=dtype, precision=encoder_precision
-        )
-        self._make_base = partial(
-            ImageCaptioner, base, base,
-            device=device, dtype=dtype, encoder_precision=encoder_precision,
-        )
+        model = sharing_weights(captioner.model).to(self.device)
         # `save_adapter` records it as the adapter's base model.
         is_folder = Path(self.name).is_dir()
         name = str(Path(self.name).resolve()) if is_folder else self.name
-        setattr(self.model, "name_or_path", name)
+        setattr(model, "name_or_path", name)
+        if model.encoder is not self._encoder.model.encoder:
+            self._encoder = self._encoder_of(model)
+        self.model = model
+        self.prompt = captioner.prompt
+        self._captioner = dataclasses.replace(captioner, model=model)
+        if self._base.prompt != self.prompt:
+            self._base = dataclasses.replace(self._base, prompt=self.prompt)
+            vars(self).pop("base", None)
 
     @cached_property
     def base(self) -> "ImageCaptioner":
         """The captioner without adapters, with the same prompt; it shares all other weights."""
-        return self._make_base()
+        return ImageCaptioner(self._base, self._base, **self._settings)
+
+    def load_adapter(
+        self, adapter: str | Path, *, prompt: str | None = None, force: bool = False
+    ) -> None:
+        """Caption with another adapter, in place of the present one if there is one.
+
+        The base is not loaded again; `adapter`, `prompt`, `force` and what is raised are those of
+        `load_captioner`. After an error the captioner is as it was. `model` is a new object
+        afterwards; what was injected into the previous one is not in it.
+        """
+        read = read_adapter(find_adapter(adapter))
+        self._use(with_adapter(self._base, read, prompt=prompt, force=force))
+
+    def unload_adapter(self) -> None:
+        """Caption with the base alone, whose weights no adapter has changed; the prompt stays."""
+        self._use(self._base)
 
     @known_keywords()
     def caption(

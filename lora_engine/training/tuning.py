@@ -124,6 +124,7 @@ def rungs_of(num_candidates: int, total_steps: int) -> list[Rung]:
     """The rungs of a search; of several, the last one is two runs."""
     *first, last = rung_steps(total_steps)
     rungs = [Rung(math.ceil(num_candidates / FACTOR**k), num) for k, num in enumerate(first)]
+    rungs = rungs[:1] + [rung for rung in rungs[1:] if rung.num_candidates > 2]
     return [*rungs, Rung(2 if rungs else num_candidates, last)]
 
 
