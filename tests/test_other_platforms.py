@@ -90,8 +90,8 @@ def test_a_run_and_a_caption_need_nothing_that_windows_lacks(
         ])
     status, out, err = command(
         verbs.run_verb, "train", "--model", blip_folder, "--train_data_path", tmp_path,
-        "--val_size", "4", "--output_path", "run", "--epochs", "1", "--batch_size", "4", "--warmup_steps", "0",
-        "--num_workers", "0", "--eval_captions", "2", "--best_by", "loss",
+        "--val_size", "4", "--output_path", "run", "--epochs", "1", "--batch_size", "4",
+        "--warmup_steps", "0", "--num_workers", "0", "--eval_captions", "2", "--best_by", "loss",
     )
     assert (status, err) == (0, "")
     assert "not on disk: " in out and "has no preadv" in out and "in memory" in out

@@ -130,7 +130,7 @@ ANSWERED = [
     ),
     ("lora_engine.train(data=rows, use_dora=True)", TypeError, "Config(..., use_dora=...) he"),
     ("lora_engine.train(data=rows, lora_rnk=8)", TypeError, "did you mean lora_rank?"),
-    ("lora_engine.train(data=rows, lr_scheduler_type='cosine')", TypeError, "it is lr_schedule here"),
+    ("lora_engine.train(data=rows, lr_scheduler_type='cosine')", TypeError, "it is lr_schedule he"),
     ("lora_engine.train(data=rows, sharpness=1)", TypeError, "docstring describes all of them"),
     ("lora_engine.train(data=rows, lr=-1.0)", ValueError, "`lr` is -1.0; it must be above 0"),
     ("lora_engine.train(data=[('x.png', 'a', 'b')])", ValueError, "row 1: found 3 values, expe"),
