@@ -32,6 +32,8 @@ def test_the_plan_has_as_many_candidates_as_the_time_allows(caplog):
         more = rungs_of(rungs[0].num_candidates + 1, 504)
         assert total_s(rungs) - first_two_s <= budget_s < total_s(more) - first_two_s
     assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1e6) == rungs_of(20, 504)
+    with_validations = plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=400, full_run_s=50)
+    assert with_validations == plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=300)
     assert not caplog.records
     assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1) == rungs_of(2, 504)
     assert "--minutes is too short" in caplog.text

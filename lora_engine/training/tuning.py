@@ -129,21 +129,30 @@ def rungs_of(num_candidates: int, total_steps: int) -> list[Rung]:
 
 
 def plan_rungs(
-    num_candidates: int, total_steps: int, *, run_s: float, step_s: float, budget_s: float
+    num_candidates: int,
+    total_steps: int,
+    *,
+    run_s: float,
+    step_s: float,
+    budget_s: float,
+    full_run_s: float = 0.0,
 ) -> list[Rung]:
     """The rungs with the most candidates that take at most `budget_s`; at least two candidates.
 
-    A run takes `run_s` and `step_s` for each of its steps; two runs of the first rung are done.
+    A run takes `run_s` and `step_s` for each of its steps, a full one `full_run_s` more; two runs
+    of the first rung are done.
     """
     for num in range(num_candidates, 1, -1):
         rungs = rungs_of(num, total_steps)
         total_s = sum(n * (run_s + steps * step_s) for n, steps in rungs)
+        total_s += rungs[-1].num_candidates * full_run_s
         if total_s - 2 * (run_s + rungs[0].num_steps * step_s) <= budget_s:
             return rungs
     rungs = rungs_of(2, total_steps)
     logger.warning(
         f"--minutes is too short for a full run of {total_steps} steps after the first ones: it "
-        f"takes about {duration(run_s + total_steps * step_s)}; continuing with two candidates"
+        f"takes about {duration(run_s + total_steps * step_s + full_run_s)}; continuing with two "
+        f"candidates"
     )
     return rungs
 
@@ -192,9 +201,12 @@ def tune(
         steps_per_epoch = math.ceil(len(rows.train) / config.rows_per_step)
         encode_s = max(0.0, first.seconds - second.seconds) / min(first_rung, steps_per_epoch)
         to_encode = max(0, min(total_steps, steps_per_epoch) - first_rung)
+        run_s = max(0.0, second.seconds - first_rung * step_s)
+        # Most of it are the validations before and after; full runs have more of them.
+        num_validations = total_steps // (config.eval_every or steps_per_epoch)
         rungs = plan_rungs(
             len(candidates), total_steps,
-            run_s=max(0.0, second.seconds - first_rung * step_s), step_s=step_s,
+            run_s=run_s, step_s=step_s, full_run_s=run_s / 2 * max(0, num_validations - 1),
             budget_s=60 * minutes - first.seconds - second.seconds - encode_s * to_encode,
         )
         search["rungs"] = rungs
