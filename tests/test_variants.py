@@ -210,12 +210,13 @@ def test_a_run_that_changed_the_frozen_weights_is_restored_to_the_bit(folder, tm
 def gradient(folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Tensor:
     """The flat gradient of a first step, with dropout."""
     captioner = adapted(folder, **{"dropout": 0.3} | VARIANTS["dora_pissa"])
+    batch = a_batch(captioner)
     cast_frozen(captioner.model, dtype)
     captioner.model.decoder.gradient_checkpointing = settings.pop("checkpointing", False)
     trainer = Trainer(
         captioner.model.train(), device=torch.device("cpu"), dtype=dtype, lr=LR, **settings
     )
-    trainer.accumulate([a_batch(captioner)], 0)
+    trainer.accumulate([batch], 0)
     return trainer.lora.gradient.clone()
 
 
