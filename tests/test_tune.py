@@ -115,6 +115,24 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert found_in(tmp_path / "killed") == results
 
 
+def test_the_own_settings_get_a_full_run_though_the_second_rung_is_without_them(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tuning, "MIN_STEPS", 1)
+
+    def result(settings, candidate, rung, folder) -> tuning.Result:
+        return tuning.Result(rung, candidate, "", candidate.lr, 0.0, None, seconds=1.0)
+
+    monkeypatch.setattr(tuning, "_run", result)
+    monkeypatch.setattr(tuning, "_step_s", lambda run, rows_per_step: 0.0)
+    config = settings(blip_folder, data, tmp_path, lr=0.1, epochs=3)
+    lrs = [0.1 * n for n in range(1, 10)]
+    candidates = candidates_of(config, lrs, [config.lora_rank], ["lora"])
+    results = tuning.tune(config, candidates, minutes=1, folder=tmp_path / "search")
+    rungs = [[round(10 * r.candidate.lr) for r in results if r.rung == rung] for rung in range(3)]
+    assert (sorted(rungs[0]), rungs[1:]) == ([*range(1, 10)], [[9, 8, 7], [1, 9]])
+
+
 @pytest.mark.parametrize("more, message", [
     (["--minutes", "0"], "--minutes is 0.0; it must be above 0"),
     (["--variants", "lora", "lokr"], "must be one of"),

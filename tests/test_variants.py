@@ -374,12 +374,37 @@ def test_gradients_of_dora_equal_finite_differences(dropout, bias):
 
 def test_a_frozen_A_keeps_its_value_and_saves_no_input():
     made = layer(linear(), use_lorafa=True)
-    rows = torch.randn(6, 12).double()
+    rows = torch.randn(6, 12).double().requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         made(rows).sum().backward()
     assert made.lora_A.grad is None and made.lora_B.grad is not None
     assert all(x.data_ptr() != rows.data_ptr() for x in saved)
+    torch.testing.assert_close(rows.grad, made.merged_weight().sum(dim=0).expand(6, -1))
+
+
+def test_a_step_leaves_the_initial_matrices_alone():
+    made = LoRALinear(linear(), rank=4, alpha=6, init_lora_weights="pissa")
+    before = [parameter.detach().clone() for parameter in (made.lora_A, made.lora_B)]
+    with torch.no_grad():
+        made.lora_A += 1
+        made.lora_B += 1
+    assert made.initial_matrices is not None
+    assert all(map(torch.equal, made.initial_matrices, before))
+
+
+def test_dora_trains_an_output_whose_weights_are_zero():
+    base, rows = linear(), torch.randn(6, 12).double()
+    base.weight.data[3] = 0
+    expected = base(rows)
+    made = LoRALinear(base, rank=4, alpha=6, use_dora=True)
+    torch.testing.assert_close(made(rows), expected)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        (made(rows) - 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (made(rows)[:, 3] - expected[:, 3]).abs().max() > 1e-3
 
 
 def test_the_groups_of_loraplus_are_views_of_one_tensor():

@@ -207,7 +207,7 @@ def tune(
             left.sort(key=lambda candidate: candidate != own)
         results = [result(number, candidate, num_steps) for candidate in left[:num_candidates]]
         results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
-        left = [found.candidate for found in results]
+        left[:num_candidates] = [found.candidate for found in results]
     return done
 
 
