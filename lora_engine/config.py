@@ -142,8 +142,8 @@ class TrainingConfig:
     loraplus_lr_ratio: Annotated[float | None, Range(gt=0)] = None
     """Learning rate of the B matrices, as a multiple of --lr (LoRA+); try 4 to 16. Default: 1."""
     init_adapter: str | None = None
-    """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha and
-    targets replace those given here."""
+    """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha,
+    targets and variant replace those given here."""
     weight_decay: Annotated[float, Range(ge=0)] = 0.01
     """AdamW's weight decay on the LoRA matrices."""
     adam_beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
@@ -281,11 +281,14 @@ class TrainingConfig:
             )
         if self.resume is not None and self.output_path is None:
             raise ValueError("--resume needs the --output_path of the run to continue")
-        if self.init_adapter is not None and self.init_lora_weights != "default":
-            raise ValueError(
-                f"--init_lora_weights {self.init_lora_weights} begins a new adapter, "
-                f"--init_adapter continues one: give one of them"
-            )
+        for name, default in (
+            ("init_lora_weights", "default"), ("rank_pattern", ()), ("alpha_pattern", ()),
+            ("lora_layers", ()),
+        ):
+            if self.init_adapter is not None and getattr(self, name) != default:
+                raise ValueError(
+                    f"--{name} is for new adapters, --init_adapter continues one: give one of them"
+                )
         self.patterns("rank_pattern")
         self.patterns("alpha_pattern")
         self.save_interval()

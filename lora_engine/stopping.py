@@ -19,6 +19,10 @@ class TrainingStopped(RuntimeError):
     """A run that cannot continue; its progress is in the run folder."""
 
 
+class Diverged(TrainingStopped):
+    """Losses or gradients are no longer finite."""
+
+
 class LoadingStopped(RuntimeError):
     """Loading cannot continue: a worker has died, loading takes too long, or an image has changed
     since the run began."""

@@ -10,6 +10,7 @@ from forking import in_child
 from pictures import settings, write_pictures
 
 from lora_engine.__main__ import run_verb
+from lora_engine.stopping import Diverged
 from lora_engine.training import tuning
 from lora_engine.training.tuning import Candidate, Rung, candidates_of, plan_rungs, rungs_of
 
@@ -116,6 +117,43 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
         run_verb(changed)
     assert run_verb(args(blip_folder, data, tmp_path / "killed", "--resume")) == 0
     assert found_in(tmp_path / "killed") == results
+
+
+def test_the_own_settings_get_a_full_run_though_the_second_rung_is_without_them(
+    blip_folder, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tuning, "MIN_STEPS", 1)
+
+    def result(settings, candidate, rung, folder) -> tuning.Result:
+        return tuning.Result(rung, candidate, "", candidate.lr, 0.0, None, seconds=1.0)
+
+    monkeypatch.setattr(tuning, "_run", result)
+    monkeypatch.setattr(tuning, "_step_s", lambda run, rows_per_step: 0.0)
+    config = settings(blip_folder, data, tmp_path, lr=0.1, epochs=3)
+    lrs = [0.1 * n for n in range(1, 10)]
+    candidates = candidates_of(config, lrs, [config.lora_rank], ["lora"])
+    results = tuning.tune(config, candidates, minutes=1, folder=tmp_path / "search")
+    rungs = [[round(10 * r.candidate.lr) for r in results if r.rung == rung] for rung in range(3)]
+    assert (sorted(rungs[0]), rungs[1:]) == ([*range(1, 10)], [[9, 8, 7], [1, 9]])
+
+
+def test_a_run_that_diverges_is_the_worst_and_the_search_continues(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuning, "MIN_STEPS", 3)
+    train = tuning.train
+
+    def train_or_diverge(config):
+        summary = train(config)
+        if config.lr == 1e-2:
+            raise Diverged("10 steps in a row")
+        return summary
+
+    monkeypatch.setattr(tuning, "train", train_or_diverge)
+    assert run_verb(args(blip_folder, data, tmp_path / "search")) == 0
+    scores = {tuple(result[1]): result[2] for result in found_in(tmp_path / "search")}
+    assert scores[1e-2, 2, "dora"] == -float("inf") < scores[1e-5, 2, "dora"]
+    assert "best      " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, message", [

@@ -11,12 +11,14 @@ import checkpoints
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import adapter_folder
 from checkpoints import hugging_face, hugging_face_logits, random_pixels
 from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import FeatureBatch
 from lora_engine.lora import layer as layer_module
 from lora_engine.lora.adapter import load_adapter, read_adapter, restore_initial, save_adapter
@@ -32,6 +34,7 @@ from lora_engine.lora.injection import (
 from lora_engine.lora.layer import LoRALinear, project
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.training.add_lora import add_lora
 from lora_engine.training.eva import initialize_eva
 from lora_engine.training.optim import FlatLoRAParameters
 from lora_engine.training.trainer import Trainer
@@ -374,12 +377,37 @@ def test_gradients_of_dora_equal_finite_differences(dropout, bias):
 
 def test_a_frozen_A_keeps_its_value_and_saves_no_input():
     made = layer(linear(), use_lorafa=True)
-    rows = torch.randn(6, 12).double()
+    rows = torch.randn(6, 12).double().requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         made(rows).sum().backward()
     assert made.lora_A.grad is None and made.lora_B.grad is not None
     assert all(x.data_ptr() != rows.data_ptr() for x in saved)
+    torch.testing.assert_close(rows.grad, made.merged_weight().sum(dim=0).expand(6, -1))
+
+
+def test_a_step_leaves_the_initial_matrices_alone():
+    made = LoRALinear(linear(), rank=4, alpha=6, init_lora_weights="pissa")
+    before = [parameter.detach().clone() for parameter in (made.lora_A, made.lora_B)]
+    with torch.no_grad():
+        made.lora_A += 1
+        made.lora_B += 1
+    assert made.initial_matrices is not None
+    assert all(map(torch.equal, made.initial_matrices, before))
+
+
+def test_dora_trains_an_output_whose_weights_are_zero():
+    base, rows = linear(), torch.randn(6, 12).double()
+    base.weight.data[3] = 0
+    expected = base(rows)
+    made = LoRALinear(base, rank=4, alpha=6, use_dora=True)
+    torch.testing.assert_close(made(rows), expected)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        (made(rows) - 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (made(rows)[:, 3] - expected[:, 3]).abs().max() > 1e-3
 
 
 def test_the_groups_of_loraplus_are_views_of_one_tensor():
@@ -449,3 +477,29 @@ def test_layers_and_groups_choose_what_is_adapted(folder):
     assert all(".1." in module.path for module in plan.modules)
     kinds = {module.rank: module.scaling for module in plan.modules}
     assert kinds == {4: 8.0, 2: 2.5}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"init_lora_weights": "pissa"}, "--init_lora_weights is for new adapters"),
+    ({"rank_pattern": ("query=4",)}, "--rank_pattern is for new adapters"),
+    ({"lora_layers": (1,)}, "--lora_layers is for new adapters"),
+    ({"use_dora": True}, "--use_dora: the adapter in .* was trained without it"),
+    ({"use_rslora": True}, "--use_rslora: the adapter in .* was trained without it"),
+])
+def test_an_adapter_that_is_continued_keeps_its_variant(folder, tmp_path, changes, message):
+    path = adapter_folder(folder, tmp_path / "adapter")
+    config = TrainingConfig(str(folder), init_adapter=str(path), **changes)
+    with pytest.raises(ValueError, match=message):
+        config.check()
+        add_lora(load_captioner(folder), config, None)
+
+
+@pytest.mark.parametrize("given, message", [
+    ("query", "--rank_pattern 'query' is not NAME=RANK, such as attention=16"),
+    ("query=x", "'query=x' is not NAME=RANK"),
+    ("query=0", "'query=0' is not NAME=RANK"),
+    ("=4", "'=4' is not NAME=RANK"),
+])
+def test_malformed_patterns_are_answered(given, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig("m", rank_pattern=(given,)).check()

@@ -117,6 +117,5 @@ def _flags(config: TrainingConfig) -> list[str]:
             flags.append(f"--{field.name}" if value else f"--no_{field.name}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            texts = [f"{one:g}" if isinstance(one, float) else str(one) for one in values]
-            flags += [f"--{field.name}", *texts]
+            flags += [f"--{field.name}", *map(str, values)]
     return flags

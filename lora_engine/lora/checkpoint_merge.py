@@ -119,7 +119,8 @@ def _merged(
             raise ValueError(
                 f"{path}.lora_magnitude_vector has {magnitude.numel()} values, expected {len(rows)}"
             )
-        rows = rows * (magnitude.float().flatten() / rows.norm(dim=1)).unsqueeze(1)
+        norms = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+        rows = rows * (magnitude.float().flatten() / norms).unsqueeze(1)
     return (rows.T if is_transposed else rows).reshape(weight.shape).contiguous()
 
 

@@ -177,7 +177,7 @@ class LoRALinear(nn.Module):
             |w|^2 + b . (2 scaling P + scaling^2 b A A^T)       for rows w of W, p of P, b of B.
         """
         assert self._squared_norms is not None
-        A, B = self.lora_A.detach(), self.lora_B.detach()
+        A, B = self.lora_A, self.lora_B
         weight = self._rows(A.dtype) if weight is None else weight
         P = frozen_linear(A.to(weight.dtype), weight).to(A.dtype).T
         squared = self._squared_norms + (

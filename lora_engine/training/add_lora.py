@@ -55,11 +55,12 @@ def _continue_adapter(captioner: Captioner, config: TrainingConfig, name: str) -
             f"the adapter in {name} was trained with --prompt {adapter.prompt!r}, this run has "
             f"{config.prompt!r}; give the same one"
         )
-    if config.use_dora and not adapter.config.get("use_dora"):
-        raise ValueError(
-            f"--use_dora: the adapter in {name} is not a DoRA adapter, and stays what it is; leave "
-            f"--use_dora or --init_adapter out"
-        )
+    for flag in ("use_dora", "use_rslora"):
+        if getattr(config, flag) and not adapter.config.get(flag):
+            raise ValueError(
+                f"--{flag}: the adapter in {name} was trained without it; omit --{flag}, or begin "
+                f"a new adapter without --init_adapter"
+            )
     with naming_base(adapter, captioner.name):
         plan = load_adapter(
             captioner.model, adapter, dropout=config.lora_dropout, use_lorafa=config.use_lorafa

@@ -60,6 +60,7 @@ def initialize_eva(
     leaders: dict[LoRALinear, LoRALinear] = {}  # of layers that have the same input
     owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
     current: FeatureBatch | None = None
+    features = torch.empty(0)
 
     def observe(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert current is not None and isinstance(layer, LoRALinear)
@@ -68,7 +69,8 @@ def initialize_eva(
         if leader is not layer:
             return
         rows = x.flatten(0, -2)
-        if x.shape[:2] == current.input_ids.shape:
+        is_text = x.data_ptr() != features.data_ptr()  # image features have no padding
+        if is_text:
             rows = rows[current.target_positions.to(x.device)]
         if layer not in moments:
             mean = rows.float().mean(dim=0)

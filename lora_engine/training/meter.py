@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_engine.report.metrics_log import MetricsLogger
-from lora_engine.stopping import TrainingStopped
+from lora_engine.stopping import Diverged
 from lora_engine.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class Meter:
 
     def _stop_if_needed(self) -> None:
         if self.stop_reason is not None:
-            raise TrainingStopped(self.stop_reason)
+            raise Diverged(self.stop_reason)
 
 
 def _listed(images: Sequence[str]) -> str:

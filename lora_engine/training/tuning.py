@@ -29,7 +29,7 @@ from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.files import replaced_file
 from lora_engine.report.metrics_log import duration
 from lora_engine.report.run_record import read_records
-from lora_engine.stopping import Interrupted, TrainingStopped
+from lora_engine.stopping import Diverged, Interrupted, TrainingStopped
 from lora_engine.training.loop import train
 from lora_engine.training.run_data import read_rows
 from lora_engine.training.schedule import Schedule
@@ -196,7 +196,7 @@ def tune(
 
     if not search["rungs"]:
         first, second = (result(0, candidate, first_rung) for candidate in candidates[:2])
-        step_s = _step_s(Path(second.path), config.rows_per_step)
+        step_s = _step_s(Path(second.path), config.rows_per_step) or second.seconds / first_rung
         # The first run has encoded the images of its steps; a longer one encodes more.
         steps_per_epoch = math.ceil(len(rows.train) / config.rows_per_step)
         encode_s = max(0.0, first.seconds - second.seconds) / min(first_rung, steps_per_epoch)
@@ -220,7 +220,7 @@ def tune(
             left.sort(key=lambda candidate: candidate != own)
         results = [result(number, candidate, num_steps) for candidate in left[:num_candidates]]
         results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
-        left = [found.candidate for found in results]
+        left[:num_candidates] = [found.candidate for found in results]
     return done
 
 
@@ -264,6 +264,11 @@ def _run(settings: TrainingConfig, candidate: Candidate, rung: int, folder: Path
     try:
         with _quiet():
             summary = train(settings)
+    except Diverged:  # is an answer, too
+        logger.info(f"{candidate!s:<24} {settings.max_steps:>6} steps  diverged")
+        seconds = time.monotonic() - begin_s
+        worst = -math.inf, math.inf
+        return Result(rung, candidate, str(settings.output_path), *worst, None, seconds)
     except (Interrupted, TrainingStopped) as error:
         error.__notes__ = [f"repeat the command with --output_path {folder} --resume to continue"]
         raise
@@ -291,9 +296,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _step_s(run: Path, rows_per_step: int) -> float:
-    """Seconds of a step, by the fastest of those that the run has logged."""
+    """Seconds of a step, by the fastest of those that the run has logged; 0 if it logged none."""
     lines = read_records(run / "metrics.jsonl", event=str)
-    return rows_per_step / max(line["images_per_s"] for line in lines if line["event"] == "train")
+    rates = [line["images_per_s"] for line in lines if line["event"] == "train"]
+    return rows_per_step / max(rates) if rates else 0.0
 
 
 def _write(folder: Path, search: dict[str, Any]) -> None:
