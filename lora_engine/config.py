@@ -266,7 +266,8 @@ class TrainingConfig:
             )
         if self.min_lr > self.lr:
             raise ValueError(
-                f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}, from which the rate falls"
+                f"--min_lr {self.min_lr:g} is above --lr {self.lr:g}, from which the rate "
+                f"falls; give a lower one"
             )
         if self.min_lr and self.lr_schedule == "constant":
             raise ValueError("--min_lr ends a decay; --lr_schedule constant has none")
@@ -299,16 +300,17 @@ class TrainingConfig:
         found = {}
         for item in getattr(self, name):
             pattern, _, number = item.rpartition("=")
-            try:
-                value = kind(number)
-                if not pattern or not 0 < value < float("inf"):
-                    raise ValueError
-            except ValueError:
-                example = {"rank_pattern": "attention=16", "alpha_pattern": "attention=64"}[name]
+            if not pattern:
                 raise ValueError(
-                    f"--{name} {item!r} is not NAME={name.split('_')[0].upper()}, such as {example}"
-                ) from None
-            found[pattern] = value
+                    f"--{name} is {item!r}; expected NAME=NUMBER, such as attention=16"
+                )
+            try:
+                found[pattern] = kind(number)
+            except ValueError:
+                found[pattern] = 0
+            if not 0 < found[pattern] < float("inf"):
+                expected = "a whole number" if kind is int else "a number"
+                raise ValueError(f"--{name} {item}: {number!r} is not {expected} above 0")
         return found
 
     def as_dict(self) -> dict:

@@ -167,6 +167,7 @@ KEYWORDS = {
     "num_return_sequences": "num_captions",
     "return_scores": "output_scores return_dict_in_generate",
     "targets": "modules",
+    "layers_to_transform": "layers lora_layers",
 }
 
 

@@ -452,13 +452,16 @@ def test_both_forms_of_cross_attention_call_for_the_same_scaled_outputs(folder, 
 
 @pytest.mark.parametrize("settings, message", [
     ({"init_lora_weights": "pizza"}, "init_lora_weights is 'pizza'; expected default, gaussian"),
-    ({"init_lora_weights": "eva"}, "init_lora_weights eva needs training data"),
+    ({"init_lora_weights": "eva"}, "eva is computed from training data"),
     ({"init_lora_weights": False}, "B other than zero is not supported"),
     ({"init_lora_weights": "orthogonal", "rank": 3}, "orthogonal needs an even rank, not 3"),
     ({"init_lora_weights": "pissa", "rank": 65}, "pissa takes at most 64 singular vectors"),
     ({"rank_pattern": {"querry": 2}}, "rank_pattern: 'querry' matches no adapted layer"),
     ({"alpha_pattern": {"0.none": 2}}, "alpha_pattern: '0.none' matches no adapted layer"),
-    ({"rank_pattern": {"attention": 0}}, "LoRA rank is 0"),
+    ({"rank_pattern": {"attention": 0}}, "'attention' is 0; expected a whole number above 0"),
+    ({"alpha_pattern": {"attention": "x"}}, "'attention' is 'x'; expected a number above 0"),
+    ({"rank_pattern": "attention=2"}, "rank_pattern is 'attention=2'; expected a dictionary"),
+    ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
     ({"layers_to_transform": [0, 2]}, "there is no layer 2 to adapt; the targets are in .* 0, 1"),
 ])
 def test_what_cannot_be_is_refused_before_anything_changes(folder, settings, message):
@@ -495,10 +498,10 @@ def test_an_adapter_that_is_continued_keeps_its_variant(folder, tmp_path, change
 
 
 @pytest.mark.parametrize("given, message", [
-    ("query", "--rank_pattern 'query' is not NAME=RANK, such as attention=16"),
-    ("query=x", "'query=x' is not NAME=RANK"),
-    ("query=0", "'query=0' is not NAME=RANK"),
-    ("=4", "'=4' is not NAME=RANK"),
+    ("query", "--rank_pattern is 'query'; expected NAME=NUMBER, such as attention=16"),
+    ("=4", "--rank_pattern is '=4'; expected NAME=NUMBER"),
+    ("query=x", "--rank_pattern query=x: 'x' is not a whole number above 0"),
+    ("query=0", "--rank_pattern query=0: '0' is not a whole number above 0"),
 ])
 def test_malformed_patterns_are_answered(given, message):
     with pytest.raises(ValueError, match=message):

@@ -75,8 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in refused:
         initial = "init_lora_weights"
         hint = " (or save it with path_initial_model_for_weight_conversion)"
+        known = "" if name in _UNSUPPORTED else ", an unknown setting, perhaps of a newer PEFT"
         raise AdapterError(
-            f"{path}: {name} is {shortened(config[name])}; only LoRA, rsLoRA and DoRA are "
+            f"{path}: {name} is {shortened(config[name])}{known}; only LoRA, rsLoRA and DoRA are "
             f"supported. Merge it with PEFT (merge_and_unload, then save_pretrained), and use "
             f"the result as --model{hint if name == initial else ''}"
         )

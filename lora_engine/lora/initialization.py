@@ -24,8 +24,8 @@ def check_initialization(how: str, rank: int, in_features: int, out_features: in
     """Raises ValueError for an initialization that is unknown, or impossible with this rank."""
     if how == "eva":
         raise ValueError(
-            "init_lora_weights eva needs training data: it is a setting of training; inject with "
-            "default, and call initialize_eva of lora_engine.training.eva"
+            "init_lora_weights eva is computed from training data, which inject() does not have: "
+            "give it to lora_engine.train (config=TrainingConfig(...)) or to a recipe"
         )
     if how not in INITIALIZATIONS:
         hint = " (B other than zero is not supported)" if how == "False" else ""

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from reprlib import repr as shortened
 from typing import Any
 
@@ -121,17 +122,10 @@ def inject(
     """
     paths = select(module, targets, layers_to_transform)
     groups: Mapping[str, str] = getattr(module, "lora_groups", {})
-
-    def values(name: str, pattern: Mapping | None, default: float) -> dict[str, Any]:
-        pattern = {groups.get(key, key): value for key, value in (pattern or {}).items()}
-        return by_pattern(pattern, paths, default=default, must_match=name)
-
-    ranks = values("rank_pattern", rank_pattern, rank)
-    alphas = values("alpha_pattern", alpha_pattern, alpha)
     return adapt(
         module,
-        ranks,
-        alphas,
+        _values("rank_pattern", rank_pattern, paths, groups, rank),
+        _values("alpha_pattern", alpha_pattern, paths, groups, alpha),
         dropout=dropout,
         use_rslora=use_rslora,
         use_dora=use_dora,
@@ -295,23 +289,37 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
                     setattr(child, name, nn.Parameter(cast, requires_grad=False))
 
 
-def by_pattern(
-    patterns: Mapping | None, paths: Sequence[str], *, default, must_match: str | None = None
+def _values(
+    name: str, given: Any, paths: Sequence[str], groups: Mapping[str, str], default: float
 ) -> dict[str, Any]:
-    """Each path's value: that of the first matching pattern, by PEFT's rule (see `inject`).
-
-    Raises ValueError for a pattern that gives no path its value, if they `must_match`, by their
-    name in the message.
+    """The ranks or alphas of all paths; raises ValueError as `inject` does for the pattern `name`.
     """
+    kind: type = int if name == "rank_pattern" else Real
+    expected = "a whole number above 0" if kind is int else "a number above 0"
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"{name} is {shortened(given)}; expected a dictionary, {{name: number}}")
+    patterns = {groups.get(key, key): value for key, value in (given or {}).items()}
+    for key, value in (given or {}).items():
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{name}: {key!r} is {shortened(value)}; expected {expected}")
+    try:
+        used = first_matches(patterns, paths, or_tail=True).values()
+    except PatternError as error:
+        raise ValueError(f"{name}: {error}") from None
+    for key in given or {}:
+        if groups.get(key, key) not in used:
+            known = sorted({path.rpartition(".")[2] for path in paths})
+            raise ValueError(
+                f"{name}: {key!r} matches no adapted layer (or an earlier pattern does); their "
+                f"names are {', '.join([*groups, *known])}"
+            )
+    return by_pattern(patterns, paths, default=default)
+
+
+def by_pattern(patterns: Mapping | None, paths: Sequence[str], *, default) -> dict[str, Any]:
+    """Each path's value: that of the first matching pattern, by PEFT's rule (see `inject`)."""
     patterns = patterns or {}
     found = first_matches(patterns, paths, or_tail=True)
-    unused = [pattern for pattern in patterns if pattern not in found.values()]
-    if must_match and unused:
-        known = sorted({path.rpartition(".")[2] for path in paths})
-        raise ValueError(
-            f"{must_match}: {shortened(unused[0])} matches no adapted layer (or an earlier pattern "
-            f"does); their names are {', '.join(known)}"
-        )
     return {path: patterns[found[path]] if path in found else default for path in paths}
 
 
