@@ -494,7 +494,7 @@ def test_rslora_scaling_uses_each_layers_own_rank():
     (["query"], {"alpha_pattern": {"x" * 10_001: 2}}, "has 10,001 characters"),
     ([], {}, "no LoRA targets"),
     (["query"], {"rank": 0}, "rank is 0"),
-    (["query"], {"rank_pattern": {"1.query": 0}}, "rank is 0"),
+    (["query"], {"rank_pattern": {"1.query": 0}}, "'1.query' is 0; expected a whole number"),
     (["query"], {"dropout": 1.0}, "dropout is 1.0"),
     (["query"], {"dropout": -0.1}, "dropout is -0.1"),
 ])

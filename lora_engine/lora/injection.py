@@ -6,10 +6,10 @@ be adapted at all.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from reprlib import repr as shortened
 from typing import Any
 
@@ -294,13 +294,13 @@ def _values(
 ) -> dict[str, Any]:
     """The ranks or alphas of all paths; raises ValueError as `inject` does for the pattern `name`.
     """
-    kind: type = int if name == "rank_pattern" else Real
+    kind = int if name == "rank_pattern" else (int, float)
     expected = "a whole number above 0" if kind is int else "a number above 0"
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"{name} is {shortened(given)}; expected a dictionary, {{name: number}}")
     patterns = {groups.get(key, key): value for key, value in (given or {}).items()}
     for key, value in (given or {}).items():
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"{name}: {key!r} is {shortened(value)}; expected {expected}")
     try:
         used = first_matches(patterns, paths, or_tail=True).values()
