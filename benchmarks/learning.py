@@ -123,13 +123,13 @@ def runs_of(stage: int, done: dict[Run, dict]) -> Iterator[Run]:
     of these, seed after seed, the hard set before the demo's."""
     sets = [(data, seed) for data in SETS for seed in SEEDS]
     data, seed = sets[max(stage - 1, 0)]
-    for name in ["lora"] if stage == 0 else [*OTHERS, *RATES]:
-        rates = RATES.get(name, ())
-        for number in range(len(rates) if stage < 2 and rates else 1):
-            for family in FAMILIES:
+    for family in FAMILIES:
+        for name in ["lora"] if stage == 0 else [*RATES, *OTHERS]:
+            for lr in RATES.get(name, ()) if stage < 2 else ():
+                yield Run(data, family, name, lr, seed)
+            if stage >= 2 or name in OTHERS:
                 best = best_rate(done, family, name)
-                lr = rates[number] if stage < 2 and rates else best
-                yield Run(data, family, name, OTHERS.get(name, {}).get("lr", lr), seed)
+                yield Run(data, family, name, OTHERS.get(name, {}).get("lr", best), seed)
 
 
 def best_rate(done: dict[Run, dict], family: str, name: str) -> float | None:

@@ -126,7 +126,7 @@ def test_large_data_sets_are_measured(model, tmp_path, monkeypatch, capsys):
 
 def made_up_result(job):
     run = job[0]
-    loss = abs(run.lr - 2e-3) + 0.1 * run.seed
+    loss = 10 * abs(run.lr - 2e-3) + 0.1 * run.seed
     return run, {"loss": loss, "cider_d": 9 - loss, "cpu_s": 1.0, "num_trained": 5}
 
 
@@ -134,16 +134,20 @@ def test_learning_repeats_the_best_rates_and_continues_where_it_was_stopped(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(learning, "RATES", {"lora": (1e-3, 2e-3, 5e-3)})
+    monkeypatch.setattr(learning, "OTHERS", {"rank 2": {}, "rate 1e-5": {"lr": 1e-5}})
+    monkeypatch.setattr(learning, "FAMILIES", ("blip",))
+    monkeypatch.setattr(learning, "SEEDS", (0, 1))
     monkeypatch.setattr(learning, "SIZE", {"num_train": 4, "num_val": 2})
     monkeypatch.setattr(learning, "measure", made_up_result)
-    flags = ["--work", str(tmp_path), "--results", str(path := tmp_path / "learning.jsonl")]
+    path = tmp_path / "learning.jsonl"
+    flags = ["--work", str(tmp_path), "--results", str(path), "--num_train", "4"]
     learning.main(flags)
     lines = path.read_text().splitlines()
     runs = list(learning.read_results(path))
-    assert len(runs) == len(lines) == 2 * 3 + 2 * (6 * (1 + len(learning.OTHERS)) - 1)
+    assert len(runs) == len(lines) == 3 + 2 + 3 * 3
     assert {run.lr for run in runs if run.seed or run.data == "demo"} == {2e-3, 1e-5}
     table = path.with_suffix(".md").read_text()
-    assert "| lora | 0.002 | 3 | 0.100 | 8.90 (8.80-9.00) | 1 | 5 |" in table
+    assert "| lora | 0.002 | 2 | 0.050 | 8.95 (8.90-9.00) | 1 | 5 |" in table
     assert table in capsys.readouterr().out
 
     path.write_text("\n".join(lines[:-2]) + "\n")
