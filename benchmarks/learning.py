@@ -52,7 +52,9 @@ RATES = dict.fromkeys(["full", *VARIANTS], (5e-3, 1e-2)) | {
     "lora": (2e-3, 5e-3, 1e-2),
     "rslora": (1e-3, 2e-3, 5e-3),  # its updates are scaled by sqrt(8) times as much
     "lorafa": (1e-2, 2e-2),
-    "loraplus": (2e-3, 5e-3),  # of A; B's is 8 times as high
+    "loraplus": (1e-3, 2e-3, 5e-3),  # of A; B's is 8 times as high
+    "pissa": (2e-3, 5e-3, 1e-2),
+    "olora": (1e-3, 2e-3, 5e-3),
 }
 OTHERS: dict[str, dict[str, Any]] = {  # how they differ from LoRA; max_steps is a share
     "rank 2": {"lora_rank": 2, "lora_alpha": 8.0},  # alpha / rank stays
