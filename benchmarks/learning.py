@@ -237,6 +237,8 @@ def tables(done: dict[Run, dict]) -> str:
     text = ""
     for data in SETS:
         for family in FAMILIES:
+            if not any(run[:2] == (data, family) for run in done):
+                continue
             text += (
                 f"\n{family}, {data} set\n\n"
                 "| | rate | seeds | loss | CIDEr-D (range) | CPU s | trained |\n"
