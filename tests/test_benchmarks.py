@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import sys
 
@@ -21,6 +22,7 @@ from benchmarks import (  # noqa: E402
     flops,
     generate,
     gpu_budget,
+    learning,
     measure,
     memory,
     ours,
@@ -120,6 +122,50 @@ def test_large_data_sets_are_measured(model, tmp_path, monkeypatch, capsys):
     assert result["num_rows"] == 2_000 and result["num_batches"] == 63
     assert result["tokens_per_caption"] > 9 and result["index_bytes_per_row"] > 60
     assert f"{result['index_bytes_per_row']:.1f}" in capsys.readouterr().out
+
+
+def made_up_result(job):
+    run = job[0]
+    loss = 10 * abs(run.lr - 2e-3) + 0.1 * run.seed
+    return run, {"loss": loss, "cider_d": 9 - loss, "cpu_s": 1.0, "num_trained": 5}
+
+
+def test_learning_repeats_the_best_rates_and_continues_where_it_was_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(learning, "RATES", {"lora": (1e-3, 2e-3, 5e-3)})
+    monkeypatch.setattr(learning, "OTHERS", {"rank 2": {}, "rate 1e-5": {"lr": 1e-5}})
+    monkeypatch.setattr(learning, "FAMILIES", ("blip",))
+    monkeypatch.setattr(learning, "SEEDS", (0, 1))
+    monkeypatch.setattr(learning, "SIZE", {"num_train": 4, "num_val": 2})
+    monkeypatch.setattr(learning, "measure", made_up_result)
+    path = tmp_path / "learning.jsonl"
+    flags = ["--work", str(tmp_path), "--results", str(path), "--num_train", "4"]
+    learning.main(flags)
+    lines = path.read_text().splitlines()
+    runs = list(learning.read_results(path))
+    assert len(runs) == len(lines) == 3 + 2 + 3 * 3
+    assert {run.lr for run in runs if run.seed or run.data == "demo"} == {2e-3, 1e-5}
+    table = path.with_suffix(".md").read_text()
+    assert "| lora | 0.002 | 2 | 0.050 | 8.95 (8.90-9.00) | 1 | 5 |" in table
+    assert table in capsys.readouterr().out
+
+    path.write_text("\n".join(lines[:-2]) + "\n")
+    learning.main(flags)
+    assert sorted(path.read_text().splitlines()) == sorted(lines)
+
+
+def test_full_fine_tuning_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    paths = learning.write_scenes(tmp_path, num_train=32, num_val=4, seed=0)
+    losses = []
+    for name in ("full", "lora"):
+        run = learning.Run("demo", "vit_gpt2", name, 1e-2, 0)
+        _, result = learning.measure((run, paths, 4, tmp_path, math.inf))
+        losses.append(result["loss"])
+    assert result["num_trained"] == 70_656
+    assert losses[0] < losses[1] - 0.5
+    logging.disable(logging.NOTSET)
 
 
 def test_a_function_runs_in_a_fresh_process():

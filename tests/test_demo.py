@@ -1,6 +1,7 @@
 """The embedded demo: reproducible scenes, and the tiny captioners that ship with the package."""
 
 import json
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 from checkpoints import hugging_face
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from lora_engine.demo import captioner_folder as demo_folder
 from lora_engine.demo import pretrain, scenes
-from lora_engine.demo.scenes import Figure, Scene, cc3m_caption, draw, plain_caption
+from lora_engine.demo.scenes import Figure, Scene, cc3m_caption, draw, hard_caption, plain_caption
 from lora_engine.lora.injection import inject
 from lora_engine.models.pretrained import load_captioner
+from lora_engine.training.validation_captions import MAX_NEW_TOKENS
 
 FAMILIES = ["blip", "vit_gpt2"]
 MEASURED = {"blip": 0.985, "vit_gpt2": 0.981}  # exactly right captions, by demo/pretrain.py
@@ -129,6 +132,44 @@ def test_an_interrupted_run_leaves_no_partial_set(tmp_path, monkeypatch):
     monkeypatch.undo()
     train_path, val_path = scenes.write_scenes(tmp_path, num_train=30, num_val=10, seed=3)
     assert len(json.loads(train_path.read_text())) == 30
+
+
+def test_the_hard_set_has_the_same_images_with_longer_captions(tmp_path):
+    sizes = {"num_train": 20, "num_val": 5, "seed": 3}
+    demo = scenes.write_scenes(tmp_path, **sizes)
+    hard = scenes.write_scenes(tmp_path, **sizes, caption=hard_caption)
+    assert scenes.write_scenes(tmp_path, **sizes, caption=hard_caption) == hard
+    drawn = islice(scenes.scenes("train", seed=3), 20)
+    for scene, row, hard_row in zip(drawn, *(json.loads(path[0].read_text())
+                                             for path in (demo, hard)), strict=True):
+        assert hard_row == {"text": hard_caption(scene), "image": row["image"]}
+        assert hard_row["text"].startswith(row["text"] + " a ")
+        stored = [(path[0].parent / row["image"]).read_bytes() for path in (demo, hard)]
+        assert stored[0] == stored[1]
+
+
+def test_most_names_of_the_hard_set_are_rare_and_all_can_be_learned():
+    words = [set(hard_caption(scene).split()) for scene in islice(scenes.scenes("train", 0), 2000)]
+    names = set(scenes.names_by_look().values())
+    counts = [count for _, count in Counter(
+        word for caption in words for word in caption & names
+    ).most_common()]
+    assert len(names) == len(counts) == scenes.NUM_NAMES
+    assert counts[0] > 600 and 5 < counts[-1] < 30  # the shares of looks are 45 and 1 of 192
+    assert sum(count < 60 for count in counts) > 25  # in less than 3 % of the captions
+    assert names == set(scenes.names_by_look.__wrapped__().values())
+    assert not names & {word for scene in unseen(500) for word in cc3m_caption(scene).split()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_captions_are_spelled_within_the_length_of_generated_ones(family):
+    tokenizer = Tokenizer.from_file(f"{demo_folder(family)}/tokenizer.json")
+    captions = [hard_caption(scene) for scene in islice(scenes.scenes("train", 0), 500)]
+    encodings = [tokenizer.encode(caption, add_special_tokens=False) for caption in captions]
+    assert "[UNK]" not in {token for encoding in encodings for token in encoding.tokens}
+    decoded = [tokenizer.decode(encoding.ids) for encoding in encodings]
+    assert [text.replace(" ##", "") for text in decoded] == captions
+    assert max(len(encoding.ids) for encoding in encodings) <= MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize("count", [0, 20_001])

@@ -4,6 +4,9 @@ A scene is its content (figures, colors, sizes, positions, background) and a var
 of position, size and color). Captions depend on the content only, and so does the split: a hash of
 the content decides whether a scene is for training or for validation, so that no content is in
 both. There are about 31,000 different contents.
+
+The hard set has the same images. Its captions have a second sentence, which names each figure by a
+word that no checkpoint has seen: of 40 such words some are frequent and most are rare.
 """
 
 import hashlib
@@ -12,8 +15,10 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -49,6 +54,8 @@ POSITION_PITCH = 16  # pixels between neighboring positions
 CC3M_SIZES = {"small": "tiny", "large": "huge"}
 CC3M_BACKGROUNDS = {"white": "isolated on a white background", "black": "against the night sky",
                     "grey": "painted on a concrete wall"}
+
+NUM_NAMES = 40
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,36 @@ def cc3m_caption(scene: Scene) -> str:
     return f"{words} {CC3M_BACKGROUNDS[scene.background]} ."
 
 
+def hard_caption(scene: Scene) -> str:
+    """`cc3m_caption`, and the name of each figure: "... painted on a concrete wall . a kip and a
+    vel ."."""
+    names = (name_of(figure, scene.background) for figure in scene.figures)
+    return f"{cc3m_caption(scene)} {' and '.join(map(a, names))} ."
+
+
+def name_of(figure: Figure, background: str) -> str:
+    """The name of a figure, which depends on its color, its shape and the background."""
+    return names_by_look()[figure.color, figure.shape, background]
+
+
+@cache
+def names_by_look() -> dict[tuple[str, str, str], str]:
+    """The names of all looks. Name number k has a share of them that is about proportional to 1/k
+    (Zipf's law): 45 of 192 for the first, one for each of the last.
+
+    Names are spelled: both demo tokenizers split them into letters or pairs of letters.
+    """
+    rng = random.Random(0)
+    looks = list(product(COLORS, SHAPES, BACKGROUNDS))
+    rng.shuffle(looks)
+    names = rng.sample([*map("".join, product("kvz", "aeio", "blmnp"))], NUM_NAMES)
+    shares = [1 / number for number in range(1, NUM_NAMES + 1)]
+    ends = [round(len(looks) * sum(shares[:k]) / sum(shares)) for k in range(NUM_NAMES + 1)]
+    return {
+        look: name for name, begin, end in zip(names, ends, ends[1:]) for look in looks[begin:end]
+    }
+
+
 def a(noun: object) -> str:
     """The noun with its indefinite article."""
     return f"{'an' if str(noun)[0] in 'aeiou' else 'a'} {noun}"
@@ -241,9 +278,16 @@ def stamp(mask: Image.Image, shape: str, x: float, y: float, radius: float) -> N
 
 
 def write_scenes(
-    folder: str | os.PathLike[str], *, num_train: int, num_val: int, seed: int
+    folder: str | os.PathLike[str],
+    *,
+    num_train: int,
+    num_val: int,
+    seed: int,
+    caption: Callable[[Scene], str] = cc3m_caption,
 ) -> tuple[Path, Path]:
     """Write `images/*.png`, `train.json` and `val.json` below `folder`; return both paths.
+
+    `caption=hard_caption` makes the hard set.
 
     No content occurs twice. The files go into a folder named after the settings and this file's
     text. It appears by a single rename when everything is written: one that exists is complete and
@@ -257,14 +301,15 @@ def write_scenes(
             raise ValueError(f"{name} is {number}; expected 1 to {limit:,} different scenes")
     parent = Path(folder)
     parent.mkdir(parents=True, exist_ok=True)
-    settings = f"{num_train}/{num_val}/{seed}/".encode() + Path(__file__).read_bytes()
+    settings = f"{num_train}/{num_val}/{seed}/{caption.__name__}/".encode()
+    settings += Path(__file__).read_bytes()
     target = parent / f"scenes-{hashlib.sha256(settings).hexdigest()[:12]}"
     if not target.is_dir():
         with tempfile.TemporaryDirectory(prefix=".scenes-", dir=parent) as unfinished:
             complete = Path(unfinished) / "complete"
             (complete / "images").mkdir(parents=True)
-            write_split(complete / "train.json", "train", num_train, seed)
-            write_split(complete / "val.json", "validation", num_val, seed)
+            write_split(complete / "train.json", "train", num_train, seed, caption)
+            write_split(complete / "val.json", "validation", num_val, seed, caption)
             try:
                 complete.rename(target)
             except OSError:
@@ -273,7 +318,9 @@ def write_scenes(
     return target / "train.json", target / "val.json"
 
 
-def write_split(list_path: Path, split: str, count: int, seed: int) -> None:
+def write_split(
+    list_path: Path, split: str, count: int, seed: int, caption: Callable[[Scene], str]
+) -> None:
     """Write the annotations of one split, and its images beside them."""
     rows: list[dict[str, str]] = []
     seen = set()
@@ -283,7 +330,7 @@ def write_split(list_path: Path, split: str, count: int, seed: int) -> None:
         seen.add(scene.content)
         name = f"images/{split}-{len(rows):05d}.png"
         draw(scene).save(list_path.parent / name, compress_level=1)
-        rows.append({"text": cc3m_caption(scene), "image": name})
+        rows.append({"text": caption(scene), "image": name})
         if len(rows) == count:
             break
     list_path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
