@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "olora": {"init_lora_weights": "olora"},
     "dora_pissa": {"init_lora_weights": "pissa", "use_dora": True},
+    "eva": {},
     "lorafa": {"use_lorafa": True},
     "loraplus": {"loraplus_lr_ratio": 16.0},
     "dora_loraplus": {"loraplus_lr_ratio": 4.0, "use_dora": True},
@@ -168,6 +169,8 @@ def train_in_peft(model: PeftModel, loraplus_lr_ratio: float | None = None) -> l
 def test_steps_and_adapters_are_those_of_peft(folder, tmp_path, variant):
     settings = VARIANTS[variant]
     captioner = adapted(folder, **settings)
+    if variant == "eva":
+        initialize_eva(captioner.model, [a_batch(captioner)], device=torch.device("cpu"))
     base = logits(load_captioner(folder).model)
     torch.testing.assert_close(logits(captioner.model), base, rtol=1e-4, atol=1e-4)
     theirs = in_peft(captioner, folder, settings)
