@@ -295,12 +295,12 @@ def _values(
     """The ranks or alphas of all paths; raises ValueError as `inject` does for the pattern `name`.
     """
     kind = int if name == "rank_pattern" else (int, float)
-    expected, lowest = ("a whole number above 0", 1) if kind is int else ("a number", -math.inf)
+    expected, above = ("a whole number above 0", 0) if kind is int else ("a number", -math.inf)
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"{name} is {shortened(given)}; expected a dictionary, {{name: number}}")
     patterns = {groups.get(key, key): value for key, value in (given or {}).items()}
     for key, value in (given or {}).items():
-        if not isinstance(value, kind) or isinstance(value, bool) or not lowest <= value < math.inf:
+        if not isinstance(value, kind) or isinstance(value, bool) or not above < value < math.inf:
             raise ValueError(f"{name}: {key!r} is {shortened(value)}; expected {expected}")
     try:
         used = first_matches(patterns, paths, or_tail=True).values()
