@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     # Forked, so that a run need not import torch again.
     context = multiprocessing.get_context("fork")
     for stage in range(num_stages := 1 + 2 * len(SEEDS)):
-        todo = [run for run in runs_of(stage, done) if run not in done]
-        print(f"stage {stage + 1} of {num_stages}: {len(todo)} runs to do", flush=True)
-        jobs = ((run, paths[run.data], arguments.num_steps, arguments.work, end_s) for run in todo)
+        left = [run for run in runs_of(stage, done) if run not in done]
+        print(f"stage {stage + 1} of {num_stages}: {len(left)} runs to do", flush=True)
+        jobs = ((run, paths[run.data], arguments.num_steps, arguments.work, end_s) for run in left)
         with context.Pool(NUM_PROCESSES, maxtasksperchild=1) as pool:
             for run, result in pool.imap_unordered(measure, jobs):
                 if result is None:

@@ -4,15 +4,21 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from forking import in_child
 from pictures import settings, write_pictures
 
 from lora_engine.__main__ import run_verb
+from lora_engine.commands.tune import Variant
 from lora_engine.stopping import Diverged
 from lora_engine.training import tuning
 from lora_engine.training.tuning import Candidate, Rung, candidates_of, plan_rungs, rungs_of
+
+
+def test_every_variant_can_be_asked_for():
+    assert get_args(Variant) == tuple(tuning.VARIANTS)
 
 
 def test_rungs_divide_by_three_and_the_last_has_two_full_runs():
