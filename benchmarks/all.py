@@ -29,9 +29,10 @@ BENCHMARKS = {  # name: arguments of the command
     "input_path": ["input_path"],
     "data": ["data"],
     "ranks": ["ranks"],
+    "learning": ["learning"],
     "gpu_budget": ["gpu_budget"],
 }
-ON_CPU = {"input_path", "data", "ranks", "gpu_budget"}  # whatever --device is
+ON_CPU = {"input_path", "data", "ranks", "learning", "gpu_budget"}  # whatever --device is
 COUNTED = {"gpu_budget"}  # once
 
 

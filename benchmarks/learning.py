@@ -1,16 +1,19 @@
 """What helps LoRA to learn: variant, rank, targets, learning rate and schedule, on the demo.
 
-    python -m benchmarks.learning
+    python -m benchmarks.learning --model blip
+    python -m benchmarks.learning --model vit_gpt2
 
-The demo's two tiny captioners learn the captions of drawn scenes: the demo's own, and the hard set,
-with rare words that they must spell (lora_engine/demo/scenes.py). All runs but one row have
-the same number of steps. Every variant first runs at several rates, on the hard set with one seed;
-its best one, by the validation loss at the end, is then repeated with more seeds, and on the demo's
-set. Every other row differs from LoRA at its best rate in one setting. "full" trains all weights of
-the layers that LoRA adapts: the ceiling.
+The demo's tiny captioner learns the captions of drawn scenes: the demo's own, and the hard set,
+with rare words that it must spell (lora_engine/demo/scenes.py). In one table all rows have the same
+number of steps, unless their name says otherwise. "full" trains all weights of the layers that LoRA
+adapts: the ceiling.
 
-A run has a process of its own with one thread, two at a time, and a line in learning.jsonl. Runs
-that have a line are not repeated, so that the command can be stopped and continued.
+Each row has a learning rate of its own, found on the hard set with one seed: the rate of RATES with
+the best CIDEr-D, whose neighbors are worse. Rows of OTHERS differ from LoRA at its rate in the
+settings given. Then all are repeated with several seeds, and on the other sets.
+
+A run has a process of its own with one thread, two at a time, and a line in learning-MODEL.jsonl.
+Runs that have a line are not repeated, so that the command can be stopped and continued.
 """
 
 import argparse
@@ -19,10 +22,11 @@ import json
 import logging
 import math
 import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +34,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import MODELS, RESULTS
 from lora_engine.captioning.metrics import Scores
 from lora_engine.config import TrainingConfig
 from lora_engine.demo import demo_settings
-from lora_engine.demo.scenes import cc3m_caption, hard_caption, write_scenes
+from lora_engine.demo.scenes import Scene, cc3m_caption, hard_caption, write_scenes
 from lora_engine.lora.injection import lora_layers
+from lora_engine.stopping import Diverged
 from lora_engine.training.loop import train
 from lora_engine.training.loss import caption_loss
 from lora_engine.training.run import open_run
@@ -44,152 +49,189 @@ from lora_engine.training.trainer import seed_generators
 from lora_engine.training.tuning import VARIANTS
 from recipes.finetune import SETTINGS
 
-FAMILIES = ("blip", "vit_gpt2")
-SETS = {"hard": hard_caption, "demo": cc3m_caption}
-SEEDS = (0, 1, 2)
-RATES = dict.fromkeys(["full", *VARIANTS], (5e-3, 1e-2)) | {
-    "full": (5e-4, 1e-3, 3e-3),
-    "lora": (2e-3, 5e-3, 1e-2),
-    "rslora": (1e-3, 2e-3, 5e-3),  # its updates are scaled by sqrt(8) times as much
-    "lorafa": (1e-2, 2e-2),
-    "loraplus": (1e-3, 2e-3, 5e-3),  # of A; B's is 8 times as high
-    "pissa": (2e-3, 5e-3, 1e-2),
-    "olora": (1e-3, 2e-3, 5e-3),
-}
-OTHERS: dict[str, dict[str, Any]] = {  # how they differ from LoRA; max_steps is a share
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+FIRST_RATE = 5e-3  # the demo's
+SEARCHED: dict[str, dict[str, Any]] = {
+    "full": {},
+    **VARIANTS,
     "rank 2": {"lora_rank": 2, "lora_alpha": 8.0},  # alpha / rank stays
     "rank 32": {"lora_rank": 32, "lora_alpha": 128.0},
     "attention": {"lora_targets": ("attention",)},
     "feed-forward": {"lora_targets": ("feed_forward",)},
+}
+OTHERS: dict[str, dict[str, Any]] = {  # max_steps is a share
+    "half the steps": {"max_steps": 0.5},
     "cosine": {"lr_schedule": "cosine"},
     "wsd": {"lr_schedule": "wsd"},
-    "EMA 0.98": {"ema_decay": 0.98},
-    # In LoRA's time: DoRA's steps take 1.1 times as long, those of the other variants as long.
-    "DoRA, 0.9 of the steps": {"use_dora": True, "max_steps": 0.9},
-    "rate 1e-5": {"lr": 1e-5, "warmup_steps": 0},  # as published
+    "constant": {"lr_schedule": "constant"},
+    "constant, EMA 0.98": {"lr_schedule": "constant", "ema_decay": 0.98},  # scores of the average
+    "100 epochs": {"max_steps": None, "epochs": 100},
+    "1e-5, 100 epochs": {"lr": 1e-5, "warmup_steps": 0, "max_steps": None, "epochs": 100},
 }
+LONG = ["100 epochs", "1e-5, 100 epochs"]  # the second one has the published settings
+SHORT = [name for name in OTHERS if name not in LONG]
+
+
+class Pairs(NamedTuple):
+    """A set of pairs, and what is trained on it."""
+
+    caption: Callable[[Scene], str]
+    num_train: int
+    num_steps: int
+    rows: list[str]
+
+
+SETS = {
+    "hard": Pairs(hard_caption, 2_000, 160, [*SEARCHED, *SHORT]),
+    "demo": Pairs(cc3m_caption, 2_000, 160, [*SEARCHED]),
+    "hard, 200 pairs": Pairs(hard_caption, 200, 160, ["full", "lora", "eva", "pissa", *LONG]),
+    "hard, 20,000 pairs": Pairs(hard_caption, 20_000, 640, ["full", "lora", "eva", "pissa"]),
+}
+NUM_VAL = 200
 NUM_PROCESSES = 2
-SIZE = {"num_train": 2000, "num_val": 200}
-NUM_STEPS = 160
 
 
 class Run(NamedTuple):
     """What identifies a run."""
 
     data: str
-    family: str
     name: str
     lr: float
     seed: int
+
+
+Results = dict[Run, dict[str, Any]]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="blip", help="the demo's captioner")
+    parser.add_argument("--rounds", type=int, default=3, help="seeds; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run later")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="data, features")
-    parser.add_argument("--num_steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--num_train", type=int, default=SIZE["num_train"], help="200 to 20,000")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS / "learning.jsonl",
-        help="give another one with another --num_steps or --num_train; default: %(default)s",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=45, help="begin no run later; default: %(default)s"
-    )
+    parser.add_argument("--quick", action="store_true", help="check that it runs; not recorded")
     arguments = parser.parse_args(argv)
     end_s = time.monotonic() + 60 * arguments.minutes
-    sizes = SIZE | {"num_train": arguments.num_train}
+    sets = SETS
+    path = RESULTS / f"learning-{arguments.model}.jsonl"
+    if arguments.quick:
+        sets = {"hard": SETS["hard"]._replace(num_train=32, num_steps=2, rows=["full", "lora"])}
+        path = arguments.work / f"quick-{path.name}"
+        path.unlink(missing_ok=True)
     paths = {
-        name: write_scenes(arguments.work, **sizes, seed=0, caption=caption)
-        for name, caption in SETS.items()
+        name: write_scenes(
+            arguments.work, num_train=pairs.num_train, num_val=NUM_VAL, seed=0,
+            caption=pairs.caption,
+        )
+        for name, pairs in sets.items()
     }
-    done = read_results(arguments.results)
+    done = read_results(path)
     # Forked, so that a run need not import torch again.
     context = multiprocessing.get_context("fork")
-    for stage in range(num_stages := 1 + 2 * len(SEEDS)):
-        left = [run for run in runs_of(stage, done) if run not in done]
-        print(f"stage {stage + 1} of {num_stages}: {len(left)} runs to do", flush=True)
-        jobs = ((run, paths[run.data], arguments.num_steps, arguments.work, end_s) for run in left)
+    while (runs := runs_left(done, sets, arguments.rounds)) and time.monotonic() < end_s:
+        print(f"{len(runs)} runs to do", flush=True)
+        jobs = (
+            (run, arguments.model, sets[run.data].num_steps, paths[run.data], arguments.work, end_s)
+            for run in runs
+        )
         with context.Pool(NUM_PROCESSES, maxtasksperchild=1) as pool:
             for run, result in pool.imap_unordered(measure, jobs):
                 if result is None:
                     continue
                 done[run] = result
-                with arguments.results.open("a", encoding="utf-8") as lines:
+                with path.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(run._asdict() | result) + "\n")
                 print(*run, *result.values(), flush=True)
-        if time.monotonic() > end_s:
-            break
     text = tables(done)
-    arguments.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def runs_of(stage: int, done: dict[Run, dict]) -> Iterator[Run]:
-    """All rates of the variants; then every row at its best one, seed after seed, the hard set
-    before the demo's."""
-    if stage == 0:
-        for family in FAMILIES:
-            for name, rates in RATES.items():
-                yield from (Run("hard", family, name, lr, SEEDS[0]) for lr in rates)
-        return
-    data, seed = [(data, seed) for data in SETS for seed in SEEDS][stage - 1]
-    for family in FAMILIES:
-        for name in [*RATES, *OTHERS]:
-            yield Run(data, family, name, rate_of(done, family, name), seed)
+def runs_left(done: Results, sets: dict[str, Pairs], num_seeds: int) -> list[Run]:
+    """What is to be run next: rates of the search; when they are done, everything else."""
+    searched = [name for name in SEARCHED if name in sets["hard"].rows]
+    search = [
+        Run("hard", name, lr, 0) for name in searched for lr in rates_beside(best_rate(done, name))
+    ]
+    if left := [run for run in search if run not in done]:
+        return left
+    repeated = [
+        Run(data, name, rate_of(done, name), seed)
+        for data, pairs in sets.items() for seed in range(num_seeds) for name in pairs.rows
+    ]
+    return [run for run in repeated if run not in done]
 
 
-def rate_of(done: dict[Run, dict], family: str, name: str) -> float:
-    """The rate of a row: that of its variant, by default LoRA, with the lowest loss of those tried.
-    """
-    settings = OTHERS.get(name, {})
-    if "lr" in settings:
-        return settings["lr"]
-    variant = name if name in RATES else "dora" if settings.get("use_dora") else "lora"
-    losses = {
-        run.lr: result["loss"] for run, result in done.items()
-        if (run.data, run.family, run.name, run.seed) == ("hard", family, variant, SEEDS[0])
+def rates_beside(lr: float) -> tuple[float, ...]:
+    """The rate and its neighbors in RATES."""
+    number = RATES.index(lr)
+    return RATES[max(number - 1, 0) : number + 2]
+
+
+def best_rate(done: Results, name: str) -> float:
+    """The rate with the best CIDEr-D in the search so far."""
+    scores = {
+        run.lr: result["cider_d"] for run, result in done.items()
+        if (run.data, run.name, run.seed) == ("hard", name, 0)
     }
-    return min(losses, key=losses.__getitem__, default=math.nan)
+    return max(scores, key=scores.__getitem__, default=FIRST_RATE)
+
+
+def rate_of(done: Results, name: str) -> float:
+    """The rate of a row."""
+    if name in SEARCHED:
+        return best_rate(done, name)
+    return OTHERS[name].get("lr") or best_rate(done, "lora")
 
 
 def measure(
-    job: tuple[Run, tuple[Path, Path], int, Path, float]
+    job: tuple[Run, str, int, tuple[Path, Path], Path, float]
 ) -> tuple[Run, dict[str, Any] | None]:
     """Train -> loss and CIDEr-D after the last step, and what they cost; None if it is too late.
 
-    The time is that of the processor: another program does not count.
+    The time is that of the processor: another program does not count. The memory is the largest
+    resident set of the process.
     """
-    run, (train_path, val_path), num_steps, work, end_s = job
+    run, family, num_steps, (train_path, val_path), work, end_s = job
     if time.monotonic() > end_s:
         return run, None
     torch.set_num_threads(1)
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     begin_s = time.process_time()
-    settings = VARIANTS.get(run.name) or OTHERS.get(run.name, {})
-    num_steps = round(num_steps * settings.get("max_steps", 1))
+    settings = {"max_steps": 1.0, "lr": run.lr} | SEARCHED.get(run.name, {})
+    settings |= OTHERS.get(run.name, {})
+    if settings["max_steps"]:
+        settings["max_steps"] = round(settings["max_steps"] * num_steps)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         config = dataclasses.replace(
-            demo_settings(SETTINGS, run.family),
+            demo_settings(SETTINGS, family),
             train_data_path=str(train_path), val_data_path=str(val_path),
             output_path=f"{folder}/run", cache="disk", cache_dir=str(work / "cache"), seed=run.seed,
-            **settings | {"lr": run.lr, "max_steps": num_steps, "eval_every": num_steps},
+            eval_every=10**6, patience=None, **settings,  # validates at the end only
         )
-        if run.name == "full":
-            loss, scores, num_trained = train_fully(config)
-        else:
-            summary = train(config)
-            loss, scores = summary.losses[num_steps], summary.scores[num_steps]
-            if summary.average is not None:
-                _, loss, scores = summary.average
-            facts = json.loads((summary.path / "environment.json").read_text())
-            num_trained = facts["num_trainable"]
-    assert scores is not None
+        try:
+            loss, scores, num_trained = (train_fully if run.name == "full" else train_lora)(config)
+        except Diverged:
+            loss, scores, num_trained = math.nan, None, 0
     return run, {
-        "loss": round(loss, 5), "cider_d": round(scores.cider_d, 4),
-        "cpu_s": round(time.process_time() - begin_s, 2), "num_trained": num_trained,
+        "loss": round(loss, 5), "cider_d": round(scores.cider_d, 4) if scores else 0.0,
+        "cpu_s": round(time.process_time() - begin_s, 2),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "num_trained": num_trained,
     }
+
+
+def train_lora(config: TrainingConfig) -> tuple[float, Scores | None, int]:
+    """-> loss and scores at the end, of the average if there is one; number of parameters."""
+    summary = train(config)
+    last = max(summary.losses)
+    loss, scores = summary.losses[last], summary.scores[last]
+    if summary.average is not None:
+        _, loss, scores = summary.average
+    facts = json.loads((summary.path / "environment.json").read_text())
+    return loss, scores, facts["num_trainable"]
 
 
 def train_fully(config: TrainingConfig) -> tuple[float, Scores | None, int]:
@@ -223,44 +265,72 @@ def train_fully(config: TrainingConfig) -> tuple[float, Scores | None, int]:
 # --- results ----------------------------------------------------------------------------------
 
 
-def read_results(path: Path) -> dict[Run, dict[str, Any]]:
+def read_results(path: Path) -> Results:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     results = map(json.loads, lines)
     return {Run(*(line.pop(field) for field in Run._fields)): line for line in results}
 
 
-def tables(done: dict[Run, dict]) -> str:
-    """A table for each set and family: means over seeds, with the range of CIDEr-D.
+def tables(done: Results) -> str:
+    """CIDEr-D by rate, and a table for each set: means over seeds, with the range of CIDEr-D."""
+    head = ["", *(f"{lr:g}" for lr in RATES)]
+    text = "CIDEr-D by learning rate, hard set, seed 0\n\n" + table_row(head) + rule(len(head))
+    for name in SEARCHED:
+        results = [done.get(Run("hard", name, lr, 0)) for lr in RATES]
+        if any(results):
+            text += table_row([name, *(f"{one['cider_d']:.2f}" if one else "" for one in results)])
+    for data, pairs in SETS.items():
+        found = {
+            name: {
+                run.seed: result for run, result in done.items()
+                if run[:3] == (data, name, rate_of(done, name))
+            }
+            for name in pairs.rows
+        }
+        if not any(found.values()):
+            continue
+        head = ["", "rate", "seeds", "loss", "CIDEr-D", "over LoRA", "CPU s", "MB", "trained"]
+        text += f"\n{data}: {pairs.num_train:,} pairs, {pairs.num_steps} steps\n\n"
+        text += table_row(head) + rule(len(head))
+        for name, by_seed in found.items():
+            if by_seed:
+                cells = cells_of(by_seed, beside=found["lora"])
+                text += table_row([name, f"{rate_of(done, name):g}", *cells])
+    return text
 
-    The time is the shortest: the first runs also encode the images.
+
+def cells_of(
+    results: dict[int, dict[str, Any]], *, beside: dict[int, dict[str, Any]]
+) -> list[str]:
+    """The results of a row by seed, beside LoRA's with the same seeds, which have the same batches.
+
+    The time is the shortest, the memory the lowest: the first runs also encode the images.
     """
-    text = ""
-    for data in SETS:
-        for family in FAMILIES:
-            if not any(run[:2] == (data, family) for run in done):
-                continue
-            text += (
-                f"\n{family}, {data} set\n\n"
-                "| | rate | seeds | loss | CIDEr-D (range) | CPU s | trained |\n"
-                "|---|---|---|---|---|---|---|\n"
-            )
-            for name in [*RATES, *OTHERS]:
-                lr = rate_of(done, family, name)
-                found = [
-                    result for run, result in done.items()
-                    if run[:4] == (data, family, name, lr)
-                ]
-                if found:
-                    loss, cider_d, cpu_s, num_trained = (
-                        [result[key] for result in found]
-                        for key in ("loss", "cider_d", "cpu_s", "num_trained")
-                    )
-                    text += (
-                        f"| {name} | {lr:g} | {len(found)} | {statistics.mean(loss):.3f} "
-                        f"| {statistics.mean(cider_d):.2f} ({min(cider_d):.2f}-{max(cider_d):.2f}) "
-                        f"| {min(cpu_s):.0f} | {num_trained[0]:,} |\n"
-                    )
-    return text.lstrip("\n")
+    score = {seed: result["cider_d"] for seed, result in results.items()}
+    over = [score[seed] - beside[seed]["cider_d"] for seed in score if seed in beside]
+    return [
+        str(len(results)),
+        f"{statistics.mean(result['loss'] for result in results.values()):.3f}",
+        mean_and_range(list(score.values()), ".2f"),
+        mean_and_range(over, "+.2f") if over and results is not beside else "",
+        f"{min(result['cpu_s'] for result in results.values()):.0f}",
+        f"{min(result['peak_mb'] for result in results.values())}",
+        f"{max(result['num_trained'] for result in results.values()):,}",
+    ]
+
+
+def mean_and_range(values: list[float], form: str) -> str:
+    return (
+        f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    )
+
+
+def table_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def rule(num_columns: int) -> str:
+    return "|" + "---|" * num_columns + "\n"
 
 
 if __name__ == "__main__":

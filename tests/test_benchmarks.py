@@ -126,28 +126,36 @@ def test_large_data_sets_are_measured(model, tmp_path, monkeypatch, capsys):
 
 def made_up_result(job):
     run = job[0]
-    loss = 10 * abs(run.lr - 2e-3) + 0.1 * run.seed
-    return run, {"loss": loss, "cider_d": 9 - loss, "cpu_s": 1.0, "num_trained": 5}
+    loss = 10 * abs(run.lr - 1e-3) + 0.1 * run.seed
+    over_lora = 0.25 if run.name == "eva" and run.seed else 0.0
+    return run, {
+        "loss": loss, "cider_d": 9 - loss + over_lora, "cpu_s": 1.0, "peak_mb": 500,
+        "num_trained": 5,
+    }
 
 
-def test_learning_repeats_the_best_rates_and_continues_where_it_was_stopped(
+def test_learning_searches_the_rates_repeats_the_best_and_continues_where_it_was_stopped(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(learning, "RATES", {"lora": (1e-3, 2e-3, 5e-3)})
-    monkeypatch.setattr(learning, "OTHERS", {"rank 2": {}, "rate 1e-5": {"lr": 1e-5}})
-    monkeypatch.setattr(learning, "FAMILIES", ("blip",))
-    monkeypatch.setattr(learning, "SEEDS", (0, 1))
-    monkeypatch.setattr(learning, "SIZE", {"num_train": 4, "num_val": 2})
+    pairs = learning.SETS["hard"]._replace(num_train=4, rows=["lora", "eva", "cosine"])
+    long = pairs._replace(rows=["lora", "1e-5, 100 epochs"])
+    monkeypatch.setattr(learning, "SETS", {"hard": pairs, "long": long})
+    monkeypatch.setattr(learning, "NUM_VAL", 2)
+    monkeypatch.setattr(learning, "RESULTS", tmp_path)
     monkeypatch.setattr(learning, "measure", made_up_result)
-    path = tmp_path / "learning.jsonl"
-    flags = ["--work", str(tmp_path), "--results", str(path), "--num_train", "4"]
+    path = tmp_path / "learning-vit_gpt2.jsonl"
+    flags = ["--work", str(tmp_path), "--model", "vit_gpt2", "--rounds", "2"]
     learning.main(flags)
     lines = path.read_text().splitlines()
     runs = list(learning.read_results(path))
-    assert len(runs) == len(lines) == 3 + 2 + 3 * 3
-    assert {run.lr for run in runs if run.seed or run.data == "demo"} == {2e-3, 1e-5}
+    searched = {run.lr for run in runs if run.name == "eva"}
+    assert searched == {5e-4, 1e-3, 2e-3, 5e-3, 1e-2}, "down from 5e-3 until it gets worse"
+    assert len(runs) == len(lines) == 2 * 5 + 3 + 1 + 2 * 2
+    assert {run.lr for run in runs if run.seed or run.data == "long"} == {1e-3, 1e-5}
     table = path.with_suffix(".md").read_text()
-    assert "| lora | 0.002 | 2 | 0.050 | 8.95 (8.90-9.00) | 1 | 5 |" in table
+    assert "| lora | 0.001 | 2 | 0.050 | 8.95 (8.90 to 9.00) |  | 1 | 500 | 5 |" in table
+    assert "| 9.07 (9.00 to 9.15) | +0.12 (+0.00 to +0.25) |" in table
+    assert "| eva | 9.00 | 8.99 |" not in table and "| eva | 8.99 | 9.00 | 8.99 | 8.96 |" in table
     assert table in capsys.readouterr().out
 
     path.write_text("\n".join(lines[:-2]) + "\n")
@@ -160,10 +168,11 @@ def test_full_fine_tuning_learns(tmp_path, monkeypatch):
     paths = learning.write_scenes(tmp_path, num_train=32, num_val=4, seed=0)
     losses = []
     for name in ("full", "lora"):
-        run = learning.Run("demo", "vit_gpt2", name, 1e-2, 0)
-        _, result = learning.measure((run, paths, 4, tmp_path, math.inf))
+        run = learning.Run("demo", name, 1e-2, 0)
+        _, result = learning.measure((run, "vit_gpt2", 4, paths, tmp_path, math.inf))
         losses.append(result["loss"])
     assert result["num_trained"] == 70_656
+    assert result["peak_mb"] > 100
     assert losses[0] < losses[1] - 0.5
     logging.disable(logging.NOTSET)
 

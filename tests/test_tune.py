@@ -21,11 +21,11 @@ def test_every_variant_can_be_asked_for():
     assert get_args(Variant) == tuple(tuning.VARIANTS)
 
 
-def test_rungs_divide_by_three_and_the_last_has_two_full_runs():
-    assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(2, 504)]
-    assert rungs_of(4, 100) == [Rung(4, 34), Rung(2, 100)]
-    assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(2, 10_000)]
-    assert rungs_of(2, 504) == [Rung(2, 56), Rung(2, 504)]
+def test_rungs_divide_by_three_and_the_last_has_one_full_run():
+    assert rungs_of(9, 504) == [Rung(9, 56), Rung(3, 168), Rung(1, 504)]
+    assert rungs_of(3, 504) == [Rung(3, 56), Rung(1, 504)]
+    assert rungs_of(4, 100) == [Rung(4, 34), Rung(1, 100)]
+    assert rungs_of(30, 10_000) == [Rung(30, 371), Rung(10, 1112), Rung(4, 3334), Rung(1, 10_000)]
     assert rungs_of(3, 30) == [Rung(3, 30)], "too short to divide"
 
 
@@ -33,16 +33,15 @@ def test_the_plan_has_as_many_candidates_as_the_time_allows(caplog):
     def total_s(rungs: list[Rung]) -> float:
         return sum(n * (5 + 0.1 * steps) for n, steps in rungs)
 
-    first_two_s = 2 * (5 + 0.1 * 56)
-    for budget_s in (130, 180, 400):
-        rungs = plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=budget_s)
+    times = {"short_s": 5 + 0.1 * 56, "full_s": 5 + 0.1 * 504}
+    for budget_s in (100, 180, 250):
+        rungs = plan_rungs(20, 504, budget_s=budget_s, **times)
         more = rungs_of(rungs[0].num_candidates + 1, 504)
-        assert total_s(rungs) - first_two_s <= budget_s < total_s(more) - first_two_s
-    assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1e6) == rungs_of(20, 504)
-    with_validations = plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=400, full_run_s=50)
-    assert with_validations == plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=300)
+        assert total_s(rungs) <= budget_s < total_s(more)
+    assert plan_rungs(20, 504, budget_s=1e6, **times) == rungs_of(20, 504)
+    assert plan_rungs(5, 30, short_s=10, full_s=10, budget_s=35) == [Rung(3, 30)]
     assert not caplog.records
-    assert plan_rungs(20, 504, run_s=5, step_s=0.1, budget_s=1) == rungs_of(2, 504)
+    assert plan_rungs(20, 504, budget_s=1, **times) == rungs_of(1, 504)
     assert "--minutes is too short" in caplog.text
 
 
@@ -54,8 +53,9 @@ def test_the_own_settings_come_first_and_alpha_follows_the_rank(blip_folder, tmp
     assert Candidate(1.0, 2, "dora").settings(config) == {
         "lr": 1.0, "lora_rank": 2, "lora_alpha": 4.0, "use_dora": True,
     }
+    assert candidates_of(config, [1.0], [4], ["lora"]) == [found[0], Candidate(1.0, 4, "lora")]
     with pytest.raises(ValueError, match="nothing to choose from"):
-        candidates_of(config, [1.0], [2], ["lora"])
+        candidates_of(config, [0.1], [4], ["lora"])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def args(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
 
 def found_in(folder: Path) -> list:
     results = json.loads((folder / "tune.json").read_text())["results"]
-    keys = ("rung", "candidate", "score", "loss", "cider_d")
+    keys = ("num_steps", "candidate", "score", "loss", "cider_d")
     return [[result[key] for key in keys] for result in results]
 
 
@@ -89,12 +89,12 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert run_verb(args(blip_folder, data, tmp_path / "whole")) == 0
     out = capsys.readouterr().out
     results = found_in(tmp_path / "whole")
-    assert [result[0] for result in results] == [0, 0, 0, 0, 1, 1]
-    own, *others = results[:4]
+    assert [result[0] for result in results] == [9, 3, 3, 3, 9]
+    own, *others, last = results
     best = max(others, key=lambda result: result[2])
-    assert own[1] == results[4][1] == [1e-5, 2, "lora"]
-    assert results[5][1] == best[1], "the best of the first rung gets a full run"
-    lr, rank, variant = max(results[4:], key=lambda result: result[2])[1]
+    assert own[1] == [1e-5, 2, "lora"]
+    assert last[1] == best[1], "the best of the first rung gets a full run"
+    lr, rank, variant = max([own, last], key=lambda result: result[2])[1]
     assert lr == 1e-2
     assert f"best      {variant}-r{rank}-lr{lr:g}: validation loss" in out
     assert f" train --model {blip_folder} " in out and f"--lr {lr:g} --lora_rank {rank}" in out
@@ -125,22 +125,25 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert found_in(tmp_path / "killed") == results
 
 
-def test_the_own_settings_get_a_full_run_though_the_second_rung_is_without_them(
+def test_the_settings_as_they_are_get_a_full_run_and_so_does_the_best_of_the_others(
     blip_folder, data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tuning, "MIN_STEPS", 1)
 
-    def result(settings, candidate, rung, folder) -> tuning.Result:
-        return tuning.Result(rung, candidate, "", candidate.lr, 0.0, None, seconds=1.0)
+    def result(settings, candidate, num_steps, folder) -> tuning.Result:
+        return tuning.Result(candidate, num_steps, "", candidate.lr, 0.0, None, seconds=1.0)
 
     monkeypatch.setattr(tuning, "_run", result)
-    monkeypatch.setattr(tuning, "_step_s", lambda run, rows_per_step: 0.0)
     config = settings(blip_folder, data, tmp_path, lr=0.1, epochs=3)
     lrs = [0.1 * n for n in range(1, 10)]
     candidates = candidates_of(config, lrs, [config.lora_rank], ["lora"])
     results = tuning.tune(config, candidates, minutes=1, folder=tmp_path / "search")
-    rungs = [[round(10 * r.candidate.lr) for r in results if r.rung == rung] for rung in range(3)]
-    assert (sorted(rungs[0]), rungs[1:]) == ([*range(1, 10)], [[9, 8, 7], [1, 9]])
+    (first, *others), *rungs = [
+        [round(10 * run.candidate.lr) for run in results if run.num_steps == num_steps]
+        for num_steps in sorted({run.num_steps for run in results}, reverse=True)
+    ]
+    assert (first, others) == (1, [9])
+    assert [rungs[0], sorted(rungs[1])] == [[9, 8, 7], [*range(2, 10)]]
 
 
 def test_a_run_that_diverges_is_the_worst_and_the_search_continues(

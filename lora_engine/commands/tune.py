@@ -41,8 +41,9 @@ def tune(args: list[str]) -> int:
     flags = cli.parse(
         TuneConfig, own, prog=PROG,
         description="Choose learning rate, rank and variant by successive halving: many settings "
-        "for a few steps, the best third of them for three times as many, and so on; the last two "
-        "runs are full ones: the settings as they are, and the best of the others. All flags of "
+        "for a few steps, the best third of them for three times as many, and so on. Two runs are "
+        "full ones: the first, of the settings as they are, and the last, of the best others. All "
+        "flags of "
         "train, such as --train_data_path and --model, are settings of every run; without data, "
         "the embedded demo is tuned. --output_path DIR --resume continues a search.",
     )
@@ -56,12 +57,12 @@ def tune(args: list[str]) -> int:
         flags.variants,
     )
     results = tuning.tune(config, candidates, minutes=flags.minutes, folder=folder)
-    last = max(result.rung for result in results)
-    winner = max((r for r in results if r.rung == last), key=lambda r: r.score)
+    num_steps = max(result.num_steps for result in results)
+    winner = max((r for r in results if r.num_steps == num_steps), key=lambda r: r.score)
     text = _text(winner, config)
     # The winner first; of the earlier rungs the best few.
-    compared = sorted(results, key=lambda r: (r is not winner, -r.rung, -r.score))[:NUM_COMPARED]
-    write_report([r.path for r in compared], folder / "report.html", note=text)
+    compared = sorted(results, key=lambda r: (r is not winner, -r.num_steps, -r.score))
+    write_report([r.path for r in compared[:NUM_COMPARED]], folder / "report.html", note=text)
     print(printable(f"\n{text}\nreport    {folder / 'report.html'}"))
     return 0
 

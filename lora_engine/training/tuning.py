@@ -3,9 +3,9 @@ many, and so on.
 
 Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
 https://arxiv.org/abs/1502.07943. Every run is a whole one, with its own warm-up and decay, so that
-the last ones have the length that was asked for, and their adapters are final. They are two: the
-settings as they are, and the best of the others. Features are kept from run to run, so that nothing
-frozen is computed again.
+full runs have the length that was asked for, and their adapters are final. There are two: the
+settings as they are, which come first, and the best of the others, which comes last. Features are
+kept from run to run, so that nothing frozen is computed again.
 
 Which runs there will be is decided once, by the time that the first two have taken, and stored in
 tune.json, as are the results. All else is a function of settings and data: a search that is killed
@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 from lora_engine.config import NEWEST, TrainingConfig
 from lora_engine.files import replaced_file
 from lora_engine.report.metrics_log import duration
-from lora_engine.report.run_record import read_records
 from lora_engine.stopping import Diverged, Interrupted, TrainingStopped
 from lora_engine.training.loop import train
 from lora_engine.training.run_data import read_rows
@@ -87,8 +86,8 @@ class Rung(NamedTuple):
 class Result:
     """A finished run; `score` is the best by --best_by, higher is better."""
 
-    rung: int
     candidate: Candidate
+    num_steps: int
     path: str
     score: float
     loss: float
@@ -99,17 +98,19 @@ class Result:
 def candidates_of(
     config: TrainingConfig, lrs: Sequence[float], ranks: Sequence[int], variants: Sequence[str]
 ) -> list[Candidate]:
-    """All combinations in a random order that depends on the seed, the settings of `config` first,
-    if they are among them.
+    """The settings of `config`, then all other combinations in a random order that depends on the
+    seed.
 
-    Raises ValueError if there are fewer than two.
+    Raises ValueError if there is none.
     """
-    found = list(dict.fromkeys(map(Candidate._make, product(lrs, ranks, variants))))
-    if len(found) < 2:
+    own = Candidate.of(config)
+    combinations = map(Candidate._make, product(lrs, ranks, variants))
+    others = [candidate for candidate in dict.fromkeys(combinations) if candidate != own]
+    if not others:
         raise ValueError("there is nothing to choose from: give two or more --lrs, --ranks or "
                          "--variants")
-    random.Random(config.seed).shuffle(found)
-    return sorted(found, key=lambda candidate: candidate != Candidate.of(config))
+    random.Random(config.seed).shuffle(others)
+    return [own, *others]
 
 
 def rung_steps(total_steps: int) -> list[int]:
@@ -121,107 +122,108 @@ def rung_steps(total_steps: int) -> list[int]:
 
 
 def rungs_of(num_candidates: int, total_steps: int) -> list[Rung]:
-    """The rungs of a search; of several, the last one is two runs."""
+    """The rungs of a search; of several, the last one is one run."""
     *first, last = rung_steps(total_steps)
     rungs = [Rung(math.ceil(num_candidates / FACTOR**k), num) for k, num in enumerate(first)]
-    rungs = rungs[:1] + [rung for rung in rungs[1:] if rung.num_candidates > 2]
-    return [*rungs, Rung(2 if rungs else num_candidates, last)]
+    rungs = rungs[:1] + [rung for rung in rungs[1:] if rung.num_candidates > 1]
+    return [*rungs, Rung(1 if rungs else num_candidates, last)]
 
 
 def plan_rungs(
-    num_candidates: int,
-    total_steps: int,
-    *,
-    run_s: float,
-    step_s: float,
-    budget_s: float,
-    full_run_s: float = 0.0,
+    num_candidates: int, total_steps: int, *, short_s: float, full_s: float, budget_s: float
 ) -> list[Rung]:
-    """The rungs with the most candidates that take at most `budget_s`; at least two candidates.
+    """The rungs with the most candidates that take at most `budget_s`; at least one candidate.
 
-    A run takes `run_s` and `step_s` for each of its steps, a full one `full_run_s` more; two runs
-    of the first rung are done.
+    A run of the first rung takes `short_s`, a full one `full_s`, others in between.
     """
-    for num in range(num_candidates, 1, -1):
+    first_steps = rung_steps(total_steps)[0]
+
+    def run_s(num_steps: int) -> float:
+        share = (num_steps - first_steps) / max(1, total_steps - first_steps)
+        return short_s + share * (full_s - short_s)
+
+    for num in range(num_candidates, 0, -1):
         rungs = rungs_of(num, total_steps)
-        total_s = sum(n * (run_s + steps * step_s) for n, steps in rungs)
-        total_s += rungs[-1].num_candidates * full_run_s
-        if total_s - 2 * (run_s + rungs[0].num_steps * step_s) <= budget_s:
+        if sum(n * run_s(num_steps) for n, num_steps in rungs) <= budget_s:
             return rungs
-    rungs = rungs_of(2, total_steps)
     logger.warning(
-        f"--minutes is too short for a full run of {total_steps} steps after the first ones: it "
-        f"takes about {duration(run_s + total_steps * step_s + full_run_s)}; continuing with two "
-        f"candidates"
+        f"--minutes is too short for more than one other candidate: a full run takes "
+        f"{duration(full_s)}"
     )
-    return rungs
+    return rungs_of(1, total_steps)
 
 
 def tune(
     config: TrainingConfig, candidates: Sequence[Candidate], *, minutes: float, folder: Path
 ) -> list[Result]:
-    """Run the candidates, or what is left of a search in `folder` -> the results of all runs.
+    """Run the candidates, or what is left of a search in `folder` -> the results of all runs. The
+    first candidate gets a full run, whatever the others do.
 
     Raises ValueError if `folder` holds another search, and as `train` does.
     """
-    rows = read_rows(config)
-    total_steps = Schedule(config, len(rows.train)).total_steps
-    first_rung = rung_steps(total_steps)[0]
-    search = _opened_search(config, candidates, folder)
-    done = [
-        Result(**values | {"candidate": Candidate(*values["candidate"])})
-        for values in search["results"]
-    ]
+    total_steps = Schedule(config, len(read_rows(config).train)).total_steps
+    search = _Search(config, folder, total_steps, _opened_search(config, candidates, folder))
+    own, *left = candidates
+    full = search.result(own, total_steps)
+    if not search.stored["rungs"]:
+        first_steps = rung_steps(total_steps)[0]
+        # A run that has diverged was short.
+        short_s = max(
+            search.result(left[0], first_steps).seconds, full.seconds * first_steps / total_steps
+        )
+        search.stored["rungs"] = plan_rungs(
+            len(left), total_steps, short_s=short_s, full_s=full.seconds,
+            budget_s=60 * minutes - full.seconds,
+        )
+        search.write()
+    rungs = [Rung(*rung) for rung in search.stored["rungs"]]
+    logger.info("runs: " + ", ".join(f"{n} of {steps} steps" for n, steps in rungs))
+    for num_candidates, num_steps in rungs:
+        results = [search.result(candidate, num_steps) for candidate in left[:num_candidates]]
+        results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
+        left = [found.candidate for found in results]
+    return search.done
 
-    def result(rung: int, candidate: Candidate, num_steps: int) -> Result:
-        for found in done:
-            if (found.rung, found.candidate) == (rung, candidate):
+
+class _Search:
+    """The runs of a search, and tune.json."""
+
+    def __init__(
+        self, config: TrainingConfig, folder: Path, total_steps: int, stored: dict[str, Any]
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.total_steps = total_steps
+        self.stored = stored
+        self.done = [
+            Result(**values | {"candidate": Candidate(*values["candidate"])})
+            for values in stored["results"]
+        ]
+
+    def result(self, candidate: Candidate, num_steps: int) -> Result:
+        """The result of a run, which is made if it is not known."""
+        for found in self.done:
+            if (found.candidate, found.num_steps) == (candidate, num_steps):
                 return found
         settings = dataclasses.replace(
-            config,
-            **candidate.settings(config),
-            output_path=str(folder / f"rung-{rung}" / str(candidate)),
+            self.config,
+            **candidate.settings(self.config),
+            output_path=str(self.folder / f"steps-{num_steps}" / str(candidate)),
             resume=NEWEST,
             max_steps=num_steps,
         )
-        if num_steps < total_steps:
-            warmup_steps = min(config.warmup_steps, num_steps // 10)
+        if num_steps < self.total_steps:
+            warmup_steps = min(self.config.warmup_steps, num_steps // 10)
             settings = dataclasses.replace(
                 settings, warmup_steps=warmup_steps, eval_every=num_steps, patience=None
             )
-        done.append(_run(settings, candidate, rung, folder))
-        search["results"] = list(map(dataclasses.asdict, done))
-        _write(folder, search)
-        return done[-1]
+        self.done.append(_run(settings, candidate, num_steps, self.folder))
+        self.stored["results"] = list(map(dataclasses.asdict, self.done))
+        self.write()
+        return self.done[-1]
 
-    if not search["rungs"]:
-        first, second = (result(0, candidate, first_rung) for candidate in candidates[:2])
-        step_s = _step_s(Path(second.path), config.rows_per_step) or second.seconds / first_rung
-        # The first run has encoded the images of its steps; a longer one encodes more.
-        steps_per_epoch = math.ceil(len(rows.train) / config.rows_per_step)
-        encode_s = max(0.0, first.seconds - second.seconds) / min(first_rung, steps_per_epoch)
-        to_encode = max(0, min(total_steps, steps_per_epoch) - first_rung)
-        run_s = max(0.0, second.seconds - first_rung * step_s)
-        # Most of it are the validations before and after; full runs have more of them.
-        num_validations = total_steps // (config.eval_every or steps_per_epoch)
-        rungs = plan_rungs(
-            len(candidates), total_steps,
-            run_s=run_s, step_s=step_s, full_run_s=run_s / 2 * max(0, num_validations - 1),
-            budget_s=60 * minutes - first.seconds - second.seconds - encode_s * to_encode,
-        )
-        search["rungs"] = rungs
-        _write(folder, search)
-    rungs = [Rung(*rung) for rung in search["rungs"]]
-    logger.info("runs: " + ", ".join(f"{n} of {steps} steps" for n, steps in rungs))
-    own = Candidate.of(config)
-    left = list(candidates)
-    for number, (num_candidates, num_steps) in enumerate(rungs):
-        if num_steps == total_steps:  # what is found must be better than the settings as they are
-            left.sort(key=lambda candidate: candidate != own)
-        results = [result(number, candidate, num_steps) for candidate in left[:num_candidates]]
-        results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
-        left[:num_candidates] = [found.candidate for found in results]
-    return done
+    def write(self) -> None:
+        _write(self.folder, self.stored)
 
 
 def _opened_search(
@@ -259,27 +261,29 @@ def _opened_search(
     return search
 
 
-def _run(settings: TrainingConfig, candidate: Candidate, rung: int, folder: Path) -> Result:
+def _run(
+    settings: TrainingConfig, candidate: Candidate, num_steps: int, folder: Path
+) -> Result:
     begin_s = time.monotonic()
     try:
         with _quiet():
             summary = train(settings)
     except Diverged:  # is an answer, too
-        logger.info(f"{candidate!s:<24} {settings.max_steps:>6} steps  diverged")
+        logger.info(f"{candidate!s:<24} {num_steps:>6} steps  diverged")
         seconds = time.monotonic() - begin_s
         worst = -math.inf, math.inf
-        return Result(rung, candidate, str(settings.output_path), *worst, None, seconds)
+        return Result(candidate, num_steps, str(settings.output_path), *worst, None, seconds)
     except (Interrupted, TrainingStopped) as error:
         error.__notes__ = [f"repeat the command with --output_path {folder} --resume to continue"]
         raise
     loss, scores = summary.losses[summary.best_step], summary.scores.get(summary.best_step)
     score = -loss if summary.best_by == "loss" or scores is None else scores.cider_d
     result = Result(
-        rung, candidate, str(summary.path), score, loss, None if scores is None else scores.cider_d,
-        time.monotonic() - begin_s,
+        candidate, num_steps, str(summary.path), score, loss,
+        None if scores is None else scores.cider_d, time.monotonic() - begin_s,
     )
     logger.info(
-        f"{candidate!s:<24} {settings.max_steps:>6} steps  loss {loss:.4f}"
+        f"{candidate!s:<24} {num_steps:>6} steps  loss {loss:.4f}"
         + ("" if result.cider_d is None else f"  CIDEr-D {result.cider_d:.4f}")
     )
     return result
@@ -293,13 +297,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _step_s(run: Path, rows_per_step: int) -> float:
-    """Seconds of a step, by the fastest of those that the run has logged; 0 if it logged none."""
-    lines = read_records(run / "metrics.jsonl", event=str)
-    rates = [line["images_per_s"] for line in lines if line["event"] == "train"]
-    return rows_per_step / max(rates) if rates else 0.0
 
 
 def _write(folder: Path, search: dict[str, Any]) -> None:
