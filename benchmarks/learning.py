@@ -227,11 +227,9 @@ def train_lora(config: TrainingConfig) -> tuple[float, Scores | None, int]:
     """-> loss and scores at the end, of the average if there is one; number of parameters."""
     summary = train(config)
     last = max(summary.losses)
-    loss, scores = summary.losses[last], summary.scores[last]
-    if summary.average is not None:
-        _, loss, scores = summary.average
+    result = summary.average or (last, summary.losses[last], summary.scores[last])
     facts = json.loads((summary.path / "environment.json").read_text())
-    return loss, scores, facts["num_trainable"]
+    return result[1], result[2], facts["num_trainable"]
 
 
 def train_fully(config: TrainingConfig) -> tuple[float, Scores | None, int]:

@@ -18,6 +18,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_engine.captioning.generation import generate
 from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import FeatureBatch
 from lora_engine.lora import layer as layer_module
@@ -411,6 +412,26 @@ def test_dora_trains_an_output_whose_weights_are_zero():
         optimizer.step()
         optimizer.zero_grad()
     assert (made(rows)[:, 3] - expected[:, 3]).abs().max() > 1e-3
+
+
+def test_generation_computes_the_norms_of_dora_once(captioner, monkeypatch):
+    inject(captioner.model, TARGETS, rank=2, use_dora=True)
+    captioner.model.eval()
+    norms, calls = LoRALinear.adapted_norms, []
+    monkeypatch.setattr(
+        LoRALinear, "adapted_norms", lambda self, weight: calls.append(self) or norms(self, weight)
+    )
+    features = torch.randn(2, 5, captioner.model.encoder.width)
+
+    generate(captioner.model, features, prompt_ids=[1], end_id=2, pad_id=0, max_new_tokens=8)
+    made = [layer for _, layer in lora_layers(captioner.model)]
+    assert len(calls) == len(set(calls)) == len(made)
+    rows = torch.randn(3, made[0].in_features)
+    before = made[0](rows)
+    with torch.no_grad():
+        made[0].lora_magnitude_vector.mul_(2)
+    bias = 0 if made[0].bias is None else made[0].bias
+    torch.testing.assert_close(made[0](rows) - bias, 2 * (before - bias))
 
 
 def test_the_groups_of_loraplus_are_views_of_one_tensor():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_engine.captioning.generation_settings import GenerationSettings
+from lora_engine.lora.layer import fixed_weights
 from lora_engine.models import CaptioningModel
 from lora_engine.models.attention import KeyValueCache
 from lora_engine.terminal import counted
@@ -100,12 +101,14 @@ def generate_tokens(
             f"has {max_positions}"
         )
     prompt = torch.tensor([prompt_ids], device=features.device).expand(len(features), -1)
-    if settings.num_beams > 1:
-        return _beam_search(model, features, prompt, settings, end_id=end_id, pad_id=pad_id)
+    ids = {"end_id": end_id, "pad_id": pad_id}
     choose: Callable[[Tensor, Tensor, int], Tensor] = _most_probable
     if settings.temperature is not None:
         choose = _Sampler(settings, numbers or range(len(features)))
-    return _token_by_token(model, features, prompt, settings, choose, end_id=end_id, pad_id=pad_id)
+    with fixed_weights(model):
+        if settings.num_beams > 1:
+            return _beam_search(model, features, prompt, settings, **ids)
+        return _token_by_token(model, features, prompt, settings, choose, **ids)
 
 
 def _next_logits(

@@ -21,7 +21,8 @@ Axes: M rows of the input, R rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -74,6 +75,7 @@ class LoRALinear(nn.Module):
 
     lora_magnitude_vector: nn.Parameter | None
     initial_matrices: tuple[Tensor, Tensor] | None = None
+    _fixed_out_scales: dict[torch.dtype, Tensor] | None = None
     _unmerged_weight: Tensor | None
     _squared_norms: Tensor | None
 
@@ -168,6 +170,17 @@ class LoRALinear(nn.Module):
             return _Cast.apply(self.lora_A, cast_A), _Cast.apply(self.lora_B, cast_B)
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
+    def out_scale(self, weight: Tensor) -> Tensor | None:
+        """DoRA's c (out,) in the dtype of `weight` (out, in), the frozen weight; None without DoRA.
+        """
+        if self.lora_magnitude_vector is None:
+            return None
+        known = {} if self._fixed_out_scales is None else self._fixed_out_scales
+        if weight.dtype not in known:
+            scale = self.lora_magnitude_vector / self.adapted_norms(weight)
+            known[weight.dtype] = scale.to(weight.dtype)
+        return known[weight.dtype]
+
     @torch.no_grad()
     def adapted_norms(self, weight: Tensor | None = None) -> Tensor:
         """|W + scaling * B A| of each row, (out,), with W in the dtype of `weight` (out, in).
@@ -249,10 +262,22 @@ def linear_parts(layer: nn.Module, dtype: torch.dtype) -> LinearParts:
     weight = weight.T if layer.weight_is_transposed else weight
     if layer.merged:
         return LinearParts(weight, bias)
-    out_scale = None
-    if layer.lora_magnitude_vector is not None:
-        out_scale = (layer.lora_magnitude_vector / layer.adapted_norms(weight)).to(dtype)
-    return LinearParts(weight, bias, *layer.matrices(dtype), out_scale, layer.scaling)
+    return LinearParts(
+        weight, bias, *layer.matrices(dtype), layer.out_scale(weight), layer.scaling
+    )
+
+
+@contextmanager
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    """Within it no weight changes: DoRA computes c once, not in every call."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer._fixed_out_scales = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._fixed_out_scales = None
 
 
 def is_plain(layer: nn.Module) -> bool:
