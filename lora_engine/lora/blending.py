@@ -217,7 +217,7 @@ def _check_plain(adapter: Adapter) -> None:
 
 
 def _check_same_base(first: Adapter, adapter: Adapter) -> None:
-    """Raises AdapterError if two adapters tell of different bases, by fingerprints or by name."""
+    """Raises AdapterError if two adapters record different bases, by fingerprint or by name."""
     shared = {
         part: first.provenance[key] for part in OTHER_BASE
         if (key := f"{part}_fingerprint") in first.provenance.keys() & adapter.provenance.keys()

@@ -20,8 +20,11 @@ INITIALIZATIONS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 CHANGES_WEIGHT = ("pissa", "olora")
 
 
-def check_initialization(how: str, rank: int, in_features: int, out_features: int) -> None:
-    """Raises ValueError for an initialization that is unknown, or impossible with this rank."""
+def check_initialization(
+    how: str, rank: int, alpha: float, in_features: int, out_features: int
+) -> None:
+    """Raises ValueError for an initialization that is unknown, or impossible with this rank or
+    alpha."""
     if how == "eva":
         raise ValueError(
             "init_lora_weights eva is computed from training data, which inject() does not have: "
@@ -34,6 +37,8 @@ def check_initialization(how: str, rank: int, in_features: int, out_features: in
         )
     if how == "orthogonal" and rank % 2:
         raise ValueError(f"init_lora_weights orthogonal needs an even rank, not {rank}")
+    if how == "pissa" and alpha <= 0:
+        raise ValueError(f"init_lora_weights pissa needs an alpha above 0, not {alpha:g}")
     if how in CHANGES_WEIGHT and rank > min(in_features, out_features):
         raise ValueError(
             f"init_lora_weights {how} takes at most {min(in_features, out_features)} singular "

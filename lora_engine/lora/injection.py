@@ -47,7 +47,7 @@ class AdaptedModule:
     rank: int
     scaling: float
     num_parameters: int
-    """Trainable ones."""
+    """Number of trainable parameters."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def adapt(
     for path, rank in ranks.items():
         base = module.get_submodule(path)
         check_settings(rank, dropout)
-        check_initialization(how, rank, *widths(base))
+        check_initialization(how, rank, alphas[path], *widths(base))
         if is_intercepted(base):
             raise ValueError(
                 f"{path} has hooks, a replaced forward or a compiled call, which an adapter would "

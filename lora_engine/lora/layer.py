@@ -9,7 +9,7 @@ LoRA has no c (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
 https://arxiv.org/abs/2106.09685). In DoRA (https://arxiv.org/abs/2402.09353) c scales each output
 to a trained magnitude m: c = m / |W + scaling * B A|, with the norm of each row, which is constant
 for the gradient. scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732; an A
-that stays as it was drawn is LoRA-FA, https://arxiv.org/abs/2308.03303. Conventions (initial
+that is frozen is LoRA-FA, https://arxiv.org/abs/2308.03303. Conventions (initial
 values, dropout on the input, matching of targets) are those of huggingface/peft; adapters load in
 either library.
 
@@ -69,8 +69,8 @@ class LoRALinear(nn.Module):
     an fp64 weight). `init_lora_weights` is described in initialization.py; a new layer computes
     what `base` computed. `use_lorafa` freezes `lora_A`.
 
-    After PiSSA or OLoRA the frozen weight is no longer that of `base`, but what is left of it
-    without `initial_matrices`, the first A and B.
+    After PiSSA or OLoRA the frozen weight is no longer that of `base`, but the residual
+    W - scaling * B_0 A_0, where A_0 and B_0 are `initial_matrices`.
     """
 
     lora_magnitude_vector: nn.Parameter | None
@@ -97,7 +97,9 @@ class LoRALinear(nn.Module):
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.weight_is_transposed = is_conv1d(base)
         self.in_features, self.out_features = widths(base)
-        check_initialization(init_lora_weights, rank, self.in_features, self.out_features)
+        check_initialization(
+            init_lora_weights, rank, alpha, self.in_features, self.out_features
+        )
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -107,9 +109,7 @@ class LoRALinear(nn.Module):
             if frozen is not None:
                 frozen.requires_grad_(False)
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        weight = self.weight.detach().to(dtype)
-        weight = weight.T if self.weight_is_transposed else weight  # (out, in)
-        A, B = initial_matrices(init_lora_weights, weight, rank, self.scaling)
+        A, B = initial_matrices(init_lora_weights, self._rows(dtype), rank, self.scaling)
         self.lora_A = nn.Parameter(A, requires_grad=not use_lorafa)
         self.lora_B = nn.Parameter(B)
         # Copies in the compute dtype; the optimizer refreshes them when it changes the matrices.
@@ -185,7 +185,7 @@ class LoRALinear(nn.Module):
     def adapted_norms(self, weight: Tensor | None = None) -> Tensor:
         """|W + scaling * B A| of each row, (out,), with W in the dtype of `weight` (out, in).
 
-        Without the sum, which is as large as W: with P = W A^T (out, R) it is the root of
+        The sum, which is as large as W, is not formed: with P = W A^T (out, R) it is the root of
 
             |w|^2 + b . (2 scaling P + scaling^2 b A A^T)       for rows w of W, p of P, b of B.
         """
