@@ -178,12 +178,16 @@ def test_a_killed_run_of_a_variant_is_bit_identical_to_the_one_that_was_not(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_average_of_a_run_with_eva_begins_with_its_components(blip_folder, data, tmp_path):
+def test_the_average_of_a_run_with_eva_begins_with_its_components(
+    blip_folder, data, tmp_path, caplog
+):
+    caplog.set_level("INFO")
     config = long_run(
         blip_folder, data, tmp_path / "run", max_steps=1, init_lora_weights="eva", ema_decay=0.9,
         lr=1e-4,
     )
     train(config)
+    assert "principal components of layer inputs on 12 captions" in caplog.text, "one epoch"
     adapter, average = (
         read_adapter(tmp_path / "run" / name).matrices for name in ("adapter", "adapter_ema")
     )

@@ -285,10 +285,16 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
         found.append({name: p.clone() for name, p in lora_parameters(captioner.model).items()})
     for name, matrix in found[0].items():
         torch.testing.assert_close(matrix.abs(), found[1][name].abs(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="needs at least 4 tokens, the rank; found 1"):
+    with pytest.raises(ValueError, match="at least 4 tokens, the rank; the captions have 1: g"):
         one = a_batch(captioner, TOKENS[:1, :2])
         initialize_eva(captioner.model, [one], device=torch.device("cpu"))
     assert not any(layer._forward_pre_hooks for _, layer in lora_layers(captioner.model))
+
+
+def test_eva_refuses_a_rank_above_the_number_of_inputs(folder):
+    config = TrainingConfig(str(folder), lora_rank=65, init_lora_weights="eva")
+    with pytest.raises(ValueError, match="eva: the 64 inputs of .* no more principal components"):
+        add_lora(load_captioner(folder), config, None)
 
 
 def test_layers_compute_with_the_components_in_half_precision_too(folder):

@@ -7,6 +7,7 @@ from lora_engine.lora.initialization import CHANGES_WEIGHT
 from lora_engine.lora.injection import InjectionPlan, inject
 from lora_engine.models.pretrained import Captioner
 from lora_engine.training.checkpoint import Checkpoint
+from lora_engine.training.eva import check_ranks
 
 
 def add_lora(
@@ -28,7 +29,10 @@ def add_lora(
         )
     if config.init_adapter is not None:
         return _continue_adapter(captioner, config, config.init_adapter)
-    return _inject(captioner, config, "default" if how == "eva" else how)
+    plan = _inject(captioner, config, "default" if how == "eva" else how)
+    if how == "eva":
+        check_ranks(captioner.model)
+    return plan
 
 
 def _inject(captioner: Captioner, config: TrainingConfig, how: str) -> InjectionPlan:

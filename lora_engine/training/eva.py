@@ -43,6 +43,16 @@ class _Moments:
         return self.products / self.count - torch.outer(mean, mean)
 
 
+def check_ranks(model: nn.Module) -> None:
+    """Raises ValueError for a rank above the number of a layer's inputs."""
+    for path, layer in lora_layers(model):
+        if layer.rank > layer.in_features:
+            raise ValueError(
+                f"--init_lora_weights eva: the {layer.in_features} inputs of {path} have no more "
+                f"principal components than that, the rank is {layer.rank}; lower --lora_rank"
+            )
+
+
 @torch.no_grad()
 def initialize_eva(
     model: CaptioningModel, batches: Iterable[FeatureBatch], *, device: torch.device
@@ -96,8 +106,9 @@ def initialize_eva(
         of_leader = moments.get(leaders.get(layer, layer))
         if of_leader is None or of_leader.count < layer.rank:
             raise ValueError(
-                f"--init_lora_weights eva needs at least {layer.rank} tokens, the rank; found "
-                f"{0 if of_leader is None else of_leader.count}"
+                f"--init_lora_weights eva needs at least {layer.rank} tokens, the rank; the "
+                f"captions have {0 if of_leader is None else of_leader.count}: give more captions "
+                f"or a lower --lora_rank"
             )
     for leader, found in moments.items():
         followers = [layer for layer in layers if leaders[layer] is leader]

@@ -244,11 +244,14 @@ class Run:
             )
 
     def initialize_eva(self) -> None:
-        """Set the A matrices by the rows of the first steps; the same in all processes."""
-        plans, order, num_rows = self._plans(0), [], 0
-        while num_rows < NUM_ROWS and (plan := next(plans, None)) is not None:
+        """Set the A matrices by the rows of the first steps, of one epoch at most; the same in all
+        processes."""
+        order, num_rows = [], 0
+        for plan in islice(self._plans(0), self.schedule.steps_per_epoch):
             order += [batch for batch in plan.micro_batches if batch]
             num_rows += len(plan.rows)
+            if num_rows >= NUM_ROWS:
+                break
         logger.info(f"computing principal components of layer inputs on {num_rows} captions")
         with closing(iter(self._loader(self.setup.data.train_set, order))) as batches:
             initialize_eva(self.trainer.model, batches, device=self.trainer.device)
