@@ -1,5 +1,6 @@
 """tune: what it plans, that it halves, and that a search that is killed finds the same."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -117,12 +118,18 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert len(found_in(tmp_path / "killed")) == 3
     with pytest.raises(ValueError, match="already holds a search; add --resume"):
         run_verb(args(blip_folder, data, tmp_path / "killed"))
-    with pytest.raises(ValueError, match="has another batch_size; give the same flags"):
+    with pytest.raises(ValueError, match="has another batch_size; give the same"):
         changed = args(blip_folder, data, tmp_path / "killed", "--resume")
         changed[changed.index("--batch_size") + 1] = "3"
         run_verb(changed)
     assert run_verb(args(blip_folder, data, tmp_path / "killed", "--resume")) == 0
     assert found_in(tmp_path / "killed") == results
+
+    more = args(blip_folder, data, tmp_path / "killed", "--resume")
+    more[more.index("1e-2")] = "2e-2"
+    assert run_verb(more) == 0
+    assert found_in(tmp_path / "killed")[:5] == results, "what was found is kept"
+    assert [2e-2, 2, "dora"] in [result[1] for result in found_in(tmp_path / "killed")[5:]]
 
 
 def test_the_settings_as_they_are_get_a_full_run_and_so_does_the_best_of_the_others(
@@ -130,8 +137,8 @@ def test_the_settings_as_they_are_get_a_full_run_and_so_does_the_best_of_the_oth
 ):
     monkeypatch.setattr(tuning, "MIN_STEPS", 1)
 
-    def result(settings, candidate, num_steps, folder) -> tuning.Result:
-        return tuning.Result(candidate, num_steps, "", candidate.lr, 0.0, None, seconds=1.0)
+    def result(settings, candidate, num_steps) -> tuning.Result:
+        return tuning.Result(candidate, num_steps, "", candidate.lr, 0.0, None, True, seconds=1.0)
 
     monkeypatch.setattr(tuning, "_run", result)
     config = settings(blip_folder, data, tmp_path, lr=0.1, epochs=3)
@@ -165,17 +172,50 @@ def test_a_run_that_diverges_is_the_worst_and_the_search_continues(
     assert "best      " in capsys.readouterr().out
 
 
+def test_short_runs_are_compared_by_what_they_have_learnt(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuning, "MIN_STEPS", 3)
+    train = tuning.train
+
+    def train_worse(config):
+        summary = train(config)
+        start = summary.losses[0]
+        losses = {step: start + step / 100 + config.lr for step in summary.losses} | {0: start}
+        return dataclasses.replace(summary, losses=losses, best_step=0)
+
+    monkeypatch.setattr(tuning, "train", train_worse)
+    assert run_verb(args(blip_folder, data, tmp_path / "search")) == 0
+    results = found_in(tmp_path / "search")
+    assert len({result[2] for result in results}) == 2, "one for each rate, not that of the start"
+    assert results[-1][1] == [1e-5, 2, "dora"]
+    assert "No full run was better than the captioner before" in capsys.readouterr().out
+
+
+def test_an_interrupted_search_says_how_it_continues(blip_folder, data, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "read_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_verb(args(blip_folder, data, tmp_path / "search"))
+    assert caught.value.__notes__ == ["repeat the command with --resume to continue"]
+
+
 @pytest.mark.parametrize("more, message", [
     (["--minutes", "0"], "--minutes is 0.0; it must be above 0"),
     (["--variants", "lora", "lokr"], "must be one of"),
     (["--learning_rate", "1"], "it is --lr here"),
     (["--init_adapter", "a"], "leave --init_adapter out"),
     (["--push_to_hub", "a/b"], "upload the one you choose"),
+    (["--use_dora"], "give --variants, and no --use_dora"),
+    (["--lrs", "0", "1e-3"], "lora-r2-lr0: --lr is 0.0; it must be above 0"),
+    (["--resume", "step-00000003"], "give it without a value"),
 ])
 def test_wrong_flags_are_answered(blip_folder, data, tmp_path, more, message):
     given = args(blip_folder, data, tmp_path / "run", *more)
-    if "--variants" in more:
-        del given[given.index("--variants") : given.index("--variants") + 3]
+    for flag in {"--variants", "--lrs"} & set(more):
+        del given[given.index(flag) : given.index(flag) + 3]
     with pytest.raises(ValueError, match=message):
         run_verb(given)
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from lora_engine import cli
 from lora_engine.commands.recipe import normalized, with_scenes
-from lora_engine.config import Range, TrainingConfig, check_ranges
+from lora_engine.config import NEWEST, Range, TrainingConfig, check_ranges
 from lora_engine.demo import demo_settings
 from lora_engine.report.page import write_report
 from lora_engine.terminal import printable
@@ -45,7 +45,8 @@ def tune(args: list[str]) -> int:
         "full ones: the first, of the settings as they are, and the last, of the best others. All "
         "flags of "
         "train, such as --train_data_path and --model, are settings of every run; without data, "
-        "the embedded demo is tuned. --output_path DIR --resume continues a search.",
+        "the embedded demo is tuned. The same command with --resume continues a search, also with "
+        "other --lrs, --ranks or --variants.",
     )
     check_ranges(flags)
     config = _training_config(normalized(rest))
@@ -58,10 +59,10 @@ def tune(args: list[str]) -> int:
     )
     results = tuning.tune(config, candidates, minutes=flags.minutes, folder=folder)
     num_steps = max(result.num_steps for result in results)
-    winner = max((r for r in results if r.num_steps == num_steps), key=lambda r: r.score)
+    winner = min((r for r in results if r.num_steps == num_steps), key=lambda r: r.order)
     text = _text(winner, config)
     # The winner first; of the earlier rungs the best few.
-    compared = sorted(results, key=lambda r: (r is not winner, -r.num_steps, -r.score))
+    compared = sorted(results, key=lambda r: (r is not winner, -r.num_steps, r.order))
     write_report([r.path for r in compared[:NUM_COMPARED]], folder / "report.html", note=text)
     print(printable(f"\n{text}\nreport    {folder / 'report.html'}"))
     return 0
@@ -84,6 +85,9 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _training_config(args: Sequence[str]) -> TrainingConfig:
     parsed = cli.parse(TrainingConfig, args, prog=PROG, description="", default=FINE_TUNING)
     parsed.check()
+    if parsed.resume not in (None, NEWEST):
+        raise ValueError(f"--resume {parsed.resume}: tune continues each run by itself; give it "
+                         f"without a value")
     if parsed.init_adapter is not None:
         raise ValueError("tune chooses rank and variant of new adapters: leave --init_adapter out")
     if parsed.train_data_path is not None:
@@ -100,7 +104,11 @@ def _text(winner: Result, config: TrainingConfig) -> str:
     found = dataclasses.replace(
         config, **winner.candidate.settings(config), output_path=None, resume=None
     )
+    remarks = []
+    if not winner.is_improvement:
+        remarks = ["No full run was better than the captioner before training: give other --lrs."]
     return "\n".join([
+        *remarks,
         f"best      {winner.candidate}: {figures}",
         f"adapter   {Path(winner.path, 'adapter')}",
         f"to train  {cli.this_program()} train {cli.quoted(*_flags(found))}",

@@ -9,7 +9,7 @@ kept from run to run, so that nothing frozen is computed again.
 
 Which runs there will be is decided once, by the time that the first two have taken, and stored in
 tune.json, as are the results. All else is a function of settings and data: a search that is killed
-and continued finds the same.
+and continued finds the same. Continued with other candidates, it keeps what it has found.
 """
 
 import dataclasses
@@ -84,7 +84,11 @@ class Rung(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run; `score` is the best by --best_by, higher is better."""
+    """A finished run, by its best validation after a step was trained.
+
+    `score` is that by --best_by, higher is better. `is_improvement` tells whether it is better than
+    before training.
+    """
 
     candidate: Candidate
     num_steps: int
@@ -92,7 +96,13 @@ class Result:
     score: float
     loss: float
     cider_d: float | None
+    is_improvement: bool
     seconds: float
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sorts the best first; of equal scores the lower loss."""
+        return -self.score, self.loss
 
 
 def candidates_of(
@@ -101,14 +111,25 @@ def candidates_of(
     """The settings of `config`, then all other combinations in a random order that depends on the
     seed.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, and for settings that cannot be.
     """
+    given = {
+        name for settings in VARIANTS.values() for name in settings
+        if getattr(config, name) != getattr(TrainingConfig, name)
+    }
+    if given:
+        raise ValueError(f"tune chooses the variant: give --variants, and no --{min(given)}")
     own = Candidate.of(config)
     combinations = map(Candidate._make, product(lrs, ranks, variants))
     others = [candidate for candidate in dict.fromkeys(combinations) if candidate != own]
     if not others:
         raise ValueError("there is nothing to choose from: give two or more --lrs, --ranks or "
                          "--variants")
+    for candidate in others:
+        try:
+            dataclasses.replace(config, **candidate.settings(config)).check()
+        except ValueError as error:
+            raise ValueError(f"{candidate}: {error}") from None
     random.Random(config.seed).shuffle(others)
     return [own, *others]
 
@@ -159,8 +180,18 @@ def tune(
     """Run the candidates, or what is left of a search in `folder` -> the results of all runs. The
     first candidate gets a full run, whatever the others do.
 
-    Raises ValueError if `folder` holds another search, and as `train` does.
+    Raises ValueError if `folder` holds a search with other settings, and as `train` does.
     """
+    try:
+        return _tune(config, candidates, minutes, folder)
+    except (Interrupted, KeyboardInterrupt, TrainingStopped) as error:
+        error.__notes__ = ["repeat the command with --resume to continue"]
+        raise
+
+
+def _tune(
+    config: TrainingConfig, candidates: Sequence[Candidate], minutes: float, folder: Path
+) -> list[Result]:
     total_steps = Schedule(config, len(read_rows(config).train)).total_steps
     search = _Search(config, folder, total_steps, _opened_search(config, candidates, folder))
     own, *left = candidates
@@ -177,10 +208,10 @@ def tune(
         )
         search.write()
     rungs = [Rung(*rung) for rung in search.stored["rungs"]]
-    logger.info("runs: " + ", ".join(f"{n} of {steps} steps" for n, steps in rungs))
+    logger.info("others: " + ", ".join(f"{n} of {steps} steps" for n, steps in rungs))
     for num_candidates, num_steps in rungs:
         results = [search.result(candidate, num_steps) for candidate in left[:num_candidates]]
-        results.sort(key=lambda found: -found.score)  # stable: of equal scores the earlier one
+        results.sort(key=lambda found: found.order)  # stable: of equal ones the earlier
         left = [found.candidate for found in results]
     return search.done
 
@@ -217,7 +248,7 @@ class _Search:
             settings = dataclasses.replace(
                 settings, warmup_steps=warmup_steps, eval_every=num_steps, patience=None
             )
-        self.done.append(_run(settings, candidate, num_steps, self.folder))
+        self.done.append(_run(settings, candidate, num_steps))
         self.stored["results"] = list(map(dataclasses.asdict, self.done))
         self.write()
         return self.done[-1]
@@ -252,38 +283,47 @@ def _opened_search(
     search = json.loads(path.read_text(encoding="utf-8"))
     different = [
         name for name, value in settings.items() if search["settings"].get(name, value) != value
-    ] + (["candidates"] if search["candidates"] != wanted["candidates"] else [])
+    ]
     if different:
         raise ValueError(
             f"the search in {folder} has another {', '.join(different)}; give the same flags, or "
             f"another --output_path"
         )
+    if search["candidates"] != wanted["candidates"]:
+        search |= wanted | {"rungs": []}
     return search
 
 
-def _run(
-    settings: TrainingConfig, candidate: Candidate, num_steps: int, folder: Path
-) -> Result:
+def _run(settings: TrainingConfig, candidate: Candidate, num_steps: int) -> Result:
     begin_s = time.monotonic()
     try:
         with _quiet():
             summary = train(settings)
     except Diverged:  # is an answer, too
         logger.info(f"{candidate!s:<24} {num_steps:>6} steps  diverged")
-        seconds = time.monotonic() - begin_s
-        worst = -math.inf, math.inf
-        return Result(candidate, num_steps, str(settings.output_path), *worst, None, seconds)
-    except (Interrupted, TrainingStopped) as error:
-        error.__notes__ = [f"repeat the command with --output_path {folder} --resume to continue"]
-        raise
-    loss, scores = summary.losses[summary.best_step], summary.scores.get(summary.best_step)
-    score = -loss if summary.best_by == "loss" or scores is None else scores.cider_d
+        return Result(
+            candidate, num_steps, str(settings.output_path), score=-math.inf, loss=math.inf,
+            cider_d=None, is_improvement=False, seconds=time.monotonic() - begin_s,
+        )
+    except ValueError as error:
+        raise ValueError(f"{candidate}: {error}") from None
+
+    def score(step: int) -> float:
+        scores = summary.scores.get(step)
+        if summary.best_by == "loss" or scores is None:
+            return -summary.losses[step]
+        return scores.cider_d
+
+    trained = [step for step in summary.losses if step > 0]
+    step = min(trained, key=lambda step: (-score(step), summary.losses[step]))
+    scores = summary.scores.get(step)
     result = Result(
-        candidate, num_steps, str(summary.path), score, loss,
-        None if scores is None else scores.cider_d, time.monotonic() - begin_s,
+        candidate, num_steps, str(summary.path), score=score(step), loss=summary.losses[step],
+        cider_d=None if scores is None else scores.cider_d,
+        is_improvement=summary.best_step > 0, seconds=time.monotonic() - begin_s,
     )
     logger.info(
-        f"{candidate!s:<24} {num_steps:>6} steps  loss {loss:.4f}"
+        f"{candidate!s:<24} {num_steps:>6} steps  loss {result.loss:.4f}"
         + ("" if result.cider_d is None else f"  CIDEr-D {result.cider_d:.4f}")
     )
     return result
