@@ -51,9 +51,12 @@ def test_the_own_settings_come_first_and_alpha_follows_the_rank(blip_folder, tmp
     found = candidates_of(config, [1.0, 0.1], [2, 4], ["dora", "lora"])
     assert len(set(found)) == 8 and found[0] == Candidate(0.1, 4, "lora")
     assert found == candidates_of(config, [1.0, 0.1], [2, 4], ["dora", "lora"])
-    assert Candidate(1.0, 2, "dora").settings(config) == {
-        "lr": 1.0, "lora_rank": 2, "lora_alpha": 4.0, "use_dora": True,
-    }
+    changes = Candidate(1.0, 2, "dora").settings(config)
+    changed = dataclasses.replace(config, **changes)
+    assert changed == dataclasses.replace(config, lr=1, lora_rank=2, lora_alpha=4, use_dora=True)
+    assert Candidate.of(changed) == Candidate(1.0, 2, "dora")
+    back = Candidate.of(config).settings(changed)
+    assert dataclasses.replace(changed, **back) == config
     assert candidates_of(config, [1.0], [4], ["lora"]) == [found[0], Candidate(1.0, 4, "lora")]
     with pytest.raises(ValueError, match="nothing to choose from"):
         candidates_of(config, [0.1], [4], ["lora"])
@@ -208,7 +211,7 @@ def test_an_interrupted_search_says_how_it_continues(blip_folder, data, tmp_path
     (["--learning_rate", "1"], "it is --lr here"),
     (["--init_adapter", "a"], "leave --init_adapter out"),
     (["--push_to_hub", "a/b"], "upload the one you choose"),
-    (["--use_dora"], "give --variants, and no --use_dora"),
+    (["--use_dora", "--use_rslora"], "with --variants; leave out --use_rslora, --use_dora"),
     (["--lrs", "0", "1e-3"], "lora-r2-lr0: --lr is 0.0; it must be above 0"),
     (["--resume", "step-00000003"], "give it without a value"),
 ])

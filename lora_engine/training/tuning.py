@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
     "eva": {"init_lora_weights": "eva"},
 }
+_PLAIN = {name: getattr(TrainingConfig, name) for kind in VARIANTS.values() for name in kind}
 FACTOR = 3
 MIN_STEPS = 20  # in the first rung
 MAX_RUNGS = 4
@@ -60,8 +61,16 @@ class Candidate(NamedTuple):
 
     @classmethod
     def of(cls, config: TrainingConfig) -> "Candidate":
-        """That of the settings as they are."""
-        return cls(config.lr, config.lora_rank, "lora")
+        """That of the settings as they are.
+
+        Raises ValueError for a combination of variants.
+        """
+        given = {name: getattr(config, name) for name in _PLAIN}
+        for variant, settings in VARIANTS.items():
+            if given == _PLAIN | settings:
+                return cls(config.lr, config.lora_rank, variant)
+        flags = ", ".join(f"--{name}" for name, value in given.items() if value != _PLAIN[name])
+        raise ValueError(f"tune compares single variants with --variants; leave out {flags}")
 
     def __str__(self) -> str:
         return f"{self.variant}-r{self.rank}-lr{self.lr:g}"
@@ -73,6 +82,7 @@ class Candidate(NamedTuple):
             "lr": self.lr,
             "lora_rank": self.rank,
             "lora_alpha": config.lora_alpha / config.lora_rank * self.rank,
+            **_PLAIN,
             **VARIANTS[self.variant],
         }
 
@@ -111,14 +121,8 @@ def candidates_of(
     """The settings of `config`, then all other combinations in a random order that depends on the
     seed.
 
-    Raises ValueError if there is none, and for settings that cannot be.
+    Raises ValueError if there is none, and for settings that are not accepted.
     """
-    given = {
-        name for settings in VARIANTS.values() for name in settings
-        if getattr(config, name) != getattr(TrainingConfig, name)
-    }
-    if given:
-        raise ValueError(f"tune chooses the variant: give --variants, and no --{min(given)}")
     own = Candidate.of(config)
     combinations = map(Candidate._make, product(lrs, ranks, variants))
     others = [candidate for candidate in dict.fromkeys(combinations) if candidate != own]
