@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_engine.config import TrainingConfig
-from lora_engine.data.batches import FeatureBatch
+from lora_engine.data.batches import FeatureBatch, pad_targets
 from lora_engine.lora import layer as layer_module
 from lora_engine.lora.adapter import load_adapter, read_adapter, restore_initial, save_adapter
 from lora_engine.lora.initialization import INITIALIZATIONS
@@ -274,7 +274,8 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
     inject(captioner.model, TARGETS, rank=4, dropout=0.0)
     padded = a_batch(captioner)
     valid = torch.tensor([0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 19, 20])  # 3 of 6 tokens in a row
-    padded = padded._replace(target_positions=valid, target_ids=padded.target_ids[valid])
+    positions, ids = pad_targets(valid, padded.target_ids[valid], 15)  # as on a GPU
+    padded = padded._replace(target_positions=positions, target_ids=ids, num_targets=len(valid))
     short = a_batch(captioner, TOKENS[:, :4])
     found = []
     for batch in (padded, short):
@@ -287,6 +288,16 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
         one = a_batch(captioner, TOKENS[:1, :2])
         initialize_eva(captioner.model, [one], device=torch.device("cpu"))
     assert not any(layer._forward_pre_hooks for _, layer in lora_layers(captioner.model))
+
+
+def test_layers_compute_with_the_components_in_half_precision_too(folder):
+    for use_lorafa in (False, True):
+        captioner = adapted(folder, use_lorafa=use_lorafa)
+        layers = [made for _, made in lora_layers(captioner.model)]
+        FlatLoRAParameters(layers, torch.bfloat16)
+        initialize_eva(captioner.model, [a_batch(captioner)], device=torch.device("cpu"))
+        for made in layers:
+            assert torch.equal(made.matrices(torch.bfloat16)[0], made.lora_A.bfloat16())
 
 
 # --- one layer ------------------------------------------------------------------------------

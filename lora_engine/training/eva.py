@@ -71,7 +71,8 @@ def initialize_eva(
         rows = x.flatten(0, -2)
         is_text = x.data_ptr() != features.data_ptr()  # image features have no padding
         if is_text:
-            rows = rows[current.target_positions.to(x.device)]
+            positions = current.target_positions[: current.num_targets]  # a GPU's have more
+            rows = rows[positions.to(x.device)]
         if layer not in moments:
             mean = rows.float().mean(dim=0)
             products = mean.new_zeros(len(mean), len(mean))
@@ -105,6 +106,8 @@ def initialize_eva(
         )
         for layer in followers:
             layer.lora_A.copy_(components[: layer.rank])
+            if layer.cast_matrices is not None:  # a frozen A is not in what optimizers refresh
+                layer.cast_matrices[0].copy_(layer.lora_A)
 
 
 def principal_components(covariance: Tensor, count: int) -> Tensor:

@@ -252,7 +252,6 @@ class Run:
         logger.info(f"computing principal components of layer inputs on {num_rows} captions")
         with closing(iter(self._loader(self.setup.data.train_set, order))) as batches:
             initialize_eva(self.trainer.model, batches, device=self.trainer.device)
-        self.trainer.lora.refresh()
         if self.trainer.average is not None:
             self.trainer.average.values.copy_(self.trainer.lora.values.detach())
 
