@@ -178,12 +178,16 @@ def test_a_killed_run_of_a_variant_is_bit_identical_to_the_one_that_was_not(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_average_of_a_run_with_eva_begins_with_its_components(blip_folder, data, tmp_path):
+def test_the_average_of_a_run_with_eva_begins_with_its_components(
+    blip_folder, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run_module, "NUM_ROWS", 7)
     config = long_run(
         blip_folder, data, tmp_path / "run", max_steps=1, init_lora_weights="eva", ema_decay=0.9,
         lr=1e-4,
     )
     train(config)
+    assert "layer inputs on 10 captions" in capsys.readouterr().out  # 6 and 4 of two steps
     adapter, average = (
         read_adapter(tmp_path / "run" / name).matrices for name in ("adapter", "adapter_ema")
     )
@@ -454,7 +458,10 @@ def test_all_settings_are_either_compared_or_named_as_free():
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
     free = _MAY_CHANGE | set(_MAY_GROW) | set(_MAY_ROUND)
     assert free <= names
-    assert not {"lr", "batch_size", "seed", "lora_rank", "eval_every"} & free
+    assert not free & {
+        "lr", "batch_size", "seed", "lora_rank", "eval_every", "init_lora_weights", "use_lorafa",
+        "loraplus_lr_ratio", "lr_schedule", "min_lr", "warmup_ratio", "decay_ratio", "ema_decay",
+    }
 
 
 def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
@@ -1233,6 +1240,8 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
     config = long_run(blip_folder, data, tmp_path / "run")
     with pytest.raises(ValueError, match="no space for 4 checkpoints: 1 MB are free in"):
         train(config)
+    with pytest.raises(ValueError, match="no space for 5 checkpoints"):
+        train(replace(config, lr_schedule="wsd"))  # and the one before the decay
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(run_setup, "check_space_for_run", lambda *args: None)
     train(config)

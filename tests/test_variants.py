@@ -36,6 +36,7 @@ from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.training.add_lora import add_lora
 from lora_engine.training.eva import initialize_eva
+from lora_engine.training.micro_batches import split
 from lora_engine.training.optim import FlatLoRAParameters
 from lora_engine.training.trainer import Trainer
 
@@ -287,7 +288,28 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
     with pytest.raises(ValueError, match="needs at least 4 tokens, the rank; found 1"):
         one = a_batch(captioner, TOKENS[:1, :2])
         initialize_eva(captioner.model, [one], device=torch.device("cpu"))
+    wide = load_captioner(folder).model
+    inject(wide, TARGETS, rank=65)
+    with pytest.raises(ValueError, match="at most 64 components of a layer's inputs, the rank is"):
+        initialize_eva(wide, [padded], device=torch.device("cpu"))
     assert not any(layer._forward_pre_hooks for _, layer in lora_layers(captioner.model))
+
+
+def test_eva_takes_all_batches_together_and_serves_layers_of_several_ranks(folder):
+    captioner = load_captioner(folder)
+    first = "query" if captioner.family == "blip" else "0.crossattention.c_attn"
+    inject(captioner.model, TARGETS, rank=4, dropout=0.0, rank_pattern={first: 2})
+    layer = next(layer for _, layer in lora_layers(captioner.model))
+    modes = []
+    layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    whole, found = a_batch(captioner), []
+    half, other = split(whole, 2)
+    for batches in ([whole], [half, half._replace(rows=[]), other]):
+        torch.manual_seed(0)
+        initialize_eva(captioner.model.train(), batches, device=torch.device("cpu"))
+        found.append([p.detach().abs() for p in lora_parameters(captioner.model).values()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert layer.training and modes == [False] * 3
 
 
 def test_layers_compute_with_the_components_in_half_precision_too(folder):
@@ -509,6 +531,14 @@ def test_an_adapter_that_is_continued_keeps_its_variant(folder, tmp_path, change
     with pytest.raises(ValueError, match=message):
         config.check()
         add_lora(load_captioner(folder), config, None)
+
+
+def test_an_adapter_is_continued_with_its_A_frozen(folder, tmp_path):
+    path = adapter_folder(folder, tmp_path / "adapter")
+    captioner = load_captioner(folder)
+    add_lora(captioner, TrainingConfig(str(folder), init_adapter=str(path), use_lorafa=True), None)
+    for name, parameter in lora_parameters(captioner.model).items():
+        assert parameter.requires_grad == name.endswith("lora_B")
 
 
 @pytest.mark.parametrize("given, message", [

@@ -50,12 +50,18 @@ def initialize_eva(
     """Set every lora_A of `model` to the first principal components of its layer's inputs on
     `batches`, most important first.
 
-    B must still be zero. Padding does not count. Raises ValueError if the batches have fewer tokens
-    than a layer's rank.
+    B must still be zero. Padding does not count. Raises ValueError for a layer whose rank is higher
+    than the width of its inputs, or than the number of tokens in the batches.
     """
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        if layer.rank > layer.in_features:
+            raise ValueError(
+                f"--init_lora_weights eva takes at most {layer.in_features} components of a "
+                f"layer's inputs, the rank is {layer.rank}"
+            )
     was_training = model.training
     model.eval()
-    layers = [layer for _, layer in lora_layers(model)]
     moments: dict[LoRALinear, _Moments] = {}
     leaders: dict[LoRALinear, LoRALinear] = {}  # of layers that have the same input
     owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
