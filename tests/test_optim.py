@@ -166,7 +166,8 @@ def test_the_norm_is_of_all_gradients_together_before_clipping(scale):
 
 
 def test_a_zero_gradient_is_finite_and_only_decays():
-    trainer, parameters = a_trainer(weight_decay=0.5)
+    trainer, parameters = a_trainer(layers(use_dora=True), weight_decay=0.5)
+    assert len(parameters) == 6  # with DoRA's magnitudes
     start = [p.detach().clone() for p in parameters]
     for trainer.max_grad_norm in (0.0, 1.0):
         for p in parameters:

@@ -21,7 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import FeatureBatch, pad_targets
 from lora_engine.lora import layer as layer_module
-from lora_engine.lora.adapter import load_adapter, read_adapter, restore_initial, save_adapter
+from lora_engine.lora.adapter import (
+    adapter_files,
+    load_adapter,
+    read_adapter,
+    restore_initial,
+    save_adapter,
+)
 from lora_engine.lora.initialization import INITIALIZATIONS
 from lora_engine.lora.injection import (
     cast_frozen,
@@ -212,6 +218,22 @@ def test_a_run_that_changed_the_frozen_weights_is_restored_to_the_bit(folder, tm
     assert torch.equal(logits(again.model), logits(captioner.model))
     for name, parameter in lora_parameters(captioner.model).items():
         assert torch.equal(parameter, lora_parameters(again.model)[name]), name
+
+
+def test_a_base_in_half_precision_is_restored_and_merged_to_the_bit(tmp_path):
+    first, again = (nn.Sequential(linear().bfloat16()) for _ in range(2))
+    base = first[0].weight.detach()
+    inject(first, ["0"], rank=4, use_dora=True, init_lora_weights="pissa")
+    inject(again, ["0"], rank=4, use_dora=True)
+    with torch.no_grad():
+        first[0].lora_B += 0.1
+    save_adapter(first, tmp_path / "adapter")
+    restore_initial(again, read_adapter(tmp_path / "adapter"))
+    assert first[0].weight.dtype == again[0].weight.dtype == torch.bfloat16
+    assert not torch.equal(first[0].weight, base)
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert torch.equal(first[0].merged_weight(), again[0].merged_weight())
+    assert adapter_files(first) == adapter_files(again)
 
 
 def gradient(folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Tensor:
