@@ -319,11 +319,15 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
 
 def test_eva_takes_all_batches_together_and_serves_layers_of_several_ranks(folder):
     captioner = load_captioner(folder)
-    first = "query" if captioner.family == "blip" else "0.crossattention.c_attn"
-    inject(captioner.model, TARGETS, rank=4, dropout=0.0, rank_pattern={first: 2})
-    layer = next(layer for _, layer in lora_layers(captioner.model))
+    names = ("0.crossattention.c_attn", "1.crossattention.c_attn")  # both read the features
+    if captioner.family == "blip":
+        names = ("layer.0.attention.self.query", "layer.0.attention.self.key")
+    inject(captioner.model, TARGETS, rank=4, dropout=0.0, rank_pattern={names[0]: 2})
+    first, second = (
+        next(x for path, x in lora_layers(captioner.model) if path.endswith(name)) for name in names
+    )
     modes = []
-    layer.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    first.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
     whole, found = a_batch(captioner), []
     half, other = split(whole, 2)
     for batches in ([whole], [half, half._replace(rows=[]), other]):
@@ -331,7 +335,8 @@ def test_eva_takes_all_batches_together_and_serves_layers_of_several_ranks(folde
         initialize_eva(captioner.model.train(), batches, device=torch.device("cpu"))
         found.append([p.detach().abs() for p in lora_parameters(captioner.model).values()])
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
-    assert layer.training and modes == [False] * 3
+    assert torch.equal(first.lora_A, second.lora_A[:2]), "one input, one computation"
+    assert first.training and modes == [False] * 3
 
 
 def test_layers_compute_with_the_components_in_half_precision_too(folder):
