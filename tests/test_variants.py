@@ -339,6 +339,22 @@ def test_eva_takes_all_batches_together_and_serves_layers_of_several_ranks(folde
     assert first.training and modes == [False] * 3
 
 
+def test_a_large_mean_of_the_inputs_costs_eva_no_digits(folder):
+    captioner = load_captioner(folder)
+    inject(captioner.model, ["re:.*crossattention.*(key|c_attn)"], rank=2, dropout=0.0)
+    first = next(layer for _, layer in lora_layers(captioner.model))
+    found = []
+    for shift in (0.0, 1000.0):
+        batch = a_batch(captioner)
+        torch.manual_seed(0)
+        initialize_eva(
+            captioner.model, split(batch._replace(features=batch.features + shift), 2),
+            device=torch.device("cpu"),
+        )
+        found.append(first.lora_A.detach().abs())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=5e-3)
+
+
 def test_layers_compute_with_the_components_in_half_precision_too(folder):
     for use_lorafa in (False, True):
         captioner = adapted(folder, use_lorafa=use_lorafa)
@@ -405,7 +421,10 @@ def test_a_new_layer_computes_what_its_base_computed(how, use_dora):
 
 
 def test_norms_are_those_of_the_adapted_weight():
-    made = layer(linear(), use_dora=True)
+    base = linear()
+    base.weight.data[0] *= 1e-4
+    made = layer(base, use_dora=True)
+    made.lora_B.data[0] = 0
     adapted_weight = made.weight + made.scaling * made.lora_B @ made.lora_A
     torch.testing.assert_close(made.adapted_norms(), adapted_weight.detach().norm(dim=1))
 
