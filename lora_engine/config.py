@@ -145,7 +145,7 @@ class TrainingConfig:
     """Start from the adapter of this run folder, adapter folder or Hub name; its rank, alpha,
     targets and variant replace those given here."""
     weight_decay: Annotated[float, Range(ge=0)] = 0.01
-    """AdamW's weight decay on the LoRA matrices."""
+    """AdamW's weight decay on the LoRA matrices and, as in PEFT, DoRA's magnitudes."""
     adam_beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
     """AdamW's decay of the mean of gradients."""
     adam_beta2: Annotated[float, Range(ge=0, lt=1)] = 0.999

@@ -46,10 +46,11 @@ def make_trainer(folder, *, graphs: bool, dtype=torch.float32) -> Trainer:
     inject(model, ["attention"], rank=4, alpha=8, dropout=0.1)
     trainer = Trainer(
         place_model(model, CPU, dtype), device=CPU, dtype=dtype, lr=LR, num_micro_batches=2,
-        ema_decay=0.9,
+        ema_decay=0.9, loraplus_lr_ratio=4.0,
     )
     # As on a GPU, where a graph reads the rate of each step.
-    trainer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = torch.tensor(LR)
     if graphs:
         record_steps(trainer)
     return trainer

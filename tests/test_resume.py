@@ -179,14 +179,18 @@ def test_a_killed_run_of_a_variant_is_bit_identical_to_the_one_that_was_not(
 
 
 def test_the_average_of_a_run_with_eva_begins_with_its_components(
-    blip_folder, data, tmp_path, capsys
+    blip_folder, data, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(run_module, "NUM_ROWS", 7)
     config = long_run(
         blip_folder, data, tmp_path / "run", max_steps=1, init_lora_weights="eva", ema_decay=0.9,
         lr=1e-4,
     )
     train(config)
-    assert "principal components of layer inputs on 22 captions" in capsys.readouterr().out
+    assert "layer inputs on 10 captions" in capsys.readouterr().out  # 6 and 4 of two steps
+    monkeypatch.setattr(run_module, "NUM_ROWS", 100)
+    train(dataclasses.replace(config, output_path=str(tmp_path / "all")))
+    assert "layer inputs on 22 captions" in capsys.readouterr().out, "each once"
     adapter, average = (
         read_adapter(tmp_path / "run" / name).matrices for name in ("adapter", "adapter_ema")
     )
@@ -329,7 +333,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     with pytest.raises(CheckpointError, match="optimizer.safetensors is damaged"):
         train(replace(config, resume=str(newest)))
     train(go_on(config))
-    assert "skipped a checkpoint" in capsys.readouterr().out
+    assert "skipped a checkpoint" in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints" / "step-00000009.set_aside").rename(tmp_path / "aside")
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -457,7 +461,10 @@ def test_all_settings_are_either_compared_or_named_as_free():
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
     free = _MAY_CHANGE | set(_MAY_GROW) | set(_MAY_ROUND)
     assert free <= names
-    assert not {"lr", "batch_size", "seed", "lora_rank", "eval_every"} & free
+    assert not free & {
+        "lr", "batch_size", "seed", "lora_rank", "eval_every", "init_lora_weights", "use_lorafa",
+        "loraplus_lr_ratio", "lr_schedule", "min_lr", "warmup_ratio", "decay_ratio", "ema_decay",
+    }
 
 
 def test_more_epochs_continue_the_run_with_a_decay_that_is_told(
@@ -1077,7 +1084,7 @@ def test_a_row_that_does_not_fit_stops_the_run_in_words(
     config = long_run(blip_folder, data, tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["program"])
     assert cli.run(lambda args: train(config) and 0) == cli.STOPPED
-    assert "--gradient_checkpointing" in capsys.readouterr().out
+    assert "--gradient_checkpointing" in capsys.readouterr().err
 
 
 def test_the_parts_of_a_batch_are_the_batch(blip_folder, data):
@@ -1236,10 +1243,12 @@ def test_too_little_room_is_told_before_a_save_and_before_a_run(
     config = long_run(blip_folder, data, tmp_path / "run")
     with pytest.raises(ValueError, match="no space for 4 checkpoints: 1 MB are free in"):
         train(config)
+    with pytest.raises(ValueError, match="no space for 5 checkpoints"):
+        train(replace(config, lr_schedule="wsd"))  # and the one before the decay
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(run_setup, "check_space_for_run", lambda *args: None)
     train(config)
-    assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().out
+    assert "no checkpoint of step 13: 1 MB are free in" in capsys.readouterr().err
     assert not checkpoint_paths(tmp_path / "run" / "checkpoints")
 
 

@@ -147,6 +147,17 @@ def test_a_decay_that_the_warmup_leaves_no_steps_for_is_refused(settings, words)
     assert words in str(error.value)
 
 
+def test_a_warmup_and_a_decay_may_be_the_whole_run():
+    """Shares that are rounded up may exceed it by one step."""
+    whole = a_schedule(warmup_steps=40, lr_schedule="wsd")
+    whole.check()
+    rounded = a_schedule(num_steps=33, warmup_ratio=0.8, lr_schedule="wsd", min_lr=0.5)
+    rounded.check()
+    assert (whole.decay_start, rounded.warmup_steps, rounded.decay_steps) == (40, 27, 6)
+    assert rounded.learning_rate(28) == 1.0
+    assert rounded.learning_rate(33) == pytest.approx(0.5 + 0.5 * (1 - math.sqrt(5 / 6)))
+
+
 def test_a_warmup_longer_than_the_run_is_a_warning(caplog):
     """A first trial with --max_steps goes on."""
     a_schedule(warmup_steps=50).check()

@@ -33,6 +33,7 @@ from lora_engine.lora.adapter import AdapterError, read_adapter
 from lora_engine.lora.injection import cast_frozen, inject, lora_layers, lora_parameters
 from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
+from lora_engine.report.run_folder import checkpoint_paths
 from lora_engine.report.summary import TrainingSummary
 from lora_engine.stopping import TrainingStopped
 from lora_engine.terminal import escaped
@@ -574,9 +575,11 @@ def test_a_run_that_only_got_worse_keeps_the_adapter_it_started_from_and_the_las
     good = train(config)
     summary = train(replace(
         config, output_path=str(tmp_path / "worse"), lr=1.0, num_samples=2,
-        init_adapter=str(good.path / "adapter"),
+        init_adapter=str(good.path / "adapter"), keep_last=1,
     ))
     assert summary.best_step == 0
+    kept = checkpoint_paths(summary.path / "checkpoints")
+    assert [path.name[-2:] for path in kept] == ["00", "10"]  # the best, too
     assert summary.losses[0] + 0.5 < min(summary.losses[5], summary.losses[10])
     assert same_matrices(summary.path / "adapter", good.path / "adapter")
     best, last = read_adapter(summary.path / "adapter"), read_adapter(summary.path / "adapter_last")

@@ -22,7 +22,13 @@ from lora_engine.captioning.generation import generate
 from lora_engine.config import TrainingConfig
 from lora_engine.data.batches import FeatureBatch, pad_targets
 from lora_engine.lora import layer as layer_module
-from lora_engine.lora.adapter import load_adapter, read_adapter, restore_initial, save_adapter
+from lora_engine.lora.adapter import (
+    adapter_files,
+    load_adapter,
+    read_adapter,
+    restore_initial,
+    save_adapter,
+)
 from lora_engine.lora.initialization import INITIALIZATIONS
 from lora_engine.lora.injection import (
     cast_frozen,
@@ -37,6 +43,7 @@ from lora_engine.models import cross_attention
 from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.training.add_lora import add_lora
 from lora_engine.training.eva import initialize_eva
+from lora_engine.training.micro_batches import split
 from lora_engine.training.optim import FlatLoRAParameters
 from lora_engine.training.trainer import Trainer
 
@@ -214,6 +221,22 @@ def test_a_run_that_changed_the_frozen_weights_is_restored_to_the_bit(folder, tm
         assert torch.equal(parameter, lora_parameters(again.model)[name]), name
 
 
+def test_a_base_in_half_precision_is_restored_and_merged_to_the_bit(tmp_path):
+    first, again = (nn.Sequential(linear().bfloat16()) for _ in range(2))
+    base = first[0].weight.detach()
+    inject(first, ["0"], rank=4, use_dora=True, init_lora_weights="pissa")
+    inject(again, ["0"], rank=4, use_dora=True)
+    with torch.no_grad():
+        first[0].lora_B += 0.1
+    save_adapter(first, tmp_path / "adapter")
+    restore_initial(again, read_adapter(tmp_path / "adapter"))
+    assert first[0].weight.dtype == again[0].weight.dtype == torch.bfloat16
+    assert not torch.equal(first[0].weight, base)
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert torch.equal(first[0].merged_weight(), again[0].merged_weight())
+    assert adapter_files(first) == adapter_files(again)
+
+
 def gradient(folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Tensor:
     """The flat gradient of a first step, with dropout."""
     captioner = adapted(folder, **{"dropout": 0.3} | VARIANTS["dora_pissa"])
@@ -270,7 +293,7 @@ def test_eva_finds_pefts_components(folder):
             torch.testing.assert_close(similarity, torch.eye(3), rtol=0, atol=0.02, msg=path)
 
 
-def test_eva_ignores_padding_and_counts_tokens(folder):
+def test_eva_ignores_padding(folder):
     captioner = load_captioner(folder)
     inject(captioner.model, TARGETS, rank=4, dropout=0.0)
     padded = a_batch(captioner)
@@ -285,16 +308,59 @@ def test_eva_ignores_padding_and_counts_tokens(folder):
         found.append({name: p.clone() for name, p in lora_parameters(captioner.model).items()})
     for name, matrix in found[0].items():
         torch.testing.assert_close(matrix.abs(), found[1][name].abs(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="at least 4 tokens, the rank; the captions have 1: g"):
-        one = a_batch(captioner, TOKENS[:1, :2])
-        initialize_eva(captioner.model, [one], device=torch.device("cpu"))
     assert not any(layer._forward_pre_hooks for _, layer in lora_layers(captioner.model))
 
 
-def test_eva_refuses_a_rank_above_the_number_of_inputs(folder):
-    config = TrainingConfig(str(folder), lora_rank=65, init_lora_weights="eva")
-    with pytest.raises(ValueError, match="eva: the 64 inputs of .* no more principal components"):
-        add_lora(load_captioner(folder), config, None)
+@pytest.mark.parametrize("rank, num_tokens, num_found", [(4, 1, 1), (66, 15, 15), (66, 90, 64)])
+def test_rows_of_a_beyond_evas_components_stay_as_drawn(folder, rank, num_tokens, num_found):
+    captioner = load_captioner(folder)
+    inject(captioner.model, ["re:.*0.*(attention.self.query|[.]attn.c_attn)"], rank=rank)
+    (_, made), *_ = lora_layers(captioner.model)
+    before = made.lora_A.detach().clone()
+    tokens = torch.randint(5, 30, (1, num_tokens + 1)) if num_tokens > 5 else TOKENS[:1, :2]
+    initialize_eva(captioner.model, [a_batch(captioner, tokens)], device=torch.device("cpu"))
+    assert made.in_features == 64
+    assert torch.equal(made.lora_A[num_found:], before[num_found:])
+    found = made.lora_A[:num_found]
+    torch.testing.assert_close(found @ found.T, torch.eye(num_found), rtol=0, atol=1e-4)
+
+
+def test_eva_takes_all_batches_together_and_serves_layers_of_several_ranks(folder):
+    captioner = load_captioner(folder)
+    names = ("0.crossattention.c_attn", "1.crossattention.c_attn")  # both read the features
+    if captioner.family == "blip":
+        names = ("layer.0.attention.self.query", "layer.0.attention.self.key")
+    inject(captioner.model, TARGETS, rank=4, dropout=0.0, rank_pattern={names[0]: 2})
+    first, second = (
+        next(x for path, x in lora_layers(captioner.model) if path.endswith(name)) for name in names
+    )
+    modes = []
+    first.register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    whole, found = a_batch(captioner), []
+    half, other = split(whole, 2)
+    for batches in ([whole], [half, half._replace(rows=[]), other]):
+        torch.manual_seed(0)
+        initialize_eva(captioner.model.train(), batches, device=torch.device("cpu"))
+        found.append([p.detach().abs() for p in lora_parameters(captioner.model).values()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert torch.equal(first.lora_A, second.lora_A[:2]), "one input, one computation"
+    assert first.training and modes == [False] * 3
+
+
+def test_a_large_mean_of_the_inputs_costs_eva_no_digits(folder):
+    captioner = load_captioner(folder)
+    inject(captioner.model, ["re:.*crossattention.*(key|c_attn)"], rank=2, dropout=0.0)
+    first = next(layer for _, layer in lora_layers(captioner.model))
+    found = []
+    for shift in (0.0, 1000.0):
+        batch = a_batch(captioner)
+        torch.manual_seed(0)
+        initialize_eva(
+            captioner.model, split(batch._replace(features=batch.features + shift), 2),
+            device=torch.device("cpu"),
+        )
+        found.append(first.lora_A.detach().abs())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=5e-3)
 
 
 def test_layers_compute_with_the_components_in_half_precision_too(folder):
@@ -363,7 +429,10 @@ def test_a_new_layer_computes_what_its_base_computed(how, use_dora):
 
 
 def test_norms_are_those_of_the_adapted_weight():
-    made = layer(linear(), use_dora=True)
+    base = linear()
+    base.weight.data[0] *= 1e-4
+    made = layer(base, use_dora=True)
+    made.lora_B.data[0] = 0
     adapted_weight = made.weight + made.scaling * made.lora_B @ made.lora_A
     torch.testing.assert_close(made.adapted_norms(), adapted_weight.detach().norm(dim=1))
 
@@ -537,6 +606,14 @@ def test_an_adapter_that_is_continued_keeps_its_variant(folder, tmp_path, change
     with pytest.raises(ValueError, match=message):
         config.check()
         add_lora(load_captioner(folder), config, None)
+
+
+def test_an_adapter_is_continued_with_its_A_frozen(folder, tmp_path):
+    path = adapter_folder(folder, tmp_path / "adapter")
+    captioner = load_captioner(folder)
+    add_lora(captioner, TrainingConfig(str(folder), init_adapter=str(path), use_lorafa=True), None)
+    for name, parameter in lora_parameters(captioner.model).items():
+        assert parameter.requires_grad == name.endswith("lora_B")
 
 
 @pytest.mark.parametrize("given, message", [

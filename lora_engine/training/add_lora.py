@@ -7,7 +7,6 @@ from lora_engine.lora.initialization import CHANGES_WEIGHT
 from lora_engine.lora.injection import InjectionPlan, inject
 from lora_engine.models.pretrained import Captioner
 from lora_engine.training.checkpoint import Checkpoint
-from lora_engine.training.eva import check_ranks
 
 
 def add_lora(
@@ -29,10 +28,7 @@ def add_lora(
         )
     if config.init_adapter is not None:
         return _continue_adapter(captioner, config, config.init_adapter)
-    plan = _inject(captioner, config, "default" if how == "eva" else how)
-    if how == "eva":
-        check_ranks(captioner.model)
-    return plan
+    return _inject(captioner, config, "default" if how == "eva" else how)
 
 
 def _inject(captioner: Captioner, config: TrainingConfig, how: str) -> InjectionPlan:

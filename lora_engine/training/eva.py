@@ -43,16 +43,6 @@ class _Moments:
         return self.products / self.count - torch.outer(mean, mean)
 
 
-def check_ranks(model: nn.Module) -> None:
-    """Raises ValueError for a rank above the number of a layer's inputs."""
-    for path, layer in lora_layers(model):
-        if layer.rank > layer.in_features:
-            raise ValueError(
-                f"--init_lora_weights eva: the {layer.in_features} inputs of {path} have no more "
-                f"principal components than that, the rank is {layer.rank}; lower --lora_rank"
-            )
-
-
 @torch.no_grad()
 def initialize_eva(
     model: CaptioningModel, batches: Iterable[FeatureBatch], *, device: torch.device
@@ -60,12 +50,12 @@ def initialize_eva(
     """Set every lora_A of `model` to the first principal components of its layer's inputs on
     `batches`, most important first.
 
-    B must still be zero. Padding does not count. Raises ValueError if the batches have fewer tokens
-    than a layer's rank.
+    B must still be zero. Padding does not count. There are at most as many components as inputs of
+    a layer, and as tokens; rows of A beyond them stay as they are.
     """
+    layers = [layer for _, layer in lora_layers(model)]
     was_training = model.training
     model.eval()
-    layers = [layer for _, layer in lora_layers(model)]
     moments: dict[LoRALinear, _Moments] = {}
     leaders: dict[LoRALinear, LoRALinear] = {}  # of layers that have the same input
     owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -102,21 +92,12 @@ def initialize_eva(
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    for layer in layers:
-        of_leader = moments.get(leaders.get(layer, layer))
-        if of_leader is None or of_leader.count < layer.rank:
-            raise ValueError(
-                f"--init_lora_weights eva needs at least {layer.rank} tokens, the rank; the "
-                f"captions have {0 if of_leader is None else of_leader.count}: give more captions "
-                f"or a lower --lora_rank"
-            )
     for leader, found in moments.items():
-        followers = [layer for layer in layers if leaders[layer] is leader]
-        components = principal_components(
-            found.covariance(), max(layer.rank for layer in followers)
-        )
+        followers = [layer for layer in layers if leaders.get(layer) is leader]
+        largest = max(layer.rank for layer in followers)
+        components = principal_components(found.covariance(), min(largest, found.count))
         for layer in followers:
-            layer.lora_A.copy_(components[: layer.rank])
+            layer.lora_A[: len(components)] = components[: layer.rank]
             if layer.cast_matrices is not None:  # a frozen A is not in what optimizers refresh
                 layer.cast_matrices[0].copy_(layer.lora_A)
 
