@@ -138,7 +138,8 @@ class TrainingConfig:
     """Train the B matrices alone (LoRA-FA): less memory, and half the optimizer's state."""
     init_lora_weights: Initialization = "default"
     """Initial LoRA matrices. pissa and olora: parts of the frozen weights, which are taken out of
-    them; eva: principal components of the layers' inputs on the first training images."""
+    them; eva: principal components of the layers' inputs on the first training images.
+    --init_adapter needs none."""
     loraplus_lr_ratio: Annotated[float | None, Range(gt=0)] = None
     """Learning rate of the B matrices, as a multiple of --lr (LoRA+); try 4 to 16. Default: 1."""
     init_adapter: str | None = None
@@ -282,11 +283,11 @@ class TrainingConfig:
             )
         if self.resume is not None and self.output_path is None:
             raise ValueError("--resume needs the --output_path of the run to continue")
-        for name, default in (
-            ("init_lora_weights", "default"), ("rank_pattern", ()), ("alpha_pattern", ()),
-            ("lora_layers", ()),
+        for name, values in (
+            ("init_lora_weights", ("default", "eva")), ("rank_pattern", ((),)),
+            ("alpha_pattern", ((),)), ("lora_layers", ((),)),
         ):
-            if self.init_adapter is not None and getattr(self, name) != default:
+            if self.init_adapter is not None and getattr(self, name) not in values:
                 raise ValueError(
                     f"--{name} is for new adapters, --init_adapter continues one: give one of them"
                 )

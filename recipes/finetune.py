@@ -42,6 +42,7 @@ SETTINGS = TrainingConfig(
     lora_alpha=32.0,
     lora_dropout=0.1,
     lora_targets=("attention", "feed_forward"),
+    init_lora_weights="eva",
     # schedule: linear warm-up to --lr, then linear decay to zero
     epochs=5,
     batch_size=32,

@@ -660,6 +660,7 @@ def test_a_run_goes_on_from_an_adapter(trained, tmp_path):
     done = run(replace(
         trained.config, output_path=str(tmp_path / "run"), init_adapter=str(adapter),
         lora_rank=2, lora_targets=("attention",),  # the adapter's own count
+        init_lora_weights="eva",  # that of the recipe finetune: there is nothing to initialize
         lora_dropout=0.25,  # but not the dropout of further training
     ))
     summary = done.summary

@@ -75,7 +75,7 @@ def args(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
         "tune", "--model", str(model), "--train_data_path", str(data / "train.json"),
         "--val_data_path", str(data / "val.json"), "--output_path", str(folder),
         "--cache_dir", str(folder.with_name("cache")), "--batch_size", "4", "--epochs", "3",
-        "--lr", "1e-5", "--lrs", "1e-5", "1e-2", "--ranks", "2", "--variants", "lora", "dora",
+        "--lr", "1e-5", "--lrs", "1e-5", "1e-2", "--ranks", "2", "--variants", "eva", "dora",
         "--lora_rank", "2", "--best_by", "loss", *more,
     ]
 
@@ -96,7 +96,7 @@ def test_a_search_that_is_killed_and_continued_finds_the_same(
     assert [result[0] for result in results] == [9, 3, 3, 3, 9]
     own, *others, last = results
     best = max(others, key=lambda result: result[2])
-    assert own[1] == [1e-5, 2, "lora"]
+    assert own[1] == [1e-5, 2, "eva"], "the recipe's variant"
     assert last[1] == best[1], "the best of the first rung gets a full run"
     lr, rank, variant = max([own, last], key=lambda result: result[2])[1]
     assert lr == 1e-2
@@ -212,7 +212,7 @@ def test_an_interrupted_search_says_how_it_continues(blip_folder, data, tmp_path
     (["--init_adapter", "a"], "leave --init_adapter out"),
     (["--push_to_hub", "a/b"], "upload the one you choose"),
     (["--use_dora", "--use_rslora"], "with --variants; leave out --use_rslora, --use_dora"),
-    (["--lrs", "0", "1e-3"], "lora-r2-lr0: --lr is 0.0; it must be above 0"),
+    (["--lrs", "0", "1e-3"], "eva-r2-lr0: --lr is 0.0; it must be above 0"),
     (["--resume", "step-00000003"], "give it without a value"),
 ])
 def test_wrong_flags_are_answered(blip_folder, data, tmp_path, more, message):

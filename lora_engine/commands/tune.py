@@ -31,7 +31,7 @@ class TuneConfig:
     """Learning rates to try. Default: --lr, and a quarter, a half, twice and four times it."""
     ranks: tuple[int, ...] = ()
     """Ranks to try; alpha / rank stays the same. Default: --lora_rank."""
-    variants: tuple[Variant, ...] = ("lora", "dora", "loraplus")
+    variants: tuple[Variant, ...] = ("eva", "lora", "dora", "loraplus")
     """Variants of LoRA to try; LoRA+ with a ratio of 8."""
 
 
@@ -45,8 +45,8 @@ def tune(args: list[str]) -> int:
         "full ones: the first, of the settings as they are, and the last, of the best others. All "
         "flags of "
         "train, such as --train_data_path and --model, are settings of every run; without data, "
-        "the embedded demo is tuned. The same command with --resume continues a search, also with "
-        "other --lrs, --ranks or --variants.",
+        "the embedded demo is tuned. Results are in --output_path; the same command with --resume "
+        "continues a search, also with other --lrs, --ranks or --variants.",
     )
     check_ranges(flags)
     config = _training_config(normalized(rest))

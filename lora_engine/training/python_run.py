@@ -37,6 +37,7 @@ FINE_TUNING = TrainingConfig(
     batch_size=32,
     lr=2e-4,
     warmup_steps=20,
+    init_lora_weights="eva",
     best_by="cider_d",
     patience=3,
 )
@@ -81,9 +82,9 @@ def train(
     What is not given is as in `config`, which has every setting of a recipe; without it, as in
     recipes/finetune.py: BLIP base, 5 epochs, a learning rate of 2e-4 that rises over 20 steps and
     then falls linearly, batches of 32, LoRA of rank 8 and alpha 32 with dropout 0.1 on attention
-    and feed-forward layers, seed 42, and the adapter with the best CIDEr-D. `resume=True` continues
-    the run in `output_path`, with the same arguments as before; a path continues from that
-    checkpoint.
+    and feed-forward layers, initialized by EVA, seed 42, and the adapter with the best CIDEr-D.
+    `resume=True` continues the run in `output_path`, with the same arguments as before; a path
+    continues from that checkpoint.
 
     `callback` is called with each line of metrics.jsonl, a dictionary, as it is logged (of several
     processes, in the one that writes). An error in it ends the run as Ctrl-C does, with a

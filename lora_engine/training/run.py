@@ -105,7 +105,7 @@ def open_run(setup: RunSetup, callback: Callback | None = None) -> Iterator["Run
         run = Run(setup, schedule, folder, metrics=metrics, features=features, stop=stop)
         if setup.checkpoint is not None:
             run.restore(setup.checkpoint)
-        elif config.init_lora_weights == "eva":
+        elif config.init_lora_weights == "eva" and config.init_adapter is None:
             run.initialize_eva()
         try:
             yield run
