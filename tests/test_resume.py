@@ -343,7 +343,7 @@ def test_a_named_checkpoint_is_gone_back_to(unbroken, blip_folder, data, tmp_pat
     assert trajectory(run) == trajectory(unbroken)
     with pytest.raises(CheckpointError, match="not a checkpoint of the run"):
         train(replace(config, resume=str(unbroken / "checkpoints" / "step-00000013")))
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="one of .*step-00000013"):
         train(replace(config, resume=str(run / "checkpoints" / "step-00000099")))
 
 

@@ -64,7 +64,13 @@ from lora_engine.training.checkpoint import (
     checkpoint_to_resume,
 )
 from lora_engine.training.moving_average import MovingAverage
-from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
+from lora_engine.training.run_data import (
+    Rows,
+    RunData,
+    build_data,
+    read_rows,
+    warn_of_few_images,
+)
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
     check_same_settings,
@@ -188,6 +194,7 @@ def prepare(
     )
     setup = RunSetup(config, checkpoint, captioner, plan, run_data, trainer, ranks, begin_s)
     check_same_start(ranks, trainer, setup.fingerprints)
+    warn_of_few_images(rows.val, config)  # after all errors
     return setup
 
 
