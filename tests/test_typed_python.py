@@ -112,7 +112,7 @@ ANSWERED = [
     ),
     ("lora_engine.inject(model, ['up_proj'])", ValueError, "the group feed_forward (dense)"),
     ("lora_engine.inject(captioner, ['query'])", AttributeError, "use captioner.model, which"),
-    ("lora_engine.inject(model, 'all-linear')", ValueError, "give all groups; groups: attention, f"),
+    ("lora_engine.inject(model, 'all-linear')", ValueError, "give all groups; groups: atten"),
     ("lora_engine.inject(model, ['query'], r=8)", TypeError, "'r'; it is rank here"),
     ("lora_engine.merge(captioner)", AttributeError, "use captioner.model, which has it"),
     ("lora_engine.save_adapter(captioner, 'a')", AttributeError, "use captioner.model, which"),
