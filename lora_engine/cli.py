@@ -142,6 +142,10 @@ _COMPLAINTS = {
         r"\1 is \2; it must be a number",
     r"Error parsing (\S+): .*invalid literal for int\(\) with base 10: (.+)":
         r"\1 is \2; it must be a whole number",
+    r"Error parsing (\S+): Could not find valid parse for arguments: \[(.+?)\] .*\[INT .*":
+        r"\1 is \2; it must be whole numbers, separated by spaces, such as 4 8",
+    r"Error parsing (\S+): Could not find valid parse for arguments: \[(.+?)\] .*\[FLOAT .*":
+        r"\1 is \2; it must be numbers, separated by spaces, such as 1e-4 2e-4",
     r"invalid choice (.+) for argument '(.+)'\. Expected one of \((.+)\)\.":
         r"\2 is \1; it must be one of \3",
     r"Unrecognized options: (.+)": r"unrecognized arguments \1: values follow their flags",
@@ -151,11 +155,12 @@ _COMPLAINTS = {
 def _complaint(box: str) -> str:
     """tyro's error message in one line, without its frame, title and further sections."""
     sections = re.split("[─-]{4,}", re.sub("[│╭╮╰╯]", " ", box))  # on some terminals ASCII
-    text = " ".join(sections[1 if len(sections) > 1 else 0].split())
+    texts = [" ".join(section.split()) for section in sections[len(sections) > 1:]]
     for pattern, ours in _COMPLAINTS.items():
-        if re.fullmatch(pattern, text):
-            return re.sub(pattern, ours, text)
-    return text
+        for text in (texts[0], " ".join(texts)):
+            if re.fullmatch(pattern, text):
+                return re.sub(pattern, ours, text)
+    return texts[0]
 
 
 def _required(settings: type) -> list[str]:

@@ -14,6 +14,8 @@ from numbers import Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lora_engine.keywords import known_keywords
+
 NEWEST = "newest"  # what a bare --resume means
 
 LearningRateSchedule = Literal["linear", "cosine", "constant", "wsd"]
@@ -153,7 +155,8 @@ class TrainingConfig:
     """AdamW's decay of the mean of squared gradients."""
     lr_schedule: LearningRateSchedule = "linear"
     """Learning rate after the warm-up. linear, cosine: falls over all steps. constant: stays. wsd:
-    stays, and falls over the last steps (--decay_ratio); a run can be made longer later."""
+    stays, and falls over the last steps (--decay_ratio); a run can be made longer later, and must
+    not stop early (--patience None)."""
     warmup_steps: Annotated[int, Range(ge=0)] = 0
     """Optimizer steps over which the learning rate rises linearly to --lr."""
     warmup_ratio: Annotated[float | None, Range(ge=0, le=1)] = None
@@ -162,8 +165,8 @@ class TrainingConfig:
     """Share of the steps over which the learning rate falls with --lr_schedule wsd. Default: 0.2.
     """
     min_lr: Annotated[float, Range(ge=0)] = 0.0
-    """Learning rate at the end of the decay."""
-    ema_decay: Annotated[float | None, Range(ge=0, lt=1)] = None
+    """Learning rate that the decay falls towards."""
+    ema_decay: Annotated[float | None, Range(gt=0, lt=1)] = None
     """Also keep an exponential moving average of the adapter over steps with this decay, such as
     0.999. It is validated, too, and the best is saved in adapter_ema/. Default: no average."""
     max_grad_norm: Annotated[float, Range(ge=0)] = 1.0
@@ -221,7 +224,7 @@ class TrainingConfig:
     best_by: Literal["loss", "cider_d"] = "loss"
     """How to select the best adapter: lowest validation loss or highest CIDEr-D."""
     patience: Annotated[int | None, Range(ge=1)] = None
-    """Stop after this many validations in a row without a new best. Default: never."""
+    """Stop after this many validations in a row without a new best; None: never."""
     save_every: str = "10min"
     """Interval between checkpoints, in optimizer steps (500) or time (10min, 90s, 2h). Checkpoints
     are also written at each new best, at the end, and when the run is interrupted."""
@@ -275,6 +278,11 @@ class TrainingConfig:
         if self.decay_ratio is not None and self.lr_schedule != "wsd":
             raise ValueError(
                 f"--decay_ratio belongs to --lr_schedule wsd; {self.lr_schedule} does not use it"
+            )
+        if self.use_lorafa and self.loraplus_lr_ratio is not None:
+            raise ValueError(
+                "--loraplus_lr_ratio sets the rates of A and B apart; --use_lorafa trains B alone, "
+                "at --lr: give one of them"
             )
         if self.val_fraction is not None and self.val_size is not None:
             raise ValueError(
@@ -348,6 +356,10 @@ class TrainingConfig:
         return float("inf"), value * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
+# A keyword of another library gets a hint, as in `lora_engine.train`.
+TrainingConfig.__init__ = known_keywords()(TrainingConfig.__init__)  # type: ignore[method-assign]
+
+
 def unfit_setting(values: Mapping[str, Any]) -> str | None:
     """Describe the first JSON value whose type is not that of its setting; None if all fit."""
     hints = get_type_hints(TrainingConfig)
@@ -368,7 +380,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint in (int, float):
         is_number = isinstance(value, (int, hint)) and not isinstance(value, bool)
-        return is_number and abs(value) < 2**63
+        return is_number and (isinstance(value, float) or abs(value) < 2**63)
     return isinstance(value, hint)
 
 
@@ -421,7 +433,8 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
         name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)
     ]
     refused = [
-        f"--{name} {_shown(now[name])} (the run has {_shown(before.get(name))})"
+        f"--{name} {_shown(name, now[name])} (the run has "
+        f"{_shown(name, before.get(name))})"
         for name in differing
         if name not in _MAY_ROUND
         and not (name in _MAY_GROW and _grows(before.get(name), now[name]))
@@ -432,7 +445,10 @@ def changes_on_resume(before: Mapping[str, Any], config: TrainingConfig) -> list
             f"give the same, or start a new run from its adapter: another --output_path, "
             f"--init_adapter {config.output_path} and no --resume"
         )
-    return [f"--{name} {_shown(before.get(name))} -> {_shown(now[name])}" for name in differing]
+    return [
+        f"--{name} {_shown(name, before.get(name))} -> {_shown(name, now[name])}"
+        for name in differing
+    ]
 
 
 def _grows(before: int | None, now: int | None) -> bool:
@@ -440,7 +456,7 @@ def _grows(before: int | None, now: int | None) -> bool:
     return before is not None and (now is None or now > before)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return "none" if value is None else str(value)
+def _shown(name: str, value: Any) -> str:
+    if value in (None, "", []):
+        return "all" if name == "lora_layers" else "none"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

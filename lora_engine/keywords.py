@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from lora_engine.other_names import FLAGS, KEYWORDS, REASONS, ours_for, reason_for
+from lora_engine.terminal import wording
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,18 +25,21 @@ def known_keywords(
     """Decorate a function of the public API; its signature stays as it is.
 
     An unknown keyword raises a TypeError that names the one that does what another library's does,
-    or close matches. Errors of settings name the function's parameters, not the flags of a command:
-    `keywords` are the parameters whose flag has another name, by that name. `config` is the
-    dataclass that the parameter `config` takes; its fields are settings, too.
+    or close matches. Errors of settings, and what is logged to the console, name the function's
+    parameters, not the flags of a command: `keywords` are the parameters whose flag has another
+    name, by that name. A function that takes the fields of the dataclass `config` as `**settings`
+    has them as parameters, too.
     """
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters
         defaults: dict[str, Any] = {}
         if config is not None:
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        settings = {name: f"config.{name}" for name in defaults} | keywords
-        settings |= {name: name for name in parameters}
-        defaults |= {name: parameter.default for name, parameter in parameters.items()}
+        defaults |= {
+            name: parameter.default
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        }
+        settings = {name: name for name in defaults} | keywords
         switches = {name for name, default in defaults.items() if isinstance(default, bool)}
 
         def as_keyword(flag: re.Match) -> str:
@@ -52,11 +56,12 @@ def known_keywords(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:
-                if name not in parameters:
+                if settings.get(name) != name:
                     raise TypeError(
                         f"{function.__qualname__}() got an unexpected keyword argument {name!r}; "
-                        f"{translated(_advice_on(name, settings, config))}"
+                        f"{translated(_advice_on(name, settings))}"
                     )
+            before = wording.set(translated)
             try:
                 return function(*args, **kwargs)
             except BaseException as error:
@@ -64,13 +69,15 @@ def known_keywords(
                 if hasattr(error, "__notes__"):
                     error.__notes__ = list(map(translated, error.__notes__))
                 raise
+            finally:
+                wording.reset(before)
 
         return call
 
     return decorate
 
 
-def _advice_on(name: str, settings: Mapping[str, str], config: type | None) -> str:
+def _advice_on(name: str, settings: Mapping[str, str]) -> str:
     """What to give instead of a keyword; `settings` are Python's names for them."""
     flags = [f"--{setting}" for setting in settings]
     ours = name if name in settings else (
@@ -86,6 +93,4 @@ def _advice_on(name: str, settings: Mapping[str, str], config: type | None) -> s
     keyword = settings[setting]
     if value:
         keyword += f"={value if value.isdigit() else repr(value)}"
-    if config is not None and keyword.startswith("config."):
-        return f"it is config={config.__name__}(..., {keyword.removeprefix('config.')}=...) here"
     return f"it is {keyword} here"

@@ -37,7 +37,10 @@ FLAGS = {
     "--use_rslora": "rslora",
     "--use_dora": "dora",
     "--use_lorafa": "lora_fa lorafa freeze_a",
-    "--init_lora_weights": "init_weights lora_init init_lora pissa",
+    "--init_lora_weights": "init_weights lora_init init_lora",
+    "--init_lora_weights pissa": "pissa use_pissa",
+    "--init_lora_weights olora": "olora use_olora",
+    "--init_lora_weights eva": "eva use_eva eva_config",
     "--loraplus_lr_ratio": "lora_plus_lr_ratio loraplus lora_plus lr_ratio",
     "--init_adapter": "adapter adapter_name_or_path lora_weights peft_model checkpoint lora",
     "--adapter": "lora lora_path lora_weights peft_model peft_model_id adapter_path checkpoint "
@@ -47,7 +50,8 @@ FLAGS = {
     "--lr_schedule": "lr_scheduler_type lr_scheduler scheduler scheduler_type schedule "
                      "learning_rate_schedule lr_decay lr_decay_style",
     "--min_lr": "min_learning_rate lr_min eta_min lr_end end_lr final_lr",
-    "--decay_ratio": "lr_decay_ratio cooldown_ratio cooldown_fraction decay_fraction",
+    "--decay_ratio": "lr_decay_ratio cooldown_ratio cooldown_fraction decay_fraction "
+                     "num_decay_steps decay_steps lr_decay_steps",
     "--adam_beta1": "beta1 beta_1",
     "--adam_beta2": "beta2 beta_2",
     "--ema_decay": "ema use_ema model_ema model_ema_decay",
@@ -94,6 +98,8 @@ REASONS = {
     "every run trains and validates": "do_train do_eval do_predict evaluate predict_with_generate",
     "every run trains LoRA; the encoder is frozen": "use_peft use_lora peft lora_enable "
         "freeze_encoder freeze_vision_model freeze_vision peft_type",
+    "each setting of LoRA is given by itself, such as --lora_rank and --use_dora": "peft_config "
+        "lora_config",
     "all bias, embedding and norm weights stay frozen": "bias lora_bias modules_to_save",
     "adapter/ is always that of the best validation (--best_by)": "load_best_model_at_end "
         "save_best_only save_only_model save_safetensors",

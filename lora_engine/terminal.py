@@ -7,8 +7,9 @@ as the file that they come from. Files that are written keep all of it.
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TextIO
 
 MAX_LINE = 4_000
@@ -18,6 +19,9 @@ MAX_TEXT = 100_000
 _CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 _IN_A_VALUE = re.compile(_CONTROL)
 _IN_A_MESSAGE = re.compile(rf"(?![\n\t]){_CONTROL}")
+
+# How a message is worded: a function of the public API names its keywords in place of flags.
+wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
 
 
 def printable(text: str) -> str:
@@ -39,7 +43,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        text = printable(record.getMessage())
+        text = printable(wording.get()(record.getMessage()))
         self.write(
             f"warning: {text}" if is_warning else text, sys.stderr if is_warning else sys.stdout
         )

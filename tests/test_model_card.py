@@ -259,6 +259,11 @@ def test_data_settings_and_fingerprints_are_those_of_the_run(finished):
     assert expected.items() <= cells.items()
 
 
+def test_a_rank_that_saving_has_doubled_is_explained(changed):
+    card = changed(config={"init_lora_weights": "olora"})
+    assert "| rank | 8 (saved as plain LoRA of twice the trained rank) |" in card
+
+
 def test_every_score_is_there_before_training_and_at_the_adapters_step(changed):
     def validation(step, **scores):
         return {"event": "validation", "step": step, "epoch": step / 5, **scores}

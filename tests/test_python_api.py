@@ -306,7 +306,9 @@ def test_public_names_are_listed_and_their_signatures_are_explicit():
     functions = [getattr(lora_engine, name) for name in lora_engine.__all__[1:]]
     for function in [*functions, lora_engine.ImageCaptioner.caption]:
         kinds = {p.kind for p in inspect.signature(function).parameters.values()}
-        assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+        assert inspect.Parameter.VAR_POSITIONAL not in kinds
+        # The settings of `train` are the fields of TrainingConfig.
+        assert (inspect.Parameter.VAR_KEYWORD in kinds) == (function is lora_engine.train)
 
 
 # --- training -------------------------------------------------------------------------------
@@ -411,6 +413,19 @@ def test_a_config_alone_trains_as_the_recipes_do(blip_folder, data, tmp_path):
 def test_the_defaults_are_those_of_the_recipe_for_fine_tuning():
     assert python_run.FINE_TUNING == finetune.SETTINGS
     assert str(finetune.SETTINGS.lr).replace("0.0002", "2e-4") in lora_engine.train.__doc__
+
+
+def test_every_setting_is_a_keyword_on_top_of_those_of_the_recipe(monkeypatch):
+    monkeypatch.setattr(python_run.loop, "train", lambda config, **_: config)
+    run = lora_engine.train(
+        data="train.json", use_dora=True, rank_pattern={"attention": np.int64(16)},
+        alpha_pattern="attention=64", lora_layers=range(2), warmup_ratio=0.1, patience=None,
+    )
+    assert run.config == dataclasses.replace(
+        finetune.SETTINGS, train_data_path=("train.json",), use_dora=True,
+        rank_pattern=("attention=16",), alpha_pattern=("attention=64",), lora_layers=(0, 1),
+        warmup_ratio=0.1, warmup_steps=0, patience=None,
+    )
 
 
 @pytest.mark.parametrize("wrong, words", [

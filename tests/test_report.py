@@ -259,6 +259,7 @@ def test_a_run_writes_its_report_at_each_validation(blip_folder, tmp_path, monke
         assert f"Running, step {step} of 5." in page.text and reloads(page) == ["10"]
     page = Page(tmp_path / "run" / "report.html")
     assert "Finished after 5 steps." in page.text and not reloads(page)
+    assert "Default of TrainingConfig, if different" in page.text
     assert len(encoded) == len(set(encoded)) == 2
     assert sum(tag == "img" for tag, _ in page.elements) == 2  # though they have no files
 

@@ -82,9 +82,11 @@ def test_without_splits_images_are_held_out(folder):
 def test_few_validation_images_are_a_warning(folder, caplog, monkeypatch, num_images, is_warning):
     monkeypatch.setattr(run_data, "FEW_IMAGES", 20)
     write_pictures(folder, num_images=num_images, name="val.json")
-    images_of(
-        folder, train_data_path=str(folder / "train.json"), val_data_path=str(folder / "val.json")
+    config = TrainingConfig(
+        model="m", train_data_path=str(folder / "train.json"),
+        val_data_path=str(folder / "val.json"),
     )
+    run_data.warn_of_few_images(run_data.read_rows(config).val, config)
     warning = (
         "only 19 validation images: their loss and scores say little (--val_size)"
     )
@@ -93,7 +95,10 @@ def test_few_validation_images_are_a_warning(folder, caplog, monkeypatch, num_im
 
 def test_one_validation_image_cannot_select_an_adapter_by_cider_d(folder, caplog, monkeypatch):
     monkeypatch.setattr(run_data, "FEW_IMAGES", 20)
-    images_of(folder, train_data_path=str(folder / "train.json"), best_by="cider_d")
+    config = TrainingConfig(
+        model="m", train_data_path=str(folder / "train.json"), best_by="cider_d"
+    )
+    run_data.warn_of_few_images(run_data.read_rows(config).val, config)
     few, useless = caplog.messages
     assert few.startswith("only 1 validation image: ")
     assert "CIDEr-D is 0 by definition for one image" in useless

@@ -1,6 +1,7 @@
 """Command lines that users of other tools type: each works, or says in one line what to type."""
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -73,6 +74,20 @@ TYPED = [
     ("train --lr abc", "--lr is 'abc'; it must be a number; see "),
     ("train --lr 1e-4x", "-m lora_engine train --help"),
     ("train --max_steps all", "--max_steps is 'all'; it must be a whole number; see"),
+    ("train --lora_layers x", "--lora_layers is 'x'; it must be whole numbers, separated"),
+    ("train --lora_layers 1-2", "it must be whole numbers, separated by spaces, such as 4 8"),
+    ("tune --ranks 2.5", "--ranks is '2.5'; it must be whole numbers"),
+    ("tune --lrs x", "--lrs is 'x'; it must be numbers, separated by spaces, such as 1e-4 2e-4"),
+    ("tune --minutes -1", "--minutes is -1.0; it must be above 0"),
+    ("train --use_pissa", "it is --init_lora_weights pissa here"),
+    ("train --use_eva", "it is --init_lora_weights eva here"),
+    ("train --num_decay_steps 5", "it is --decay_ratio here"),
+    ("train --peft_config c.json", "is given by itself, such as --lora_rank and --use_dora"),
+    ("train --train_data_path t.json --ema_decay 0", "--ema_decay is 0.0; it must be above 0 and"),
+    (
+        "train --train_data_path t.json --use_lorafa --loraplus_lr_ratio 8",
+        "--use_lorafa trains B alone, at --lr: give one of them",
+    ),
     ("train --precision fp8", "--precision is 'fp8'; it must be one of 'auto', 'fp32', 'bf16', "),
     ("train --lr --epochs 3", "--lr needs a value"),
     ("train --lr 1e-4 --lr=1e-5", "--lr is given twice; give it once"),
@@ -262,6 +277,15 @@ def test_a_resumed_run_with_another_rate_is_pointed_to_a_new_run_from_its_adapte
     words = "another --lr 0.001 .* another --output_path, --init_adapter runs/a and no --resume"
     with pytest.raises(ValueError, match=words):
         changes_on_resume(before.as_dict(), dataclasses.replace(before, lr=1e-3))
+
+
+def test_settings_without_a_value_are_named_on_resume():
+    before = TrainingConfig(model="m", output_path="runs/a")
+    with pytest.raises(ValueError, match=r"another --lora_layers 1 \(the run has all\), --prompt"):
+        changes_on_resume(
+            json.loads(json.dumps(before.as_dict())),
+            dataclasses.replace(before, lora_layers=(1,), prompt="a"),
+        )
 
 
 def test_a_caption_that_cannot_be_written_names_image_and_folder(

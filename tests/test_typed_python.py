@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import logging
 import re
 import traceback
 from itertools import islice
@@ -16,6 +17,7 @@ from lora_engine import other_names
 from lora_engine.demo import captioner_folder
 from lora_engine.demo.scenes import draw, plain_caption, scenes
 from lora_engine.keywords import known_keywords
+from lora_engine.terminal import ConsoleHandler, logging_to
 
 CROSS, STARS = "a large pink cross at the top right on black", "two yellow stars in a row on grey"
 
@@ -58,6 +60,8 @@ ANSWERED = [
     ("captioner.set_adapter('run')", AttributeError, "use captioner.load_adapter(folder)"),
     ("captioner.unload()", AttributeError, "use captioner.unload_adapter()"),
     ("captioner.load_adapter('no_such')", ValueError, "no adapter at no_such: expected a run fol"),
+    ("captioner.load_adapter(None)", ValueError, "the adapter is of the type NoneType; expected a"),
+    ("captioner.load_adapter(folder)", ValueError, "not an adapter; give it with `load_captioner`"),
     ("captioner.save_pretrained('a')", AttributeError, "save_adapter(captioner.model, folder)"),
     ("captioner.print_trainable_parameters()", AttributeError, "use print(lora_engine.inject("),
     ("captioner.state_dict()", AttributeError, "use captioner.model, which has it"),
@@ -108,6 +112,7 @@ ANSWERED = [
     ),
     ("lora_engine.inject(model, ['up_proj'])", ValueError, "the group feed_forward (dense)"),
     ("lora_engine.inject(captioner, ['query'])", AttributeError, "use captioner.model, which"),
+    ("lora_engine.inject(model, 'all-linear')", ValueError, "give all groups; groups: atten"),
     ("lora_engine.inject(model, ['query'], r=8)", TypeError, "'r'; it is rank here"),
     ("lora_engine.merge(captioner)", AttributeError, "use captioner.model, which has it"),
     ("lora_engine.save_adapter(captioner, 'a')", AttributeError, "use captioner.model, which"),
@@ -126,9 +131,17 @@ ANSWERED = [
     ("lora_engine.train(data=rows, bf16=True)", TypeError, "it is precision='bf16' here"),
     (
         "lora_engine.train(data=rows, gradient_accumulation_steps=2)", TypeError,
-        "it is config=TrainingConfig(..., grad_accum_steps=...) here",
+        "it is grad_accum_steps here",
     ),
-    ("lora_engine.train(data=rows, use_dora=True)", TypeError, "Config(..., use_dora=...) he"),
+    ("lora_engine.train(data=rows, layers_to_transform=[0])", TypeError, "it is lora_layers here"),
+    ("lora_engine.train(data=rows, train_data_path='t.json')", TypeError, "it is data here"),
+    ("lora_engine.train(data=rows, peft_config=None)", TypeError, "such as `lora_rank` and"),
+    ("lora_engine.train(data=rows, pissa=True)", TypeError, "init_lora_weights='pissa' here"),
+    ("lora_engine.train(data=rows, rank_pattern=['attention'])", ValueError, "`rank_pattern` is"),
+    ("lora_engine.train(data=rows, patience='3')", ValueError, "patience is '3', expected int"),
+    ("lora_engine.train(data=rows, adam_beta1=np.nan)", ValueError, "`adam_beta1` is nan; it must"),
+    ("lora_engine.train(data=rows, ema_decay=0)", ValueError, "`ema_decay` is 0; it must be above"),
+    ("lora_engine.TrainingConfig(learning_rate=1e-4)", TypeError, "'learning_rate'; it is lr here"),
     ("lora_engine.train(data=rows, lora_rnk=8)", TypeError, "did you mean lora_rank?"),
     ("lora_engine.train(data=rows, lr_scheduler_type='cosine')", TypeError, "it is lr_schedule he"),
     ("lora_engine.train(data=rows, sharpness=1)", TypeError, "docstring describes all of them"),
@@ -206,6 +219,7 @@ def test_keywords_of_other_libraries_are_never_ours_and_name_one_that_exists():
         lora_engine.ImageCaptioner.caption,
     ]
     ours = {name for function in functions for name in inspect.signature(function).parameters}
+    ours.remove("settings")  # of `train`: the fields of TrainingConfig
     assert {line.split()[0] for line in other_names.KEYWORDS} <= ours
     assert not ours & set(" ".join(other_names.KEYWORDS.values()).split())
 
@@ -258,12 +272,24 @@ def test_errors_name_keywords_in_place_of_every_flag():
         "(--resume)": "(`resume=True`)",
         "--resume=a/b, or": "`resume=a/b`, or",
         "pass --val_data_path": "pass `validation`",
-        "--max_bad_share 0.1;": "`config.max_bad_share` 0.1;",
-        "rerun with --no_cuda_graphs": "rerun with `config.cuda_graphs=False`",
+        "--max_bad_share 0.1;": "`max_bad_share` 0.1;",
+        "rerun with --no_cuda_graphs": "rerun with `cuda_graphs=False`",
         "run `doctor --device cuda`": "run `doctor --device cuda`",
         "--shm-size, ----lr, a--lr": "--shm-size, ----lr, a--lr",
     }
     assert {message: told(message) for message in shown} == shown
+
+
+def test_warnings_name_keywords_in_place_of_flags(capsys):
+    @known_keywords()
+    def warn(lr: float) -> None:
+        with logging_to(ConsoleHandler()):
+            logging.getLogger("lora_engine").warning("lower --lr")
+
+    warn(1.0)
+    with logging_to(ConsoleHandler()):
+        logging.getLogger("lora_engine").warning("lower --lr")
+    assert capsys.readouterr().err == "warning: lower `lr`\nwarning: lower --lr\n"
 
 
 def test_decorated_functions_keep_their_signature():

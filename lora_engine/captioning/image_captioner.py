@@ -205,6 +205,7 @@ class ImageCaptioner:
         """The captioner without adapters, with the same prompt; it shares all other weights."""
         return ImageCaptioner(self._base, self._base, **self._settings)
 
+    @known_keywords(model="load_captioner")
     def load_adapter(
         self, adapter: str | Path, *, prompt: str | None = None, force: bool = False
     ) -> None:

@@ -1,6 +1,7 @@
 """python -m lora_engine tune: choose learning rate, rank and variant by successive halving."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     target = rest
     for arg in args:
-        if arg.startswith("-"):
+        if re.match(r"-(?!\.?\d)", arg):  # no negative number
             name = arg.partition("=")[0].lstrip("-").replace("-", "_")
             target = own if name in names or arg == "-h" else rest
         target.append(arg)

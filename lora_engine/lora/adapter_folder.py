@@ -1,6 +1,7 @@
 """Where an adapter is: its folder, the folder of a run, or a repository on the Hub."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def find_adapter(name: str | Path) -> Path:
     What exists here comes first. An owner is not asked for on the Hub if it is a folder here, as in
     a mistyped runs/mine. Raises AdapterError if there is no adapter.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise AdapterError(
+            f"the adapter is of the type {type(name).__name__}; expected a folder or a Hub name"
+        )
     folder = Path(name)
     try:
         exists, is_below = folder.exists(), folder.parent != Path(".") and folder.parent.exists()

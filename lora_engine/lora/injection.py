@@ -355,6 +355,8 @@ def _nothing_matched(
     advice = f"close matches: {', '.join(near)}" if near else f"linear layers: {known}"
     if group:
         advice = f"here use the group {group} ({known})"
+    if wanted == "all-linear" and groups:
+        advice = "to adapt all linear layers, give all groups"
     group_names = f"; groups: {', '.join(groups)}" if groups else ""
     return f"LoRA target {target!r} matches no linear layer; {advice}{group_names}"
 

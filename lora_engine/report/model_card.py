@@ -12,6 +12,7 @@ from typing import Any
 from lora_engine.captioning.metrics import SCORE_NAMES
 from lora_engine.files import replaced_file
 from lora_engine.lora.adapter import Adapter, read_adapter
+from lora_engine.lora.initialization import CHANGES_WEIGHT
 from lora_engine.models.families import family_of_class
 from lora_engine.report.markdown import escape_markdown, table
 from lora_engine.report.run_facts import variants
@@ -221,11 +222,13 @@ def _settings(adapter: Adapter, config: dict[str, Any], environment: dict[str, A
     targets, modules = " ".join(config["lora_targets"]), len(lora["target_modules"])
     if config["init_adapter"] is not None:
         targets = "those of the initial adapter"
+    is_converted = config.get("init_lora_weights") in CHANGES_WEIGHT
+    twice = " (saved as plain LoRA of twice the trained rank)" if is_converted else ""
     batch = counted(config["batch_size"], "caption")
     if config["grad_accum_steps"] > 1:
         batch += f", {config['grad_accum_steps']} gradient accumulation steps"
     return table(["", ""], [
-        ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}"],
+        ["rank", f"{lora['r']}{_others(lora['rank_pattern'])}{twice}"],
         ["alpha", f"{lora['lora_alpha']:g}{_others(lora['alpha_pattern'])}"],
         ["dropout", f"{lora['lora_dropout']:g}"],
         *([["variant", escape_markdown(", ".join(kinds))]] if (kinds := variants(config)) else []),

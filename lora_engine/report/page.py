@@ -216,7 +216,7 @@ def _settings(run: RunRecord) -> list[Markup]:
         (key, [value, "" if defaults.get(key, value) == value else defaults[key]])
         for key, value in run_facts.settings(run).items()
     ]
-    everything = _table(["This run", "Default, if different"], rows)
+    everything = _table(["This run", "Default of TrainingConfig, if different"], rows)
     return [
         *_pairs(run_facts.main_settings(run)),
         *([tag("details", tag("summary", "All settings"), everything)] if rows else []),

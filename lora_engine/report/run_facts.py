@@ -273,7 +273,7 @@ def settings(run: RunRecord) -> dict[str, str]:
 
 
 def default_settings() -> dict[str, str]:
-    """The defaults of TrainingConfig, which recipes and flags change."""
+    """The defaults of TrainingConfig; a run does not record those of its recipe."""
     fields = [
         field for field in dataclasses.fields(TrainingConfig)
         if field.default is not dataclasses.MISSING
@@ -339,7 +339,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
         *(name for key, name in names.items() if config.get(key)),
         *([f"initialization {how}"] if how != "default" else []),
         *(
-            f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            f"{key} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
             for key, value in given.items() if value
         ),
     ]

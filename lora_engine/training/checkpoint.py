@@ -246,8 +246,9 @@ def checkpoint_to_resume(config: TrainingConfig) -> Checkpoint | None:
         return None
     folder = Path(config.output_path, CHECKPOINTS_FOLDER)
     named = None if config.resume == NEWEST else Path(config.resume)
-    if named is not None and named.resolve().parent != folder.resolve():
-        paths = ", ".join(map(str, checkpoint_paths(folder))) or "none: there are no checkpoints"
+    known = checkpoint_paths(folder)
+    if named is not None and named.resolve() not in [path.resolve() for path in known]:
+        paths = ", ".join(map(str, known)) or "none: there are no checkpoints"
         raise CheckpointError(
             f"--resume={named} is not a checkpoint of the run in {config.output_path}; expected "
             f"one of {paths}"

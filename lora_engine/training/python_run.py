@@ -70,6 +70,7 @@ def train(
     family: str | None = None,
     val_data: Any = None,
     ranks: Ranks | None = None,
+    **settings: Any,
 ) -> "TrainedRun":
     """Train an adapter and save it in a run folder, a new one in runs/ unless `output_path` names
     one -> the finished run.
@@ -79,10 +80,13 @@ def train(
     of any source (docs/data.md). Without `validation`, the data's own validation split is used, or
     a part of its images.
 
-    What is not given is as in `config`, which has every setting of a recipe; without it, as in
-    recipes/finetune.py: BLIP base, 5 epochs, a learning rate of 2e-4 that rises over 20 steps and
-    then falls linearly, batches of 32, LoRA of rank 8 and alpha 32 with dropout 0.1 on attention
-    and feed-forward layers, initialized by EVA, seed 42, and the adapter with the best CIDEr-D.
+    Every other field of `TrainingConfig` is a keyword, too, such as use_dora=True,
+    rank_pattern={"attention": 16}, ema_decay=0.99 or eval_every=50; patience=None switches early
+    stopping off. What is not given is as in recipes/finetune.py: BLIP base, 5 epochs, a learning
+    rate of 2e-4 that rises over 20 steps and then falls linearly, batches of 32, LoRA of rank 8 and
+    alpha 32 with dropout 0.1 on attention and feed-forward layers, initialized by EVA, seed 42, the
+    adapter with the best CIDEr-D, and an end after three validations without a better one. With a
+    `config`, what is not given is as there, and its defaults are those of the published runs.
     `resume=True` continues the run in `output_path`, with the same arguments as before; a path
     continues from that checkpoint.
 
@@ -115,6 +119,7 @@ def train(
         "resume": NEWEST if resume is True else resume or None, "seed": seed, "device": device,
         "precision": precision,
     }
+    given = {name: value for name, value in given.items() if value is not None} | settings
     config = _with_settings(config or FINE_TUNING, given)
     if data is not None and config.train_data_path is not None:
         raise ValueError("train() got data and a train_data_path in its settings: give one of them")
@@ -135,17 +140,21 @@ def train(
 
 
 def _with_settings(config: TrainingConfig, given: Mapping[str, Any]) -> TrainingConfig:
-    """The settings with those that are not None replaced, and paths as text.
+    """The settings with those that are given replaced, and paths as text.
 
     Raises ValueError for a value of the wrong type.
     """
-    settings = vars(config) | one_warmup(
-        {name: value for name, value in given.items() if value is not None}
-    )
-    if isinstance(settings["lora_targets"], str):
-        settings["lora_targets"] = [settings["lora_targets"]]
+    settings = vars(config) | one_warmup(given)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(settings[name], Mapping):
+            settings[name] = [f"{key}={_plain(value)}" for key, value in settings[name].items()]
+    for name in ("lora_targets", "rank_pattern", "alpha_pattern"):
+        if isinstance(settings[name], str):
+            settings[name] = [settings[name]]
     for name, value in settings.items():
-        plain = list(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)
+        plain = _plain(value)
+        if isinstance(value, (list, tuple, range)):
+            plain = list(map(_plain, value))
         if not isinstance(plain, (str, int, float, list, NoneType)):
             raise ValueError(f"train(): {name} is {shown_type(value)}, which is no setting")
         settings[name] = plain

@@ -117,6 +117,14 @@ def read_rows(
     else:
         train, val = _divide(pairs, train, config)
     _check_images_exist(name_of(val_data or data), val, config.max_bad_share)
+    _warn_of_overlap(train, val)
+    if config.eval_captions:
+        _warn_of_captions_without_words(config, val, name_of(val_data or data))
+    return Rows(train, val, bad)
+
+
+def warn_of_few_images(val: Pairs, config: TrainingConfig) -> None:
+    """Warn if there are too few validation images to choose an adapter by."""
     if len(val.images) < FEW_IMAGES:
         logger.warning(
             f"only {counted(len(val.images), 'validation image')}: their loss and scores say "
@@ -127,10 +135,6 @@ def read_rows(
             "CIDEr-D is 0 by definition for one image, so the adapter with the lowest validation "
             "loss counts as the best; give more validation images"
         )
-    _warn_of_overlap(train, val)
-    if config.eval_captions:
-        _warn_of_captions_without_words(config, val, name_of(val_data or data))
-    return Rows(train, val, bad)
 
 
 def _training_split(pairs: Pairs, asked: str | None) -> Pairs:

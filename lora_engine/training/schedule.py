@@ -73,19 +73,19 @@ class Schedule:
         return [flag for flag, limit in steps.items() if limit == self.total_steps]
 
     def check(self) -> None:
-        """Warn of a warm-up that is longer than the run, as in a first trial with --max_steps, and
-        log where the decay of wsd begins.
+        """Log where the decay of wsd begins; for other schedules, warn of a warm-up that is longer
+        than the run, as in a first trial with --max_steps.
 
-        Raises ValueError if there are too few steps for that.
+        Raises ValueError if there are too few steps for the decay of wsd.
         """
         total, warmup = self.total_steps, self.warmup_steps
-        if warmup > total:
-            logger.warning(
-                f"the warm-up of {warmup} steps is longer than the run of {total}: the learning "
-                f"rate only rises, to {self.learning_rate(total):.3g}; lower --warmup_steps, or "
-                f"give --warmup_ratio instead"
-            )
         if self.config.lr_schedule != "wsd":
+            if warmup > total:
+                logger.warning(
+                    f"the warm-up of {warmup} steps is longer than the run of {total}: the "
+                    f"learning rate only rises, to {self.learning_rate(total):.3g}; lower "
+                    f"--warmup_steps, or give --warmup_ratio instead"
+                )
             return
         decay, rounding = self._wanted_decay_steps, self.config.warmup_ratio is not None
         if warmup + decay > total + rounding:

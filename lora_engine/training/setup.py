@@ -49,6 +49,7 @@ from lora_engine.models.pretrained import Captioner, load_captioner
 from lora_engine.ranks import OneProcess, Ranks
 from lora_engine.report.hub import check_repository
 from lora_engine.report.metrics_log import event_line
+from lora_engine.report.run_facts import variants
 from lora_engine.report.run_folder import RunFolder
 from lora_engine.report.trackers import check_tracker
 from lora_engine.stopping import StopSignal
@@ -64,7 +65,13 @@ from lora_engine.training.checkpoint import (
     checkpoint_to_resume,
 )
 from lora_engine.training.moving_average import MovingAverage
-from lora_engine.training.run_data import Rows, RunData, build_data, read_rows
+from lora_engine.training.run_data import (
+    Rows,
+    RunData,
+    build_data,
+    read_rows,
+    warn_of_few_images,
+)
 from lora_engine.training.schedule import Schedule
 from lora_engine.training.shares import (
     check_same_settings,
@@ -188,6 +195,7 @@ def prepare(
     )
     setup = RunSetup(config, checkpoint, captioner, plan, run_data, trainer, ranks, begin_s)
     check_same_start(ranks, trainer, setup.fingerprints)
+    warn_of_few_images(rows.val, config)  # after all errors
     return setup
 
 
@@ -423,6 +431,8 @@ def log_opening(setup: RunSetup, folder: RunFolder, features: FeatureSource) -> 
         f"{found['num_val_images']:,}{truncated}"
     )
     logger.info(setup.plan.grouped())
+    if kinds := variants(config.as_dict()):
+        logger.info(f"variant {', '.join(kinds)}")
     logger.info(f"run folder {folder.path}")
     train_set = setup.data.train_set
     local_size = setup.ranks.local_size
