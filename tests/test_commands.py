@@ -232,7 +232,7 @@ def test_an_adapter_on_another_base_model_is_refused_and_can_be_forced(
         refused(verbs.run_verb, *verb, *given, words=["in its weights", "--force"])
     refused(
         blip_cc3m.main, "--train_data_path", data / "train.json", "--init_adapter", blip_adapter,
-        "--model", tmp_path / "other", words=["--init_adapter", "other weights", "its own base"],
+        "--model", tmp_path / "other", words=["--init_adapter", "in its weights", "its own base"],
     )
     status, out, err = command(verbs.run_verb, "caption", image, *given, "--force")
     assert status == 0 and out.count("\n") == 1

@@ -380,7 +380,7 @@ def test_an_interrupted_export_leaves_nothing(base, adapter, tmp_path, monkeypat
     }[where]
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(type(error), match="disk full"):
-        export_merged(captioner, tmp_path / "merged", pixels=pixels(captioner))
+        export_merged(captioner, tmp_path / "new/parents/merged", pixels=pixels(captioner))
     assert_nothing_written(tmp_path, kept={"base"})
 
 
