@@ -279,7 +279,7 @@ def test_a_run_does_not_go_on_with_another_base_of_the_same_weights(
     blip_folder, pictures, stopped, tmp_path, what
 ):
     other = changed_copy(blip_folder, tmp_path / "other", *OTHER_BASES[what])
-    with pytest.raises(CheckpointError, match=f"began with another {what} than --model {other} and"):
+    with pytest.raises(CheckpointError, match=f"began with another {what} than --model {other} a"):
         resume(stopped, tmp_path, other, pictures)
 
 
