@@ -70,7 +70,8 @@ def reported_errors() -> Iterator[ExitStatus]:
         _print_error("stopped by", error)
         status.code = error.status
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is slow to import
+        is_short = type(error).__name__ == "OutOfMemoryError"  # torch's, which is slow to import
+        if not is_short and "can't allocate memory" not in str(error):  # on a CPU
             raise
         error.args = (
             f"{one_line(error)}\nTry a smaller --batch_size (with more --grad_accum_steps to keep "

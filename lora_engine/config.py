@@ -299,6 +299,10 @@ class TrainingConfig:
                 raise ValueError(
                     f"--{name} is for new adapters, --init_adapter continues one: give one of them"
                 )
+        for name in ("lora_targets", "lora_layers"):
+            values = getattr(self, name)
+            if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise ValueError(f"--{name} has {repeated[0]} twice; give it once")
         self.patterns("rank_pattern")
         self.patterns("alpha_pattern")
         self.save_interval()
@@ -313,6 +317,8 @@ class TrainingConfig:
                 raise ValueError(
                     f"--{name} is {item!r}; expected NAME=NUMBER, such as attention=16"
                 )
+            if pattern in found:
+                raise ValueError(f"--{name} has {pattern} twice; give it once")
             try:
                 found[pattern] = kind(number)
             except ValueError:

@@ -5,8 +5,9 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -37,14 +38,16 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     Files in `path` whose names the new folder does not have are kept. On an error the new folder is
     removed and `path` is unchanged. A reader never sees new and old files together; between two
     renames it may see no folder. Everything is synced to the disk before it is renamed, in case of
-    a power failure; `clear_leftovers` repairs what a killed process leaves behind.
+    a power failure; `clear_leftovers` repairs what a killed process leaves behind. Missing parents
+    are created, and on an error removed again.
     """
     path = Path(os.path.realpath(path))  # replace the target of a link, not the link
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    parent = existing_parent(path.parent)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         yield new
         for file in new.iterdir():
             sync(file)
@@ -60,6 +63,9 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
             else:
                 old.rename(path)
         shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            for created in takewhile(parent.__ne__, path.parents):
+                created.rmdir()
 
 
 def _retire(old: Path, path: Path) -> None:

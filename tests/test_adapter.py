@@ -386,8 +386,8 @@ def test_a_pissa_adapter_made_by_peft_is_refused(blip_folder, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"peft_type": "LOHA"}, 'peft_type "LORA"'),
-    ({"peft_type": "absent"}, 'peft_type "LORA"'),
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected \"LORA\". Train with LoRA"),
+    ({"peft_type": "absent"}, 'has no "peft_type"; expected an adapter that PEFT or this engine'),
     ({"r": "absent"}, "r is None; expected a whole number from 1"),
     ({"r": 0}, "r is 0; expected a whole number from 1"),
     ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a finite number above 0"),

@@ -135,7 +135,7 @@ def _changed(adapter, provenance=None, **config):
     ({"bias": "all"}, "replaces tensors of the base"),
     ({"modules_to_save": ["cls"]}, "replaces tensors of the base"),
     ({"base_model_name_or_path": "owner/other"}, "was trained on owner/other, and"),
-    ({"provenance": {"base_fingerprint": "1"}}, "with other weights than that of"),
+    ({"provenance": {"base_fingerprint": "1"}}, r"differs from that of .* in its weights \("),
     ({"provenance": {"base_fingerprint": "0", "prompt": "a dog"}}, "different prompts: '' .*'a do"),
     ({"fan_in_fan_out": "yes"}, "fan_in_fan_out differs"),
     ({"target_modules": ["value"]}, "target_modules does not cover it"),
@@ -181,6 +181,11 @@ def test_the_command(command, blip_adapter):
     assert status == cli.USAGE_ERROR and "--out c already holds files" in err
     status, _, err = command(verbs.run_verb, "blend", *names, "--out", "d", "--rank", 0)
     assert status == cli.USAGE_ERROR and "the rank is 0; it must be 1 or more" in err
+    status, out, _ = command(verbs.run_verb, "blend", *names, "--out", "a/b/c", "--rank", 500)
+    assert status == 0 and "nothing to cut: the exact blend has rank 2, within 500" in out
+    status, _, err = command(verbs.run_verb, "blend", names[0] + "e39", "--out", "x/y")
+    assert status == cli.USAGE_ERROR and not (command.work / "x").exists()
+    assert f"the weight 5e+38 of {blip_adapter.folder} is too large: the update of " in err
 
 
 def test_names_may_contain_colons(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from command_lines import plain
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pictures import json_lines, read_annotations, write_pictures
@@ -577,6 +578,13 @@ def test_an_interruption_prints_no_traceback(command, data, blip_folder, monkeyp
     status, _, err = command(blip_cc3m.main, *flags(blip_folder, data))
     assert status == 130 and err == "interrupted\nthe results of the run so far are in run\n"
     assert (Path("run") / "adapter").is_dir() and (Path("run") / "adapter_last").is_dir()
+
+
+def test_memory_that_runs_out_on_a_cpu_prints_no_traceback(capsys):
+    with cli.reported_errors() as status:
+        torch.empty(2**50)
+    err = capsys.readouterr().err
+    assert status.code == cli.STOPPED and err.startswith("stopped: ") and "--batch_size" in err
 
 
 def test_a_closed_output_is_no_error():

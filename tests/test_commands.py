@@ -229,14 +229,14 @@ def test_an_adapter_on_another_base_model_is_refused_and_can_be_forced(
     given = ["--adapter", blip_adapter, "--model", tmp_path / "other"]
     image = read_annotations(data / "train.json")[0].image
     for verb in (["caption", image], ["evaluate", "--data", data / "val.json"]):
-        refused(verbs.run_verb, *verb, *given, words=["other weights", "--force"])
+        refused(verbs.run_verb, *verb, *given, words=["in its weights", "--force"])
     refused(
         blip_cc3m.main, "--train_data_path", data / "train.json", "--init_adapter", blip_adapter,
-        "--model", tmp_path / "other", words=["--init_adapter", "other weights", "its own base"],
+        "--model", tmp_path / "other", words=["--init_adapter", "in its weights", "its own base"],
     )
     status, out, err = command(verbs.run_verb, "caption", image, *given, "--force")
     assert status == 0 and out.count("\n") == 1
-    assert len(warnings) == 1 and "other weights" in warnings[0]
+    assert len(warnings) == 1 and "in its weights" in warnings[0]
 
 
 def test_an_adapters_own_revision_is_loaded(command, data, blip_folder, tmp_path, monkeypatch):
@@ -796,12 +796,12 @@ def test_another_base_is_refused_and_can_be_forced(
     checkpoints.write_blip(tmp_path / "other", seed=5)
     given = ["merge", "--adapter", blip_adapter, "--model", tmp_path / "other", "--out", "merged"]
     refused(verbs.run_verb, *given, words=[
-        f"error: {blip_adapter} was trained on a base model ({blip_folder}) with other weights "
-        f"than {tmp_path / 'other'} has", "--force",
+        f"error: {blip_adapter} was trained on a base model ({blip_folder}) that differs from "
+        f"{tmp_path / 'other'} in its weights", "--force",
     ])
     status, out, err = command(verbs.run_verb, *given, "--force")
     assert status == 0 and "4 of 4 images" in out
-    assert len(warnings) == 1 and "other weights" in warnings[0]
+    assert len(warnings) == 1 and "in its weights" in warnings[0]
     assert (command.work / "merged" / "model.safetensors").is_file()
 
 
@@ -809,7 +809,8 @@ def test_another_base_is_refused_and_can_be_forced(
     ([], ["--adapter", "--out"]),
     (["--adapter", "ADAPTER"], ["--out"]),
     (["--adapter", "absent", "--out", "merged"], ["no adapter at absent"]),
-    (["--adapter", "ADAPTER", "--out", "no/such"], ["--out no/such", "create it first"]),
+    (["--adapter", "ADAPTER", "--out", "ADAPTER/adapter_config.json/x/y"],
+     ["--out", "adapter_config.json is a file; name a new folder elsewhere"]),
     (["--adapter", "ADAPTER", "--out", "ADAPTER", "--model", "./absent"],
      ["already holds files"]),  # told before anything is loaded
     (["--adapter", "ADAPTER", "--out", "BLIP/merged"], ["is in the base model's folder"]),

@@ -159,9 +159,9 @@ def test_what_a_tokenizer_did_before_changes_nothing(captioner, captioner_folder
 # --- adapters -------------------------------------------------------------------------------
 
 OTHER_BASES = {
-    "another configuration": config_of("text_config", layer_norm_eps=1e-3),
-    "another tokenizer": ("tokenizer.json", swap_tokens),
-    "another preprocessor": (
+    "configuration": config_of("text_config", layer_norm_eps=1e-3),
+    "tokenizer": ("tokenizer.json", swap_tokens),
+    "preprocessor": (
         "preprocessor_config.json", lambda c: c.update(image_mean=[0.1, 0.2, 0.3])
     ),
 }
@@ -184,16 +184,17 @@ def test_an_adapter_of_another_base_with_the_same_weights_is_refused_and_can_be_
     adapter = adapter_of(blip_folder, tmp_path / "adapter")
     given = ["--adapter", adapter, "--model", other]
     image = read_annotations(data / "train.json")[0].image
-    words = [f"was trained on a base model ({blip_folder}) with {what} than {other} has", "--force"]
+    differs = f"differs from {other} in its {what};"
+    words = [f"was trained on a base model ({blip_folder}) that {differs}", "--force"]
     for verb in (["caption", image], ["evaluate", "--data", data / "val.json"],
                  ["merge", "--out", "merged"]):
         refused(verbs.run_verb, *verb, *given, words=words)
     refused(
         blip_cc3m.main, "--train_data_path", data / "train.json", "--init_adapter", adapter,
-        "--model", other, words=["--init_adapter", what, "its own base"],
+        "--model", other, words=["--init_adapter", differs, "its own base"],
     )
     status, out, err = command(verbs.run_verb, "caption", image, *given, "--force")
-    assert status == 0 and out.count("\n") == 1 and f"with {what} than" in err
+    assert status == 0 and out.count("\n") == 1 and f"in its {what}" in err
 
 
 def test_all_that_differs_is_named_and_what_an_adapter_does_not_say_is_not(
@@ -202,9 +203,9 @@ def test_all_that_differs_is_named_and_what_an_adapter_does_not_say_is_not(
     changes = {f"{part}_fingerprint": "0" for part in PARTS}
     adapter = read_adapter(adapter_of(captioner_folder, tmp_path / "one", **changes))
     assert adapter.foreign_base("it", captioner.fingerprints) == (
-        f"{tmp_path / 'one'} was trained on a base model ({captioner_folder}) with other weights "
-        f"and another configuration and another tokenizer and another preprocessor than it has (a "
-        f"copy in another number format counts as such)"
+        f"{tmp_path / 'one'} was trained on a base model ({captioner_folder}) that differs from it "
+        f"in its weights, configuration, tokenizer and preprocessor (a copy in another number "
+        f"format counts as such)"
     )
     older = dataclasses.replace(
         adapter, provenance={"base_fingerprint": captioner.fingerprints["base"]}
@@ -278,7 +279,7 @@ def test_a_run_does_not_go_on_with_another_base_of_the_same_weights(
     blip_folder, pictures, stopped, tmp_path, what
 ):
     other = changed_copy(blip_folder, tmp_path / "other", *OTHER_BASES[what])
-    with pytest.raises(CheckpointError, match=f"began with {what} than --model {other} and"):
+    with pytest.raises(CheckpointError, match=f"began with another {what} than --model {other} a"):
         resume(stopped, tmp_path, other, pictures)
 
 
@@ -337,7 +338,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_to_the_bit_and_is_known_fro
     assert "has no record of its configuration, tokenizer, preprocessor, images, so" in warning
     resume(stopped, tmp_path, blip_folder, pictures)
     assert "warning" not in capsys.readouterr().err
-    other = changed_copy(blip_folder, tmp_path / "other", *OTHER_BASES["another tokenizer"])
+    other = changed_copy(blip_folder, tmp_path / "other", *OTHER_BASES["tokenizer"])
     with pytest.raises(CheckpointError, match="began with another tokenizer"):
         resume(stopped, tmp_path, other, pictures)
 

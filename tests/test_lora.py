@@ -398,7 +398,8 @@ def test_targets_are_groups_names_paths_or_expressions():
     assert select(tree, ["query"]) == ["body.0.query", "body.1.query"]  # not body.0.subquery
     assert select(tree, ["body.1.value"]) == ["body.1.value"]
     assert select(tree, ["mlp.dense", "1.value"]) == ["body.0.mlp.dense", "body.1.value", mlp[1]]
-    assert select(tree, r"body\.0\.(query|value)") == attention[:2]
+    for prefix in ("", "re:"):
+        assert select(tree, prefix + r"body\.0\.(query|value)") == attention[:2]
     assert select(tree, [r"re:.*\.1\..*query"]) == ["body.1.query", "body.1.subquery"]
     assert select(tree, ["query_norm"]) == ["body.0.query_norm", "body.1.query_norm"]
     assert select(tree, ["value", "query", "value"]) == attention  # once each, in tree order
@@ -493,6 +494,12 @@ def test_rslora_scaling_uses_each_layers_own_rank():
     (["query"], {"rank_pattern": {"(": 2}}, "is not a regular expression"),
     (["query"], {"alpha_pattern": {"x" * 10_001: 2}}, "has 10,001 characters"),
     ([], {}, "no LoRA targets"),
+    (None, {}, "targets is None; expected names, or one regular expression"),
+    (["query", 3], {}, "targets is .'query', 3.; expected names"),
+    ("re:fc.", {}, "target 're:fc.' matches no linear layer"),
+    ("fc.", {}, "target 're:fc.' matches no linear layer"),
+    (["query"], {"rank_pattern": {"mlp": 4}},
+     "'mlp' matches no adapted layer .*; their names are attention, query$"),
     (["query"], {"rank": 0}, "rank is 0"),
     (["query"], {"rank_pattern": {"1.query": 0}}, "'1.query' is 0; expected a whole number"),
     (["query"], {"dropout": 1.0}, "dropout is 1.0"),

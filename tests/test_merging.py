@@ -380,7 +380,7 @@ def test_an_interrupted_export_leaves_nothing(base, adapter, tmp_path, monkeypat
     }[where]
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(type(error), match="disk full"):
-        export_merged(captioner, tmp_path / "merged", pixels=pixels(captioner))
+        export_merged(captioner, tmp_path / "new/parents/merged", pixels=pixels(captioner))
     assert_nothing_written(tmp_path, kept={"base"})
 
 
@@ -428,7 +428,7 @@ def test_an_empty_folder_may_be_given_and_a_link_to_one(blip_folder, tmp_path):
     ("base/merged", "is in the base model's folder"),
     ("link/merged", "is in the base model's folder"),
     ("base/config.json", "is a file; name a new folder"),
-    ("no/such/folder", "create it first"),
+    ("base/config.json/new/folder", "config.json is a file; name a new folder elsewhere"),
 ])
 def test_an_impossible_output_folder_is_refused(blip_folder, tmp_path, out, words):
     base = shutil.copytree(blip_folder, tmp_path / "base")

@@ -258,7 +258,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(vit_gpt2_folder, bl
         lora_engine.load_captioner(blip_folder, adapter=adapter).model, changed,
         provenance={"base_fingerprint": "0" * 64},
     )
-    with pytest.raises(ValueError, match="other weights .* `force=True`"):
+    with pytest.raises(ValueError, match="in its weights .* `force=True`"):
         lora_engine.load_captioner(blip_folder, adapter=changed)
     assert lora_engine.load_captioner(blip_folder, adapter=changed, force=True)
     with pytest.raises(ValueError, match="does not fit .*vit_gpt2"):

@@ -1,6 +1,7 @@
 """Variants of LoRA: initial values, steps, saved adapters and merging are those of PEFT."""
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from lora_engine.lora.injection import (
     lora_layers,
     lora_parameters,
     merge,
+    select,
     unmerge,
 )
 from lora_engine.lora.layer import LoRALinear, project
@@ -574,12 +576,51 @@ def test_both_forms_of_cross_attention_call_for_the_same_scaled_outputs(folder, 
     ({"rank_pattern": "attention=2"}, "rank_pattern is 'attention=2'; expected a dictionary"),
     ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
     ({"layers_to_transform": [0, 2]}, "there is no layer 2 to adapt; the targets are in .* 0, 1"),
+    ({"layers_to_transform": 2}, "there is no layer 2 to adapt"),
+    ({"layers_to_transform": []}, r"layers_to_transform is \[\]; expected the number of a layer"),
+    ({"layers_to_transform": True}, "layers_to_transform is True; expected the number"),
+    ({"layers_to_transform": "01"}, "layers_to_transform is '01'; expected the number"),
+    ({"init_lora_weights": None}, "init_lora_weights is None; expected default, gaussian"),
+    ({"rank": 2.5}, "rank is 2.5; expected a whole number from 1 to "),
+    ({"rank": True}, "rank is True; expected a whole number"),
+    ({"rank": "4"}, "rank is '4'; expected a whole number"),
+    ({"rank": 10**8}, r"rank is 100000000; expected a whole number from 1 to [\d,]+, 10 times"),
+    ({"rank_pattern": {"key|c_attn": 10**8}}, "rank is 100000000; expected a whole number from 1"),
+    ({"rank_pattern": {3: 3}}, r"rank_pattern is \{3: 3\}; expected a dictionary"),
+    ({"alpha": "3"}, "alpha is '3'; expected a finite number"),
+    ({"alpha": math.nan}, "alpha is nan; expected a finite number"),
+    ({"alpha": 10**400}, "alpha is 1000.*; expected a finite number"),
+    ({"dropout": "x"}, "dropout is 'x'; expected a number that is at least 0 and below 1"),
+    ({"dropout": None}, "dropout is None; expected a number"),
+    ({"use_dora": "yes"}, "use_dora is 'yes'; expected True or False"),
+    ({"use_rslora": 1}, "use_rslora is 1; expected True or False"),
+    ({"use_lorafa": None}, "use_lorafa is None; expected True or False"),
 ])
 def test_what_cannot_be_is_refused_before_anything_changes(folder, settings, message):
-    model = load_captioner(folder).model
+    model = load_captioner(folder).model.requires_grad_()
     with pytest.raises(ValueError, match=message):
         inject(model, TARGETS, **settings)
-    assert not list(lora_layers(model))
+    assert not list(lora_layers(model)) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"rank": 2.5}, "rank is 2.5; expected a whole number from 1 to 70, 10 times the .*5 -> 7"),
+    ({"alpha": "3"}, "alpha is '3'; expected a finite number"),
+    ({"use_dora": "yes"}, "use_dora is 'yes'; expected True or False"),
+    ({"init_lora_weights": None}, "init_lora_weights is None; expected default"),
+])
+def test_a_layer_refuses_the_same_before_its_base_is_frozen(settings, message):
+    base = nn.Linear(5, 7)
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(base, **{"rank": 2, "alpha": 4} | settings)
+    assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("given", [0, 1, [0], (0, 1), range(2)])
+def test_layers_are_one_number_or_several(given):
+    model = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(5, 7)}) for _ in range(3))
+    numbers = [given] if isinstance(given, int) else given
+    assert select(model, ["fc"], given) == [f"{number}.fc" for number in numbers]
 
 
 def test_layers_and_groups_choose_what_is_adapted(folder):
@@ -621,7 +662,17 @@ def test_an_adapter_is_continued_with_its_A_frozen(folder, tmp_path):
     ("=4", "--rank_pattern is '=4'; expected NAME=NUMBER"),
     ("query=x", "--rank_pattern query=x: 'x' is not a whole number above 0"),
     ("query=0", "--rank_pattern query=0: '0' is not a whole number above 0"),
+    ("query=2 key=4 query=3", "--rank_pattern has query twice; give it once"),
 ])
 def test_malformed_patterns_are_answered(given, message):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig("m", rank_pattern=(given,)).check()
+        TrainingConfig("m", rank_pattern=tuple(given.split())).check()
+
+
+def test_no_name_or_layer_is_given_twice():
+    for name, values, told in [
+        ("lora_layers", (1, 0, 1), "1"), ("lora_targets", ("query", "query"), "query"),
+        ("alpha_pattern", ("a=1", "a=2.5"), "a"),
+    ]:
+        with pytest.raises(ValueError, match=f"--{name} has {told} twice; give it once"):
+            TrainingConfig("m", **{name: values}).check()

@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_engine.captioning.generation import generate
 from lora_engine.devices import dtype_name
 from lora_engine.features.encoder import encode_pixels
-from lora_engine.files import check_space, replaced_folder
+from lora_engine.files import check_space, existing_parent, replaced_folder
 from lora_engine.lora.injection import lora_layers
 from lora_engine.models.families import FAMILIES
 from lora_engine.models.model_folder import SMALL_FILES
@@ -119,8 +119,9 @@ def check_out(out: Path) -> None:
         raise MergeError(
             f"--out {out} already holds files, which are never overwritten; choose another folder"
         )
-    if not out.resolve().parent.is_dir():
-        raise MergeError(f"--out {out}: there is no folder {out.parent}; create it first")
+    parent = existing_parent(out.resolve())
+    if not parent.is_dir():
+        raise MergeError(f"--out {out}: {parent} is a file; name a new folder elsewhere")
 
 
 def _check_target(out: Path, captioner: Captioner) -> None:

@@ -22,7 +22,7 @@ class BlendConfig:
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Adapters of one base with their weights, such as runs/a:0.7 runs/b:0.3: run folders, adapter
     folders, or owner/name on the Hub. A negative weight subtracts what the adapter has learned.
-    Without weights, the mean."""
+    Without weights, the mean. A single adapter is scaled."""
     out: str
     """Folder for the new adapter; it must be new or empty."""
     rank: int | None = None
@@ -45,7 +45,9 @@ def blend(args: list[str]) -> int:
     told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     parts = " + ".join(f"{weight:g} x {name}" for name, weight in zip(names, weights))
     lines = [f"blended {parts}: LoRA of rank {told} on {len(result.matrices)} layers"]
-    if config.rank is not None:
+    if config.rank is not None and not any(result.cut.values()):
+        lines.append(f"nothing to cut: the exact blend has rank {told}, within {config.rank}")
+    elif config.rank is not None:
         path, error = result.worst
         lines.append(
             f"cut by rank {config.rank}: {result.error:.2%} of the update's Frobenius norm, at "
@@ -65,15 +67,19 @@ def _names_and_weights(adapters: Sequence[str]) -> tuple[list[str], list[float]]
     """Adapters' names and weights from NAME:WEIGHT or NAME, which may contain colons itself."""
     names, weights = [], []
     for text in adapters:
-        name, colon, tail = text.rpartition(":")
+        name, _, tail = text.rpartition(":")
+        is_name = not name or Path(text).exists() or tail.startswith(("/", "\\"))  # C:\runs\mine
         try:
-            weight = None if Path(text).exists() else float(tail) if colon else None
-        except ValueError:  # C:\runs\mine
-            weight = None
+            weight = None if is_name else float(tail)
+        except ValueError:
+            raise ValueError(
+                f"the weight {tail!r} in {text!r} is not a number; expected NAME:WEIGHT, such as "
+                f"{name}:0.7"
+            ) from None
         names.append(text if weight is None else name)
         weights.append(weight)
     if not names:
-        raise ValueError("no adapters to blend: give two or more, such as runs/a:0.7 runs/b:0.3")
+        raise ValueError("no adapters to blend: give one or more, such as runs/a:0.7 runs/b:0.3")
     missing = [name for name, weight in zip(names, weights) if weight is None]
     if len(missing) not in (0, len(names)):
         raise ValueError(f"{missing[0]} has no weight; give all adapters one, or none for the mean")

@@ -101,10 +101,14 @@ class Adapter:
         ]
         if not different:
             return None
-        words = " and ".join(OTHER_BASE[part] for part in different)
+        words = ["weights" if part == "base" else part for part in different]
+        parts = " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
         note = " (a copy in another number format counts as such)" if "base" in different else ""
         base = f" ({self.base_model})" if self.base_model and self.base_model != name else ""
-        return f"{self.folder} was trained on a base model{base} with {words} than {name} has{note}"
+        return (
+            f"{self.folder} was trained on a base model{base} that differs from {name} in its "
+            f"{parts}{note}"
+        )
 
     @property
     def base_on_hub(self) -> str | None:

@@ -64,8 +64,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"cannot read {path}: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: expected peft_type \"LORA\"")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind is None:
+        raise AdapterError(
+            f'{path} has no "peft_type"; expected an adapter that PEFT or this engine has saved'
+        )
+    if kind != "LORA":
+        raise AdapterError(
+            f'{path}: peft_type is {shortened(kind)}; expected "LORA". Train with LoRA, or merge '
+            f"the adapter with PEFT (merge_and_unload, then save_pretrained) and use the result as "
+            f"--model"
+        )
     _check_settings(path, config)
     refused = [
         name for name, value in config.items()

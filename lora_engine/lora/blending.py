@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from lora_engine.cli import quoted
 from lora_engine.lora.adapter import OTHER_BASE, Adapter, save_adapter
-from lora_engine.lora.adapter_config import AdapterError, MisfitError, targeted
+from lora_engine.lora.adapter_config import MAX_FP32, AdapterError, MisfitError, targeted
 from lora_engine.lora.adapter_weights import adapted_paths
 from lora_engine.lora.injection import by_pattern
-from lora_engine.lora.layer import LoRALinear, lora_scaling
+from lora_engine.lora.layer import LoRALinear, lora_scaling, update_bound
 from lora_engine.lora.patterns import PatternError
 
 
@@ -103,8 +103,9 @@ def blend(
     """The sum of the adapters' updates, each times its weight.
 
     Layers that not all adapters have are summed over those that do. With `rank`, layers of a
-    larger rank are truncated to it. Raises AdapterError for weights that are not finite or all 0,
-    for adapters that change more than LoRA layers, and for adapters of different bases or prompts.
+    larger rank are truncated to it. Raises AdapterError for weights that are not finite, all 0 or
+    too large, for adapters that change more than LoRA layers, and for adapters of different bases
+    or prompts.
     """
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise AdapterError(
@@ -126,6 +127,14 @@ def blend(
             if weight:
                 terms.setdefault(path, []).append((A, weight * B))
     matrices = {path: _concatenated(path, parts) for path, parts in terms.items()}
+    for path, (A, B) in matrices.items():  # as in the check of an adapter that is read
+        bound = update_bound(len(A), len(A), float(A.abs().max()), float(B.abs().max()))
+        if not bound <= MAX_FP32:
+            weight, adapter = max(zip(weights, adapters), key=lambda item: abs(item[0]))
+            raise AdapterError(
+                f"the weight {weight:g} of {adapter.folder} is too large: the update of {path} may "
+                f"overflow float32"
+            )
     cut, norm = {}, {}
     if rank is not None:
         for path, (A, B) in matrices.items():

@@ -12,6 +12,7 @@ layer computes what its base computed, up to rounding.
 """
 
 import math
+from reprlib import repr as shortened
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ CHANGES_WEIGHT = ("pissa", "olora")
 
 
 def check_initialization(
-    how: str, rank: int, alpha: float, in_features: int, out_features: int
+    how: str | bool, rank: int, alpha: float, in_features: int, out_features: int
 ) -> None:
     """Raises ValueError for an initialization that is unknown, or impossible with this rank or
     alpha."""
@@ -31,9 +32,10 @@ def check_initialization(
             "give it to lora_engine.train (config=TrainingConfig(...)) or to a recipe"
         )
     if how not in INITIALIZATIONS:
-        hint = " (B other than zero is not supported)" if how == "False" else ""
+        hint = " (B other than zero is not supported)" if how is False else ""
         raise ValueError(
-            f"init_lora_weights is {how!r}{hint}; expected {', '.join(INITIALIZATIONS)} or eva"
+            f"init_lora_weights is {shortened(how)}{hint}; expected "
+            f"{', '.join(INITIALIZATIONS)} or eva"
         )
     if how == "orthogonal" and rank % 2:
         raise ValueError(f"init_lora_weights orthogonal needs an even rank, not {rank}")

@@ -8,8 +8,9 @@ be adapted at all.
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from reprlib import repr as shortened
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 
 from lora_engine.keywords import known_keywords
-from lora_engine.lora.initialization import check_initialization
 from lora_engine.lora.layer import (
     LoRALinear,
     check_settings,
@@ -100,7 +100,7 @@ def inject(
     dropout: float = 0.1,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    layers_to_transform: Sequence[int] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
     use_rslora: bool = False,
     use_dora: bool = False,
     use_lorafa: bool = False,
@@ -108,17 +108,16 @@ def inject(
 ) -> InjectionPlan:
     """Freeze `module` and replace its targeted linear layers by `LoRALinear`, in place.
 
-    `targets` and `layers_to_transform`, the numbers of the decoder's layers to adapt, are matched
-    as in `select`. `rank_pattern` and `alpha_pattern` give some layers another rank or alpha: the
-    key is one of the module's `lora_groups`, or by PEFT's rule a regular expression that matches
-    the path or what follows a dot in it. The variants are those of `LoRALinear`. Matrices are
-    drawn from torch's global generator in the order of the module tree. Afterwards only the new
+    `targets` and `layers_to_transform`, the numbers of the decoder's layers to adapt (None: all),
+    are matched as in `select`. `rank_pattern` and `alpha_pattern` give some layers another rank or
+    alpha: the key is one of the module's `lora_groups`, or by PEFT's rule a regular expression that
+    matches the path or what follows a dot in it. The variants are those of `LoRALinear`. Matrices
+    are drawn from torch's global generator in the order of the module tree. Afterwards only the new
     ones require a gradient.
 
     Before anything is changed, raises ValueError as `select` does, for a pattern that is no regular
-    expression, takes too long to match or matches nothing, for a rank, a dropout or an
-    initialization that `LoRALinear` refuses, and for a targeted layer with hooks or a replaced
-    `forward`.
+    expression, takes too long to match or matches nothing, for a setting that `LoRALinear` refuses,
+    and for a targeted layer with hooks or a replaced `forward`.
     """
     paths = select(module, targets, layers_to_transform)
     groups: Mapping[str, str] = getattr(module, "lora_groups", {})
@@ -146,11 +145,14 @@ def adapt(
     init_lora_weights: str | bool = "default",
 ) -> InjectionPlan:
     """`inject` for the layers whose ranks and alphas are given by path."""
-    how = "default" if init_lora_weights is True else str(init_lora_weights)
+    settings: dict[str, Any] = {
+        "dropout": dropout, "use_rslora": use_rslora, "use_dora": use_dora,
+        "use_lorafa": use_lorafa,
+        "init_lora_weights": "default" if init_lora_weights is True else init_lora_weights,
+    }
     for path, rank in ranks.items():
         base = module.get_submodule(path)
-        check_settings(rank, dropout)
-        check_initialization(how, rank, alphas[path], *widths(base))
+        check_settings(base, rank=rank, alpha=alphas[path], **settings)
         if is_intercepted(base):
             raise ValueError(
                 f"{path} has hooks, a replaced forward or a compiled call, which an adapter would "
@@ -161,16 +163,7 @@ def adapt(
     for path, rank in ranks.items():
         parent_path, _, name = path.rpartition(".")
         parent = module.get_submodule(parent_path)
-        layer = LoRALinear(
-            getattr(parent, name),
-            rank=rank,
-            alpha=alphas[path],
-            dropout=dropout,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            use_lorafa=use_lorafa,
-            init_lora_weights=how,
-        )
+        layer = LoRALinear(getattr(parent, name), rank=rank, alpha=alphas[path], **settings)
         setattr(parent, name, layer)
         num_trained = sum(p.numel() for p in layer.lora_parameters().values() if p.requires_grad)
         adapted.append(AdaptedModule(
@@ -182,21 +175,27 @@ def adapt(
 def select(
     module: nn.Module,
     targets: str | Sequence[str],
-    layers_to_transform: Sequence[int] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
 ) -> list[str]:
     """Paths of the linear layers that `targets` match, in the order of the module tree.
 
-    A single string is one regular expression over the whole path. In a sequence, each item is a
-    group of the module's `lora_groups`, a regular expression after "re:", or a name as in PEFT: it
-    equals the path, or the path ends with "." + name. `layers_to_transform` keeps those in layers
-    of these numbers, the first number in a path.
+    A single string is one regular expression over the whole path, with or without "re:". In a
+    sequence, each item is a group of the module's `lora_groups`, a regular expression after "re:",
+    or a name as in PEFT: it equals the path, or the path ends with "." + name.
+    `layers_to_transform` keeps those in layers of these numbers, the first number in a path.
 
     Raises ValueError for a target that matches nothing (with close matches) or only layers that may
     not be adapted, for a layer that does not exist, and for a module that already has adapters.
     """
     if next(lora_layers(module), None) is not None:
         raise ValueError("this module already has LoRA layers; inject once, with all targets")
-    patterns = [f"re:{targets}"] if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str):
+        targets = [f"re:{targets.removeprefix('re:')}"]
+    patterns = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"targets is {shortened(targets)}; expected names, or one regular expression"
+        )
     if not patterns:
         raise ValueError("no LoRA targets given; name at least one group or module")
     scope = re.compile(getattr(module, "lora_scope", ".*"))
@@ -210,7 +209,7 @@ def select(
             raise ValueError(_nothing_matched(pattern, allowed, linears, groups))
         selected.update(hits)
     numbers = {path: number for path in selected if (number := _layer_number(path)) is not None}
-    wanted = set(layers_to_transform or numbers.values())
+    wanted = _layer_numbers(layers_to_transform, default=numbers.values())
     if missing := sorted(wanted - set(numbers.values())):
         raise ValueError(
             f"there is no layer {missing[0]} to adapt; the targets are in layers "
@@ -218,8 +217,21 @@ def select(
         )
     return [
         path for path in allowed
-        if path in selected and (not layers_to_transform or numbers.get(path) in wanted)
+        if path in selected and (layers_to_transform is None or numbers.get(path) in wanted)
     ]
+
+
+def _layer_numbers(given: Any, *, default: Iterable[int]) -> set[int]:
+    if given is None:
+        return set(default)
+    numbers = list(given) if isinstance(given, Iterable) else [given]
+    is_whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
+    if not numbers or not is_whole:
+        raise ValueError(
+            f"layers_to_transform is {shortened(given)}; expected the number of a layer, several, "
+            f"or None for all layers"
+        )
+    return set(numbers)
 
 
 def _layer_number(path: str) -> int | None:
@@ -296,7 +308,8 @@ def _values(
     """
     kind = int if name == "rank_pattern" else (int, float)
     expected, above = ("a whole number above 0", 0) if kind is int else ("a number", -math.inf)
-    if given is not None and not isinstance(given, Mapping):
+    is_named = isinstance(given, Mapping) and all(isinstance(key, str) for key in given)
+    if given is not None and not is_named:
         raise ValueError(f"{name} is {shortened(given)}; expected a dictionary, {{name: number}}")
     patterns = {groups.get(key, key): value for key, value in (given or {}).items()}
     for key, value in (given or {}).items():
@@ -308,10 +321,11 @@ def _values(
         raise ValueError(f"{name}: {error}") from None
     for key in given or {}:
         if groups.get(key, key) not in used:
-            known = sorted({path.rpartition(".")[2] for path in paths})
+            known = [group for group in groups if _matching(paths, group, groups)]
+            known += sorted({path.rpartition(".")[2] for path in paths})
             raise ValueError(
                 f"{name}: {key!r} matches no adapted layer (or an earlier pattern does); their "
-                f"names are {', '.join([*groups, *known])}"
+                f"names are {', '.join(known)}"
             )
     return by_pattern(patterns, paths, default=default)
 

@@ -23,6 +23,7 @@ Axes: M rows of the input, R rank.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from reprlib import repr as shortened
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -92,14 +93,14 @@ class LoRALinear(nn.Module):
         init_lora_weights: str = "default",
     ) -> None:
         super().__init__()
-        check_settings(rank, dropout)
+        check_settings(
+            base, rank=rank, alpha=alpha, dropout=dropout, init_lora_weights=init_lora_weights,
+            use_rslora=use_rslora, use_dora=use_dora, use_lorafa=use_lorafa,
+        )
         self.weight: nn.Parameter = base.weight  # type: ignore[assignment]
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.weight_is_transposed = is_conv1d(base)
         self.in_features, self.out_features = widths(base)
-        check_initialization(
-            init_lora_weights, rank, alpha, self.in_features, self.out_features
-        )
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -454,11 +455,32 @@ class _Cast(torch.autograd.Function):
         return gradient, None  # autograd casts it to the matrix's dtype
 
 
-def check_settings(rank: int, dropout: float) -> None:
-    if rank < 1:
-        raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"LoRA dropout is {dropout}; it must be at least 0 and below 1")
+def check_settings(
+    base: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    init_lora_weights: str | bool,
+    **switches: bool,
+) -> None:
+    """Raises ValueError that names the first setting that a `LoRALinear` of `base` cannot have."""
+    num_in, num_out = widths(base)
+    most = 10 * max(num_in, num_out)  # a rank above the smaller width is useless, but PEFT takes it
+    numbers = [type(value) in (int, float) for value in (alpha, dropout)]
+    for name, value, is_right, expected in [
+        ("rank", rank, type(rank) is int and 1 <= rank <= most,
+         f"a whole number from 1 to {most:,}, 10 times the width of a layer ({num_in} -> "
+         f"{num_out})"),
+        ("alpha", alpha, numbers[0] and abs(alpha) <= torch.finfo(torch.float32).max,
+         "a finite number in float32"),
+        ("dropout", dropout, numbers[1] and 0 <= dropout < 1,
+         "a number that is at least 0 and below 1"),
+        *((name, value, type(value) is bool, "True or False") for name, value in switches.items()),
+    ]:
+        if not is_right:
+            raise ValueError(f"{name} is {shortened(value)}; expected {expected}")
+    check_initialization(init_lora_weights, rank, alpha, num_in, num_out)
 
 
 def is_conv1d(module: nn.Module) -> bool:

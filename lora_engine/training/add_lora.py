@@ -40,7 +40,7 @@ def _inject(captioner: Captioner, config: TrainingConfig, how: str) -> Injection
         dropout=config.lora_dropout,
         rank_pattern=config.patterns("rank_pattern"),
         alpha_pattern=config.patterns("alpha_pattern"),
-        layers_to_transform=config.lora_layers,
+        layers_to_transform=config.lora_layers or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         use_lorafa=config.use_lorafa,
