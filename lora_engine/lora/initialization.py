@@ -29,7 +29,7 @@ def check_initialization(
     if how == "eva":
         raise ValueError(
             "init_lora_weights eva is computed from training data, which inject() does not have: "
-            "give it to lora_engine.train (config=TrainingConfig(...)) or to a recipe"
+            "give it to lora_engine.train or to a recipe"
         )
     if how not in INITIALIZATIONS:
         hint = " (B other than zero is not supported)" if how is False else ""

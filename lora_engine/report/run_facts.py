@@ -334,6 +334,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
         "rank_pattern", "alpha_pattern", "lora_layers", "loraplus_lr_ratio"
     )}
     how = config.get("init_lora_weights") or "default"
+    how = "default" if config.get("init_adapter") else how
     names = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_lorafa": "LoRA-FA"}
     return [
         *(name for key, name in names.items() if config.get(key)),
