@@ -43,11 +43,10 @@ def tune(args: list[str]) -> int:
         TuneConfig, own, prog=PROG,
         description="Choose learning rate, rank and variant by successive halving: many settings "
         "for a few steps, the best third of them for three times as many, and so on. Two runs are "
-        "full ones: the first, of the settings as they are, and the last, of the best others. All "
-        "flags of "
-        "train, such as --train_data_path and --model, are settings of every run; without data, "
-        "the embedded demo is tuned. Results are in --output_path; the same command with --resume "
-        "continues a search, also with other --lrs, --ranks or --variants.",
+        "full ones: the first, of the settings as they are, and the last, of the best of the "
+        "others. All flags of train, such as --train_data_path and --model, are settings of every "
+        "run; without data, the embedded demo is tuned. Results are in --output_path; the same "
+        "command with --resume continues a search, also with other --lrs, --ranks or --variants.",
     )
     check_ranges(flags)
     config = _training_config(normalized(rest))

@@ -8,10 +8,9 @@
 LoRA has no c (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models,
 https://arxiv.org/abs/2106.09685). In DoRA (https://arxiv.org/abs/2402.09353) c scales each output
 to a trained magnitude m: c = m / |W + scaling * B A|, with the norm of each row, which is constant
-for the gradient. scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732; an A
-that is frozen is LoRA-FA, https://arxiv.org/abs/2308.03303. Conventions (initial
-values, dropout on the input, matching of targets) are those of huggingface/peft; adapters load in
-either library.
+for the gradient. scaling = alpha / sqrt(rank) is rsLoRA, https://arxiv.org/abs/2312.03732; a
+frozen A is LoRA-FA, https://arxiv.org/abs/2308.03303. Conventions (initial values, dropout on the
+input, matching of targets) are those of huggingface/peft; adapters load in either library.
 
 `LinearParts` describes a layer's terms, from which forward passes (`project`), cross-attention
 (`low_rank_inputs`, `FeatureProjection`) and merging (`LinearParts.adapted_weight`) compute. A
