@@ -12,6 +12,7 @@ from forking import in_child
 from pictures import settings, write_pictures
 
 from lora_engine.__main__ import run_verb
+from lora_engine.commands import tune as tune_command
 from lora_engine.commands.tune import Variant
 from lora_engine.stopping import Diverged
 from lora_engine.training import tuning
@@ -173,6 +174,15 @@ def test_a_run_that_diverges_is_the_worst_and_the_search_continues(
     scores = {tuple(result[1]): result[2] for result in found_in(tmp_path / "search")}
     assert scores[1e-2, 2, "dora"] == -float("inf") < scores[1e-5, 2, "dora"]
     assert "best      " in capsys.readouterr().out
+
+    def diverge(config):
+        raise Diverged("10 steps in a row")
+
+    monkeypatch.setattr(tuning, "train", diverge)
+    monkeypatch.setattr(tune_command, "write_report", lambda *arguments, **keywords: None)
+    assert run_verb(args(blip_folder, data, tmp_path / "hopeless")) == 0
+    out = capsys.readouterr().out
+    assert "All full runs diverged: give a lower --lr" in out and "adapter   " not in out
 
 
 def test_short_runs_are_compared_by_what_they_have_learnt(

@@ -1,6 +1,7 @@
 """python -m lora_engine tune: choose learning rate, rank and variant by successive halving."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ def _training_config(args: Sequence[str]) -> TrainingConfig:
 
 def _text(winner: Result, config: TrainingConfig) -> str:
     """What the search has found."""
+    if winner.loss == math.inf:
+        return "All full runs diverged: give a lower --lr and another --output_path."
     figures = f"validation loss {winner.loss:.4f}"
     if winner.cider_d is not None:
         figures += f", CIDEr-D {winner.cider_d:.4f}"
